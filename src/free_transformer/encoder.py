@@ -1,0 +1,69 @@
+"""The encoder: reads the whole text and says, bit by bit, which plan it came from."""
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from free_transformer.attention import SplitAttention
+from free_transformer.config import FreeTransformerConfig
+from free_transformer.layout import PlanLayout
+
+
+class PlanEncoder(nn.Module):
+    """
+    One Transformer block that is not causal, from a learned query to the logits of each bit (paper, section 3.2).
+
+    Without rotary positions all plans of a sequence would have the same posterior, since their queries are equal.
+    """
+
+    def __init__(self, config: FreeTransformerConfig):
+        super().__init__()
+        self.config = config
+        eps = config.rms_norm_eps
+        self.query = nn.Parameter(torch.empty(config.hidden_size))  # ζ
+        self.query_norm = LlamaRMSNorm(config.hidden_size, eps)
+        self.key_value_norm = LlamaRMSNorm(config.hidden_size, eps)
+        self.attention = SplitAttention(config, layer_idx=0)
+        self.attention.is_causal = False  # SDPA with no mask falls back to this flag
+        self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps)
+        self.mlp = LlamaMLP(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps)
+        self.readout = nn.Linear(config.hidden_size, config.latent_dim)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def forward(self, hidden_states: Tensor, layout: PlanLayout) -> Tensor:
+        """
+        Args:
+            hidden_states: X, (B, T, D), the output of the decoder's first half.
+
+        Returns:
+            (B, P, H), the logit of each bit of each plan.
+        """
+        plans = self.query.to(hidden_states.dtype).expand(len(hidden_states), layout.num_plans, -1)
+        attended, _ = self.attention(
+            self.query_norm(plans),
+            self.rotary_emb(plans, layout.plan_position),
+            self._mask(plans, hidden_states, layout),
+            key_value_states=self.key_value_norm(hidden_states),
+            key_value_position_embeddings=self.rotary_emb(hidden_states, layout.position_ids),
+        )
+        plans = plans + attended
+        plans = plans + self.mlp(self.mlp_norm(plans))
+        return self.readout(self.norm(plans))
+
+    def _mask(self, plans: Tensor, hidden_states: Tensor, layout: PlanLayout) -> Tensor | None:
+        same_document = None
+        if layout.token_document is not None and layout.plan_document is not None:
+            of_plan, of_token = layout.plan_document, layout.token_document
+
+            def same_document(row: Tensor, _head: Tensor, plan: Tensor, token: Tensor) -> Tensor:
+                return of_plan[row, plan] == of_token[row, token]
+
+        return create_bidirectional_mask(
+            self.config,
+            plans,
+            layout.token_mask,
+            encoder_hidden_states=hidden_states,
+            and_mask_function=same_document,
+        )

@@ -1,0 +1,44 @@
+"""How weights start, for the Free Transformer and its baseline alike, so that only the plan differs."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+from free_transformer.config import FreeTransformerConfig
+from free_transformer.encoder import PlanEncoder
+from free_transformer.plan import PlanTable
+
+
+def stream_scale(config: LlamaConfig) -> float:
+    """Scale of the residual stream X: 1, or with tied embeddings what gives logits of scale 1."""
+    return config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
+
+
+@torch.no_grad()
+def init_module(module: nn.Module, config: LlamaConfig) -> None:
+    """
+    Starts the parameters of one module; children come before their parents, as `nn.Module.apply` walks.
+
+    Embeddings have the scale of the residual stream, linear maps `fan_in^-1/2`, and what a block adds to the stream
+    is divided by `sqrt(2 (L + 1))`, so that X keeps its scale to the end and the plan's vectors can match it.
+    """
+    scale = stream_scale(config)
+    residual = scale / (2 * (config.num_hidden_layers + 1)) ** 0.5
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=scale)
+    elif isinstance(module, LlamaAttention):
+        init.normal_(module.o_proj.weight, std=residual * module.o_proj.in_features**-0.5)
+    elif isinstance(module, LlamaMLP):
+        init.normal_(module.down_proj.weight, std=residual * module.down_proj.in_features**-0.5)
+    elif isinstance(module, PlanTable):
+        module.reset_parameters(scale)
+    elif isinstance(module, PlanEncoder):
+        assert isinstance(config, FreeTransformerConfig)
+        init.normal_(module.query, std=scale)
+        init.normal_(module.readout.weight, std=config.readout_init_scale * config.hidden_size**-0.5)

@@ -1,0 +1,33 @@
+"""How the plan enters the decoder: a Llama layer with queries from X, and keys and values from X + R."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from free_transformer.attention import SplitAttention
+
+
+class InjectedDecoderLayer(LlamaDecoderLayer):
+    """
+    `LlamaDecoderLayer` that receives the plan (paper, section 3.1).
+
+    The residual stream goes on from X, so that a plan of zeros is the plain Llama.
+    """
+
+    def __init__(self, config: LlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = SplitAttention(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, plan_states: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """
+        Args:
+            hidden_states: X, (B, T, D).
+            plan_states: R of each token, (B, T, D); None is a plan of zeros.
+        """
+        queries = self.input_layernorm(hidden_states)
+        key_values = queries if plan_states is None else self.input_layernorm(hidden_states + plan_states)
+        attended, _ = self.self_attn(queries, key_value_states=key_values, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -1,0 +1,88 @@
+"""Which plan covers which token: spans, padding and packed documents, worked out once for a batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PlanLayout:
+    """
+    The plans of a batch of B rows of T tokens, P plans a row (rows with fewer have unused plans at their end).
+
+    Positions count from the first real token of a document, so that padding on either side changes nothing.
+    """
+
+    token_plan: Tensor  # (B, T) index of the plan that covers each token
+    token_mask: Tensor | None  # (B, T) bool, False on padding; None where there is none
+    position_ids: Tensor  # (B, T) position of each token in its document
+    plan_position: Tensor  # (B, P) position of the first token that the plan covers
+    plan_mask: Tensor  # (B, P) bool, True where the plan covers a real token
+    token_document: Tensor | None  # (B, T) number of each token's document in its row; None where a row is one
+    plan_document: Tensor | None  # (B, P)
+
+    @property
+    def num_plans(self) -> int:
+        return self.plan_mask.shape[1]
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, P, T) bool: whether a plan's posterior may read a token; no row of it is empty."""
+        batch, tokens = self.token_plan.shape
+        mask = self.plan_mask.new_ones(batch, self.num_plans, tokens)
+        if self.token_mask is not None:
+            mask = mask & self.token_mask[:, None, :]
+        if self.token_document is not None and self.plan_document is not None:
+            mask = mask & (self.plan_document[:, :, None] == self.token_document[:, None, :])
+        return mask
+
+    def gather(self, per_plan: Tensor) -> Tensor:
+        """From one row a plan, (B, P, X), to one row a token, (B, T, X)."""
+        if per_plan.shape[1] == 1:
+            return per_plan.expand(-1, self.token_plan.shape[1], -1)
+        return per_plan.gather(1, self.token_plan[..., None].expand(-1, -1, per_plan.shape[-1]))
+
+
+def num_plans(plan_span: int | str, num_tokens: int) -> int:
+    """Plans of one document of `num_tokens` tokens: `ceil(num_tokens / plan_span)`, or 1."""
+    return 1 if plan_span == "sequence" else -(-num_tokens // int(plan_span))
+
+
+def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor | None, packed: bool) -> PlanLayout:
+    """
+    Args:
+        position_ids: (B, T); where `packed`, each document of a row starts again at 0.
+        token_mask: (B, T) bool, False on padding.
+    """
+    batch, tokens = position_ids.shape
+    real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask
+    follows = torch.zeros_like(real)
+    follows[:, 1:] = real[:, :-1] & (position_ids[:, 1:] == position_ids[:, :-1] + 1)
+    new_document = real & ~follows
+    starts = new_document if plan_span == "sequence" else new_document | (real & (position_ids % int(plan_span) == 0))
+    token_plan = (starts.cumsum(1) - 1).clamp(min=0)
+    plans = int(token_plan.max()) + 1 if packed else num_plans(plan_span, tokens)
+
+    def at_starts(values: Tensor) -> Tensor:  # (B, T) -> (B, P); what is not a start goes to a column that is dropped
+        column = torch.where(starts, token_plan, plans)
+        return values.new_zeros(batch, plans + 1).scatter(1, column, values)[:, :plans]
+
+    document = (new_document.cumsum(1) - 1).clamp(min=0)
+    return PlanLayout(
+        token_plan=token_plan,
+        token_mask=token_mask,
+        position_ids=position_ids,
+        plan_position=at_starts(position_ids),
+        plan_mask=torch.arange(plans, device=real.device) < starts.sum(1, keepdim=True),
+        token_document=document if packed else None,
+        plan_document=at_starts(document) if packed else None,
+    )
+
+
+def is_packed(position_ids: Tensor, token_mask: Tensor | None) -> bool:
+    """Whether some row holds more than one document, that is, positions that start again."""
+    again = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if token_mask is not None:
+        again = again & token_mask[:, 1:] & token_mask[:, :-1]
+    return bool(again.any())

@@ -1,0 +1,83 @@
+"""The objective: reconstruction, KL in bits, free bits. Losses are in nats per predicted token, KL in bits."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+def kl_bits_per_bit(plan_logits: Tensor) -> Tensor:
+    """KL from fair coins of each bit's posterior, in bits, fp32 or better: same shape as `plan_logits`."""
+    logits = plan_logits.to(torch.promote_types(plan_logits.dtype, torch.float32))
+    p = logits.sigmoid()
+    # log p through logsigmoid: with an epsilon inside a logarithm this would be NaN in half precision.
+    negative_entropy = p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)
+    return negative_entropy / math.log(2) + 1
+
+
+def kl_bits(plan_logits: Tensor) -> Tensor:
+    """KL of each plan's posterior from the uniform prior, in bits (paper, eq. 4): (..., H) -> (...)."""
+    return kl_bits_per_bit(plan_logits).sum(-1)
+
+
+def free_bits_hinge(kl: Tensor, free_bits: float) -> Tensor:
+    """
+    What a plan spends beyond its free bits, `max(0, kl - free_bits)`, of each plan by itself (paper, eq. 5).
+
+    Its gradient is that of `clamp(kl, min=free_bits)`.
+    """
+    return (kl - free_bits).clamp(min=0)
+
+
+def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the cross-entropies in nats, labels shifted inside, -100 ignored; fp32 or better."""
+    logits = logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def predicted_tokens(labels: Tensor) -> Tensor:
+    """How many tokens `labels` asks to predict; the first of a row has no past."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+@dataclass
+class Objective:
+    """`loss = reconstruction + kl_weight * hinge`, all but `kl` in nats per predicted token; `kl` in bits per plan."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor | None
+
+
+def objective(
+    logits: Tensor,
+    labels: Tensor,
+    plan_logits: Tensor | None = None,
+    plan_mask: Tensor | None = None,
+    free_bits: float = 0.0,
+    kl_weight: float = 1.0,
+    num_tokens: int | Tensor | None = None,
+) -> Objective:
+    """
+    Args:
+        logits: (B, T, V); labels: (B, T).
+        plan_logits: (B, P, H) of the posterior, or None where the plan is given: then there is no KL.
+        plan_mask: (B, P) bool, the plans that count.
+        num_tokens: predicted tokens to divide by, default those of `labels`. With gradient accumulation give those
+            of the whole batch, for reconstruction *and* KL.
+    """
+    if num_tokens is None:
+        num_tokens = predicted_tokens(labels).clamp(min=1)
+    reconstruction = reconstruction_loss(logits, labels) / num_tokens
+    if plan_logits is None:
+        return Objective(reconstruction, reconstruction, None)
+    kl = kl_bits(plan_logits)  # (B, P)
+    mask = torch.ones_like(kl) if plan_mask is None else plan_mask.to(kl.dtype)
+    hinge = (free_bits_hinge(kl, free_bits) * mask).sum() * math.log(2) / num_tokens
+    mean_kl = (kl * mask).sum() / mask.sum().clamp(min=1)
+    return Objective(reconstruction + kl_weight * hinge, reconstruction, mean_kl)

@@ -1,0 +1,344 @@
+"""
+The Free Transformer: a Llama that draws a plan at half depth and writes the rest under it.
+
+    tokens -> layers 0..K-1 -> X ----------------------------> layer K .. L-1 -> norm -> head -> logits
+                               |                                  ^
+                               +-> encoder -> logits -> plan -> table[plan] = R   (keys and values from X + R)
+                                   (or fair coins)
+
+F. Fleuret, "The Free Transformer", arXiv:2510.17558.
+"""
+
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+
+from free_transformer.config import FreeTransformerConfig
+from free_transformer.encoder import PlanEncoder
+from free_transformer.generation import PROMPT_PLANS, PlanGenerationMixin
+from free_transformer.initialization import init_module
+from free_transformer.injection import InjectedDecoderLayer
+from free_transformer.layout import PlanLayout, is_packed, num_plans, plan_layout
+from free_transformer.losses import objective
+from free_transformer.plan import BinaryMapper, PlanTable, as_plan
+
+MODES = ("training", "inference")
+
+
+@dataclass
+class FreeTransformerOutput(ModelOutput):
+    """What `FreeTransformer.forward` returns; losses are in nats per predicted token, `kl` in bits per plan."""
+
+    loss: Tensor | None = None  # reconstruction + kl_weight * hinge
+    logits: Tensor | None = None  # (B, T, V)
+    past_key_values: Cache | None = None
+    plan: Tensor | None = None  # (B, P, H) bool, the plan used
+    plan_logits: Tensor | None = None  # (B, P, H) of the posterior, where the encoder ran for training
+    plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
+    reconstruction: Tensor | None = None
+    kl: Tensor | None = None
+
+
+@dataclass
+class FirstHalf:
+    """What the layers before the plan have made of the tokens, and all that the second half needs besides."""
+
+    hidden_states: Tensor  # X, (B, T, D)
+    layout: PlanLayout | None  # None while a cache holds the beginning of the text
+    token_plan: Tensor  # (B, T), the plan of each token
+    num_plans: int
+    layer_arguments: dict[str, Any]
+
+
+class FreeTransformer(PreTrainedModel, PlanGenerationMixin):
+    """
+    Args:
+        config: see `FreeTransformerConfig`.
+        encoder: any `nn.Module` in the place of `PlanEncoder`. Its `forward(hidden_states, mask)` gets X, (B, T, D),
+            and `mask`, (B, P, T) bool, which tokens each plan may read, and returns the bits' logits, (B, P, H). An
+            argument named `layout` gets the `PlanLayout`. Its weights are saved with the model; give the module
+            again to load: `FreeTransformer.from_pretrained(d, encoder=MyEncoder(config))`.
+    """
+
+    config_class = FreeTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`, where the Trainer gives it
+    _no_split_modules = ["LlamaDecoderLayer", "InjectedDecoderLayer", "PlanEncoder"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        for layer in config.injection_layers:
+            self.model.layers[layer] = InjectedDecoderLayer(config, layer)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.plan_mapper = BinaryMapper()
+        self.plan_table = PlanTable(
+            config.group_bits, config.hidden_size, config.plan_gradient, config.plan_chunk_bytes, config.table_init
+        )
+        if encoder is None and config.encoder_class is not None:
+            raise ValueError(f"this model has an encoder of its own: give it, encoder={config.encoder_class}(...)")
+        config.encoder_class = None if encoder is None else type(encoder).__qualname__
+        if encoder is not None:
+            for module in encoder.modules():  # its start is its own
+                module._is_hf_initialized = True
+        self.encoder = PlanEncoder(config) if encoder is None else encoder
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # norms and rotary buffers
+        init_module(module, self.config)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *args: Any, encoder: nn.Module | None = None, **kwargs: Any
+    ) -> Any:
+        """`PreTrainedModel.from_pretrained`; a plain Llama's folder gives a model with the logits of that Llama."""
+        if encoder is None:
+            return super().from_pretrained(path, *args, **kwargs)
+        # `transformers` replaces buffers that no checkpoint holds by uninitialised memory: keep the encoder's own.
+        own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+        loaded = super().from_pretrained(path, *args, encoder=encoder, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        stored = model.encoder.state_dict()
+        for name, buffer in model.encoder.named_buffers():
+            if name not in stored:
+                buffer.copy_(own[name])
+        return loaded
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mode: str | None = None,
+        plan: Tensor | None = None,
+        prompt_plan: str | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> FreeTransformerOutput:
+        """
+        Args:
+            input_ids: (B, T) tokens.
+            attention_mask: (B, T), 0 on padding, left or right.
+            position_ids: (B, T); positions that start again at 0 mark the documents of a packed row.
+            labels: (B, T), shifted inside, -100 ignored.
+            mode: `"training"`, the plan is drawn from the encoder's posterior, or `"inference"`, the plan is drawn
+                from the uniform prior and the encoder does not run. Default: training where labels are given and no
+                plan is. It does not follow `self.training`: an evaluation needs the posterior too.
+            plan: (P, H) or (B, P, H) bits, the plan to use. It must cover the tokens, unless `prompt_plan` is given.
+            prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks are drawn from in inference mode.
+            num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
+        """
+        mode = self._checked_mode(mode, plan, labels, prompt_plan)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        half = self.first_half(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        plan_logits = None
+        if mode == "training":
+            plan_logits = self.encode(half)
+            plan = self.plan_mapper(plan_logits)
+        else:
+            plan = self._complete_plan(plan, half, input_ids, prompt_plan)
+        logits = self.second_half(half, plan, plan_logits, logits_to_keep)
+
+        output = FreeTransformerOutput(
+            logits=logits, past_key_values=past_key_values, plan=plan, plan_logits=plan_logits
+        )
+        if half.layout is not None:
+            output.plan_mask = half.layout.plan_mask
+        if labels is not None:
+            config = self.config
+            losses = objective(
+                *(logits, labels, plan_logits, output.plan_mask, config.free_bits, config.kl_weight),
+                num_tokens=num_items_in_batch,
+            )
+            output.loss, output.reconstruction, output.kl = losses.loss, losses.reconstruction, losses.kl
+        return output
+
+    def first_half(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FirstHalf:
+        """Layers 0 to K-1: what the encoder reads, the same under every plan. Arguments as in `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        columns = past + hidden_states.shape[1]
+        token_mask = None
+        if attention_mask is not None and not attention_mask.all():
+            token_mask = attention_mask.bool()
+        packed = position_ids is not None and past_key_values is None and is_packed(position_ids, token_mask)
+        if position_ids is None:
+            position_ids = _positions(token_mask, past, hidden_states)
+        position_ids = position_ids.expand(len(hidden_states), -1)
+
+        layout, span = None, self.config.plan_span
+        if past == 0:
+            layout = plan_layout(span, position_ids, token_mask, packed)
+            token_plan = layout.token_plan
+        else:
+            token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
+        documents = layout.token_document if layout is not None else None
+        arguments = {
+            "attention_mask": create_causal_mask(
+                self.config,
+                hidden_states,
+                token_mask,
+                past_key_values,
+                position_ids=None,  # documents are told apart here, padding or not
+                and_mask_function=None if documents is None else _same_document(documents),
+            ),
+            "position_ids": position_ids,
+            "position_embeddings": self.model.rotary_emb(hidden_states, position_ids),
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        for layer in self.model.layers[: self.config.plan_layer]:
+            hidden_states = layer(hidden_states, **arguments)
+        plans = num_plans(span, columns) if layout is None else layout.num_plans
+        return FirstHalf(hidden_states, layout, token_plan, plans, arguments)
+
+    def encode(self, half: FirstHalf) -> Tensor:
+        """The posterior's logits, (B, P, H), from the output of the first half."""
+        assert half.layout is not None, "the encoder reads whole texts, not the continuation of a cache"
+        wanted = inspect.signature(self.encoder.forward).parameters
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+        arguments: dict[str, Any] = {}
+        if anything or "mask" in wanted:
+            arguments["mask"] = half.layout.mask
+        if anything or "layout" in wanted:
+            arguments["layout"] = half.layout
+        logits = self.encoder(half.hidden_states, **arguments)
+        expected = (*half.layout.plan_mask.shape, self.config.latent_dim)
+        if logits.shape != expected:
+            raise ValueError(f"the encoder returned logits of shape {tuple(logits.shape)}, (B, P, H) is {expected}")
+        return logits
+
+    def second_half(
+        self, half: FirstHalf, plan: Tensor, plan_logits: Tensor | None = None, logits_to_keep: int | Tensor = 0
+    ) -> Tensor:
+        """
+        Layers K to L-1, norm and head, under a plan.
+
+        Args:
+            plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
+
+        Returns:
+            logits, (B, T, V).
+        """
+        if plan_logits is None:  # bits first: a step of generation looks up its own token's plan only
+            index = half.token_plan[..., None].expand(-1, -1, plan.shape[-1])
+            plan_states = self.plan_table(plan.gather(1, index))
+        else:
+            assert half.layout is not None
+            plan_states = half.layout.gather(self.plan_table(plan, plan_logits))
+        hidden_states = half.hidden_states
+        plan_states = plan_states.to(hidden_states.dtype)
+        for index in range(self.config.plan_layer, self.config.num_hidden_layers):
+            injected = {"plan_states": plan_states} if index in self.config.injection_layers else {}
+            hidden_states = self.model.layers[index](hidden_states, **injected, **half.layer_arguments)
+        return self.lm_head(slice_logits_to_keep(self.model.norm(hidden_states), logits_to_keep))
+
+    @torch.no_grad()
+    def infer_plan(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the likeliest plan."""
+        return self.encode(self.first_half(input_ids, attention_mask, position_ids))
+
+    def sample_plan(self, batch_size: int, num_plans: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Plans from the uniform prior, (B, P, H) bool."""
+        return self.plan_mapper(self._prior_logits(batch_size, num_plans), generator=generator)
+
+    def _prior_logits(self, batch_size: int, num_plans: int) -> Tensor:
+        return torch.zeros(batch_size, num_plans, self.config.latent_dim, device=self.device)
+
+    def _complete_plan(
+        self, plan: Tensor | None, half: FirstHalf, input_ids: Tensor | None, prompt_plan: str | None
+    ) -> Tensor:
+        """The caller's plans, and drawn ones for the tokens that they do not cover: (B, P, H) bool."""
+        batch = len(half.hidden_states)
+        given = torch.empty(batch, 0, self.config.latent_dim, dtype=torch.bool, device=half.hidden_states.device)
+        if plan is not None:
+            given = as_plan(plan, batch, self.config.latent_dim).to(half.hidden_states.device)
+            if prompt_plan is None and given.shape[1] != half.num_plans:
+                raise ValueError(
+                    f"plan of shape {tuple(given.shape)} for texts of {half.num_plans} plans each "
+                    f"(plan_span={self.config.plan_span!r}): ({half.num_plans}, {self.config.latent_dim}) is needed"
+                )
+        missing = half.num_plans - given.shape[1]
+        if missing <= 0:
+            return given
+        logits = self._prior_logits(batch, missing)
+        if prompt_plan == "posterior" and half.layout is not None:
+            written = half.layout.plan_mask[:, -missing:]
+            if input_ids is not None:  # a prompt of nothing but begin-of-text has no text to read a plan from
+                written = written & (input_ids != _first_of(self.config.bos_token_id)).any(1, keepdim=True)
+            logits = torch.where(written[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
+        return torch.cat([given, self.plan_mapper(logits)], dim=1)
+
+    def _checked_mode(
+        self, mode: str | None, plan: Tensor | None, labels: Tensor | None, prompt_plan: str | None
+    ) -> str:
+        if mode is None:
+            mode = "training" if labels is not None and plan is None else "inference"
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: one of {MODES}")
+        if mode == "training" and plan is not None:
+            raise ValueError("mode='training' draws the plan from the posterior: give a plan in mode='inference'")
+        if prompt_plan is not None and prompt_plan not in PROMPT_PLANS:
+            raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
+        return mode
+
+
+def build_baseline(config: FreeTransformerConfig) -> LlamaForCausalLM:
+    """The Llama of the same configuration, started in the same way: the model to compare with."""
+    model = LlamaForCausalLM(config.to_llama())
+    model.apply(lambda module: init_module(module, model.config))
+    return model
+
+
+def _positions(token_mask: Tensor | None, past: int, hidden_states: Tensor) -> Tensor:
+    if token_mask is None:
+        return (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past)[None]
+    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def _same_document(documents: Tensor) -> Any:
+    def mask(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return documents[row, query] == documents[row, key]
+
+    return mask
+
+
+def _first_of(token_id: int | list[int] | None) -> int:
+    if isinstance(token_id, list):
+        return token_id[0]
+    return -1 if token_id is None else token_id
