@@ -73,7 +73,9 @@ class PlanGenerationMixin(GenerationMixin):
         settings = kwargs.get("generation_config") or self.generation_config
         beams = kwargs.get("num_beams", getattr(settings, "num_beams", 1)) or 1
         if beams > 1:
-            raise ValueError(f"num_beams={beams}: beams reorder the cache but not the plans; use num_beams=1 or sampling")
+            raise ValueError(
+                f"num_beams={beams}: beams reorder the cache but not the plans; use num_beams=1 or sampling"
+            )
         if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
             raise ValueError("assisted decoding crops the cache but not the plans: generate without an assistant")
 

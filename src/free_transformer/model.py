@@ -59,7 +59,32 @@ class FirstHalf:
     layer_arguments: dict[str, Any]
 
 
-class FreeTransformer(PreTrainedModel, PlanGenerationMixin):
+class _OwnStart:
+    """Starts weights by `init_module`, in every part that `transformers` takes for a model of its own."""
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As custom code, modules without parameters of their own (attention, MLP) would be passed over.
+        super()._initialize_weights(module, is_custom_code=False)  # type: ignore[misc]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]  # norms and rotary buffers
+        init_module(module, self.config)  # type: ignore[attr-defined]
+
+
+class Decoder(_OwnStart, LlamaModel):
+    """The embedding, the layers and the norm of a Llama, some of its layers ready to receive a plan."""
+
+    config_class = FreeTransformerConfig
+
+    def __init__(self, config: FreeTransformerConfig):
+        super().__init__(config)
+        for layer in config.injection_layers or []:
+            self.layers[layer] = InjectedDecoderLayer(config, layer)
+        for module in self.modules():  # `LlamaModel` has started its weights in its own way
+            module._is_hf_initialized = False
+
+
+class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     """
     Args:
         config: see `FreeTransformerConfig`.
@@ -83,9 +108,7 @@ class FreeTransformer(PreTrainedModel, PlanGenerationMixin):
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
         super().__init__(config)
-        self.model = LlamaModel(config)
-        for layer in config.injection_layers:
-            self.model.layers[layer] = InjectedDecoderLayer(config, layer)
+        self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.plan_mapper = BinaryMapper()
         self.plan_table = PlanTable(
@@ -96,13 +119,9 @@ class FreeTransformer(PreTrainedModel, PlanGenerationMixin):
         config.encoder_class = None if encoder is None else type(encoder).__qualname__
         if encoder is not None:
             for module in encoder.modules():  # its start is its own
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.encoder = PlanEncoder(config) if encoder is None else encoder
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # norms and rotary buffers
-        init_module(module, self.config)
 
     @classmethod
     def from_pretrained(
@@ -261,9 +280,9 @@ class FreeTransformer(PreTrainedModel, PlanGenerationMixin):
             plan_states = half.layout.gather(self.plan_table(plan, plan_logits))
         hidden_states = half.hidden_states
         plan_states = plan_states.to(hidden_states.dtype)
-        for index in range(self.config.plan_layer, self.config.num_hidden_layers):
-            injected = {"plan_states": plan_states} if index in self.config.injection_layers else {}
-            hidden_states = self.model.layers[index](hidden_states, **injected, **half.layer_arguments)
+        for layer in self.model.layers[self.config.plan_layer :]:
+            injected = {"plan_states": plan_states} if isinstance(layer, InjectedDecoderLayer) else {}
+            hidden_states = layer(hidden_states, **injected, **half.layer_arguments)
         return self.lm_head(slice_logits_to_keep(self.model.norm(hidden_states), logits_to_keep))
 
     @torch.no_grad()

@@ -136,13 +136,13 @@ class _StraightThrough(torch.autograd.Function):
     """The identity on the plan's vectors, whose backward also gives `plan_logits` its gradient."""
 
     @staticmethod
-    def forward(ctx, states, plan_logits, weight, plan, codes, table):  # noqa: ANN001, ANN205
+    def forward(ctx, states, plan_logits, weight, plan, codes, table):
         ctx.save_for_backward(plan_logits, weight, plan, codes)
         ctx.table = table
         return states.view_as(states)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         plan_logits, weight, plan, codes = ctx.saved_tensors
         table: PlanTable = ctx.table
         if table.gradient == "exact":

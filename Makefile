@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv, once. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PACKAGE := pyproject.toml constraints.txt
+
+.PHONY: help demo test quality format train-free train-baseline clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_voices/report.html
+	$(BIN)/python examples/three_voices/demo.py
+
+test: $(VENV)/.dev ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+quality: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-free: $(VENV)/.train ## train a Free Transformer on the letters task
+	$(BIN)/python examples/train_free.py --config configs/free_transformer.yaml
+
+train-baseline: $(VENV)/.train ## train its baseline
+	$(BIN)/python examples/train_baseline.py --config configs/baseline.yaml
+
+clean: ## remove the set-up and all runs
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Only changes to the package's metadata ask for another installation: the install is editable.
+$(VENV)/.train $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
+	$(PIP) -e '.[$*]'
+	@touch $@

@@ -1,0 +1,18 @@
+"""Train a Free Transformer from a YAML file, in Python: what `free-transformer train` does."""
+
+import argparse
+
+from free_transformer.training import load_settings, train
+
+
+def main(default_config: str = "configs/free_transformer.yaml") -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=default_config)
+    parser.add_argument("overrides", nargs="*", help="changes, as in training.max_steps=100")
+    options = parser.parse_args()
+    run = train(load_settings(options.config, options.overrides))
+    print(f"model: {run.model_folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m free_transformer`, the same as `free-transformer`."""
+
+from free_transformer.cli import main
+
+main()

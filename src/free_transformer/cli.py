@@ -1,0 +1,317 @@
+"""The command line: thin, so that whatever it does can be done from Python too."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from free_transformer.training.settings import SettingsError, describe_settings, load_settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Train, judge honestly and steer Transformers that draw a plan before they write. "
+    "Every command takes --debug, which shows the traceback of an error.",
+)
+console = Console()
+
+RunArgument = Annotated[Path, typer.Argument(help="folder that train has written", metavar="RUN")]
+DataOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--data", help="held-out text instead of the run's own; may be given again"),
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="plans drawn for each text in the likelihood bound")]
+MethodOption = Annotated[str, typer.Option(help="importance (a bound), or exact (one plan of up to 10 bits a text)")]
+RowsOption = Annotated[int, typer.Option(min=1, help="rows at the most, drawn at random")]
+BatchOption = Annotated[int, typer.Option(min=1, help="rows at a time")]
+SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text")]
+
+
+@app.command(epilog="Settings, as section.name=value:\n\n" + describe_settings())
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings", metavar="CONFIG")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="changes, as in training.learning_rate=3e-4", metavar="[SECTION.NAME=VALUE]..."),
+    ] = None,
+) -> None:
+    """Train a Free Transformer (model.kind=free) or its baseline, or go on with a run that was stopped."""
+    from free_transformer.training import train as train_run
+
+    run = train_run(load_settings(config, overrides))
+    _write_report(run.path)
+    console.print(f"report: {run.report_file}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: DataOption = None,
+    num_samples: SamplesOption = 16,
+    method: MethodOption = "importance",
+    max_rows: RowsOption = 1000,
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure the likelihood of held-out text honestly, and whether the plan is used; writes metrics.json."""
+    from free_transformer.evaluation import usage_warning
+    from free_transformer.evaluation.report import likelihood_table, usage_table
+
+    likelihood, bytes_per_token = _evaluate(run, data, num_samples, method, max_rows, batch_size, seed)
+    header, rows = likelihood_table(likelihood, bytes_per_token)
+    shown = [0, 1, 2, 4]  # what each number is stands in the report; a terminal is narrow
+    _print_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    _print_table(*usage_table(likelihood))
+    warning = usage_warning(likelihood)
+    if warning:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+    values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
+    _write_json(run / "metrics.json", {**values, "bytes_per_token": bytes_per_token, "warning": warning})
+    console.print(f"{likelihood.documents} texts, {likelihood.tokens} tokens; written to {run / 'metrics.json'}")
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    baseline_run: Annotated[Path, typer.Argument(help="run of the baseline", metavar="BASELINE_RUN")],
+    data: DataOption = None,
+    num_samples: SamplesOption = 16,
+    method: MethodOption = "importance",
+    max_rows: RowsOption = 1000,
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+) -> None:
+    """Compare a run with its baseline by what may be compared; writes comparison.json into RUN."""
+    from free_transformer.evaluation import compare as compare_likelihoods
+    from free_transformer.training import Run
+
+    data = data or Run(run).settings.data.validation  # both runs on the same text
+    free, bytes_per_token = _evaluate(run, data, num_samples, method, max_rows, batch_size, seed)
+    baseline, _ = _evaluate(baseline_run, data, num_samples, method, max_rows, batch_size, seed)
+    if free.elbo is None or baseline.elbo is not None:
+        raise SettingsError("compare takes a run of kind free, then one of kind baseline")
+    result = compare_likelihoods(free, baseline)
+    rows = [
+        ["nll, baseline", f"{result.baseline_nll:.4f}", f"{result.baseline_nll / bytes_per_token:.4f}"],
+        ["nll, free", f"{result.nll:.4f}", f"{result.nll / bytes_per_token:.4f}"],
+        [
+            "difference",
+            f"{result.difference:+.4f} ± {result.standard_error:.4f}",
+            f"{result.difference / bytes_per_token:+.4f} ± {result.standard_error / bytes_per_token:.4f}",
+        ],
+        [
+            "difference of the elbo",
+            f"{result.elbo_difference:+.4f}",
+            f"{result.elbo_difference / bytes_per_token:+.4f}",
+        ],
+    ]
+    _print_table(["", "nats per token", "nats per byte"], rows)
+    _write_json(run / "comparison.json", {**asdict(result), "bytes_per_token": bytes_per_token})
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="text to go on from; none writes from nothing")] = "",
+    plan: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="bits of the plan, bit 0 first, as in 01101001; several plans one after the other"),
+    ] = None,
+    plan_from: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="text file whose plan to write under"),
+    ] = None,
+    prompt_plan: Annotated[
+        str, typer.Option(help="plan of the prompt: posterior (read by the encoder) or prior")
+    ] = "posterior",
+    num_samples: Annotated[int, typer.Option(min=1, help="texts to write")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of a text in tokens")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="draw among so many tokens; 0 for all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw among the likeliest tokens of this mass")] = 1.0,
+    stream: Annotated[bool, typer.Option(help="show the text while it is written (one sample)")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Write text: under plans drawn at random, under given bits, or under the plan of an example."""
+    import torch
+    from transformers import TextStreamer
+
+    from free_transformer.plan_text import format_plan, parse_plan, plan_of_text
+
+    model, tokenizer = _load(run)
+    bits: Any = getattr(model.config, "latent_dim", None)
+    if plan is not None and plan_from is not None:
+        raise SettingsError("give --plan or --plan-from, not both")
+    if bits is None and (plan is not None or plan_from is not None):
+        raise SettingsError(f"{run}: a baseline has no plan")
+    if stream and num_samples > 1:
+        raise SettingsError("--stream shows one text: use --num-samples 1")
+    arguments: dict[str, Any] = {}
+    if plan is not None:
+        arguments["plan"] = parse_plan(plan, bits)
+    if plan_from is not None:
+        arguments["plan"] = plan_of_text(model, tokenizer, _read_text(plan_from))
+    torch.manual_seed(seed)
+    tokens = _prompt_tokens(tokenizer, prompt).expand(num_samples, -1)
+    plans = None
+    if bits is not None:  # drawn before, so that each text can be shown with its plan
+        with torch.no_grad():
+            plans = model(tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan).plan
+        arguments.update(plan=plans, prompt_plan=prompt_plan)
+    if temperature > 0:
+        arguments.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    if stream:
+        arguments["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
+    output = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=max_new_tokens,
+        **arguments,
+    )
+    if stream:
+        return
+    for index, text in enumerate(tokenizer.batch_decode(output, skip_special_tokens=True)):
+        title = f"sample {index + 1}" if plans is None else f"sample {index + 1}, plan {format_plan(plans[index])}"
+        console.rule(title, align="left")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html: settings, curves, and what evaluate has measured."""
+    _write_report(run)
+    console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tokenizer(
+    arguments: Annotated[
+        list[str], typer.Argument(help="text to train on, then the folder to write", metavar="FILES... OUT")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="tokens, at least 259")] = 4096,
+    column: Annotated[str, typer.Option(help="column of the text in .jsonl, .parquet and data sets")] = "text",
+) -> None:
+    """Train a byte-level BPE on a corpus, for data.tokenizer."""
+    from free_transformer.data import read_documents, train_tokenizer
+    from free_transformer.files import new_folder
+
+    *files, out = arguments
+    if not files:
+        raise SettingsError("name the text to train on, then the folder to write: tokenizer FILES... OUT")
+    trained = train_tokenizer(read_documents(files, column), vocab_size)
+    if Path(out).exists():
+        raise SettingsError(f"{out}: exists already; name a new folder")
+    with new_folder(Path(out)) as folder:
+        trained.save_pretrained(folder)
+    console.print(f"{len(trained)} tokens, written to {out}; use data.tokenizer={out}", highlight=False, soft_wrap=True)
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a run, or of a folder that save_pretrained has written."""
+    from transformers import AutoModelForCausalLM
+
+    from free_transformer.data import load_tokenizer
+    from free_transformer.training import Run
+
+    if (path / "config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(path).eval(), load_tokenizer(str(path))
+    run = Run(path)
+    return run.load_model(), run.load_tokenizer()
+
+
+def _evaluate(
+    path: Path, data: list[str] | None, num_samples: int, method: str, max_rows: int, batch_size: int, seed: int
+) -> tuple[Any, float]:
+    import torch
+    from rich.progress import track
+
+    from free_transformer.data import build_rows, read_documents
+    from free_transformer.evaluation import evaluate_likelihood
+    from free_transformer.training import Run
+
+    run = Run(path)
+    model, text_tokenizer = run.load_model(), run.load_tokenizer()
+    if data:
+        rows = build_rows(read_documents(data, run.settings.data.column), text_tokenizer, run.settings.training.seq_len)
+    else:
+        rows = run.validation_rows(text_tokenizer)
+    rows = rows.sample(max_rows, seed)
+    torch.manual_seed(seed)
+    batches = track(
+        rows.in_order(batch_size),
+        description=f"evaluate {path.name}",
+        total=-(-len(rows) // batch_size),
+        console=Console(stderr=True),
+    )
+    return evaluate_likelihood(model, batches, num_samples, method), rows.bytes_per_token
+
+
+def _write_report(path: Path) -> None:
+    from free_transformer.training.report import write_run_report
+
+    write_run_report(path)
+
+
+def _prompt_tokens(text_tokenizer: Any, prompt: str) -> Any:
+    import torch
+
+    from free_transformer.data.rows import begin_token
+
+    ids = text_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return torch.tensor([[begin_token(text_tokenizer), *ids]])
+
+
+def _read_text(path: Path) -> str:
+    from free_transformer.data import read_documents
+
+    return next(iter(read_documents([path])))
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    if not rows:
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    from free_transformer.files import write_text
+
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def main() -> None:
+    """Entry point: errors are one line, a traceback only with --debug; 1 for a failed run, 2 for bad usage."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        app(arguments)
+    except KeyboardInterrupt:
+        _fail("stopped; a run goes on from its last checkpoint with the same command", 1)
+    except ValueError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except (RuntimeError, OSError) as error:
+        if debug:
+            raise
+        _fail(str(error) or type(error).__name__, 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"free-transformer: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

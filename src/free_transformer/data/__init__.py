@@ -1,0 +1,15 @@
+"""Text to documents, documents to tokens, tokens to rows that a model trains on."""
+
+from free_transformer.data.documents import read_documents
+from free_transformer.data.rows import Rows, build_rows, streamed_batches
+from free_transformer.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "Rows",
+    "build_rows",
+    "byte_tokenizer",
+    "load_tokenizer",
+    "read_documents",
+    "streamed_batches",
+    "train_tokenizer",
+]

@@ -1,0 +1,270 @@
+"""
+How likely a model finds held-out text, in numbers that may be compared.
+
+The cross-entropy under the posterior's plan (`reconstruction`) is no language-model loss: the encoder has read the
+answer. `elbo` and `nll` are upper bounds of the true negative log-likelihood; only they stand beside a baseline's.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from free_transformer.evaluation.usage import PlanUsage, plan_usage
+from free_transformer.layout import is_packed, plan_layout
+from free_transformer.losses import IGNORED, kl_bits
+from free_transformer.model import FirstHalf, FreeTransformer
+from free_transformer.plan import codes_to_bits
+
+MAX_ENUMERATED_BITS = 10
+METHODS = ("importance", "exact")
+
+
+@dataclass
+class Likelihood:
+    """
+    Nats per predicted token, but for `kl` (bits per plan) and `kl_per_token` (bits). None where a baseline has none.
+
+    Attributes:
+        reconstruction: cross-entropy with plans from the posterior; never to be compared with a baseline.
+        elbo: reconstruction + KL, an upper bound of the NLL.
+        nll: the importance-weighted bound with `num_samples` plans, or the exact value (`method`).
+        prior: cross-entropy with one plan drawn from the prior, what one generation sees.
+        gap: prior - reconstruction; without a gap the plan is not used.
+        standard_errors: of each of these, documents being the units.
+        per_document: nats of each document by the same names, and its `tokens`.
+    """
+
+    nll: float
+    tokens: int
+    documents: int
+    method: str
+    num_samples: int
+    reconstruction: float | None = None
+    kl: float | None = None
+    kl_per_token: float | None = None
+    elbo: float | None = None
+    prior: float | None = None
+    gap: float | None = None
+    usage: PlanUsage | None = None
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    per_document: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+
+@torch.no_grad()
+def evaluate_likelihood(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    num_samples: int = 16,
+    method: str = "importance",
+) -> Likelihood:
+    """
+    Args:
+        model: a `FreeTransformer`, or any causal language model of `transformers`: then only `nll` is there.
+        batches: dicts with `input_ids`, and optionally `attention_mask`, `position_ids` (packed rows) and `labels`.
+        num_samples: plans drawn from the posterior for each document.
+        method: `"importance"`, `-log mean_k p(x|z_k) p(z_k) / q(z_k|x)` (IWAE: its expectation falls as k grows and
+            never passes the ELBO), or `"exact"`, the sum over all plans, where a document has one plan of at most
+            10 bits.
+
+    Raises:
+        ValueError: for an unknown method, a document with too many plans for the exact one, or nothing to predict.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: one of {METHODS}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: at least 1")
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [_evaluate_batch(model, batch, num_samples, method) for batch in batches]
+    finally:
+        model.train(was_training)
+    if not parts or sum(float(sums["tokens"].sum()) for sums, _ in parts) == 0:
+        raise ValueError("there is nothing to predict in these batches")
+    sums = {name: torch.cat([part[name] for part, _ in parts]).cpu().double().numpy() for name in parts[0][0]}
+    kept = sums["tokens"] > 0
+    sums = {name: values[kept] for name, values in sums.items()}
+    logits = [each for _, each in parts if each is not None]
+    plan_logits = torch.cat(logits).cpu() if logits else None
+    return _summary(sums, plan_logits, model.config, method, num_samples)
+
+
+def _summary(
+    sums: dict[str, np.ndarray], plan_logits: Tensor | None, config: Any, method: str, num_samples: int
+) -> Likelihood:
+    """From nats of each document to means per token."""
+    tokens = sums["tokens"]
+    result = Likelihood(
+        nll=float(sums["nll"].sum() / tokens.sum()),
+        tokens=int(tokens.sum()),
+        documents=len(tokens),
+        method="exact" if plan_logits is None else method,
+        num_samples=num_samples,
+        per_document=sums,
+    )
+    result.standard_errors["nll"] = ratio_standard_error(sums["nll"], tokens)
+    if plan_logits is None:
+        return result
+    sums["gap"] = sums["prior"] - sums["reconstruction"]
+    for name in ("reconstruction", "elbo", "prior", "gap"):
+        setattr(result, name, float(sums[name].sum() / tokens.sum()))
+        result.standard_errors[name] = ratio_standard_error(sums[name], tokens)
+    for name, units in (("kl", sums["plans"]), ("kl_per_token", tokens)):
+        setattr(result, name, float(sums["kl_bits"].sum() / units.sum()))
+        result.standard_errors[name] = ratio_standard_error(sums["kl_bits"], units)
+    result.usage = plan_usage(plan_logits, config.free_bits)
+    return result
+
+
+def ratio_standard_error(totals: np.ndarray, sizes: np.ndarray) -> float:
+    """Standard error of `totals.sum() / sizes.sum()` over independent documents (linearised ratio estimator)."""
+    count = len(totals)
+    if count < 2:
+        return math.nan
+    residuals = totals - sizes * (totals.sum() / sizes.sum())
+    return float(np.sqrt((residuals**2).sum() * count / (count - 1)) / sizes.sum())
+
+
+@dataclass
+class _Units:
+    """The documents of a batch, numbered through: what each token and each plan belongs to."""
+
+    of_token: Tensor  # (B, T - 1), of the predicted tokens
+    of_plan: Tensor  # (B, P)
+    count: int
+
+    def sum_tokens(self, values: Tensor) -> Tensor:
+        return self._sum(values, self.of_token)
+
+    def sum_plans(self, values: Tensor) -> Tensor:
+        return self._sum(values, self.of_plan)
+
+    def _sum(self, values: Tensor, unit: Tensor) -> Tensor:
+        total = torch.zeros(self.count, dtype=torch.float64, device=values.device)
+        return total.index_add_(0, unit.flatten(), values.double().flatten())
+
+
+def _units(token_document: Tensor | None, plan_document: Tensor | None, tokens: Tensor, plans: int) -> _Units:
+    batch = len(tokens)
+    if token_document is None or plan_document is None:
+        token_document = torch.zeros_like(tokens)
+        plan_document = tokens.new_zeros(batch, plans)
+    width = int(token_document.max()) + 1
+    first = width * torch.arange(batch, device=tokens.device)[:, None]
+    return _Units((token_document + first)[:, 1:], plan_document + first, batch * width)
+
+
+def _evaluate_batch(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], num_samples: int, method: str
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Sums over each document of the batch, in nats, and the logits of its plans."""
+    batch = {name: values.to(model.device) for name, values in batch.items()}
+    labels = _labels(batch)
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    target = labels[:, 1:]
+
+    def nats(logits: Tensor) -> Tensor:  # (B, T - 1), 0 where nothing is predicted
+        by_class = logits[:, :-1].float().transpose(1, 2)
+        return F.cross_entropy(by_class, target, ignore_index=IGNORED, reduction="none")
+
+    if not isinstance(model, FreeTransformer):
+        return _evaluate_baseline(model, inputs, target, nats), None
+
+    half = model.first_half(**inputs)
+    layout = half.layout
+    assert layout is not None
+    units = _units(layout.token_document, layout.plan_document, inputs["input_ids"], layout.num_plans)
+    plan_logits = model.encode(half).float()
+    mask = layout.plan_mask
+
+    def log_probability(plan: Tensor) -> Tensor:  # log q(z|x) of each plan, (B, P)
+        return F.logsigmoid(torch.where(plan, plan_logits, -plan_logits)).sum(-1) * mask
+
+    log_prior = -math.log(2) * model.config.latent_dim * mask.double()
+    reconstructions, log_weights = [], []
+    for _ in range(num_samples):
+        plan = model.plan_mapper(plan_logits)
+        reconstructions.append(units.sum_tokens(nats(model.second_half(half, plan))))
+        log_weights.append(units.sum_plans(log_prior - log_probability(plan)) - reconstructions[-1])
+    reconstruction = torch.stack(reconstructions).mean(0)
+    kl = units.sum_plans(kl_bits(plan_logits) * mask)
+    if method == "exact":
+        nll = -_log_likelihood_exact(model, half, units, nats)
+    else:
+        nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
+    prior_plan = model.sample_plan(len(labels), layout.num_plans)
+    sums = {
+        "tokens": units.sum_tokens(target != IGNORED),
+        "plans": units.sum_plans(mask),
+        "reconstruction": reconstruction,
+        "kl_bits": kl,
+        "elbo": reconstruction + math.log(2) * kl,
+        "nll": nll,
+        "prior": units.sum_tokens(nats(model.second_half(half, prior_plan))),
+    }
+    return sums, plan_logits[mask]
+
+
+def _log_likelihood_exact(model: FreeTransformer, half: FirstHalf, units: _Units, nats: Any) -> Tensor:
+    """log p(x) of each document, summed over all plans."""
+    bits = model.config.latent_dim
+    layout = half.layout
+    assert layout is not None
+    most = int(units.sum_plans(layout.plan_mask).max())
+    if most > 1 or bits > MAX_ENUMERATED_BITS:
+        raise ValueError(
+            f"method='exact' enumerates one plan of at most {MAX_ENUMERATED_BITS} bits a document; these have {most} "
+            f"of {bits} bits: use method='importance'"
+        )
+    total = None
+    for code in range(2**bits):
+        plan = codes_to_bits(torch.tensor(code, device=model.device), bits).expand(*layout.plan_mask.shape, -1)
+        log_joint = -units.sum_tokens(nats(model.second_half(half, plan))) - bits * math.log(2)
+        total = log_joint if total is None else torch.logaddexp(total, log_joint)
+    assert total is not None
+    return total
+
+
+def _evaluate_baseline(
+    model: PreTrainedModel, inputs: dict[str, Tensor], target: Tensor, nats: Any
+) -> dict[str, Tensor]:
+    input_ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
+    document = None
+    if position_ids is not None:
+        mask = inputs.get("attention_mask")
+        token_mask = None if mask is None else mask.bool()
+        if is_packed(position_ids, token_mask):
+            document = plan_layout("sequence", position_ids, token_mask, packed=True).token_document
+    units = _units(document, document, input_ids, 1)
+    logits = model(**baseline_inputs(inputs)).logits
+    return {"tokens": units.sum_tokens(target != IGNORED), "nll": units.sum_tokens(nats(logits))}
+
+
+def baseline_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    A batch as a plain Llama takes it.
+
+    `transformers` tells packed documents apart by their positions only where there is no `attention_mask`; padding
+    on the right needs none, and comes out as documents of one token.
+    """
+    return {name: value for name, value in batch.items() if name != "attention_mask" or "position_ids" not in batch}
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    if "labels" in batch:
+        return batch["labels"]
+    mask = batch.get("attention_mask")
+    labels = batch["input_ids"]
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+        # with padding on the left, the first real token has no past to be predicted from
+        first = (mask.cumsum(1) == 1) & (mask == 1)
+        labels = labels.masked_fill(first, IGNORED)
+    return labels

@@ -1,0 +1,112 @@
+"""A report that opens without a server: tables, texts and plots in one HTML file."""
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from free_transformer.evaluation.likelihood import Likelihood
+from free_transformer.files import write_text
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d8dee6; padding-bottom: .3rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th { text-align: left; background: #eef2f6; }
+td, th { padding: .3rem .8rem; border: 1px solid #d8dee6; vertical-align: top; } td.number { text-align: right; }
+pre { background: #f6f8fa; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+.warning { background: #fff3d6; border-left: 4px solid #e0a100; padding: .6rem 1rem; }
+figure { margin: 1rem 0; } figcaption { color: #5a6b7d; font-size: 14px; } svg { max-width: 100%; height: auto; }
+"""
+
+COMPARABLE = {
+    "reconstruction": ("plans from the posterior, which has read the text", "never compare"),
+    "elbo": ("reconstruction + KL, an upper bound of the NLL", "a fair, pessimistic bound"),
+    "nll": ("negative log-likelihood", "the number to compare"),
+    "prior": ("one plan from the prior, what one generation sees", "not a bound to compare"),
+    "gap": ("prior - reconstruction: no gap, no use of the plan", "-"),
+}
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
+    """Header and rows of the likelihood table, each value with its standard error, per token and per byte."""
+    rows = []
+    for name, (meaning, comparison) in COMPARABLE.items():
+        value = getattr(likelihood, name)
+        if value is None:
+            continue
+        error = likelihood.standard_errors[name]
+        if name == "nll":
+            meaning += f" ({nll_method(likelihood)})"
+        per_byte = f"{value / bytes_per_token:.4f} ± {error / bytes_per_token:.4f}"
+        rows.append([name, f"{value:.4f} ± {error:.4f}", per_byte, meaning, comparison])
+    return ["", "nats per token", "nats per byte", "what it is", "against a baseline"], rows
+
+
+def nll_method(likelihood: Likelihood) -> str:
+    if likelihood.method == "exact":
+        return "exact"
+    return f"importance-weighted bound, {likelihood.num_samples} plans"
+
+
+def usage_table(likelihood: Likelihood) -> Table:
+    """Header and rows of the plan's usage; none for a baseline."""
+    usage = likelihood.usage
+    if usage is None or likelihood.kl_per_token is None:
+        return ["", ""], []
+    errors = likelihood.standard_errors
+    bits = " ".join(f"{each:.2f}" for each in usage.bits_per_position)
+    return ["the plan", ""], [
+        ["KL, bits per plan", f"{likelihood.kl:.3f} ± {errors['kl']:.3f}"],
+        ["KL, bits per token", f"{likelihood.kl_per_token:.4f} ± {errors['kl_per_token']:.4f}"],
+        ["bits of each position", bits],
+        ["live bits (over 0.05)", f"{usage.live_bits} of {len(usage.bits_per_position)}"],
+        ["plans at the free-bits floor", f"{usage.share_at_floor:.0%}"],
+        ["gap prior - reconstruction, nats per token", f"{likelihood.gap:.4f} ± {errors['gap']:.4f}"],
+    ]
+
+
+class Report:
+    """Collects the parts of a page in the order in which they are added."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+
+    def heading(self, text: str) -> None:
+        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def paragraph(self, text: str, warning: bool = False) -> None:
+        self.parts.append(f"<p{' class=warning' if warning else ''}>{html.escape(text)}</p>")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        self.parts.append(f"<table><tr>{head}</tr>{body}</table>")
+
+    def samples(self, titled: Sequence[tuple[str, str]]) -> None:
+        """Texts side by side, each under its title."""
+        cells = "".join(
+            f"<div><strong>{html.escape(title)}</strong><pre>{html.escape(text)}</pre></div>" for title, text in titled
+        )
+        self.parts.append(f"<div class=samples>{cells}</div>")
+
+    def figure(self, figure: Any, caption: str) -> None:
+        """A matplotlib figure, drawn into the page as SVG."""
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        svg = buffer.getvalue()
+        svg = svg[svg.index("<svg") :]
+        self.parts.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
+
+    def write(self, path: Path) -> None:
+        body = "\n".join(self.parts)
+        title = html.escape(self.title)
+        write_text(
+            path,
+            f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title>"
+            f"<style>{STYLE}</style></head><body>{body}</body></html>\n",
+        )

@@ -1,0 +1,94 @@
+"""What a person sees of a run while it trains, and what is written down: bar, lines, TensorBoard, metrics.jsonl."""
+
+import contextlib
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from free_transformer.data import Rows
+from free_transformer.training.run import Run
+from free_transformer.training.settings import Settings
+
+LINES_WITHOUT_A_TERMINAL = 10
+
+
+class Display:
+    """One place for every number of a run. `with Display(...) as display:`"""
+
+    def __init__(self, run: Run, settings: Settings, quiet: bool = False):
+        self.run, self.settings, self.quiet = run, settings, quiet
+        self.console = Console(quiet=quiet, stderr=True)
+        self.writer = self._tensorboard()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(run.path.name, total=settings.training.max_steps, numbers="")
+
+    def _tensorboard(self) -> Any:
+        if not self.settings.logging.tensorboard:
+            return None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter(str(self.run.path / "tensorboard"))
+        return None
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
+        if kind is None:
+            self.console.print(f"trained: {self.run.path}", highlight=False, soft_wrap=True)
+
+    def start(self, model: Any, step: int, data: Any) -> None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        text = f"{self.run.path.name}: {parameters / 1e6:.2f} M parameters"
+        if isinstance(data, Rows):
+            text += f", {len(data)} rows of {data.tokens.shape[1]} tokens"
+        if step >= self.settings.training.max_steps:
+            text += f"; trained to step {step} already (raise training.max_steps to go on)"
+        elif step:
+            text += f", resumed at step {step}"
+        self.console.print(text, highlight=False)
+        self.progress.update(self.task, completed=step)
+
+    def log(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, the same numbers to TensorBoard, and the bar."""
+        values = {name: value for name, value in values.items() if value is not None}
+        self.run.append_metrics(step=step, split=split, **values)
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+        numbers = _numbers(values)
+        if split == "train":
+            self.progress.update(self.task, completed=step, numbers=numbers)
+        if split == "validation" or (self.progress.disable and self._milestone(step)):
+            self.console.print(f"step {step} {split}: {numbers}", highlight=False)
+
+    def sample(self, step: int, text: str) -> None:
+        self.console.print(f"[dim]step {step} writes:[/] {escape(text)!r}", highlight=False)
+
+    def _milestone(self, step: int) -> bool:
+        every = max(1, self.settings.training.max_steps // LINES_WITHOUT_A_TERMINAL)
+        return step // every != (step - self.settings.training.log_every) // every
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    parts = [f"reconstruction {values['reconstruction']:.3f}" if "reconstruction" in values else ""]
+    parts.append(f"KL {values['kl']:.2f} bits" if "kl" in values else "")
+    parts += [f"{name} {values[name]:.3f}" for name in ("elbo", "nll", "prior") if name in values]
+    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else "")
+    return ", ".join(part for part in parts if part)

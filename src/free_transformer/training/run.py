@@ -1,0 +1,77 @@
+"""The folder of a run, and what is in it."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents
+from free_transformer.files import write_text
+from free_transformer.training.settings import Settings, SettingsError, load_settings
+
+
+class Run:
+    """
+    `config.yaml` as used, `metrics.jsonl`, `checkpoints/step-N/`, `model/`, `metrics.json`, `report.html`.
+
+    Raises:
+        SettingsError: by `settings`, `load_model` and the like, where the folder is no run or has no model yet.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.evaluation_file = self.path / "metrics.json"
+        self.report_file = self.path / "report.html"
+        self.checkpoints = self.path / "checkpoints"
+        self.model_folder = self.path / "model"
+
+    @cached_property
+    def settings(self) -> Settings:
+        if not self.config_file.is_file():
+            raise SettingsError(f"{self.path}: not a run (it has no config.yaml); a run is what train writes")
+        return load_settings(self.config_file)
+
+    def load_model(self) -> PreTrainedModel:
+        """The trained model, in eval mode."""
+        _ = self.settings
+        if not self.model_folder.is_dir():
+            raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
+        return AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self.model_folder))
+
+    def validation_rows(self, tokenizer: PreTrainedTokenizerBase) -> Rows:
+        """The held-out text in rows of the length that the run trained on."""
+        data = self.settings.data
+        if not data.validation:
+            raise SettingsError(f"{self.path}: data.validation names no text; give some with --data")
+        return build_rows(read_documents(data.validation, data.column), tokenizer, self.settings.training.seq_len)
+
+    def write_config(self, settings: Settings) -> None:
+        write_text(self.config_file, settings.to_yaml())
+
+    def append_metrics(self, **values: Any) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a last line that a crash cut short is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        metrics = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                metrics.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return metrics
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops what an interrupted run has logged beyond the checkpoint that it resumes from."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,211 @@
+"""The settings of a run: YAML, dotted overrides, and errors that a person can act on."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from free_transformer.config import FreeTransformerConfig
+
+Precision = Literal["fp32", "bf16", "auto"]
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message says which, what is allowed and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelSettings(Section):
+    """Besides these, every setting of `LlamaConfig` under its own name (rope_parameters, rms_norm_eps, ...)."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
+
+    kind: Literal["free", "baseline"] = Field("free", description="free, or baseline: the same Llama without a plan")
+    hidden_dim: int = Field(256, ge=2, description="width of the residual stream")
+    num_layers: int = Field(6, ge=1, description="decoder layers; the plan enters at half depth")
+    num_heads: int = Field(4, ge=1, description="attention heads; hidden_dim / num_heads must be even")
+    latent_dim: int = Field(16, ge=1, description="bits of one plan: 8-16 for small models, 16-32 medium, 32-64 large")
+    plan_span: int | Literal["sequence"] = Field(
+        "sequence", description="tokens that a plan covers: 1 (the paper), n, or sequence (a document or window)"
+    )
+    free_bits: float = Field(2.0, ge=0, description="KL in bits per plan that costs nothing; higher uses the plan more")
+
+    def build(self, **changes: Any) -> FreeTransformerConfig:
+        """The model's configuration. `SettingsError` for a name or value that it refuses."""
+        try:
+            return FreeTransformerConfig(**{**self.model_dump(exclude={"kind"}), **changes})
+        except StrictDataclassError as error:
+            raise SettingsError("model: " + " ".join(str(error).split())) from error
+        except ValueError as error:
+            raise SettingsError(f"model: {error}") from error
+
+
+class TrainingSettings(Section):
+    max_steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="rows of one micro-batch")
+    seq_len: int = Field(256, ge=2, description="tokens of a row, begin-of-text included")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="what the cosine ends at, as a share of the peak")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="decay of weight matrices; norms, biases and tables have none")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for the matrices inside the blocks, with AdamW for the rest"
+    )
+    muon_learning_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of an optimizer step")
+    precision: Precision = Field("fp32", description="fp32, bf16 (autocast), or auto: bf16 where the hardware has it")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    compile: bool = Field(False, description="torch.compile; on a CPU the first step then takes a minute or more")
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
+    seed: int = Field(0, description="seed of the weights, the order of the data and the plans")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    eval_every: int = Field(200, ge=0, description="steps between validations; 0 for none")
+    eval_rows: int = Field(256, ge=1, description="held-out rows of a validation")
+    save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for the last alone")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    kl_weight: float = Field(1.0, ge=0, description="weight of the KL beyond the free bits")
+    resume: str = Field("auto", description="auto (from the newest checkpoint of run_dir, if any), or never")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: Any) -> Any:
+        if value in ("fp16", "float16"):
+            raise ValueError("fp16 needs loss scaling and does nothing on a CPU: use bf16 or fp32")
+        return value
+
+    @field_validator("resume")
+    @classmethod
+    def _known_resume(cls, value: str) -> str:
+        if value not in ("auto", "never"):
+            raise ValueError(f"{value!r}: auto or never")
+        return value
+
+
+class DataSettings(Section):
+    train: list[str] = Field(
+        default_factory=list,
+        description="text files, folders, .jsonl or .parquet files, or names of data sets (name or name:config)",
+    )
+    validation: list[str] = Field(default_factory=list, description="held-out text, of the same kinds")
+    tokenizer: str = Field("bytes", description="bytes, the folder of any AutoTokenizer, or its name on the hub")
+    column: str = Field("text", description="column of the text in .jsonl, .parquet and data sets")
+    streaming: bool = Field(False, description="read while training, for text that does not fit in memory")
+    shuffle_buffer: int = Field(10_000, ge=1, description="rows that streaming shuffles among")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class LoggingSettings(Section):
+    tensorboard: bool = Field(True, description="write TensorBoard events to run_dir/tensorboard, where installed")
+    sample_every: int = Field(200, ge=0, description="steps between samples of text; 0 for none")
+    sample_tokens: int = Field(120, ge=1, description="length of a sample")
+
+
+class DistributedSettings(Section):
+    """One process; more come with a later version."""
+
+    fsdp: Literal[False] = Field(False, description="shard over processes (not in this version)")
+    data: Literal[1] = Field(1, description="data-parallel processes (not in this version)")
+    tensor: Literal[1] = Field(1, description="tensor-parallel processes (not in this version)")
+
+
+class Settings(Section):
+    run_dir: Path = Field(Path("runs/free-transformer"), description="folder of the run")
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    data: DataSettings = DataSettings()
+    logging: LoggingSettings = LoggingSettings()
+    distributed: DistributedSettings = DistributedSettings()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """
+    Args:
+        path: a YAML file.
+        overrides: `section.name=value`, the value in YAML.
+
+    Raises:
+        SettingsError: one line that names the setting, what it holds and what is allowed.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as text ({error})") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: sections of settings are needed (model, training, data, ...)")
+    for override in overrides or []:
+        _override(values, override)
+    return parse_settings(values, str(path))
+
+
+def parse_settings(values: dict[str, Any], source: str = "settings") -> Settings:
+    """`Settings` from plain values; errors as in `load_settings`."""
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(f"{source}: " + "; ".join(_explain(each) for each in error.errors())) from error
+    settings.model.build()
+    return settings
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise SettingsError(f"{override!r}: an override is section.name=value, as in training.learning_rate=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{override!r}: the value is not YAML") from error
+    *sections, last = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"{override!r}: {section!r} is a setting, not a section")
+    values[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as a person would say it."""
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal", "int", "function"))]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        section: Any = Settings
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+        known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(section.model_fields)}"
+        return f"unknown setting {name!r}: {known}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}={error['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def describe_settings() -> str:
+    """Every setting with its default and what it does, for `--help`."""
+    lines = []
+    for name, section in Settings.model_fields.items():
+        if isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel):
+            lines += [
+                f"{name}.{key} = {field.get_default(call_default_factory=True)!r}  {field.description}"
+                for key, field in section.annotation.model_fields.items()
+            ]
+        else:
+            lines.append(f"{name} = {section.default}  {section.description}")
+    return "\n\n".join(lines)
