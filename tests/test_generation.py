@@ -167,12 +167,9 @@ def test_plans_of_tokens_that_were_read_never_change(tiny_model, tokens_like, sp
         assert torch.equal(plans[-1][:, : plan.shape[1]], plan)
 
 
-def test_plans_of_tokens_that_were_read_never_change_where_the_prompt_is_read_in_chunks(tiny_model, tokens_like):
-    model = tiny_model(plan_span=1)
-    plans = spied_plans(model)
-    seeded(model, tokens_like(2, 8), prefill_chunk_size=3, **SAMPLED)
-    for plan in plans:
-        assert torch.equal(plans[-1][:, : plan.shape[1]], plan)
+def test_a_prompt_read_in_chunks_is_refused_since_the_encoder_reads_it_whole(tiny_model, tokens_like):
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        seeded(tiny_model(plan_span=1), tokens_like(2, 8), prefill_chunk_size=3, **SAMPLED)
 
 
 @pytest.mark.parametrize("prompt_plan", ["posterior", "prior"])

@@ -1,11 +1,13 @@
 """The configuration of a Free Transformer: a Llama's, plus the plan."""
 
 import difflib
+import functools
 import inspect
 import logging
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,22 @@ _ALSO_ACCEPTED = {
 }
 
 
+def _one_line_errors(config_class: Any) -> Any:
+    """Errors of type and of shape, which `strict` raises in a class of its own, as a `ValueError` of one line."""
+    construct = config_class.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+@_one_line_errors
 @strict
 class FreeTransformerConfig(LlamaConfig):
     r"""
@@ -96,6 +114,8 @@ class FreeTransformerConfig(LlamaConfig):
             self.injection_layers = [self.plan_layer]
         if self.code_bits is None:
             self.code_bits = self.latent_dim if self.latent_dim <= PAPER_CODE_BITS else 8
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_dim={self.hidden_size} is not a multiple of num_heads={self.num_attention_heads}")
         self._check_plan()
         if self.plan_gradient == "auto":
             self.plan_gradient = "exact" if max(self.group_bits) <= EXACT_GRADIENT_BITS else "sampled"
@@ -119,7 +139,7 @@ class FreeTransformerConfig(LlamaConfig):
         ours = set(FreeTransformerConfig.__annotations__) - set(LlamaConfig.__dataclass_fields__)
         kept = {name: value for name, value in self.to_dict().items() if name in LlamaConfig.__dataclass_fields__}
         assert not ours & set(kept)
-        return LlamaConfig(**{name: value for name, value in kept.items() if name != "architectures"})
+        return LlamaConfig(**{name: kept[name] for name in kept if name not in ("architectures", "model_type")})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

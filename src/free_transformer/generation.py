@@ -50,9 +50,12 @@ class PlanGenerationMixin(GenerationMixin):
         if prompt_plan not in PROMPT_PLANS:
             raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
         self._refuse_unsupported(kwargs)
-        tokens = inputs if inputs is not None else kwargs.get("input_ids")
         if plan is not None:
-            plan = as_plan(plan, 1 if tokens is None else len(tokens), self.config.latent_dim).to(self.device)
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            batch = next((len(tokens) for tokens in given if tokens is not None), 1)
+            plan = as_plan(plan, batch, self.config.latent_dim).to(self.device)
+            if self.config.plan_span == "sequence" and plan.shape[1] > 1:
+                raise ValueError(f"{plan.shape[1]} plans a text: this model takes one (plan_span='sequence')")
         elif (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
             raise ValueError("past_key_values were written under a plan: give that plan too, plan=...")
         output = super().generate(inputs, *args, plan=plan, prompt_plan=prompt_plan, **kwargs)
@@ -70,14 +73,18 @@ class PlanGenerationMixin(GenerationMixin):
         return attention_mask
 
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
-        settings = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams", getattr(settings, "num_beams", 1)) or 1
-        if beams > 1:
-            raise ValueError(
-                f"num_beams={beams}: beams reorder the cache but not the plans; use num_beams=1 or sampling"
-            )
-        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
-            raise ValueError("assisted decoding crops the cache but not the plans: generate without an assistant")
+        config = kwargs.get("generation_config") or self.generation_config
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        if (setting("num_beams") or 1) > 1:
+            raise ValueError(f"num_beams={setting('num_beams')}: beams reorder the cache but not the plans; use 1")
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            if setting(name):
+                raise ValueError(f"{name}: this crops the cache but not the plans; generate without an assistant")
+        if setting("prefill_chunk_size"):
+            raise ValueError("prefill_chunk_size: the encoder reads a prompt whole, so it cannot be read in chunks")
 
     def _warn_past_trained_length(self, sequences: Tensor) -> None:
         length, trained = sequences.shape[1], self.config.max_position_embeddings

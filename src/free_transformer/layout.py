@@ -81,8 +81,9 @@ def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor |
 
 
 def is_packed(position_ids: Tensor, token_mask: Tensor | None) -> bool:
-    """Whether some row holds more than one document, that is, positions that start again."""
-    again = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if token_mask is not None:
-        again = again & token_mask[:, 1:] & token_mask[:, :-1]
-    return bool(again.any())
+    """Whether positions are other than 0, 1, 2, ... from the first real token of a row: then plans are counted."""
+    expected = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    if token_mask is None:
+        return bool((position_ids != expected).any())
+    expected = token_mask.long().cumsum(1) - 1
+    return bool(((position_ids != expected) & token_mask).any())

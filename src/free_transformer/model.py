@@ -9,6 +9,7 @@ The Free Transformer: a Llama that draws a plan at half depth and writes the res
 F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 """
 
+import copy
 import inspect
 import os
 from dataclasses import dataclass
@@ -107,6 +108,11 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
+        if encoder is None and config.encoder_class is not None:
+            raise ValueError(f"this model has an encoder of its own: give it, encoder={config.encoder_class}(...)")
+        if encoder is not None:  # the caller's configuration stays as it is
+            config = copy.deepcopy(config)
+            config.encoder_class = type(encoder).__qualname__
         super().__init__(config)
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -114,9 +120,6 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         self.plan_table = PlanTable(
             config.group_bits, config.hidden_size, config.plan_gradient, config.plan_chunk_bytes, config.table_init
         )
-        if encoder is None and config.encoder_class is not None:
-            raise ValueError(f"this model has an encoder of its own: give it, encoder={config.encoder_class}(...)")
-        config.encoder_class = None if encoder is None else type(encoder).__qualname__
         if encoder is not None:
             for module in encoder.modules():  # its start is its own
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -246,7 +249,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
 
     def encode(self, half: FirstHalf) -> Tensor:
         """The posterior's logits, (B, P, H), from the output of the first half."""
-        assert half.layout is not None, "the encoder reads whole texts, not the continuation of a cache"
+        if half.layout is None:
+            raise ValueError("the encoder reads whole texts: mode='training' takes no cache that holds tokens")
         wanted = inspect.signature(self.encoder.forward).parameters
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
         arguments: dict[str, Any] = {}
@@ -281,8 +285,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         hidden_states = half.hidden_states
         plan_states = plan_states.to(hidden_states.dtype)
         for layer in self.model.layers[self.config.plan_layer :]:
-            injected = {"plan_states": plan_states} if isinstance(layer, InjectedDecoderLayer) else {}
-            hidden_states = layer(hidden_states, **injected, **half.layer_arguments)
+            # by position: reentrant checkpointing follows gradients through positional arguments only
+            inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
+            hidden_states = layer(*inputs, **half.layer_arguments)
         return self.lm_head(slice_logits_to_keep(self.model.norm(hidden_states), logits_to_keep))
 
     @torch.no_grad()
@@ -319,7 +324,10 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         if prompt_plan == "posterior" and half.layout is not None:
             written = half.layout.plan_mask[:, -missing:]
             if input_ids is not None:  # a prompt of nothing but begin-of-text has no text to read a plan from
-                written = written & (input_ids != _first_of(self.config.bos_token_id)).any(1, keepdim=True)
+                text = input_ids != _first_of(self.config.bos_token_id)
+                if half.layout.token_mask is not None:
+                    text = text & half.layout.token_mask
+                written = written & text.any(1, keepdim=True)
             logits = torch.where(written[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
         return torch.cat([given, self.plan_mapper(logits)], dim=1)
 

@@ -24,7 +24,7 @@ def codes_to_bits(codes: Tensor, num_bits: int) -> Tensor:
     """(...) integers in [0, 2^num_bits) -> (..., num_bits) bool, bit 0 the least significant."""
     if num_bits > MAX_CODE_BITS_INT64:
         raise ValueError(f"{num_bits} bits do not fit an int64 code: at most {MAX_CODE_BITS_INT64}")
-    if codes.numel() and (codes.min() < 0 or codes.max() >= 2**num_bits):
+    if codes.numel() and (codes.min() < 0 or codes.max() > 2**num_bits - 1):
         raise ValueError(f"codes from {codes.min()} to {codes.max()}: {num_bits} bits hold 0 to {2**num_bits - 1}")
     return (codes.long()[..., None] >> torch.arange(num_bits, device=codes.device)) % 2 == 1
 

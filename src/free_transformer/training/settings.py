@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from free_transformer.config import FreeTransformerConfig
@@ -40,8 +39,6 @@ class ModelSettings(Section):
         """The model's configuration. `SettingsError` for a name or value that it refuses."""
         try:
             return FreeTransformerConfig(**{**self.model_dump(exclude={"kind"}), **changes})
-        except StrictDataclassError as error:
-            raise SettingsError("model: " + " ".join(str(error).split())) from error
         except ValueError as error:
             raise SettingsError(f"model: {error}") from error
 
