@@ -1,6 +1,7 @@
 """One thread (two busy threads on two shared cores were seen six times slower), one seed, and a tiny model."""
 
 import os
+import re
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -61,3 +62,16 @@ def tokens_like():
         return torch.randint(3, TINY["vocab_size"], shape)
 
     return build
+
+
+@pytest.fixture
+def outside_references():
+    """What a page of HTML would ask the network or the disk for: none, where it is self-contained."""
+
+    def find(page: str) -> list[str]:
+        parts = re.findall(r"<[^<>]*>", page) + re.findall(r"<style[^>]*>(.*?)</style>", page, flags=re.S)
+        own = r"""["']?(?!\#|data:)[^\s>"')]+"""
+        asked = rf"\s(?:src|href|xlink:href)\s*=\s*{own}|url\({own}|@import|<(?:script|link|iframe)\b"
+        return [found for part in parts for found in re.findall(asked, part)]
+
+    return find

@@ -45,13 +45,13 @@ def train(settings: Settings, quiet: bool = False) -> Run:
     torch.manual_seed(settings.training.seed)
     model = build_model(settings, tokenizer).to(device)
     state = TrainState(model, build_optimizers(model, settings.training))
+    training_data, validation = _load_data(settings, tokenizer)
     if settings.training.resume == "auto" and (saved := list_checkpoints(run.checkpoints)):
         load_checkpoint(saved[-1], state)
     elif run.metrics_file.exists() and settings.training.resume == "auto":
         run.metrics_file.unlink()  # of a run that was stopped before its first checkpoint
     elif list_checkpoints(run.checkpoints):
         raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
-    training_data, validation = _load_data(settings, tokenizer)
 
     run.path.mkdir(parents=True, exist_ok=True)
     resolved = settings.model_copy(deep=True)

@@ -1,0 +1,596 @@
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from free_transformer import FreeTransformer, FreeTransformerConfig
+from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
+from free_transformer.data.rows import Rows
+from free_transformer.plan import BinaryMapper
+from free_transformer.training import Run, SettingsError, checkpoint, loop, train
+from free_transformer.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from free_transformer.training.loop import TrainingFailed
+from free_transformer.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rate
+from free_transformer.training.settings import Settings, TrainingSettings, parse_settings
+
+KINDS = ["free", "baseline"]
+SENTENCES = ["the cat sat on the mat. ", "a dog ran home again. ", "all work and no play. ", "rain in spain falls. "]
+TINY = {
+    "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "free_bits": 0.25},
+    "training": {"max_steps": 6, "batch_size": 4, "seq_len": 16, "warmup_steps": 2, "log_every": 1, "eval_every": 0}
+    | {"learning_rate": 3e-3, "save_every": 0, "device": "cpu"},
+    "logging": {"tensorboard": False, "sample_every": 0, "sample_tokens": 4},
+}
+
+
+@pytest.fixture
+def tiny_settings(tmp_path):
+    """Settings of a run of seconds, `tiny_settings("name", training={...}, model={...})`."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SENTENCES[i % 4] for i in range(40)))
+    short = tmp_path / "short.jsonl"  # short documents, packed and padded
+    short.write_text("".join(json.dumps({"text": sentence[: 4 + i]}) + "\n" for i, sentence in enumerate(SENTENCES)))
+
+    def build(name: str = "run", **sections) -> Settings:
+        values = {section: {**TINY.get(section, {}), **sections.get(section, {})} for section in {*TINY, *sections}}
+        values["data"] = {"train": [str(text)], "validation": [str(short)], **sections.get("data", {})}
+        return parse_settings({"run_dir": str(tmp_path / name), **values})
+
+    return build
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return run.load_model().state_dict()
+
+
+def assert_same_weights(one: Run, other: Run, **close) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_close(
+            ours[name], theirs[name], **(close or {"atol": 0, "rtol": 0}), msg=lambda text, n=name: f"{n} {text}"
+        )
+
+
+def untimed(run: Run) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run.read_metrics()]
+
+
+def everything_below(folder) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def certain_plans(monkeypatch) -> None:
+    """The likeliest plan where one would be drawn, so that batches cut differently see the same plans."""
+    monkeypatch.setattr(BinaryMapper, "forward", lambda self, plan_logits, generator=None: plan_logits > 0)
+
+
+def stop_before_step(monkeypatch, step: int) -> None:
+    """As a person's Ctrl-C, or the machine's end, in the middle of optimizer step `step` (from 0)."""
+    original = loop._Trainer._optimizer_step
+
+    def optimizer_step(self, *arguments):
+        if self.state.step == step:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(loop._Trainer, "_optimizer_step", optimizer_step)
+
+
+def loss_turns_nan(monkeypatch, step: int) -> None:
+    """The loss of optimizer step `step` (from 0), and so the weights after it, are no numbers."""
+    original, calls = loop.training_forward, []
+
+    def forward(*arguments):
+        output = original(*arguments)
+        calls.append(None)
+        if len(calls) > step:
+            output["loss"] = output["loss"] * math.nan
+        return output
+
+    monkeypatch.setattr(loop, "training_forward", forward)
+
+
+def tiny_state(**changes) -> TrainState:
+    sizes = {"vocab_size": 16, "hidden_dim": 8, "num_layers": 2, "num_heads": 2, "latent_dim": 2, **changes}
+    model = FreeTransformer(FreeTransformerConfig(**sizes))
+    optimizers = build_optimizers(model, TrainingSettings())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    return TrainState(model, optimizers, step=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_the_files_of_a_run(tiny_settings, kind):
+    settings = tiny_settings(model={"kind": kind}, training={"eval_every": 3, "save_every": 4})
+    run = train(settings, quiet=True)
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "model"}
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-4", "step-6"]
+    assert run.settings.model.kind == kind
+    assert run.load_tokenizer().encode("é", add_special_tokens=False) == list("é".encode())
+    assert not run.load_model().training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_name_step_split_losses_rate_and_speed(tiny_settings, kind):
+    run = train(tiny_settings(model={"kind": kind}, training={"eval_every": 3, "max_steps": 5}), quiet=True)
+    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    training = [line for line in lines if line["split"] == "train"]
+    validation = [line for line in lines if line["split"] == "validation"]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in validation] == [3, 5]
+    names = {"step", "split", "loss", "reconstruction", "lr", "tokens_per_second"} | (
+        {"kl"} if kind == "free" else set()
+    )
+    for line in training:
+        assert line.keys() == names
+        assert all(math.isfinite(line[name]) for name in names - {"split"})
+    for line in validation:
+        assert {"loss", "nll"} <= line.keys()
+        assert ({"reconstruction", "kl", "elbo", "prior", "gap"} <= line.keys()) == (kind == "free")
+
+
+def test_loss_is_reconstruction_and_the_kl_beyond_the_free_bits(tiny_settings):
+    model = {"free_bits": 0.0, "latent_dim": 3, "plan_span": 5}  # 15 predicted tokens and 4 plans in a row of 16
+    run = train(tiny_settings(model=model, training={"kl_weight": 0.7, "max_steps": 3}), quiet=True)
+    for line in run.read_metrics()[:2]:
+        hinge = line["kl"] * math.log(2) * 4 / 15
+        assert_close(line["loss"], line["reconstruction"] + 0.7 * hinge, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [{"kind": "free"}, {"kind": "baseline"}, {"kind": "free", "latent_dim": 20}])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_parameter_changes(tiny_settings, model, optimizer):
+    settings = tiny_settings(model={**model, "free_bits": 0.0}, training={"optimizer": optimizer, "max_steps": 3})
+    torch.manual_seed(settings.training.seed)
+    before = dict(loop.build_model(settings, byte_tokenizer()).named_parameters())
+    after = dict(train(settings, quiet=True).load_model().named_parameters())
+    assert before.keys() == after.keys()
+    for name in before:
+        assert not torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_falls_on_text_that_is_easy(tiny_settings, kind, optimizer):
+    training = {"max_steps": 60, "learning_rate": 1e-2, "optimizer": optimizer}
+    lines = train(tiny_settings(model={"kind": kind}, training=training), quiet=True).read_metrics()
+    losses = [line["reconstruction"] for line in lines if line["split"] == "train"]
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("source", ["text.txt", "short.jsonl"])
+@pytest.mark.parametrize("model", [{"kind": "baseline"}, {"plan_span": "sequence"}, {"plan_span": 4}])
+def test_accumulating_two_batches_of_four_is_one_of_eight(tiny_settings, tmp_path, monkeypatch, source, model):
+    certain_plans(monkeypatch)
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": "ab" * (i % 9 + 2)}) + "\n" for i in range(40)))
+    data = {"train": [str(tmp_path / source)]}
+    model = {"free_bits": 0.0, **model}
+    one, other = (
+        tiny_settings(name, model=model, data=data, training={"max_steps": 1, **training})
+        for name, training in {
+            "one": {"batch_size": 8},
+            "other": {"batch_size": 4, "gradient_accumulation_steps": 2},
+        }.items()
+    )
+    gradients = []
+
+    def keep_gradients(parameters, *_):
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep_gradients)
+    lines = [train(settings, quiet=True).read_metrics()[0] for settings in (one, other)]
+    assert len(gradients) == 2
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for name in ("loss", "reconstruction"):
+        assert_close(lines[0][name], lines[1][name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stop", [4, 7])
+def test_resuming_is_the_same_as_not_stopping(tiny_settings, monkeypatch, kind, streaming, stop):
+    training = {"max_steps": 9, "gradient_accumulation_steps": 2, "save_every": 3, "eval_every": 2}
+    sections = {
+        "model": {"kind": kind, "dropout": 0.2},
+        "training": training,
+        "data": {"streaming": streaming, "shuffle_buffer": 7},
+        "logging": {"sample_every": 2},
+    }
+    whole = train(tiny_settings("whole", **sections), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings("stopped", **sections), quiet=True)
+    assert not (whole.path.parent / "stopped" / "model").exists()
+    resumed = train(tiny_settings("stopped", **sections), quiet=True)
+    assert_same_weights(resumed, whole)
+    assert untimed(resumed) == untimed(whole)
+
+
+def test_resuming_between_two_lines_of_metrics_writes_the_same_lines(tiny_settings, monkeypatch):
+    training = {"training": {"max_steps": 8, "save_every": 3, "log_every": 2}}
+    whole = train(tiny_settings("whole", **training), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings("stopped", **training), quiet=True)
+    assert untimed(train(tiny_settings("stopped", **training), quiet=True)) == untimed(whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_from_the_checkpoint_of_each_step_is_the_same(tiny_settings, monkeypatch, optimizer):
+    sections = {"training": {"max_steps": 4, "save_every": 1, "optimizer": optimizer}}
+    whole = train(tiny_settings("whole", **sections), quiet=True)
+    for stop in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            stop_before_step(patch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(tiny_settings("stopped", **sections), quiet=True)
+    assert_same_weights(train(tiny_settings("stopped", **sections), quiet=True), whole)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_settings, monkeypatch):
+    whole = train(tiny_settings("whole"), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings("stopped"), quiet=True)
+    resumed = train(tiny_settings("stopped"), quiet=True)
+    assert_same_weights(resumed, whole)
+    assert untimed(resumed) == untimed(whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_a_packed_row_train_as_if_each_were_alone(tiny_settings, monkeypatch, kind):
+    certain_plans(monkeypatch)
+    model = loop.build_model(tiny_settings(model={"kind": kind}), byte_tokenizer()).train()
+    rows = build_rows(["abcde", "fgh"], byte_tokenizer(), 16)
+    alone = [build_rows([text], byte_tokenizer(), len(text) + 2) for text in ("abcde", "fgh")]
+    assert [len(each) for each in (rows, *alone)] == [1, 1, 1]
+    assert all("position_ids" not in each.take([0]) for each in alone)
+    together, *apart = (loop.training_forward(model, each.take([0]), 10) for each in (rows, *alone))
+    for name in ("loss", "reconstruction"):
+        assert_close(together[name], apart[0][name] + apart[1][name], atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_and_samples_do_not_move_training(tiny_settings):
+    silent = tiny_settings("silent", model={"dropout": 0.2}, data={"validation": []})
+    busy = tiny_settings("busy", model={"dropout": 0.2}, training={"eval_every": 1}, logging={"sample_every": 1})
+    assert_same_weights(train(silent, quiet=True), train(busy, quiet=True))
+
+
+def test_a_finished_run_started_again_changes_nothing(tiny_settings):
+    settings = tiny_settings(training={"save_every": 2})
+    before = everything_below(train(settings, quiet=True).path)
+    assert everything_below(train(settings, quiet=True).path) == before
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints_and_leaves_it(tiny_settings):
+    before = everything_below(train(tiny_settings(), quiet=True).path)
+    settings = tiny_settings(training={"resume": "never"})
+    with pytest.raises(SettingsError, match="take another run_dir, or resume=auto"):
+        train(settings, quiet=True)
+    assert everything_below(settings.run_dir) == before
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_one_before_and_nothing_else(tiny_settings, monkeypatch):
+    settings = tiny_settings(training={"save_every": 2})
+    save, calls = torch.save, []
+
+    def full_disk(value, path, *arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+        save(value, path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(settings, quiet=True)
+    folder = settings.run_dir / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-2"]
+    assert_same_weights(
+        train(settings, quiet=True), train(tiny_settings("whole", training={"save_every": 2}), quiet=True)
+    )
+
+
+def test_writing_a_checkpoint_again_replaces_it_whole_or_not_at_all(tmp_path, monkeypatch):
+    state = tiny_state()
+    path = save_checkpoint(tmp_path, state, keep=2)
+    before = everything_below(tmp_path)
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, state, keep=2)
+    assert everything_below(tmp_path) == before
+    assert list_checkpoints(tmp_path) == [path]
+
+
+def test_what_a_crash_left_behind_is_cleared_and_never_taken_for_a_checkpoint(tmp_path):
+    path = save_checkpoint(tmp_path, tiny_state(), keep=2)
+    leftover = tmp_path / ".tmp-abc"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    assert list_checkpoints(tmp_path) == [path]
+    assert {each.name for each in tmp_path.iterdir()} == {"step-1", "notes"}
+
+
+def test_checkpoints_are_listed_by_number_and_only_the_newest_stay(tmp_path):
+    state = tiny_state()
+    for step in (8, 9, 10, 11):
+        state.step = step
+        save_checkpoint(tmp_path, state, keep=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-10", "step-11"]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_a_checkpoint_restores_weights_optimizer_randomness_and_step(tmp_path):
+    saved, fresh = tiny_state(tie_embeddings=True), tiny_state(tie_embeddings=True)
+    path = save_checkpoint(tmp_path, saved, keep=1)
+    expected = torch.rand(3)
+    fresh.step = 0
+    load_checkpoint(path, fresh)
+    assert torch.equal(torch.rand(3), expected)
+    assert fresh.step == 1
+    for one, other in zip(saved.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    one, other = (state.optimizers[0].state_dict() for state in (saved, fresh))
+    assert_close(one, other, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_dim": 16}, r"has shape \(.*\), this configuration needs \(.*\).*another run_dir"),
+        ({"latent_dim": 3}, r"has shape \(.*\), this configuration needs \(.*\).*another run_dir"),
+        ({"num_layers": 3}, r"this configuration has no model\.layers\.2\..*another run_dir"),
+        ({"num_layers": 1}, r"the checkpoint has no model\.layers\.1\..*another run_dir"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line_and_nothing_changes(tmp_path, changes, message):
+    path = save_checkpoint(tmp_path, tiny_state(**changes), keep=1)
+    state = tiny_state()
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    with pytest.raises(SettingsError, match=message) as error:
+        load_checkpoint(path, state)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+
+
+def test_resuming_with_another_shape_is_refused_and_the_run_stays_as_it_was(tiny_settings):
+    before = everything_below(train(tiny_settings(), quiet=True).path)
+    settings = tiny_settings(model={"hidden_dim": 32})
+    with pytest.raises(SettingsError, match="another run_dir"):
+        train(settings, quiet=True)
+    assert everything_below(settings.run_dir) == before
+
+
+def test_resuming_with_another_optimizer_is_refused_by_its_name(tiny_settings):
+    train(tiny_settings(), quiet=True)
+    with pytest.raises(SettingsError, match="optimizer"):
+        train(tiny_settings(training={"optimizer": "muon", "max_steps": 8}), quiet=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "missing"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, damage):
+    path = save_checkpoint(tmp_path, tiny_state(), keep=1)
+    content = (path / file).read_bytes()
+    if damage == "missing":
+        (path / file).unlink()
+    else:
+        damaged = {"empty": b"", "cut": content[: len(content) // 2], "garbage": b"\x07garbage" * 100}[damage]
+        (path / file).write_bytes(damaged)
+    with pytest.raises(SettingsError, match="step-1: cannot be read"):
+        load_checkpoint(path, tiny_state())
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_run_and_checkpoints_stay_good(tiny_settings, monkeypatch, log_every):
+    settings = tiny_settings(training={"save_every": 1, "log_every": log_every})
+    loss_turns_nan(monkeypatch, 3)
+    with pytest.raises(TrainingFailed, match=r"the loss is nan at step \d+: lower training\.learning_rate"):
+        train(settings, quiet=True)
+    saved = list_checkpoints(settings.run_dir / "checkpoints")
+    assert saved
+    assert not (settings.run_dir / "model").exists()
+    for path in saved:
+        for name, values in checkpoint.load_file(path / checkpoint.MODEL).items():
+            assert values.isfinite().all(), f"{path.name} {name}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train": []},
+        {"train": ["nowhere.txt"]},
+        {"validation": ["nowhere.txt"]},
+        {"train": ["empty.txt"]},
+        {"tokenizer": "nowhere/"},
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_and_nothing_is_written(tiny_settings, tmp_path, data, streaming):
+    (tmp_path / "empty.txt").write_text("")
+    data = {
+        k: [str(tmp_path / name) for name in v] if isinstance(v, list) else f"{tmp_path}/{v}" for k, v in data.items()
+    }
+    before = everything_below(tmp_path)
+    with pytest.raises(ValueError, match=r"no such|no data|no text") as error:
+        train(tiny_settings(data={**data, "streaming": streaming}), quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    assert {k: v for k, v in everything_below(tmp_path).items() if k in before} == before
+
+
+def test_too_little_text_for_a_batch_is_refused_and_nothing_is_written(tiny_settings, tmp_path):
+    (tmp_path / "little.txt").write_text("a few words")
+    with pytest.raises(SettingsError, match="fills 1 rows of 16 tokens, fewer than batch_size=4"):
+        train(tiny_settings(data={"train": [str(tmp_path / "little.txt")]}), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_data_leaves_the_metrics_of_an_earlier_run(tiny_settings, tmp_path, monkeypatch):
+    stop_before_step(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_settings(), quiet=True)
+    before = everything_below(tmp_path / "run")
+    assert len(before) == 2  # config.yaml and metrics.jsonl, no checkpoint yet
+    with pytest.raises(SettingsError):
+        train(tiny_settings(data={"train": [str(tmp_path / "nowhere.txt")]}), quiet=True)
+    assert everything_below(tmp_path / "run") == before
+
+
+def test_a_row_longer_than_the_model_was_built_for_is_refused(tiny_settings, tmp_path):
+    with pytest.raises(SettingsError, match=r"training\.seq_len=16 is longer than model\.max_seq_len=8"):
+        train(tiny_settings(model={"max_seq_len": 8}), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_settings, tmp_path):
+    with pytest.raises(SettingsError, match=r"training\.device='abacus': not on this machine"):
+        train(tiny_settings(training={"device": "abacus"}), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rate_rises_to_its_peak_and_falls_along_a_cosine_to_its_least():
+    settings = TrainingSettings(max_steps=12, warmup_steps=4, min_lr_ratio=0.2)
+    scale = [learning_rate_scale(step, settings) for step in range(13)]
+    assert_close(scale[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
+    assert_close(scale[8], 0.6)  # half way down, from 1 to 0.2
+    assert_close(scale[12], 0.2)
+    assert all(a > b for a, b in pairwise(scale[4:]))
+
+
+def test_rate_without_warm_up_starts_at_its_peak_and_a_long_warm_up_never_passes_it():
+    assert learning_rate_scale(0, TrainingSettings(max_steps=3, warmup_steps=0)) == 1
+    long = TrainingSettings(max_steps=3, warmup_steps=10)
+    assert_close([learning_rate_scale(step, long) for step in range(3)], [0.1, 0.2, 0.3])
+
+
+def test_rate_of_metrics_is_the_rate_of_the_schedule(tiny_settings):
+    settings = tiny_settings(training={"optimizer": "muon", "learning_rate": 0.01, "min_lr_ratio": 0.0})
+    lines = [line for line in train(settings, quiet=True).read_metrics() if line["split"] == "train"]
+    assert_close([line["lr"] for line in lines], [0.01 * learning_rate_scale(s, settings.training) for s in range(6)])
+
+
+def test_muon_has_the_hidden_matrices_and_adamw_the_rest_each_once():
+    model = tiny_state().model
+    settings = TrainingSettings(optimizer="muon", learning_rate=0.5, muon_learning_rate=0.25, warmup_steps=0)
+    adamw, muon = build_optimizers(model, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(p)] for g in optimizer.param_groups for p in g["params"]] for optimizer in (adamw, muon)]
+    assert sorted(groups[0] + groups[1]) == sorted(names.values())
+    assert groups[1]
+    for name in groups[1]:
+        assert model.get_parameter(name).ndim == 2
+        assert not any(part in name for part in ("embed", "lm_head", "plan_table", "readout", "norm"))
+    assert all(name in groups[1] for name in names.values() if name.endswith("_proj.weight"))
+    set_learning_rate([adamw, muon], 0, settings)
+    assert {g["lr"] for g in adamw.param_groups} == {0.5}
+    assert {g["lr"] for g in muon.param_groups} == {0.25}
+
+
+def test_weight_decay_is_for_matrices_and_neither_for_norms_nor_for_the_table():
+    model = tiny_state().model
+    (adamw,) = build_optimizers(model, TrainingSettings(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert decay.keys() == set(names.values())
+    for name, value in decay.items():
+        matrix = model.get_parameter(name).ndim == 2 and "plan_table" not in name
+        assert value == (0.3 if matrix else 0.0), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "training", [{"precision": "bf16"}, {"precision": "auto"}, {"gradient_checkpointing": True}, {"grad_clip": 0}]
+)
+def test_options_of_training_run_for_both_kinds(tiny_settings, kind, training):
+    settings = tiny_settings(model={"kind": kind}, training={**training, "max_steps": 2, "eval_every": 1})
+    run = train(settings, quiet=True)
+    assert all(
+        parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in run.load_model().parameters()
+    )
+
+
+def test_gradient_checkpointing_changes_no_number(tiny_settings):
+    plain = train(tiny_settings("plain", model={"dropout": 0.1}), quiet=True)
+    saving = tiny_settings("saving", model={"dropout": 0.1}, training={"gradient_checkpointing": True})
+    assert_same_weights(train(saving, quiet=True), plain, atol=1e-6, rtol=1e-5)
+
+
+def test_clipping_bounds_the_norm_of_the_gradient(tiny_settings, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watch(self, *arguments, **kwargs):
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
+        norms.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+        return step(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    train(tiny_settings(training={"grad_clip": 0.01}), quiet=True)
+    assert len(norms) == 6
+    assert max(norms) < 0.0101
+
+
+def test_free_and_baseline_of_one_seed_read_the_same_batches(tiny_settings, monkeypatch):
+    seen = {}
+    for kind in KINDS:
+        seen[kind] = []
+        original = loop.training_forward
+
+        def watch(model, batch, tokens, kind=kind, original=original):
+            seen[kind].append(batch["input_ids"])
+            return original(model, batch, tokens)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "training_forward", watch)
+            train(tiny_settings(kind, model={"kind": kind}), quiet=True)
+    assert len(seen["free"]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(seen["free"], seen["baseline"], strict=True))
+
+
+def test_the_configuration_that_a_run_writes_says_which_gradient_the_plan_had(tiny_settings):
+    run = train(tiny_settings(training={"max_steps": 1}), quiet=True)
+    assert run.settings.model.model_extra == {"plan_gradient": "exact"}
+
+
+def test_streaming_trains_on_the_text_of_the_source(tiny_settings, tmp_path):
+    settings = tiny_settings(data={"streaming": True, "shuffle_buffer": 4}, training={"max_steps": 2})
+    train(settings, quiet=True)
+    batch = next(streamed_batches([(tmp_path / "text.txt").read_text()], byte_tokenizer(), 16, 4, 4, seed=0))
+    assert isinstance(batch, dict) and not isinstance(batch, Rows)
+    assert batch["input_ids"].shape == (4, 16)
+
+
+def test_a_line_of_metrics_that_a_crash_cut_short_is_left_out(tmp_path):
+    run = Run(tmp_path)
+    run.append_metrics(step=1, loss=2.0)
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert run.read_metrics() == [{"step": 1, "loss": 2.0}]
+    run.forget_metrics_after(5)
+    assert run.metrics_file.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize("method", ["load_model", "settings"])
+def test_a_folder_that_is_no_run_or_has_no_model_yet_says_so(tmp_path, tiny_settings, method):
+    with pytest.raises(SettingsError, match="not a run"):
+        _ = Run(tmp_path / "nowhere").settings if method == "settings" else Run(tmp_path / "nowhere").load_model()
+    run = Run(tmp_path / "early")
+    run.write_config(tiny_settings())
+    with pytest.raises(SettingsError, match="has no model yet"):
+        run.load_model()
