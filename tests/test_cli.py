@@ -28,8 +28,7 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 

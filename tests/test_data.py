@@ -25,11 +25,6 @@ BEGIN, END, PADDING = 256, 257, 258
 STRANGE = ["", " a  b ", "\n\r\t", "é ü ß", "🙂🏽‍♀️ 日本語", "<|begin", "\x00\x7f", "don't  we'll", "a ,b . c"]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def pieces_of(rows: Rows) -> list[list[int]]:
     """Token lists of all pieces, in the order of the rows, checked to lie whole inside a row."""
     pieces: list[list[int]] = []

@@ -1,6 +1,7 @@
 """The command line: thin, so that whatever it does can be done from Python too."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from free_transformer.training.settings import SettingsError, describe_settings, load_settings
+
+# typer carries click's classes under a name that has changed; this one is theirs in every version
+UsageError: Any = typer.BadParameter.__base__
+INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,6 +99,8 @@ def compare(
     from free_transformer.training import Run
 
     data = data or Run(run).settings.data.validation  # both runs on the same text
+    if _load(run)[1].get_vocab() != _load(baseline_run)[1].get_vocab():
+        raise SettingsError(f"{run} and {baseline_run} have different tokenizers: their losses cannot be compared")
     free, bytes_per_token = _evaluate(run, data, num_samples, method, max_rows, batch_size, seed)
     baseline, _ = _evaluate(baseline_run, data, num_samples, method, max_rows, batch_size, seed)
     if free.elbo is None or baseline.elbo is not None:
@@ -216,13 +223,11 @@ def tokenizer(
 
 def _load(path: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a run, or of a folder that save_pretrained has written."""
-    from transformers import AutoModelForCausalLM
-
     from free_transformer.data import load_tokenizer
-    from free_transformer.training import Run
+    from free_transformer.training.run import Run, load_model
 
     if (path / "config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(path).eval(), load_tokenizer(str(path))
+        return load_model(path), load_tokenizer(str(path))
     run = Run(path)
     return run.load_model(), run.load_tokenizer()
 
@@ -263,10 +268,9 @@ def _write_report(path: Path) -> None:
 def _prompt_tokens(text_tokenizer: Any, prompt: str) -> Any:
     import torch
 
-    from free_transformer.data.rows import begin_token
+    from free_transformer.data import begin_token, encode
 
-    ids = text_tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return torch.tensor([[begin_token(text_tokenizer), *ids]])
+    return torch.tensor([[begin_token(text_tokenizer), *encode(text_tokenizer, [prompt])[0]]])
 
 
 def _read_text(path: Path) -> str:
@@ -287,7 +291,14 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     from free_transformer.files import write_text
 
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_text(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """What JSON can hold: the standard error of a single text is null, not NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:
@@ -299,9 +310,12 @@ def main() -> None:
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        app(arguments)
-    except KeyboardInterrupt:
-        _fail("stopped; a run goes on from its last checkpoint with the same command", 1)
+        status = app(arguments or ["--help"], standalone_mode=False) or 0
+        if status == INTERRUPTED:
+            _fail("stopped; a run goes on from its last checkpoint with the same command", INTERRUPTED)
+        sys.exit(status)
+    except UsageError as error:
+        _fail(f"{error.format_message()} (--help explains)", 2)
     except ValueError as error:
         if debug:
             raise

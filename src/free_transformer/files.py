@@ -26,6 +26,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for messages that go on for a page."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, that takes its place (an older one's, if need be) only when all is written."""
@@ -42,7 +47,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             old = path.with_name(f"{TEMPORARY}old-{path.name}")
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            if old is not None:
+                old.replace(path)
+            raise
         _fsync(path.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)

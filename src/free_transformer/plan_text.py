@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from free_transformer.data.rows import begin_token
+from free_transformer.data import begin_token, encode
 from free_transformer.model import FreeTransformer
 
 
@@ -32,6 +32,6 @@ def format_plan(plan: Tensor) -> str:
 
 def plan_of_text(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """The likeliest plans of a text, (P, H) bool, read from as much of it as the model was built for."""
-    ids = [begin_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    ids = [begin_token(tokenizer), *encode(tokenizer, [text])[0]]
     tokens = torch.tensor([ids[: model.config.max_position_embeddings]], device=model.device)
     return model.infer_plan(tokens)[0] > 0

@@ -2,12 +2,14 @@
 
 from free_transformer.data.documents import read_documents
 from free_transformer.data.rows import Rows, build_rows, streamed_batches
-from free_transformer.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from free_transformer.data.tokenizer import begin_token, byte_tokenizer, encode, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Rows",
+    "begin_token",
     "build_rows",
     "byte_tokenizer",
+    "encode",
     "load_tokenizer",
     "read_documents",
     "streamed_batches",

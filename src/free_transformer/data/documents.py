@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from free_transformer.files import first_line
 from free_transformer.synthetic_data import letters
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def _read_source(path: Path, name: str, column: str, split: str) -> Iterator[str
         raise ValueError(f"{name}: no such file or folder")
     else:
         configuration = name.split(":", 1)
-        yield from _texts(_load_dataset(*configuration, split=split), column, name)
+        yield from _texts(_load_dataset(name, *configuration, split=split), column, name)
 
 
 def _read_folder(folder: Path, column: str) -> Iterator[str]:
@@ -66,7 +67,7 @@ def _read_folder(folder: Path, column: str) -> Iterator[str]:
 
 def _read_file(path: Path, column: str) -> Iterator[str]:
     if path.suffix in TABLES:
-        table = _load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
+        table = _load_dataset(str(path), TABLES[path.suffix], data_files=str(path), split="train")
         yield from _texts(table, column, str(path))
         return
     try:
@@ -80,7 +81,7 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
     yield text
 
 
-def _load_dataset(*args: Any, **kwargs: Any) -> Any:
+def _load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -88,24 +89,23 @@ def _load_dataset(*args: Any, **kwargs: Any) -> Any:
     try:  # streaming reads what is asked for and leaves no copy in a cache
         return datasets.load_dataset(*args, streaming=True, **kwargs)
     except Exception as error:  # `datasets` raises a different class for each format and each kind of failure
-        raise ValueError(f"{args[0]}: no such file, folder or data set ({_first_line(error)})") from error
+        raise ValueError(f"{name}: no such file, folder or data set ({first_line(error)})") from error
 
 
 def _texts(table: Any, column: str, name: str) -> Iterator[str]:
-    rows = iter(table)
+    try:
+        rows = iter(table)
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be read as a table ({first_line(error)})") from error
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
         except Exception as error:
-            raise ValueError(f"{name}: cannot be read as a table ({_first_line(error)})") from error
+            raise ValueError(f"{name}: cannot be read as a table ({first_line(error)})") from error
         if column not in row:
             raise ValueError(f"{name}: no column {column!r} (data.column); it has {', '.join(map(repr, row))}")
         if not isinstance(row[column], str):
             raise ValueError(f"{name}: column {column!r} holds {type(row[column]).__name__}, not text")
         yield row[column]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from free_transformer.data.tokenizer import begin_token, encode
 from free_transformer.losses import IGNORED
 
 Batch = dict[str, Tensor]
@@ -185,7 +186,7 @@ def _pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_le
     begin, end = begin_token(tokenizer), tokenizer.eos_token_id
     documents = iter(documents)
     while texts := list(islice(documents, TOKENIZED_AT_ONCE)):
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in encode(tokenizer, texts):
             tokens = np.asarray(ids if end is None else [*ids, end], dtype=np.int32)
             for start in range(0, len(tokens), seq_len - 1):
                 yield np.concatenate([np.array([begin], dtype=np.int32), tokens[start : start + seq_len - 1]])
@@ -201,8 +202,3 @@ def _joined(
     tokens[: len(filled)] = filled
     positions[: len(filled)] = np.concatenate([np.arange(len(piece)) for piece in pieces])
     return tokens, positions
-
-
-def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text begins with: begin-of-text, or where a tokenizer has none its end-of-text."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -62,6 +62,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of each text alone: nothing added, and what looks like a special token is text like any other."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text begins with: begin-of-text, or where a tokenizer has none its end-of-text."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
 def _finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     begin = tokenizer.token_to_id(BEGIN)

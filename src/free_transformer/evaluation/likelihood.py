@@ -201,7 +201,7 @@ def _evaluate_batch(
         nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
     prior_plan = model.sample_plan(len(labels), layout.num_plans)
     sums = {
-        "tokens": units.sum_tokens(target != IGNORED),
+        **_text_sums(units, target),
         "plans": units.sum_plans(mask),
         "reconstruction": reconstruction,
         "kl_bits": kl,
@@ -244,27 +244,40 @@ def _evaluate_baseline(
             document = plan_layout("sequence", position_ids, token_mask, packed=True).token_document
     units = _units(document, document, input_ids, 1)
     logits = model(**baseline_inputs(inputs)).logits
-    return {"tokens": units.sum_tokens(target != IGNORED), "nll": units.sum_tokens(nats(logits))}
+    return {**_text_sums(units, target), "nll": units.sum_tokens(nats(logits))}
 
 
-def baseline_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _text_sums(units: _Units, target: Tensor) -> dict[str, Tensor]:
+    """Predicted tokens of each document, and a fingerprint that tells whether two evaluations read the same text."""
+    weight = torch.arange(target.shape[1], device=target.device) * 7919 % 10007 + 1
+    predicted = target != IGNORED
+    return {
+        "tokens": units.sum_tokens(predicted),
+        "fingerprint": units.sum_tokens((target + 1) * weight * predicted),
+    }
+
+
+def baseline_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     A batch as a plain Llama takes it.
 
-    `transformers` tells packed documents apart by their positions only where there is no `attention_mask`; padding
-    on the right needs none, and comes out as documents of one token.
+    `transformers` tells packed documents apart by their positions only where there is neither an `attention_mask`
+    nor a cache; padding on the right needs no mask, and comes out as documents of one token.
     """
-    return {name: value for name, value in batch.items() if name != "attention_mask" or "position_ids" not in batch}
+    packed = "position_ids" in batch
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "attention_mask" or not packed}
+    return {**inputs, "use_cache": False}
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     if "labels" in batch:
         return batch["labels"]
-    mask = batch.get("attention_mask")
-    labels = batch["input_ids"]
+    labels, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:
-        labels = labels.masked_fill(mask == 0, IGNORED)
         # with padding on the left, the first real token has no past to be predicted from
-        first = (mask.cumsum(1) == 1) & (mask == 1)
-        labels = labels.masked_fill(first, IGNORED)
+        labels = labels.masked_fill((mask == 0) | ((mask.cumsum(1) == 1) & (mask == 1)), IGNORED)
+    if positions is not None:  # nor has the first of a packed document
+        starts = torch.ones_like(positions, dtype=torch.bool)
+        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        labels = labels.masked_fill(starts, IGNORED)
     return labels

@@ -1,5 +1,6 @@
 """Whether the plan is used: bits spent, bits alive, and the gap that alone proves anything."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,10 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
     if likelihood.gap is None or likelihood.kl is None or likelihood.kl_per_token is None:
         return None
     tokens_per_plan = likelihood.kl / likelihood.kl_per_token if likelihood.kl_per_token > 0 else 1.0
-    gap_bits = likelihood.gap / 0.6931471805599453 * tokens_per_plan
+    gap_bits = likelihood.gap / math.log(2) * tokens_per_plan
     error = likelihood.standard_errors.get("gap", 0.0)
+    if math.isnan(error):  # of a single document
+        error = 0.0
     if likelihood.gap > 2 * error and gap_bits >= LEAST_GAIN_BITS:
         return None
     return (

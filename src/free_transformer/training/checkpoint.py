@@ -5,13 +5,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from free_transformer.files import TEMPORARY, new_folder
+from free_transformer.files import TEMPORARY, first_line, new_folder
 from free_transformer.training.settings import SettingsError
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
@@ -61,12 +62,20 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         weights = load_file(path / MODEL, device=str(device))
         rest = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
         step = json.loads((path / STATE).read_text())["step"]
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise SettingsError(f"{path}: cannot be read ({error}); delete it to resume from the one before") from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise SettingsError(
+            f"{path}: cannot be read ({first_line(error)}); delete it to resume from the one before"
+        ) from error
     _check_shapes(path, state.model, weights)
     state.model.load_state_dict(weights, strict=False)
-    for optimizer, saved in zip(state.optimizers, rest["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    try:
+        for optimizer, saved in zip(state.optimizers, rest["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise SettingsError(
+            f"{path}: written with another training.optimizer; take the one it was trained with, another run_dir or "
+            "resume=never"
+        ) from error
     torch.set_rng_state(rest["rng"]["cpu"])
     if "cuda" in rest["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(rest["rng"]["cuda"])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents, streamed_batches
-from free_transformer.data.rows import Batch, begin_token
+from free_transformer.data import Rows, begin_token, build_rows, load_tokenizer, read_documents, streamed_batches
+from free_transformer.data.rows import Batch
 from free_transformer.evaluation.likelihood import baseline_inputs, evaluate_likelihood
 from free_transformer.files import new_folder
 from free_transformer.losses import predicted_tokens
@@ -101,6 +101,8 @@ def _load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[
             validation = validation.sample(training.eval_rows)
         if isinstance(train_rows, Rows):
             next(train_rows.shuffled(training.batch_size, training.seed))
+        else:
+            next(iter(documents))
     except ValueError as error:
         raise SettingsError(str(error)) from error
     return train_rows, validation
@@ -147,14 +149,15 @@ class _Trainer:
             self._optimizer_step(model, batches, totals)
             state.step += 1
             last = state.step == training.max_steps
-            if state.step % training.log_every == 0 or last:
+            saving = _due(state.step, training.save_every, last)
+            if saving or state.step % training.log_every == 0:  # a state that is saved has a finite loss
                 self._log(totals, rate)
                 totals = _Totals()
             if validation is not None and _due(state.step, training.eval_every, last):
                 self._validate(validation)
             if _due(state.step, self.settings.logging.sample_every, last):
                 self._sample()
-            if _due(state.step, training.save_every, last):
+            if saving:
                 save_checkpoint(self.run.checkpoints, state, training.keep_checkpoints)
         with new_folder(self.run.model_folder) as folder:
             state.model.save_pretrained(folder)  # type: ignore[operator]

@@ -37,7 +37,7 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
 
 
 def learning_rate_scale(step: int, settings: TrainingSettings) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio` at the last step; a share of the peak."""
+    """Linear warm-up, then a cosine that ends at `min_lr_ratio` after `max_steps`; a share of the peak."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)

@@ -27,7 +27,7 @@ def write_run_report(path: Path) -> None:
             errors = values["standard_errors"]
             report.table(
                 ["", "value", "standard error"],
-                [[name, f"{values[name]:.4f}", f"{error:.4f}"] for name, error in errors.items()],
+                [[name, f"{values[name]:.4f}", f"{error:.4f}" if error else "-"] for name, error in errors.items()],
             )
             if values["usage"]:
                 report.figure(bits(values["usage"]["bits_per_position"]), "KL of each bit of the plan")

@@ -5,11 +5,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents
-from free_transformer.files import write_text
+from free_transformer.files import first_line, write_text
 from free_transformer.training.settings import Settings, SettingsError, load_settings
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A model in eval mode. `SettingsError` where the folder's weights cannot be read."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+    except (SafetensorError, OSError) as error:
+        raise SettingsError(f"{folder}: the model cannot be read ({first_line(error)})") from error
 
 
 class Run:
@@ -40,7 +49,7 @@ class Run:
         _ = self.settings
         if not self.model_folder.is_dir():
             raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
-        return AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
+        return load_model(self.model_folder)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(self.model_folder))

@@ -1,6 +1,7 @@
 """The settings of a run: YAML, dotted overrides, and errors that a person can act on."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,18 +13,27 @@ from free_transformer.config import FreeTransformerConfig
 Precision = Literal["fp32", "bf16", "auto"]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: `1e-3` is one, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
+)
+
+
 class SettingsError(ValueError):
     """Settings that cannot be used; the message says which, what is allowed and what to do."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
     """Besides these, every setting of `LlamaConfig` under its own name (rope_parameters, rms_norm_eps, ...)."""
 
-    model_config = ConfigDict(extra="allow", validate_assignment=True)
+    model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
 
     kind: Literal["free", "baseline"] = Field("free", description="free, or baseline: the same Llama without a plan")
     hidden_dim: int = Field(256, ge=2, description="width of the residual stream")
@@ -139,7 +149,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -168,12 +178,14 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise SettingsError(f"{override!r}: an override is section.name=value, as in training.learning_rate=3e-4")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise SettingsError(f"{override!r}: the value is not YAML") from error
     *sections, last = name.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:  # absent, or empty in the file
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise SettingsError(f"{override!r}: {section!r} is a setting, not a section")
     values[last] = value
@@ -181,7 +193,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One pydantic error as a person would say it."""
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("literal", "int", "function"))]
+    location = [str(part) for part in error["loc"]]
+    if error["type"] != "extra_forbidden":  # then the location may end in the member of a union
+        location = [part for part in location if not re.fullmatch(r"int|(literal|function).*\[.*", part)]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         section: Any = Settings
