@@ -64,6 +64,8 @@ def test_every_unknown_name_is_listed():
         ({"injection_layers": []}, r"injection_layers=\[\]: layers from 2 to 3"),
         ({"free_bits": -0.5}, "free_bits=-0.5: at least 0 bits"),
         ({"kl_weight": -1.0}, "kl_weight=-1.0: at least 0"),
+        ({"min_bits": 2.0, "free_bits": 1.0}, "min_bits=2.0: 0 to free_bits=1.0"),
+        ({"aggregate_weight": -1.0}, "aggregate_weight=-1.0: at least 0"),
         ({"plan_gradient": "biased"}, "plan_gradient='biased': one of"),
         ({"table_init": "ones"}, "table_init='ones': one of"),
         ({"hidden_dim": 6}, "heads of 3: rotary positions need an even size"),

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from free_transformer.losses import free_bits_hinge, kl_bits, objective, predicted_tokens
+from free_transformer.losses import (
+    aggregate_divergence,
+    free_bits_hinge,
+    kl_bits,
+    min_bits_shortfall,
+    objective,
+    predicted_tokens,
+)
+from free_transformer.plan import codes_to_bits
 
 CERTAIN, EVEN = 80.0, 0.0
 
@@ -118,3 +126,37 @@ def test_objective_of_half_precision_logits_is_computed_in_full_precision(dtype)
     expected = objective(logits.double(), labels, torch.full((4, 1, 4), CERTAIN, dtype=torch.float64))
     assert result.loss.dtype == torch.float32
     assert_close(result.loss.double(), expected.loss, atol=0, rtol=1e-5)
+
+
+def test_aggregate_divergence_is_that_of_the_pairs_enumerated():
+    logits = torch.randn(5, 4, dtype=torch.float64) * 2
+    bits = codes_to_bits(torch.arange(16), 4)
+    q = torch.where(bits, logits.sigmoid()[:, None], 1 - logits.sigmoid()[:, None]).prod(-1)  # (5, 16)
+    collisions = [(q[i] * q[j]).sum() for i in range(5) for j in range(5) if i != j]
+    expected = 4 + torch.stack(collisions).mean().log2()
+    assert_close(aggregate_divergence(logits), expected)
+
+
+def test_aggregate_divergence_is_zero_of_plans_that_say_nothing_and_h_of_plans_all_alike():
+    assert_close(aggregate_divergence(torch.zeros(6, 3)), torch.tensor(0.0))
+    assert_close(aggregate_divergence(torch.full((6, 3), 60.0)), torch.tensor(3.0))
+
+
+def test_aggregate_divergence_is_finite_for_sure_plans_that_never_collide_and_for_a_single_plan():
+    logits = torch.tensor([[80.0] * 8, [-80.0] * 8], requires_grad=True)
+    aggregate_divergence(logits).backward()
+    assert logits.grad.isfinite().all()
+    assert aggregate_divergence(torch.ones(1, 8)) == 0
+
+
+def test_a_plan_pays_for_what_it_lacks_to_min_bits_by_itself():
+    assert_close(min_bits_shortfall(torch.tensor([0.5, 3.0]), 2.0), torch.tensor([1.5, 0.0]))
+
+
+def test_objective_adds_shortfall_and_aggregate_divergence_in_nats_per_token():
+    torch.manual_seed(0)
+    logits, labels, plan_logits = torch.randn(4, 9, 7), torch.randint(7, (4, 9)), torch.randn(4, 1, 3) * 0.1
+    plain = objective(logits, labels, plan_logits, free_bits=2.0)
+    both = objective(logits, labels, plan_logits, free_bits=2.0, min_bits=1.0, aggregate_weight=0.5)
+    bits = 1.5 * min_bits_shortfall(kl_bits(plan_logits), 1.0).sum() + 0.5 * 4 * aggregate_divergence(plan_logits[:, 0])
+    assert_close(both.loss - plain.loss, bits * math.log(2) / 32)

@@ -37,6 +37,7 @@ from free_transformer.plan_text import format_plan
 from free_transformer.training import Run
 
 RANDOM_PLANS, TEXTS_PER_PLAN = 16, 8
+SHOWN_PLANS, SHOWN_TEXTS = 9, 2
 EXAMPLES_PER_VOICE = 48
 JUDGE_TEXTS = 6000
 LIKELIHOOD_TEXTS = 600
@@ -62,7 +63,7 @@ class Control:
     transfer: tuple[float, float]
     transfer_by_voice: list[float]
     plans: torch.Tensor
-    texts: list[list[str]]
+    shown: list[list[str]]
     verdicts: np.ndarray
 
 
@@ -70,7 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/three_voices.yaml", help="settings of both runs")
     parser.add_argument("--out", type=Path, default=Path("runs/three_voices"), help="folder of runs and report")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of all texts, the baseline's too")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are judged, all runs alike")
+    parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
@@ -93,7 +95,7 @@ def main() -> None:
     codes = sampled_codes(free, held_out.rows)
     console.print("writing under plans ...")
     judge, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
-    control = measure_control(free, baseline, tokenizer, judge, held_out, options.temperature)
+    control = measure_control(free, baseline, tokenizer, judge, held_out, options)
 
     lines = key_lines(*likelihoods, codes, held_out.voices, control, accuracy, part.bytes_per_token)
     lines.append(f"time: {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
@@ -156,12 +158,12 @@ def sampled_codes(model: Any, rows: Rows) -> np.ndarray:
 
 
 def measure_control(
-    free: Any, baseline: Any, tokenizer: Any, judge: Judge, held_out: HeldOut, temperature: float
+    free: Any, baseline: Any, tokenizer: Any, judge: Judge, held_out: HeldOut, options: argparse.Namespace
 ) -> Control:
     """Texts from an empty prompt under random plans and under plans of examples, and what the judge says of them."""
     length = held_out.rows.tokens.shape[1]
 
-    def write(model: Any, count: int, **plan: Any) -> list[str]:
+    def write(model: Any, count: int, temperature: float = options.temperature, **plan: Any) -> list[str]:
         prompt = torch.full((count, 1), tokenizer.bos_token_id)
         settings = {"max_new_tokens": length - 1, "do_sample": True, "temperature": temperature, "top_k": 0}
         return decode(model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **plan), tokenizer)
@@ -169,6 +171,8 @@ def measure_control(
     plans = free.sample_plan(RANDOM_PLANS, 1)
     texts = write(free, RANDOM_PLANS * TEXTS_PER_PLAN, plan=plans.repeat_interleave(TEXTS_PER_PLAN, 0))
     verdicts = judge(texts).reshape(RANDOM_PLANS, TEXTS_PER_PLAN)
+    shown = plans[:SHOWN_PLANS].repeat_interleave(SHOWN_TEXTS, 0)
+    shown_texts = write(free, len(shown), options.sample_temperature, plan=shown)
     baseline_verdicts = judge(write(baseline, RANDOM_PLANS * TEXTS_PER_PLAN)).reshape(verdicts.shape)
 
     rng = np.random.default_rng(0)
@@ -185,7 +189,7 @@ def measure_control(
         transfer=share_in_class(written, wanted),
         transfer_by_voice=[float((written == wanted)[wanted == voice].mean()) for voice in voices],
         plans=plans,
-        texts=[texts[start : start + TEXTS_PER_PLAN] for start in range(0, len(texts), TEXTS_PER_PLAN)],
+        shown=[shown_texts[start : start + SHOWN_TEXTS] for start in range(0, len(shown_texts), SHOWN_TEXTS)],
         verdicts=verdicts,
     )
 
@@ -242,13 +246,14 @@ def write_report(
 
     report.heading("One plan, one voice: texts written from nothing")
     report.paragraph(
-        f"Each box is one random plan and two of its {TEXTS_PER_PLAN} texts (temperature {options.temperature}); "
-        "the title counts what the judge took all its texts for."
+        f"Each box is one random plan and {SHOWN_TEXTS} texts written under it (temperature "
+        f"{options.sample_temperature}). The title counts what the judge took {TEXTS_PER_PLAN} other texts of that "
+        f"plan for (temperature {options.temperature})."
     )
     report.samples(
         [
-            (f"plan {format_plan(plan)}: {count_voices(verdicts)}", "\n———\n".join(texts[:2]))
-            for plan, texts, verdicts in list(zip(control.plans, control.texts, control.verdicts, strict=True))[:9]
+            (f"plan {format_plan(plan)}: {count_voices(verdicts)}", "\n\n———\n\n".join(texts))
+            for plan, texts, verdicts in zip(control.plans, control.shown, control.verdicts, strict=False)
         ]
     )
     report.heading("Control")
@@ -263,7 +268,9 @@ def write_report(
     )
     report.heading("What the plan learned")
     seen, table = contingency(codes, held_out.voices)
-    report.figure(plans_by_label(table, VOICES), "plan × voice: share of each voice among the texts of each plan")
+    figure = plans_by_label(table, VOICES)
+    figure.savefig(options.out / "plans.png", dpi=120)
+    report.figure(figure, "plan × voice: share of each voice among the texts of each plan")
     order = np.argsort(-table.sum(1))[:12]
     latent_dim = free_run.settings.model.latent_dim
     report.table(

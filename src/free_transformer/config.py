@@ -54,6 +54,9 @@ class FreeTransformerConfig(LlamaConfig):
             16 bits (the paper), else groups of 8. The last group may be shorter.
         free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4; FAQ: 0.5 to 2).
         kl_weight: weight of the KL beyond the free bits.
+        min_bits: bits that each plan must spend; 0 is the paper. Not above `free_bits`.
+        aggregate_weight: weight of the divergence of all texts' plans together from the uniform prior, so that a
+            plan drawn at random is one that texts take; 0 is the paper. Use it with `min_bits`.
         injection_layers: layers whose keys and values receive the plan, default `[num_layers // 2]`; none before
             that layer, since the encoder reads its input.
         plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
@@ -90,6 +93,8 @@ class FreeTransformerConfig(LlamaConfig):
     code_bits: int | None = None
     free_bits: float | int = 0.5
     kl_weight: float | int = 1.0
+    min_bits: float | int = 0.0
+    aggregate_weight: float | int = 0.0
     injection_layers: list[int] | None = None
     plan_gradient: str = "auto"
     plan_chunk_bytes: int = 64 * 2**20
@@ -183,6 +188,11 @@ class FreeTransformerConfig(LlamaConfig):
             ),
             (self.free_bits >= 0, f"free_bits={self.free_bits}: at least 0 bits"),
             (self.kl_weight >= 0, f"kl_weight={self.kl_weight}: at least 0"),
+            (
+                0 <= self.min_bits <= min(self.free_bits, self.latent_dim),
+                f"min_bits={self.min_bits}: 0 to free_bits={self.free_bits}, and at most latent_dim={self.latent_dim}",
+            ),
+            (self.aggregate_weight >= 0, f"aggregate_weight={self.aggregate_weight}: at least 0"),
             (self.plan_gradient in PLAN_GRADIENTS, f"plan_gradient={self.plan_gradient!r}: one of {PLAN_GRADIENTS}"),
             (self.table_init in TABLE_INITS, f"table_init={self.table_init!r}: one of {TABLE_INITS}"),
             (

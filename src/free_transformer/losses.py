@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
+MOST_PAIRED_PLANS = 256
 
 
 def kl_bits_per_bit(plan_logits: Tensor) -> Tensor:
@@ -33,6 +34,38 @@ def free_bits_hinge(kl: Tensor, free_bits: float) -> Tensor:
     return (kl - free_bits).clamp(min=0)
 
 
+def min_bits_shortfall(kl: Tensor, min_bits: float) -> Tensor:
+    """What a plan lacks to `min_bits`, `max(0, min_bits - kl)`, of each plan by itself: it keeps a plan from dying."""
+    return (min_bits - kl).clamp(min=0)
+
+
+def aggregate_divergence(plan_logits: Tensor) -> Tensor:
+    """
+    How far the plans that a batch takes *together* are from the uniform prior, in bits: Rényi's divergence of order 2.
+
+    Free bits leave that open, so that a uniform draw may land on a plan that no text ever took. The estimate is the
+    probability that two texts of the batch draw the same plan, against `2^-H`: `H + log2 mean_{i≠j} Σ_z q_i(z) q_j(z)`,
+    a product over the bits. 0 is reached where each text is sure of its plan and all plans are equally common, but
+    also where no plan says anything: use it with `min_bits`.
+
+    Args:
+        plan_logits: (N, H) of N plans; of more than 256, so many evenly spaced.
+    """
+    count = len(plan_logits)
+    if count < 2:
+        return plan_logits.new_zeros(())
+    if count > MOST_PAIRED_PLANS:
+        plan_logits = plan_logits[:: -(-count // MOST_PAIRED_PLANS)]
+        count = len(plan_logits)
+    p = plan_logits.to(torch.promote_types(plan_logits.dtype, torch.float32)).sigmoid()
+    same = p[:, None] * p + (1 - p)[:, None] * (1 - p)  # (N, N, H), each bit equal
+    tiny = torch.finfo(same.dtype).tiny
+    log_collision = same.clamp(min=tiny).log().sum(-1)
+    others = ~torch.eye(count, dtype=torch.bool, device=p.device)
+    mean_log = log_collision[others].logsumexp(0) - math.log(count * (count - 1))
+    return mean_log / math.log(2) + plan_logits.shape[-1]
+
+
 def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the cross-entropies in nats, labels shifted inside, -100 ignored; fp32 or better."""
     logits = logits[:, :-1].flatten(0, 1)
@@ -47,7 +80,10 @@ def predicted_tokens(labels: Tensor) -> Tensor:
 
 @dataclass
 class Objective:
-    """`loss = reconstruction + kl_weight * hinge`, all but `kl` in nats per predicted token; `kl` in bits per plan."""
+    """
+    `loss = reconstruction + kl_weight * hinge`, and what `min_bits` and `aggregate_weight` add; nats per predicted
+    token, but for `kl`, bits per plan.
+    """
 
     loss: Tensor
     reconstruction: Tensor
@@ -62,6 +98,8 @@ def objective(
     free_bits: float = 0.0,
     kl_weight: float = 1.0,
     num_tokens: int | Tensor | None = None,
+    min_bits: float = 0.0,
+    aggregate_weight: float = 0.0,
 ) -> Objective:
     """
     Args:
@@ -70,6 +108,8 @@ def objective(
         plan_mask: (B, P) bool, the plans that count.
         num_tokens: predicted tokens to divide by, default those of `labels`. With gradient accumulation give those
             of the whole batch, for reconstruction *and* KL.
+        min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
+            `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
     """
     if num_tokens is None:
         num_tokens = predicted_tokens(labels).clamp(min=1)
@@ -78,6 +118,10 @@ def objective(
         return Objective(reconstruction, reconstruction, None)
     kl = kl_bits(plan_logits)  # (B, P)
     mask = torch.ones_like(kl) if plan_mask is None else plan_mask.to(kl.dtype)
-    hinge = (free_bits_hinge(kl, free_bits) * mask).sum() * math.log(2) / num_tokens
+    bits = kl_weight * (free_bits_hinge(kl, free_bits) * mask).sum()
+    if min_bits > 0:
+        bits = bits + (1 + aggregate_weight) * (min_bits_shortfall(kl, min_bits) * mask).sum()
+    if aggregate_weight > 0:
+        bits = bits + aggregate_weight * aggregate_divergence(plan_logits[mask.bool()]) * mask.sum()
     mean_kl = (kl * mask).sum() / mask.sum().clamp(min=1)
-    return Objective(reconstruction + kl_weight * hinge, reconstruction, mean_kl)
+    return Objective(reconstruction + bits * math.log(2) / num_tokens, reconstruction, mean_kl)

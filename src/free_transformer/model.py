@@ -194,6 +194,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             losses = objective(
                 *(logits, labels, plan_logits, output.plan_mask, config.free_bits, config.kl_weight),
                 num_tokens=num_items_in_batch,
+                min_bits=config.min_bits,
+                aggregate_weight=config.aggregate_weight,
             )
             output.loss, output.reconstruction, output.kl = losses.loss, losses.reconstruction, losses.kl
         return output

@@ -44,6 +44,12 @@ class ModelSettings(Section):
         "sequence", description="tokens that a plan covers: 1 (the paper), n, or sequence (a document or window)"
     )
     free_bits: float = Field(2.0, ge=0, description="KL in bits per plan that costs nothing; higher uses the plan more")
+    min_bits: float = Field(0.0, ge=0, description="bits that each plan must spend, up to free_bits; 0 is the paper")
+    aggregate_weight: float = Field(
+        0.0,
+        ge=0,
+        description="draws the plans of all texts together to the uniform prior; 1 with min_bits, 0 the paper",
+    )
 
     def build(self, **changes: Any) -> FreeTransformerConfig:
         """The model's configuration. `SettingsError` for a name or value that it refuses."""
