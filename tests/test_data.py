@@ -435,3 +435,9 @@ def test_a_sample_is_some_of_the_rows_and_their_share_of_the_bytes():
 def test_a_sample_of_all_rows_is_the_rows(size):
     rows = build_rows(numbered(5), TOKENIZER, 9)
     assert rows.sample(size) is rows
+
+
+def test_more_short_documents_than_open_rows_are_all_packed():
+    documents = [chr(97 + index % 26) * (40 + index % 17) for index in range(300)]
+    rows = build_rows(documents, byte_tokenizer(), 64)
+    assert rows.predicted_tokens == sum(len(document) + 1 for document in documents)

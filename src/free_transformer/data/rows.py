@@ -174,9 +174,8 @@ def _rows(
             fitting.append(piece)
             continue
         if len(open_rows) == OPEN_ROWS:
-            fullest = min(open_rows, key=room)
-            open_rows.remove(fullest)
-            yield _joined(fullest, seq_len, tokenizer)
+            fullest = min(range(OPEN_ROWS), key=lambda index: room(open_rows[index]))
+            yield _joined(open_rows.pop(fullest), seq_len, tokenizer)
         open_rows.append([piece])
     for row in open_rows:
         yield _joined(row, seq_len, tokenizer)

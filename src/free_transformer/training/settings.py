@@ -48,7 +48,7 @@ class ModelSettings(Section):
     aggregate_weight: float = Field(
         0.0,
         ge=0,
-        description="draws the plans of all texts together to the uniform prior; 1 with min_bits, 0 the paper",
+        description="draws all texts' plans together to the uniform prior; 1 with min_bits, 0 the paper",
     )
 
     def build(self, **changes: Any) -> FreeTransformerConfig:
