@@ -122,7 +122,8 @@ def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:
     console.print(f"training free (below) and baseline (log in {out / 'baseline' / 'log.txt'}) side by side")
     for kind, (_, process) in processes.items():
         if process.wait() != 0:
-            raise SystemExit(f"training {kind} failed: see above, or {out / kind / 'log.txt'}")
+            where = "above" if kind == "free" else out / kind / "log.txt"
+            raise SystemExit(f"training {kind} failed: see {where}")
     return processes["free"][0], processes["baseline"][0]
 
 

@@ -99,7 +99,7 @@ def compare(
     from free_transformer.training import Run
 
     data = data or Run(run).settings.data.validation  # both runs on the same text
-    if _load(run)[1].get_vocab() != _load(baseline_run)[1].get_vocab():
+    if Run(run).load_tokenizer().get_vocab() != Run(baseline_run).load_tokenizer().get_vocab():
         raise SettingsError(f"{run} and {baseline_run} have different tokenizers: their losses cannot be compared")
     free, bytes_per_token = _evaluate(run, data, num_samples, method, max_rows, batch_size, seed)
     baseline, _ = _evaluate(baseline_run, data, num_samples, method, max_rows, batch_size, seed)

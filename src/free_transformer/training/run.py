@@ -46,13 +46,16 @@ class Run:
 
     def load_model(self) -> PreTrainedModel:
         """The trained model, in eval mode."""
-        _ = self.settings
-        if not self.model_folder.is_dir():
-            raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
-        return load_model(self.model_folder)
+        return load_model(self._trained_model())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(str(self.model_folder))
+        return load_tokenizer(str(self._trained_model()))
+
+    def _trained_model(self) -> Path:
+        _ = self.settings  # a folder that is no run is told so
+        if not self.model_folder.is_dir():
+            raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
+        return self.model_folder
 
     def validation_rows(self, tokenizer: PreTrainedTokenizerBase) -> Rows:
         """The held-out text in rows of the length that the run trained on."""
