@@ -21,7 +21,6 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, PreTrainedM
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.encoder import PlanEncoder
@@ -290,7 +289,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             # by position: reentrant checkpointing follows gradients through positional arguments only
             inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
             hidden_states = layer(*inputs, **half.layer_arguments)
-        return self.lm_head(slice_logits_to_keep(self.model.norm(hidden_states), logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self.lm_head(self.model.norm(hidden_states)[:, kept])
 
     @torch.no_grad()
     def infer_plan(
