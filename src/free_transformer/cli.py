@@ -238,17 +238,12 @@ def _evaluate(
     import torch
     from rich.progress import track
 
-    from free_transformer.data import build_rows, read_documents
     from free_transformer.evaluation import evaluate_likelihood
     from free_transformer.training import Run
 
     run = Run(path)
     model, text_tokenizer = run.load_model(), run.load_tokenizer()
-    if data:
-        rows = build_rows(read_documents(data, run.settings.data.column), text_tokenizer, run.settings.training.seq_len)
-    else:
-        rows = run.validation_rows(text_tokenizer)
-    rows = rows.sample(max_rows, seed)
+    rows = run.held_out_rows(text_tokenizer, data).sample(max_rows, seed)
     torch.manual_seed(seed)
     batches = track(
         rows.in_order(batch_size),

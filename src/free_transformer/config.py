@@ -23,6 +23,7 @@ _ALSO_ACCEPTED = {
     *("torch_dtype", "num_labels", "rope_theta", "rope_scaling", "name_or_path", "output_attentions"),
     *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "return_unused_kwargs"),
     *("auto_map", "quantization_config"),
+    *GenerationConfig._get_default_generation_params(),
 }
 
 
@@ -106,7 +107,7 @@ class FreeTransformerConfig(LlamaConfig):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        if unknown := set(kwargs) - _ALSO_ACCEPTED - set(GenerationConfig._get_default_generation_params()):
+        if unknown := set(kwargs) - _ALSO_ACCEPTED:
             raise ValueError(self._unknown_names(unknown))
         if self.num_hidden_layers < 1 or self.num_attention_heads < 1 or self.hidden_size < 1 or self.vocab_size < 1:
             raise ValueError(
@@ -141,15 +142,13 @@ class FreeTransformerConfig(LlamaConfig):
 
     def to_llama(self) -> LlamaConfig:
         """The same Llama without a plan: the configuration of the baseline."""
-        ours = set(FreeTransformerConfig.__annotations__) - set(LlamaConfig.__dataclass_fields__)
         kept = {name: value for name, value in self.to_dict().items() if name in LlamaConfig.__dataclass_fields__}
-        assert not ours & set(kept)
         return LlamaConfig(**{name: kept[name] for name in kept if name not in ("architectures", "model_type")})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in `transformers`; a name in a *file* that this version does not know is dropped with a warning."""
-        known = cls._known_names() | _ALSO_ACCEPTED | set(GenerationConfig._get_default_generation_params())
+        known = cls._known_names() | _ALSO_ACCEPTED
         unknown = {name for name in config_dict if name not in known and not name.startswith("_")}
         if unknown:
             logger.warning("config.json: ignored %s", ", ".join(sorted(unknown)))

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from free_transformer.attention import SplitAttention
 from free_transformer.config import FreeTransformerConfig
-from free_transformer.layout import PlanLayout
+from free_transformer.layout import PlanLayout, same_document
 
 
 class PlanEncoder(nn.Module):
@@ -53,17 +53,13 @@ class PlanEncoder(nn.Module):
         return self.readout(self.norm(plans))
 
     def _mask(self, plans: Tensor, hidden_states: Tensor, layout: PlanLayout) -> Tensor | None:
-        same_document = None
+        inside = None
         if layout.token_document is not None and layout.plan_document is not None:
-            of_plan, of_token = layout.plan_document, layout.token_document
-
-            def same_document(row: Tensor, _head: Tensor, plan: Tensor, token: Tensor) -> Tensor:
-                return of_plan[row, plan] == of_token[row, token]
-
+            inside = same_document(layout.plan_document, layout.token_document)
         return create_bidirectional_mask(
             self.config,
             plans,
             layout.token_mask,
             encoder_hidden_states=hidden_states,
-            and_mask_function=same_document,
+            and_mask_function=inside,
         )

@@ -1,5 +1,6 @@
 """Which plan covers which token: spans, padding and packed documents, worked out once for a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,21 @@ class PlanLayout:
             mask = mask & (self.plan_document[:, :, None] == self.token_document[:, None, :])
         return mask
 
-    def gather(self, per_plan: Tensor) -> Tensor:
-        """From one row a plan, (B, P, X), to one row a token, (B, T, X)."""
-        if per_plan.shape[1] == 1:
-            return per_plan.expand(-1, self.token_plan.shape[1], -1)
-        return per_plan.gather(1, self.token_plan[..., None].expand(-1, -1, per_plan.shape[-1]))
+
+def plan_to_token(per_plan: Tensor, token_plan: Tensor) -> Tensor:
+    """From one row a plan, (B, P, X), to one row a token, (B, T, X), by the plan of each token, (B, T)."""
+    if per_plan.shape[1] == 1:
+        return per_plan.expand(-1, token_plan.shape[1], -1)
+    return per_plan.gather(1, token_plan[..., None].expand(-1, -1, per_plan.shape[-1]))
+
+
+def same_document(of_query: Tensor, of_key: Tensor) -> Callable[..., Tensor]:
+    """The mask function of `transformers` that keeps attention inside a document: (B, Q) and (B, K) its numbers."""
+
+    def mask(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return of_query[row, query] == of_key[row, key]
+
+    return mask
 
 
 def num_plans(plan_span: int | str, num_tokens: int) -> int:

@@ -27,7 +27,7 @@ from free_transformer.encoder import PlanEncoder
 from free_transformer.generation import PROMPT_PLANS, PlanGenerationMixin
 from free_transformer.initialization import init_module
 from free_transformer.injection import InjectedDecoderLayer
-from free_transformer.layout import PlanLayout, is_packed, num_plans, plan_layout
+from free_transformer.layout import PlanLayout, is_packed, num_plans, plan_layout, plan_to_token, same_document
 from free_transformer.losses import objective
 from free_transformer.plan import BinaryMapper, PlanTable, as_plan
 
@@ -236,7 +236,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 token_mask,
                 past_key_values,
                 position_ids=None,  # documents are told apart here, padding or not
-                and_mask_function=None if documents is None else _same_document(documents),
+                and_mask_function=None if documents is None else same_document(documents, documents),
             ),
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(hidden_states, position_ids),
@@ -278,11 +278,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             logits, (B, T, V).
         """
         if plan_logits is None:  # bits first: a step of generation looks up its own token's plan only
-            index = half.token_plan[..., None].expand(-1, -1, plan.shape[-1])
-            plan_states = self.plan_table(plan.gather(1, index))
+            plan_states = self.plan_table(plan_to_token(plan, half.token_plan))
         else:
-            assert half.layout is not None
-            plan_states = half.layout.gather(self.plan_table(plan, plan_logits))
+            plan_states = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
         hidden_states = half.hidden_states
         plan_states = plan_states.to(hidden_states.dtype)
         for layer in self.model.layers[self.config.plan_layer :]:
@@ -358,13 +356,6 @@ def _positions(token_mask: Tensor | None, past: int, hidden_states: Tensor) -> T
     if token_mask is None:
         return (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past)[None]
     return (token_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-
-
-def _same_document(documents: Tensor) -> Any:
-    def mask(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return documents[row, query] == documents[row, key]
-
-    return mask
 
 
 def _first_of(token_id: int | list[int] | None) -> int:

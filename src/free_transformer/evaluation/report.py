@@ -13,7 +13,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d8dee6; padding-bottom: .3rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th { text-align: left; background: #eef2f6; }
-td, th { padding: .3rem .8rem; border: 1px solid #d8dee6; vertical-align: top; } td.number { text-align: right; }
+td, th { padding: .3rem .8rem; border: 1px solid #d8dee6; vertical-align: top; }
 pre { background: #f6f8fa; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
 .warning { background: #fff3d6; border-left: 4px solid #e0a100; padding: .6rem 1rem; }

@@ -57,12 +57,13 @@ class Run:
             raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
         return self.model_folder
 
-    def validation_rows(self, tokenizer: PreTrainedTokenizerBase) -> Rows:
-        """The held-out text in rows of the length that the run trained on."""
+    def held_out_rows(self, tokenizer: PreTrainedTokenizerBase, sources: list[str] | None = None) -> Rows:
+        """The text of `sources`, default the run's own held-out text, in rows of the length that it trained on."""
         data = self.settings.data
-        if not data.validation:
+        sources = sources or data.validation
+        if not sources:
             raise SettingsError(f"{self.path}: data.validation names no text; give some with --data")
-        return build_rows(read_documents(data.validation, data.column), tokenizer, self.settings.training.seq_len)
+        return build_rows(read_documents(sources, data.column), tokenizer, self.settings.training.seq_len)
 
     def write_config(self, settings: Settings) -> None:
         write_text(self.config_file, settings.to_yaml())
