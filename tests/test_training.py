@@ -4,16 +4,24 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import Rows
-from free_transformer.plan import BinaryMapper
+from free_transformer.model import build_baseline
+from free_transformer.plan import BinaryMapper, PlanTable
 from free_transformer.training import Run, SettingsError, checkpoint, loop, train
 from free_transformer.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
-from free_transformer.training.loop import TrainingFailed
-from free_transformer.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rate
+from free_transformer.training.loop import TrainingFailed, build_model
+from free_transformer.training.optimizers import (
+    build_optimizers,
+    clip_gradients,
+    learning_rate_scale,
+    set_learning_rate,
+    table_optimizer,
+)
 from free_transformer.training.settings import Settings, TrainingSettings, parse_settings
 
 KINDS = ["free", "baseline"]
@@ -512,6 +520,89 @@ def test_weight_decay_is_for_matrices_and_neither_for_norms_nor_for_the_table():
     for name, value in decay.items():
         matrix = model.get_parameter(name).ndim == 2 and "plan_table" not in name
         assert value == (0.3 if matrix else 0.0), name
+
+
+@pytest.mark.parametrize(
+    ("latent_dim", "training", "expected"),
+    [
+        (12, {}, "adamw"),
+        (13, {}, "sparse_adam"),
+        (64, {}, "adamw"),  # eight tables of 2^8 rows
+        (13, {"table_optimizer": "adamw"}, "adamw"),
+        (4, {"table_optimizer": "sparse_adam"}, "sparse_adam"),
+        (13, {"compile": True}, "adamw"),
+        (13, {"optimizer": "muon"}, "sparse_adam"),
+    ],
+)
+def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expected):
+    settings = TrainingSettings(learning_rate=0.5, muon_learning_rate=0.25, warmup_steps=0, **training)
+    model = FreeTransformer(FreeTransformerConfig(hidden_dim=8, num_layers=2, num_heads=2, latent_dim=latent_dim))
+    optimizers = build_optimizers(model, settings)
+    assert table_optimizer(model, settings) == expected
+    assert model.plan_table.sparse == (expected == "sparse_adam")
+    (of_table,) = [
+        o for o in optimizers if any(p is model.plan_table.weight for g in o.param_groups for p in g["params"])
+    ]
+    assert type(of_table).__name__ == {"adamw": "AdamW", "sparse_adam": "SparseAdam"}[expected]
+    set_learning_rate(optimizers, 0, settings)
+    assert {group["lr"] for group in of_table.param_groups} == {0.5}
+    assert table_optimizer(build_baseline(model.config), settings) == "adamw"
+
+
+def test_compiling_with_a_sparse_table_is_refused():
+    with pytest.raises(ValueError, match="table_optimizer=sparse_adam needs a sparse gradient"):
+        TrainingSettings(compile=True, table_optimizer="sparse_adam")
+
+
+def test_a_step_moves_the_rows_of_drawn_plans_and_no_others(tiny_settings, monkeypatch):
+    drawn, forward = [], PlanTable.forward
+
+    def watch(self, plan, plan_logits=None):
+        if plan_logits is not None:
+            drawn.append(self.group_codes(plan).flatten())
+        return forward(self, plan, plan_logits)
+
+    monkeypatch.setattr(PlanTable, "forward", watch)
+    model = {"latent_dim": 10, "plan_span": 4}
+    training = {"table_optimizer": "sparse_adam", "gradient_accumulation_steps": 2, "eval_every": 0, "seed": 3}
+    run = train(tiny_settings(model=model, training=training), quiet=True)
+    assert run.settings.training.table_optimizer == "sparse_adam"
+    torch.manual_seed(3)
+    before = build_model(run.settings, run.load_tokenizer()).plan_table.weight
+    moved = (run.load_model().plan_table.weight != before).any(1)
+    drawn_rows = torch.zeros_like(moved)
+    drawn_rows[torch.cat(drawn)] = True
+    assert not (moved & ~drawn_rows).any()
+    assert 0.5 * drawn_rows.sum() < moved.sum() < len(moved)  # those drawn for padding alone have no gradient
+
+
+def test_a_run_with_a_sparse_table_resumes_as_if_never_stopped(tiny_settings, monkeypatch):
+    sections = {
+        "model": {"latent_dim": 13, "plan_span": 4},
+        "training": {"save_every": 2, "gradient_accumulation_steps": 2},
+    }
+    whole = train(tiny_settings("whole", **sections), quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before_step(patch, 3)
+        train(tiny_settings("stopped", **sections), quiet=True)
+    assert_same_weights(train(tiny_settings("stopped", **sections), quiet=True), whole)
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+def test_clipping_of_a_sparse_gradient_is_that_of_the_dense_one(max_norm):
+    dense, sparse, other = (torch.nn.Parameter(torch.randn(9, 4)) for _ in range(3))
+    codes = torch.tensor([[1], [5], [1], [7]])  # row 1 twice
+    for table in (dense, sparse):
+        for _ in range(2):
+            F.embedding_bag(codes, table, mode="sum", sparse=table is sparse).mul(torch.arange(4.0)).sum().backward()
+    other.grad = torch.randn_like(other)
+    copy = torch.nn.Parameter(other.detach().clone())
+    copy.grad = other.grad.clone()
+    torch.nn.utils.clip_grad_norm_([dense, copy], max_norm)
+    clip_gradients([sparse, other, torch.nn.Parameter(torch.zeros(1))], max_norm)
+    assert sparse.grad.is_sparse
+    assert_close(sparse.grad.to_dense(), dense.grad)
+    assert_close(other.grad, copy.grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)

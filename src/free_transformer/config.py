@@ -62,7 +62,7 @@ class FreeTransformerConfig(LlamaConfig):
             that layer, since the encoder reads its input.
         plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
             replaces by `"exact"` up to 10 bits a group and by `"sampled"` above.
-        plan_chunk_bytes: memory that the exact gradient may take at a time.
+        plan_chunk_bytes: memory that the gradient of the plan may take at a time.
         table_init: start of the table: `"bit_linear"` (each bit adds or subtracts its own vector), `"normal"`
             (independent rows) or `"zero"` (a plan that changes nothing, for pretrained models).
         readout_init_scale: scale of the encoder's readout at the start, relative to `fan_in^-1/2`.
@@ -98,7 +98,7 @@ class FreeTransformerConfig(LlamaConfig):
     aggregate_weight: float | int = 0.0
     injection_layers: list[int] | None = None
     plan_gradient: str = "auto"
-    plan_chunk_bytes: int = 64 * 2**20
+    plan_chunk_bytes: int = 24 * 2**20
     table_init: str = "bit_linear"
     readout_init_scale: float | int = 0.1
     encoder_class: str | None = None

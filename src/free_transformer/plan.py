@@ -1,5 +1,5 @@
 """
-The plan: its bits, their codes, the table that turns a code into a vector, and the gradient that passes through.
+The plan: its bits, their codes, how they are drawn, and the table that turns a code into a vector.
 
 A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the least significant.
 """
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from free_transformer.straight_through import StraightThrough, group_runs
 
 MAX_CODE_BITS_INT64 = 63
 
@@ -64,9 +66,13 @@ class PlanTable(nn.Module):
     Args:
         group_bits: bits of each group.
         hidden_dim: D.
-        gradient: what reaches `plan_logits`: `"exact"` or `"sampled"`, see `plan_gradient` below.
-        chunk_bytes: memory that the exact gradient may take at a time.
+        gradient: what reaches `plan_logits`: `"exact"` or `"sampled"`, see `straight_through.py`.
+        chunk_bytes: memory that this gradient may take at a time.
         start: `"bit_linear"`, `"normal"` or `"zero"`.
+
+    Attributes:
+        sparse: whether `weight.grad` holds the rows drawn alone, as a sparse tensor, for `torch.optim.SparseAdam` and
+            other optimizers that take one; off by default. A dense gradient has the size of the table.
     """
 
     def __init__(
@@ -74,7 +80,7 @@ class PlanTable(nn.Module):
         group_bits: list[int],
         hidden_dim: int,
         gradient: str = "exact",
-        chunk_bytes: int = 64 * 2**20,
+        chunk_bytes: int = 24 * 2**20,
         start: str = "bit_linear",
     ):
         super().__init__()
@@ -82,6 +88,7 @@ class PlanTable(nn.Module):
         self.gradient = gradient
         self.chunk_bytes = chunk_bytes
         self.start = start
+        self.sparse = False
         self.weight = nn.Parameter(torch.empty(sum(2**bits for bits in self.group_bits), hidden_dim))
         self.reset_parameters()
 
@@ -109,11 +116,13 @@ class PlanTable(nn.Module):
 
     def group_codes(self, plan: Tensor) -> Tensor:
         """(..., H) bool -> (..., groups), the row of `weight` that each group of bits points to."""
-        codes, first_row = [], 0
-        for group in plan.split(self.group_bits, dim=-1):
-            codes.append(bits_to_codes(group) + first_row)
-            first_row += 2 ** group.shape[-1]
-        return torch.stack(codes, dim=-1)
+        codes, first_bit, first_row = [], 0, 0
+        for bits, groups in group_runs(self.group_bits):
+            run = plan[..., first_bit : first_bit + bits * groups].unflatten(-1, (groups, bits))
+            codes.append(bits_to_codes(run) + first_row + 2**bits * torch.arange(groups, device=plan.device))
+            first_bit += bits * groups
+            first_row += 2**bits * groups
+        return torch.cat(codes, dim=-1)
 
     def forward(self, plan: Tensor, plan_logits: Tensor | None = None) -> Tensor:
         """
@@ -126,93 +135,9 @@ class PlanTable(nn.Module):
             R, (B, P, D).
         """
         codes = self.group_codes(plan)
-        states = F.embedding(codes, self.weight).sum(-2)
+        states = F.embedding_bag(codes.flatten(0, -2), self.weight, mode="sum", sparse=self.sparse)
+        states = states.view(*plan.shape[:-1], -1)
         if plan_logits is None or not plan_logits.requires_grad:
             return states
-        return _StraightThrough.apply(states, plan_logits, self.weight, plan, codes, self)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The identity on the plan's vectors, whose backward also gives `plan_logits` its gradient."""
-
-    @staticmethod
-    def forward(ctx, states, plan_logits, weight, plan, codes, table):
-        ctx.save_for_backward(plan_logits, weight, plan, codes)
-        ctx.table = table
-        return states.view_as(states)
-
-    @staticmethod
-    def backward(ctx, grad):
-        plan_logits, weight, plan, codes = ctx.saved_tensors
-        table: PlanTable = ctx.table
-        if table.gradient == "exact":
-            grad_logits = exact_gradient(grad, plan_logits, weight, table.group_bits, table.chunk_bytes)
-        else:
-            grad_logits = sampled_gradient(grad, plan_logits, weight, table.group_bits, plan, codes)
-        return grad, grad_logits.to(plan_logits.dtype), None, None, None, None
-
-
-def exact_gradient(
-    grad: Tensor, plan_logits: Tensor, weight: Tensor, group_bits: list[int], chunk_bytes: int
-) -> Tensor:
-    """
-    Gradient of `E_{z~Q}[grad · table[z]]` with respect to the logits, over all codes (paper, section 3.3).
-
-    Args:
-        grad: (..., D), the loss's gradient at the plan's vectors; plan_logits: (..., H); weight: (rows, D).
-        chunk_bytes: bound of the `(plans, 2^bits)` temporaries: plans are taken so many at a time.
-
-    Returns:
-        (..., H), in fp32 or better.
-    """
-    dtype = torch.promote_types(torch.promote_types(grad.dtype, weight.dtype), torch.float32)
-    flat_grad, flat_logits = grad.flatten(0, -2).to(dtype), plan_logits.flatten(0, -2).to(dtype)
-    result = []
-    tables = weight.split([2**bits for bits in group_bits])
-    for table, logits in zip(tables, flat_logits.split(group_bits, dim=-1), strict=True):
-        # The products, and as many values again for the folds and for the weights of the low bits.
-        plans_at_a_time = max(1, chunk_bytes // (3 * len(table) * dtype.itemsize))
-        chunks = zip(flat_grad.split(plans_at_a_time), logits.split(plans_at_a_time), strict=True)
-        result.append(torch.cat([_fold_out_bits(g @ table.to(dtype).T, chunk) for g, chunk in chunks]))
-    return torch.cat(result, dim=-1).view_as(plan_logits)
-
-
-def _fold_out_bits(values: Tensor, logits: Tensor) -> Tensor:
-    """
-    Gradient of `E_{z~Q}[values[z]]` at the logits, (N, 2^b) and (N, b) -> (N, b), in O(2^b) operations.
-
-    The highest bit is folded out first, `2^b -> 2^(b-1) -> ...`: what is left is the expectation over the bits
-    folded so far, so that the difference between its two halves, weighted by the bits below, is the derivative.
-    """
-    p = logits.sigmoid()
-    low = [torch.ones_like(p[:, :1])]  # low[h]: (N, 2^h), the probability of each setting of the bits below h
-    for h in range(logits.shape[1] - 1):
-        low.append(torch.cat([low[h] * (1 - p[:, h : h + 1]), low[h] * p[:, h : h + 1]], dim=1))
-    derivative = torch.empty_like(p)
-    for h in reversed(range(logits.shape[1])):
-        zero, one = values.chunk(2, dim=1)
-        derivative[:, h] = ((one - zero) * low[h]).sum(1)
-        values = torch.lerp(zero, one, p[:, h : h + 1])
-    return derivative * p * (1 - p)
-
-
-def sampled_gradient(
-    grad: Tensor, plan_logits: Tensor, weight: Tensor, group_bits: list[int], plan: Tensor, codes: Tensor
-) -> Tensor:
-    """
-    An unbiased estimate of `exact_gradient` from H + 1 rows: each bit flipped, the others as drawn.
-
-    `∂/∂p_h = E[grad · (table[z with bit h = 1] - table[z with bit h = 0])]`; arguments as in `exact_gradient`, with
-    plan (..., H) bool and codes (..., groups).
-    """
-    dtype = torch.promote_types(torch.promote_types(grad.dtype, weight.dtype), torch.float32)
-    offsets = torch.cat([2 ** torch.arange(bits, device=plan.device) for bits in group_bits])
-    group = torch.repeat_interleave(
-        torch.arange(len(group_bits), device=plan.device), torch.tensor(group_bits, device=plan.device)
-    )
-    drawn = codes[..., group]  # (..., H), the row that each bit belongs to
-    flipped = torch.where(plan, drawn - offsets, drawn + offsets)
-    difference = (F.embedding(flipped, weight) - F.embedding(drawn, weight)).to(dtype)
-    change = torch.einsum("...hd,...d->...h", difference, grad.to(dtype))
-    p = plan_logits.to(dtype).sigmoid()
-    return torch.where(plan, -change, change) * p * (1 - p)
+        settings = (self.group_bits, self.gradient, self.chunk_bytes)
+        return StraightThrough.apply(states, plan_logits, self.weight, plan, codes, *settings)

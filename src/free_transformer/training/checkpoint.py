@@ -73,8 +73,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             optimizer.load_state_dict(saved)
     except ValueError as error:
         raise SettingsError(
-            f"{path}: written with another training.optimizer; take the one it was trained with, another run_dir or "
-            "resume=never"
+            f"{path}: written with another training.optimizer or table_optimizer; take the one it was trained with, "
+            "another run_dir or resume=never"
         ) from error
     torch.set_rng_state(rest["rng"]["cpu"])
     if "cuda" in rest["rng"] and torch.cuda.is_available():

@@ -20,7 +20,7 @@ from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer, build_baseline
 from free_transformer.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from free_transformer.training.display import Display
-from free_transformer.training.optimizers import build_optimizers, set_learning_rate
+from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate, table_optimizer
 from free_transformer.training.run import Run
 from free_transformer.training.settings import Settings, SettingsError
 
@@ -57,6 +57,7 @@ def train(settings: Settings, quiet: bool = False) -> Run:
     resolved = settings.model_copy(deep=True)
     if isinstance(model, FreeTransformer):
         resolved.model = settings.model.model_copy(update={"plan_gradient": model.config.plan_gradient})
+        resolved.training.table_optimizer = table_optimizer(model, settings.training)
     run.write_config(resolved)
     run.forget_metrics_after(state.step)
     with Display(run, settings, quiet) as display:
@@ -187,7 +188,7 @@ class _Trainer:
             if output["kl"] is not None:
                 totals.kl.append(output["kl"].detach())
         if training.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), training.grad_clip)
+            clip_gradients(state.model.parameters(), training.grad_clip)
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,0 +1,146 @@
+"""
+Does the sampled gradient of the plan train as well as the exact one? Letters and three voices, several seeds each.
+
+One process a core. Every run is a folder under --out, and a run that is there already is not repeated: stop and start
+as you like. The table of docs/performance.md: make bench-plan-training
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "three_voices"))
+
+import torch
+from demo import read_rows, sampled_codes
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from voices import write_corpus
+
+from free_transformer.evaluation import evaluate_likelihood, mutual_information
+from free_transformer.training import Run, load_settings, train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EVALUATED_ROWS = 512
+# The paper's plan per token, at one free bit, and the demo's plan per window, on smaller models.
+LETTERS = [
+    *("model.plan_span=1", "model.free_bits=1.0", "training.max_steps=300", "training.eval_every=0"),
+    *("training.save_every=0", "logging.sample_every=0", "logging.tensorboard=false"),
+]
+VOICES = [
+    *("model.hidden_dim=64", "training.seq_len=128", "training.max_steps=400", "training.eval_every=0"),
+    *("training.save_every=0", "training.precision=fp32", "logging.sample_every=0", "logging.tensorboard=false"),
+]
+
+
+@dataclass
+class Trial:
+    task: str
+    latent_dim: int
+    gradient: str
+    table_optimizer: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.latent_dim}-{self.gradient}-{self.table_optimizer}-{self.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=["letters", "voices"], choices=["letters", "voices"])
+    parser.add_argument("--latent-dims", nargs="+", type=int, default=[8, 12, 16])
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each")
+    parser.add_argument("--out", type=Path, default=Path("runs/plan_training"))
+    options = parser.parse_args()
+
+    # The estimator is compared under one optimizer, and the table's optimizers under one estimator.
+    trials = [
+        Trial(task, latent_dim, gradient, optimizer, seed)
+        for task in options.tasks
+        for latent_dim in sorted(options.latent_dims, reverse=True)
+        for gradient, optimizer in [("exact", "adamw"), ("sampled", "adamw"), ("sampled", "sparse_adam")]
+        for seed in range(options.seeds)
+        if optimizer == "adamw" or latent_dim >= 16
+    ]
+    if "voices" in options.tasks:
+        write_corpus(options.out / "text")
+    results: dict[str, dict[str, float]] = {}
+    with Progress() as progress, ProcessPoolExecutor(os.cpu_count()) as pool:
+        task = progress.add_task("training", total=len(trials))
+        futures = {trial.name: pool.submit(run_trial, trial, options.out) for trial in trials}
+        for name, future in futures.items():
+            results[name] = future.result()
+            progress.advance(task)
+    show(trials, results)
+
+
+def run_trial(trial: Trial, out: Path) -> dict[str, float]:
+    """Trains and judges: losses in nats a row, for voices the information on the voice in bits too."""
+    torch.set_num_threads(1)
+    run = Run(out / trial.name)
+    overrides = [
+        f"run_dir={run.path}",
+        f"model.latent_dim={trial.latent_dim}",
+        f"model.plan_gradient={trial.gradient}",
+        f"training.table_optimizer={trial.table_optimizer}",
+        f"training.seed={trial.seed}",
+    ]
+    if trial.task == "letters":
+        settings = load_settings(CONFIGS / "free_transformer.yaml", LETTERS + overrides)
+    else:
+        data = [f"data.train={out / 'text' / 'train.jsonl'}", f"data.validation={out / 'text' / 'validation.jsonl'}"]
+        settings = load_settings(CONFIGS / "three_voices.yaml", VOICES + data + overrides)
+    if not run.model_folder.is_dir():
+        train(settings, quiet=True)
+    torch.manual_seed(0)
+    model: Any = run.load_model()
+    tokenizer = run.load_tokenizer()
+    found = {"step_ms": 1e3 * step_seconds(run)}
+    if trial.task == "letters":
+        rows = run.held_out_rows(tokenizer)
+    else:
+        held_out = read_rows(out / "text" / "validation.jsonl", tokenizer, settings.training.seq_len)
+        rows = held_out.rows
+        found["information"] = mutual_information(sampled_codes(model, rows), held_out.voices)
+    rows = rows.sample(EVALUATED_ROWS)
+    result = evaluate_likelihood(model, rows.in_order(32), num_samples=8)
+    per_row = result.tokens / len(rows)
+    found |= {"kl": result.kl}
+    found |= {name: getattr(result, name) * per_row for name in ("reconstruction", "elbo", "nll", "gap")}
+    return found
+
+
+def step_seconds(run: Run) -> float:
+    """Median time of a step, as logged."""
+    settings = run.settings
+    lines = [line for line in run.read_metrics() if line["split"] == "train"]
+    rate = statistics.median(line["tokens_per_second"] for line in lines)
+    return settings.training.batch_size * (settings.training.seq_len - 1) / rate
+
+
+def show(trials: list[Trial], results: dict[str, dict[str, float]]) -> None:
+    for task in dict.fromkeys(trial.task for trial in trials):
+        measured = ["reconstruction", "elbo", "nll", "kl", "gap", "step_ms"] + ["information"] * (task == "voices")
+        table = Table(title=f"{task}: nats a row, kl in bits a plan; each seed")
+        for column in ("H", "gradient", "table", *measured):
+            table.add_column(column)
+        groups: dict[tuple[int, str, str], list[dict[str, float]]] = {}
+        for trial in sorted((t for t in trials if t.task == task), key=lambda t: t.latent_dim):
+            key = (trial.latent_dim, trial.gradient, trial.table_optimizer)
+            groups.setdefault(key, []).append(results[trial.name])
+        for (latent_dim, gradient, optimizer), found in groups.items():
+            cells = [" ".join(f"{each[name]:.2f}" for each in found) for name in measured]
+            table.add_row(str(latent_dim), gradient, optimizer, *cells)
+        Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    main()
