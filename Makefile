@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline clean
+.PHONY: help demo test quality format train-free train-baseline bench-plan bench-plan-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,12 @@ train-free: $(VENV)/.train ## train a Free Transformer on the letters task
 
 train-baseline: $(VENV)/.train ## train its baseline
 	$(BIN)/python examples/train_baseline.py --config configs/baseline.yaml
+
+bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same shape: docs/performance.md
+	$(BIN)/python benchmarks/plan_cost.py
+
+bench-plan-training: $(VENV)/.demo ## does the sampled gradient train as well as the exact one? half an hour
+	$(BIN)/python benchmarks/plan_training.py
 
 clean: ## remove the set-up and all runs
 	rm -rf $(VENV) runs

@@ -2,12 +2,14 @@
 What the plan costs: time and memory of a training step beside `LlamaForCausalLM` of the same shape, in one run.
 
 Times are medians over rounds, in each of which every contestant takes one turn. Memory is the peak growth of a fresh
-process over three steps (Linux). The tables of docs/performance.md: make bench-plan
+process over three steps (Linux, glibc), each larger tensor mapped by itself: what the heap's fragments add differs by a
+tenth from run to run. The tables of docs/performance.md: make bench-plan
 """
 
 import argparse
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -38,6 +40,7 @@ BATCH, LENGTH = 8, 256
 PLANS = BATCH * LENGTH
 BLOCK = 4096  # rows of the bare product: its fastest way, the whole result at once is slower
 MEMORY_STEPS = 3
+MEMORY_PROCESSES = 3
 
 
 @dataclass
@@ -98,6 +101,7 @@ def main() -> None:
     memory = {v.name: memory_in_fresh_process(v.name, options) for v in track([LLAMA, *FREE], "memory")}
     times = measure_times(options.rounds)
     console.print(step_table(times, memory))
+    console.print(count_table())
     console.print(product_table(times))
     console.print(optimizer_table(times))
 
@@ -210,10 +214,12 @@ def status(name: str) -> int:
 
 
 def memory_in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Medians of three processes."""
+    """Medians over processes."""
     command = [sys.executable, __file__, "--memory-of", name]
     command += ["--threads", str(options.threads)] if options.threads else []
-    found = [json.loads(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)) for _ in range(3)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    processes = [subprocess.check_output(command, text=True, env=environment) for _ in range(MEMORY_PROCESSES)]
+    found = [json.loads(each) for each in processes]
     return {key: statistics.median(each[key] for each in found) for key in found[0]}
 
 
@@ -234,6 +240,28 @@ def step_table(times: dict[str, float], memory: dict[str, dict[str, float]]) -> 
             f"{rest / 1e6:.0f}",
             f"{used['table'] / 1e6:.0f}",
         )
+    return table
+
+
+def count_table() -> Table:
+    """Operations and bytes by arithmetic: products with all rows, or with the rows drawn and flipped alone."""
+    table = Table(title=f"counted, {PLANS} plans: products of the straight-through gradient, rows that they read")
+    for column in ("", "GFLOP", "share of the Llama's", "MB"):
+        table.add_column(column, justify="left" if not column else "right")
+    llama = LLAMA.build()[0]
+    of_step = 6 * PLANS * sum(p.numel() for n, p in llama.named_parameters() if "embed_tokens" not in n)
+    of_step += 12 * LAYERS * BATCH * LENGTH**2 * WIDTH  # attention: two products, forward and twice backward
+    for variant in FREE:
+        if variant.table_optimizer != "auto":
+            continue
+        groups = variant.config.group_bits
+        exact = variant.config.plan_gradient == "exact"
+        rows = sum(2**bits for bits in groups)
+        read = rows if exact else PLANS * (variant.latent_dim + len(groups))
+        operations = 2 * WIDTH * (PLANS * rows if exact else read)
+        cells = f"{operations / 1e9:.3f}", f"{100 * operations / of_step:.2f} %", f"{read * WIDTH * 4 / 1e6:.1f}"
+        table.add_row(variant.name, *cells)
+    table.add_row("the Llama's step", f"{of_step / 1e9:.1f}", "100 %", "")
     return table
 
 

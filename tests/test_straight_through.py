@@ -198,9 +198,10 @@ def test_recomputing_the_table_changes_no_gradient(gradient, reentrant):
     assert torch.equal(grads[0][1], grads[1][1])
 
 
-@pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_compiled_table_is_one_graph_with_the_same_gradients(gradient):
+@pytest.mark.parametrize(("gradient", "sparse"), [("exact", False), ("sampled", False), ("sampled", True)])
+def test_compiled_table_is_one_graph_with_the_same_gradients(gradient, sparse):
     table = PlanTable([4, 3], 5, gradient=gradient, chunk_bytes=1000)
+    table.sparse = sparse
     compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
     for plans in (3, 5):  # another number of plans is another number of chunks, which the graph must not know
         logits = torch.randn(2, plans, 7, requires_grad=True)
@@ -211,7 +212,7 @@ def test_compiled_table_is_one_graph_with_the_same_gradients(gradient):
             module(plan, logits).square().sum().backward()
             grads.append((logits.grad, table.weight.grad))
         assert_close(grads[0][0], grads[1][0])
-        assert_close(grads[0][1], grads[1][1])
+        assert_close(*(grad[1].to_dense() if sparse else grad[1] for grad in grads))
 
 
 def test_operators_keep_the_rules_of_custom_operators():

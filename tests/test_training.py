@@ -530,7 +530,7 @@ def test_weight_decay_is_for_matrices_and_neither_for_norms_nor_for_the_table():
         (64, {}, "adamw"),  # eight tables of 2^8 rows
         (13, {"table_optimizer": "adamw"}, "adamw"),
         (4, {"table_optimizer": "sparse_adam"}, "sparse_adam"),
-        (13, {"compile": True}, "adamw"),
+        (13, {"compile": True}, "sparse_adam"),
         (13, {"optimizer": "muon"}, "sparse_adam"),
     ],
 )
@@ -547,11 +547,6 @@ def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expe
     set_learning_rate(optimizers, 0, settings)
     assert {group["lr"] for group in of_table.param_groups} == {0.5}
     assert table_optimizer(build_baseline(model.config), settings) == "adamw"
-
-
-def test_compiling_with_a_sparse_table_is_refused():
-    with pytest.raises(ValueError, match="table_optimizer=sparse_adam needs a sparse gradient"):
-        TrainingSettings(compile=True, table_optimizer="sparse_adam")
 
 
 def test_a_step_moves_the_rows_of_drawn_plans_and_no_others(tiny_settings, monkeypatch):

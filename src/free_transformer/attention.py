@@ -12,8 +12,8 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B, T, head_dim)
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary positions of queries or of keys, (B, heads, T, head_dim)."""
-    cos, sin = (part.unsqueeze(1) for part in rotation)
+    """Rotary positions of queries or of keys, (B, T, heads, head_dim)."""
+    cos, sin = (part.unsqueeze(2) for part in rotation)
     return states * cos + rotate_half(states) * sin
 
 
@@ -33,19 +33,21 @@ class SplitAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
-            hidden_states: (B, Q, D), what the queries are computed from.
+            hidden_states: (B, Q, D), what the queries are computed from; (1, 1, D) where all are equal but for their
+                position.
             key_value_states: (B, T, D), default `hidden_states`.
             key_value_position_embeddings: positions of the keys, default those of the queries.
         """
         if key_value_states is None:
             key_value_states = hidden_states
 
-        def heads(projected: Tensor) -> Tensor:  # (B, T, D) -> (B, heads, T, head_dim)
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        def heads(projected: Tensor) -> Tensor:  # (B, T, D) -> (B, T, heads, head_dim)
+            return projected.unflatten(-1, (-1, self.head_dim))
 
         query = rotate(heads(self.q_proj(hidden_states)), position_embeddings)
         key = rotate(heads(self.k_proj(key_value_states)), key_value_position_embeddings or position_embeddings)
         value = heads(self.v_proj(key_value_states))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

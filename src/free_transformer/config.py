@@ -193,6 +193,7 @@ class FreeTransformerConfig(LlamaConfig):
             ),
             (self.aggregate_weight >= 0, f"aggregate_weight={self.aggregate_weight}: at least 0"),
             (self.plan_gradient in PLAN_GRADIENTS, f"plan_gradient={self.plan_gradient!r}: one of {PLAN_GRADIENTS}"),
+            (self.plan_chunk_bytes >= 1, f"plan_chunk_bytes={self.plan_chunk_bytes}: at least 1"),
             (self.table_init in TABLE_INITS, f"table_init={self.table_init!r}: one of {TABLE_INITS}"),
             (
                 len(self.injection_layers) > 0 and all(layer in layers for layer in self.injection_layers),

@@ -40,25 +40,25 @@ class PlanEncoder(nn.Module):
         Returns:
             (B, P, H), the logit of each bit of each plan.
         """
-        plans = self.query.to(hidden_states.dtype).expand(len(hidden_states), layout.num_plans, -1)
+        query = self.query.to(hidden_states.dtype).expand(1, 1, -1)  # the same for all plans, up to their rotation
         attended, _ = self.attention(
-            self.query_norm(plans),
-            self.rotary_emb(plans, layout.plan_position),
-            self._mask(plans, hidden_states, layout),
+            self.query_norm(query),
+            self.rotary_emb(query, layout.plan_position),
+            self._mask(hidden_states, layout),
             key_value_states=self.key_value_norm(hidden_states),
             key_value_position_embeddings=self.rotary_emb(hidden_states, layout.position_ids),
         )
-        plans = plans + attended
+        plans = query + attended
         plans = plans + self.mlp(self.mlp_norm(plans))
         return self.readout(self.norm(plans))
 
-    def _mask(self, plans: Tensor, hidden_states: Tensor, layout: PlanLayout) -> Tensor | None:
+    def _mask(self, hidden_states: Tensor, layout: PlanLayout) -> Tensor | None:
         inside = None
         if layout.token_document is not None and layout.plan_document is not None:
             inside = same_document(layout.plan_document, layout.token_document)
         return create_bidirectional_mask(
             self.config,
-            plans,
+            hidden_states[:, :1].expand(-1, layout.num_plans, -1),  # its shape tells the queries'
             layout.token_mask,
             encoder_hidden_states=hidden_states,
             and_mask_function=inside,

@@ -43,7 +43,9 @@ def plan_to_token(per_plan: Tensor, token_plan: Tensor) -> Tensor:
     """From one row a plan, (B, P, X), to one row a token, (B, T, X), by the plan of each token, (B, T)."""
     if per_plan.shape[1] == 1:
         return per_plan.expand(-1, token_plan.shape[1], -1)
-    return per_plan.gather(1, token_plan[..., None].expand(-1, -1, per_plan.shape[-1]))
+    first = torch.arange(0, per_plan.shape[:2].numel(), per_plan.shape[1], device=per_plan.device)
+    rows = (first[:, None] + token_plan).flatten()  # `gather` would keep `per_plan` for its backward
+    return per_plan.flatten(0, 1).index_select(0, rows).view(*token_plan.shape, -1)
 
 
 def same_document(of_query: Tensor, of_key: Tensor) -> Callable[..., Tensor]:

@@ -68,9 +68,9 @@ def aggregate_divergence(plan_logits: Tensor) -> Tensor:
 
 def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the cross-entropies in nats, labels shifted inside, -100 ignored; fp32 or better."""
-    logits = logits[:, :-1].flatten(0, 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # the labels, since a slice of the logits would be a copy
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return F.cross_entropy(logits, shifted.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def predicted_tokens(labels: Tensor) -> Tensor:

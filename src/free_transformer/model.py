@@ -220,6 +220,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         packed = position_ids is not None and past_key_values is None and is_packed(position_ids, token_mask)
         if position_ids is None:
             position_ids = _positions(token_mask, past, hidden_states)
+        rotation = self.model.rotary_emb(hidden_states, position_ids)  # of one row where all rows are alike
         position_ids = position_ids.expand(len(hidden_states), -1)
 
         layout, span = None, self.config.plan_span
@@ -239,7 +240,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 and_mask_function=None if documents is None else same_document(documents, documents),
             ),
             "position_ids": position_ids,
-            "position_embeddings": self.model.rotary_emb(hidden_states, position_ids),
+            "position_embeddings": rotation,
             "past_key_values": past_key_values,
             **kwargs,
         }

@@ -166,14 +166,18 @@ def _derivative(grad: Tensor, p: Tensor, tables: Tensor, codes_at_a_time: int) -
     p_low, p_high = p.flatten(0, 1).split([low, high], dim=1)
     odds_low, odds_high = _code_probabilities(p_low), _code_probabilities(p_high)
     given_low = grad.new_zeros(plans * groups, 1, 2**low)  # expectation over the high half, for each low one
-    given_high = []
+    given_high = grad.new_empty(plans * groups, 2**high)
+    # One buffer for all blocks: one by one, they would leave the heap in fragments, many times their size.
+    buffer = grad.new_empty(plans * groups * codes_at_a_time * 2**low)
     for start in range(0, 2**high, codes_at_a_time):
-        block = blocks[:, start : start + codes_at_a_time].flatten(0, 2).to(grad.dtype)
-        products = (grad @ block.T).view(plans * groups, -1, 2**low)
-        given_low.baddbmm_(odds_high[-1][:, None, start : start + codes_at_a_time], products)
-        given_high.append(torch.bmm(products, odds_low[-1][:, :, None])[:, :, 0])
+        stop = min(start + codes_at_a_time, 2**high)
+        block = blocks[:, start:stop].flatten(0, 2).to(grad.dtype)
+        products = torch.mm(grad, block.T, out=buffer[: plans * len(block)].view(plans, -1))
+        products = products.view(plans * groups, stop - start, 2**low)
+        given_low.baddbmm_(odds_high[-1][:, None, start:stop], products)
+        given_high[:, start:stop] = torch.bmm(products, odds_low[-1][:, :, None])[:, :, 0]
     of_low = _fold_out_bits(given_low[:, 0], p_low, odds_low)
-    of_high = _fold_out_bits(torch.cat(given_high, dim=1), p_high, odds_high)
+    of_high = _fold_out_bits(given_high, p_high, odds_high)
     return torch.cat([of_low, of_high], dim=1).view(plans, groups, bits)
 
 

