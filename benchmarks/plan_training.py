@@ -26,9 +26,11 @@ from voices import write_corpus
 
 from free_transformer.evaluation import evaluate_likelihood, mutual_information
 from free_transformer.training import Run, load_settings, train
+from free_transformer.training.optimizers import LARGE_TABLE
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EVALUATED_ROWS = 512
+METHODS = ("exact:adamw", "sampled:adamw", "sampled:sparse_adam")
 # The paper's plan per token, at one free bit, and the demo's plan per window, on smaller models.
 LETTERS = [
     *("model.plan_span=1", "model.free_bits=1.0", "training.max_steps=300", "training.eval_every=0"),
@@ -57,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=["letters", "voices"], choices=["letters", "voices"])
     parser.add_argument("--latent-dims", nargs="+", type=int, default=[8, 12, 16])
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="gradient:table_optimizer")
+    parser.add_argument("--steps", type=int, help="another number of steps, in a folder of its own")
     parser.add_argument("--out", type=Path, default=Path("runs/plan_training"))
     options = parser.parse_args()
 
@@ -66,27 +70,28 @@ def main() -> None:
         Trial(task, latent_dim, gradient, optimizer, seed)
         for task in options.tasks
         for latent_dim in sorted(options.latent_dims, reverse=True)
-        for gradient, optimizer in [("exact", "adamw"), ("sampled", "adamw"), ("sampled", "sparse_adam")]
-        for seed in range(options.seeds)
-        if optimizer == "adamw" or latent_dim >= 16
+        for gradient, optimizer in (method.split(":") for method in options.methods)
+        for seed in options.seeds
+        if optimizer == "adamw" or 2**latent_dim > LARGE_TABLE
     ]
     if "voices" in options.tasks:
         write_corpus(options.out / "text")
     results: dict[str, dict[str, float]] = {}
     with Progress() as progress, ProcessPoolExecutor(os.cpu_count()) as pool:
         task = progress.add_task("training", total=len(trials))
-        futures = {trial.name: pool.submit(run_trial, trial, options.out) for trial in trials}
+        futures = {trial.name: pool.submit(run_trial, trial, options.out, options.steps) for trial in trials}
         for name, future in futures.items():
             results[name] = future.result()
             progress.advance(task)
     show(trials, results)
 
 
-def run_trial(trial: Trial, out: Path) -> dict[str, float]:
+def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, float]:
     """Trains and judges: losses in nats a row, for voices the information on the voice in bits too."""
     torch.set_num_threads(1)
-    run = Run(out / trial.name)
+    run = Run(out / (f"{trial.name}-{steps}" if steps else trial.name))
     overrides = [
+        *([f"training.max_steps={steps}"] if steps else []),
         f"run_dir={run.path}",
         f"model.latent_dim={trial.latent_dim}",
         f"model.plan_gradient={trial.gradient}",
