@@ -32,7 +32,7 @@ from free_transformer.losses import free_bits_hinge, kl_bits, predicted_tokens
 from free_transformer.model import build_baseline
 from free_transformer.straight_through import exact_gradient
 from free_transformer.training.loop import training_forward
-from free_transformer.training.optimizers import build_optimizers
+from free_transformer.training.optimizers import LARGE_TABLE, build_optimizers
 from free_transformer.training.settings import TrainingSettings
 
 WIDTH, LAYERS, HEADS = 256, 6, 4
@@ -147,7 +147,7 @@ def plan_part(variant: Variant) -> Callable[[], None]:
     config = variant.config
     mapper = BinaryMapper()
     table = PlanTable(config.group_bits, WIDTH, config.plan_gradient, config.plan_chunk_bytes)
-    table.sparse = len(table.weight) > 4096 and variant.table_optimizer != "adamw"
+    table.sparse = len(table.weight) > LARGE_TABLE and variant.table_optimizer != "adamw"
     logits = torch.randn(BATCH, LENGTH, config.latent_dim, requires_grad=True)
     grad = torch.randn(BATCH, LENGTH, WIDTH)
 
@@ -266,10 +266,10 @@ def count_table() -> Table:
 
 
 def product_table(times: dict[str, float]) -> Table:
-    table = Table(title=f"exact gradient, H = 16: {2 * PLANS * WIDTH * 2**16 / 1e9:.1f} GFLOP")
+    operations = 2 * PLANS * WIDTH * 2**16
+    table = Table(title=f"exact gradient, H = 16: {operations / 1e9:.1f} GFLOP")
     for column in ("", "bare product = 1", "Llama's step = 1", "GFLOP a second"):
         table.add_column(column, justify="left" if not column else "right")
-    operations = 2 * PLANS * WIDTH * 2**16
     for name, label in (("bare", "bare matrix product"), ("product", "exact gradient")):
         seconds = times[name]
         table.add_row(

@@ -83,11 +83,6 @@ def exact_gradient(
     return (torch.cat(derivatives, dim=-1) * p * (-logits).sigmoid()).view_as(plan_logits)  # 1 - p would cancel
 
 
-@exact_gradient.register_fake
-def _(grad: Tensor, plan_logits: Tensor, weight: Tensor, group_bits: Sequence[int], chunk_bytes: int) -> Tensor:
-    return torch.empty_like(plan_logits, dtype=_dtype_of_sums(grad, weight))
-
-
 @torch.library.custom_op("free_transformer::sampled_gradient", mutates_args=())
 def sampled_gradient(
     grad: Tensor,
@@ -116,17 +111,13 @@ def sampled_gradient(
     return (torch.where(plan, -change, change) * logits.sigmoid() * (-logits).sigmoid()).view_as(plan_logits)
 
 
-@sampled_gradient.register_fake
-def _(
-    grad: Tensor,
-    plan_logits: Tensor,
-    weight: Tensor,
-    plan: Tensor,
-    codes: Tensor,
-    group_bits: Sequence[int],
-    chunk_bytes: int,
-) -> Tensor:
+def _result_like(grad: Tensor, plan_logits: Tensor, weight: Tensor, *_: object) -> Tensor:
+    """What a compiler must know of either operator: shape and dtype."""
     return torch.empty_like(plan_logits, dtype=_dtype_of_sums(grad, weight))
+
+
+exact_gradient.register_fake(_result_like)
+sampled_gradient.register_fake(_result_like)
 
 
 def _dtype_of_sums(grad: Tensor, weight: Tensor) -> torch.dtype:
