@@ -30,6 +30,7 @@ class PlanGenerationMixin(GenerationMixin):
         *args: Any,
         plan: Tensor | None = None,
         prompt_plan: str = "posterior",
+        prior: str = "uniform",
         **kwargs: Any,
     ) -> Any:
         """
@@ -38,17 +39,20 @@ class PlanGenerationMixin(GenerationMixin):
         Args:
             inputs: (B, T) tokens of the prompt; a row with nothing but the begin-of-text token is an empty prompt.
             plan: (P, H) or (B, P, H) bits, plan 0 covering the first token of the text. Plans that are missing come
-                from the prompt and, for new text, from the uniform prior.
+                from the prompt and, for new text, from the prior.
             prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt alone
                 (the paper's pre-filling), or `"prior"`, with no encoder at all. An empty prompt has nothing to read
                 and takes the prior.
+            prior: `"uniform"` (the method), or `"aggregate"`, the plans that training texts took, gathered by
+                `gather_prior`.
 
         Raises:
-            ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan`, beam
-                search, assisted decoding, and a cache without the plan that wrote it.
+            ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan` or
+                `prior`, beam search, assisted decoding, and a cache without the plan that wrote it.
         """
         if prompt_plan not in PROMPT_PLANS:
             raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
+        self.plan_prior.checked(prior)
         self._refuse_unsupported(kwargs)
         if plan is not None:
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -58,7 +62,7 @@ class PlanGenerationMixin(GenerationMixin):
                 raise ValueError(f"{plan.shape[1]} plans a text: this model takes one (plan_span='sequence')")
         elif (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
             raise ValueError("past_key_values were written under a plan: give that plan too, plan=...")
-        output = super().generate(inputs, *args, plan=plan, prompt_plan=prompt_plan, **kwargs)
+        output = super().generate(inputs, *args, plan=plan, prompt_plan=prompt_plan, prior=prior, **kwargs)
         self._warn_past_trained_length(output if isinstance(output, Tensor) else output.sequences)
         return output
 

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.encoder import PlanEncoder
-from free_transformer.plan import PlanTable
+from free_transformer.plan import PlanPrior, PlanTable
 
 
 def stream_scale(config: LlamaConfig) -> float:
@@ -38,6 +38,8 @@ def init_module(module: nn.Module, config: LlamaConfig) -> None:
         init.normal_(module.down_proj.weight, std=residual * module.down_proj.in_features**-0.5)
     elif isinstance(module, PlanTable):
         module.reset_parameters(scale)
+    elif isinstance(module, PlanPrior):
+        init.zeros_(module.log_aggregate)
     elif isinstance(module, PlanEncoder):
         assert isinstance(config, FreeTransformerConfig)
         init.normal_(module.query, std=scale)

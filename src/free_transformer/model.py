@@ -12,6 +12,7 @@ F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 import copy
 import inspect
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from free_transformer.initialization import init_module
 from free_transformer.injection import InjectedDecoderLayer
 from free_transformer.layout import PlanLayout, is_packed, num_plans, plan_layout, plan_to_token, same_document
 from free_transformer.losses import objective
-from free_transformer.plan import BinaryMapper, PlanTable, as_plan
+from free_transformer.plan import BinaryMapper, PlanPrior, PlanTable, as_plan
 
 MODES = ("training", "inference")
 
@@ -116,6 +117,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.plan_mapper = BinaryMapper()
+        self.plan_prior = PlanPrior(config.latent_dim)
         self.plan_table = PlanTable(
             config.group_bits, config.hidden_size, config.plan_gradient, config.plan_chunk_bytes, config.table_init
         )
@@ -155,7 +157,10 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         mode: str | None = None,
         plan: Tensor | None = None,
         prompt_plan: str | None = None,
+        prior: str = "uniform",
         num_items_in_batch: int | Tensor | None = None,
+        kl_weight: float | None = None,
+        free_bits: float | None = None,
         **kwargs: Any,
     ) -> FreeTransformerOutput:
         """
@@ -165,11 +170,14 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             position_ids: (B, T); positions that start again at 0 mark the documents of a packed row.
             labels: (B, T), shifted inside, -100 ignored.
             mode: `"training"`, the plan is drawn from the encoder's posterior, or `"inference"`, the plan is drawn
-                from the uniform prior and the encoder does not run. Default: training where labels are given and no
+                from the prior and the encoder does not run. Default: training where labels are given and no
                 plan is. It does not follow `self.training`: an evaluation needs the posterior too.
             plan: (P, H) or (B, P, H) bits, the plan to use. It must cover the tokens, unless `prompt_plan` is given.
             prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks are drawn from in inference mode.
+            prior: what plans are drawn from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
+                that training texts took, where `gather_prior` has gathered them.
             num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
+            kl_weight, free_bits: instead of the configuration's, for a schedule.
         """
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
         if use_cache and past_key_values is None:
@@ -180,7 +188,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             plan_logits = self.encode(half)
             plan = self.plan_mapper(plan_logits)
         else:
-            plan = self._complete_plan(plan, half, input_ids, prompt_plan)
+            plan = self._complete_plan(plan, half, input_ids, prompt_plan, prior)
         logits = self.second_half(half, plan, plan_logits, logits_to_keep)
 
         output = FreeTransformerOutput(
@@ -191,7 +199,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         if labels is not None:
             config = self.config
             losses = objective(
-                *(logits, labels, plan_logits, output.plan_mask, config.free_bits, config.kl_weight),
+                *(logits, labels, plan_logits, output.plan_mask),
+                free_bits=config.free_bits if free_bits is None else free_bits,
+                kl_weight=config.kl_weight if kl_weight is None else kl_weight,
                 num_tokens=num_items_in_batch,
                 min_bits=config.min_bits,
                 aggregate_weight=config.aggregate_weight,
@@ -298,15 +308,36 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         """The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the likeliest plan."""
         return self.encode(self.first_half(input_ids, attention_mask, position_ids))
 
-    def sample_plan(self, batch_size: int, num_plans: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Plans from the uniform prior, (B, P, H) bool."""
-        return self.plan_mapper(self._prior_logits(batch_size, num_plans), generator=generator)
+    def sample_plan(
+        self,
+        batch_size: int,
+        num_plans: int = 1,
+        generator: torch.Generator | None = None,
+        prior: str = "uniform",
+    ) -> Tensor:
+        """Plans from the prior, (B, P, H) bool; `prior` as in `forward`."""
+        return self.plan_prior.sample(batch_size, num_plans, prior, generator)
 
-    def _prior_logits(self, batch_size: int, num_plans: int) -> Tensor:
-        return torch.zeros(batch_size, num_plans, self.config.latent_dim, device=self.device)
+    @torch.no_grad()
+    def gather_prior(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """
+        Gathers the aggregate prior, the plans that texts take together, which is then saved with the model.
+
+        Args:
+            batches: of training text, dicts with `input_ids` and optional `attention_mask` and `position_ids`.
+        """
+
+        def plan_logits() -> Iterator[Tensor]:
+            for batch in batches:
+                inputs = {name: values.to(self.device) for name, values in batch.items() if name != "labels"}
+                half = self.first_half(**inputs)
+                assert half.layout is not None
+                yield self.encode(half)[half.layout.plan_mask]
+
+        self.plan_prior.gather(plan_logits())
 
     def _complete_plan(
-        self, plan: Tensor | None, half: FirstHalf, input_ids: Tensor | None, prompt_plan: str | None
+        self, plan: Tensor | None, half: FirstHalf, input_ids: Tensor | None, prompt_plan: str | None, prior: str
     ) -> Tensor:
         """The caller's plans, and drawn ones for the tokens that they do not cover: (B, P, H) bool."""
         batch = len(half.hidden_states)
@@ -321,7 +352,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         missing = half.num_plans - given.shape[1]
         if missing <= 0:
             return given
-        logits = self._prior_logits(batch, missing)
+        logits = torch.zeros(batch, missing, self.config.latent_dim, device=given.device)  # fair coins
+        written = torch.zeros(batch, missing, dtype=torch.bool, device=given.device)
         if prompt_plan == "posterior" and half.layout is not None:
             written = half.layout.plan_mask[:, -missing:]
             if input_ids is not None:  # a prompt of nothing but begin-of-text has no text to read a plan from
@@ -330,7 +362,10 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                     text = text & half.layout.token_mask
                 written = written & text.any(1, keepdim=True)
             logits = torch.where(written[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
-        return torch.cat([given, self.plan_mapper(logits)], dim=1)
+        drawn = self.plan_mapper(logits)
+        if prior != "uniform":
+            drawn = torch.where(written[..., None], drawn, self.sample_plan(batch, missing, prior=prior))
+        return torch.cat([given, drawn], dim=1)
 
     def _checked_mode(
         self, mode: str | None, plan: Tensor | None, labels: Tensor | None, prompt_plan: str | None

@@ -4,14 +4,21 @@ The plan: its bits, their codes, how they are drawn, and the table that turns a 
 A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the least significant.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from free_transformer.losses import kl_bits
 from free_transformer.straight_through import StraightThrough, group_runs
 
 MAX_CODE_BITS_INT64 = 63
+MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted each by itself, longer plans bit by bit
+UNIFORM_SHARE = 0.01  # of the aggregate prior, so that no plan is impossible
+PRIORS = ("uniform", "aggregate")
 
 
 def bits_to_codes(bits: Tensor) -> Tensor:
@@ -54,6 +61,96 @@ class BinaryMapper(nn.Module):
         dtype = torch.promote_types(plan_logits.dtype, torch.float32)
         uniform = torch.rand(plan_logits.shape, dtype=dtype, device=plan_logits.device, generator=generator)
         return uniform < plan_logits.to(dtype).sigmoid()
+
+
+class PlanPrior(nn.Module):
+    """
+    What plans are drawn from where no text tells them: fair coins (the method), or the *aggregate* of the plans that
+    training texts took, gathered after training and saved with the model.
+
+    Plans of one text are independent. Up to 12 bits the aggregate counts codes, above that each bit by itself; 1 % of
+    it is uniform, so that no plan is impossible.
+
+    Attributes:
+        log_aggregate: logarithms of the probabilities of the codes, (2^H,), or of each bit's values 0 and 1, (2, H);
+            all zero before any were gathered.
+    """
+
+    log_aggregate: Tensor
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.counts_codes = latent_dim <= MAX_COUNTED_BITS
+        shape = (2**latent_dim,) if self.counts_codes else (2, latent_dim)
+        self.register_buffer("log_aggregate", torch.zeros(shape))
+
+    @property
+    def gathered(self) -> bool:
+        return bool(self.log_aggregate.any())
+
+    def checked(self, prior: str) -> str:
+        """`ValueError` for an unknown name, or for an aggregate that was never gathered."""
+        if prior not in PRIORS:
+            raise ValueError(f"prior={prior!r}: one of {PRIORS}")
+        if prior == "aggregate" and not self.gathered:
+            raise ValueError("prior='aggregate': this model has gathered none; model.gather_prior(batches) does")
+        return prior
+
+    @torch.no_grad()
+    def gather(self, plan_logits: Iterable[Tensor]) -> None:
+        """From the posteriors' logits of plans of training text, batches of (N, H)."""
+        counts = torch.zeros(self.log_aggregate.shape, dtype=torch.float64, device=self.log_aggregate.device)
+        total = 0
+        for logits in plan_logits:
+            p = logits.to(counts).sigmoid()
+            counts += code_probabilities(p).sum(0) if self.counts_codes else torch.stack([1 - p, p]).sum(1)
+            total += len(p)
+        if total == 0:
+            raise ValueError("there are no plans to gather a prior from")
+        outcomes = len(counts)
+        self.log_aggregate.copy_(((1 - UNIFORM_SHARE) * counts / total + UNIFORM_SHARE / outcomes).log())
+
+    def sample(
+        self, batch_size: int, num_plans: int, prior: str = "uniform", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """(B, P, H) bool."""
+        shape, device = (batch_size, num_plans), self.log_aggregate.device
+        if self.checked(prior) == "aggregate" and self.counts_codes:
+            draws = batch_size * num_plans
+            codes = torch.multinomial(self.log_aggregate.exp(), draws, replacement=True, generator=generator)
+            return codes_to_bits(codes.view(shape), self.latent_dim)
+        chance = self.log_aggregate[1].exp() if prior == "aggregate" else torch.tensor(0.5, device=device)
+        return torch.rand(*shape, self.latent_dim, device=device, generator=generator) < chance
+
+    def log_prob(self, plan: Tensor, prior: str = "uniform") -> Tensor:
+        """log p(z) in nats: (..., H) bool -> (...)."""
+        if self.checked(prior) == "uniform":
+            return torch.full(plan.shape[:-1], -math.log(2) * self.latent_dim, device=plan.device)
+        if self.counts_codes:
+            return self.log_aggregate[bits_to_codes(plan)]
+        return torch.where(plan, self.log_aggregate[1], self.log_aggregate[0]).sum(-1)
+
+    def kl(self, plan_logits: Tensor, prior: str = "uniform") -> Tensor:
+        """KL of each plan's posterior from the prior in bits, exact: (N, H) -> (N,)."""
+        kl = kl_bits(plan_logits)
+        if self.checked(prior) == "uniform":
+            return kl
+        p = plan_logits.to(self.log_aggregate.dtype).sigmoid()
+        if self.counts_codes:
+            expected = code_probabilities(p) @ self.log_aggregate
+        else:
+            expected = (p * self.log_aggregate[1] + (1 - p) * self.log_aggregate[0]).sum(-1)
+        return kl - self.latent_dim - expected / math.log(2)
+
+
+def code_probabilities(p: Tensor) -> Tensor:
+    """Probability of every code where bit h is 1 with probability `p[..., h]`: (N, H) -> (N, 2^H)."""
+    total = torch.ones_like(p[:, :1])
+    for bit in range(p.shape[1]):
+        one = p[:, bit : bit + 1]
+        total = torch.cat([total * (1 - one), total * one], dim=1)
+    return total
 
 
 class PlanTable(nn.Module):

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from free_transformer.evaluation.particle_filter import particle_filter
 from free_transformer.evaluation.usage import PlanUsage, plan_usage
 from free_transformer.layout import is_packed, plan_layout
-from free_transformer.losses import IGNORED, kl_bits
+from free_transformer.losses import IGNORED
 from free_transformer.model import FirstHalf, FreeTransformer
 from free_transformer.plan import codes_to_bits
 
 MAX_ENUMERATED_BITS = 10
-METHODS = ("importance", "exact")
+METHODS = ("importance", "particle_filter", "exact")
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Likelihood:
     Attributes:
         reconstruction: cross-entropy with plans from the posterior; never to be compared with a baseline.
         elbo: reconstruction + KL, an upper bound of the NLL.
-        nll: the importance-weighted bound with `num_samples` plans, or the exact value (`method`).
+        nll: a bound with `num_samples` plans, by importance weights or a particle filter, or the exact value (`method`).
         prior: cross-entropy with one plan drawn from the prior, what one generation sees.
         gap: prior - reconstruction; without a gap the plan is not used.
         standard_errors: of each of these, documents being the units.
@@ -46,6 +47,7 @@ class Likelihood:
     documents: int
     method: str
     num_samples: int
+    plan_prior: str = "uniform"
     reconstruction: float | None = None
     kl: float | None = None
     kl_per_token: float | None = None
@@ -63,6 +65,7 @@ def evaluate_likelihood(
     batches: Iterable[Mapping[str, Tensor]],
     num_samples: int = 16,
     method: str = "importance",
+    prior: str = "uniform",
 ) -> Likelihood:
     """
     Args:
@@ -70,20 +73,25 @@ def evaluate_likelihood(
         batches: dicts with `input_ids`, and optionally `attention_mask`, `position_ids` (packed rows) and `labels`.
         num_samples: plans drawn from the posterior for each document.
         method: `"importance"`, `-log mean_k p(x|z_k) p(z_k) / q(z_k|x)` (IWAE: its expectation falls as k grows and
-            never passes the ELBO), or `"exact"`, the sum over all plans, where a document has one plan of at most
-            10 bits.
+            never passes the ELBO); `"particle_filter"`, a far tighter bound where a document has many plans, in time
+            that grows with `num_samples` times their number; or `"exact"`, the sum over all plans, where a document
+            has one plan of at most 10 bits.
+        prior: `"uniform"` (the method), or `"aggregate"` where the model has gathered it: then `kl`, `elbo`, `nll`
+            and `prior` are of a model that draws its plans from that.
 
     Raises:
-        ValueError: for an unknown method, a document with too many plans for the exact one, or nothing to predict.
+        ValueError: for an unknown method or prior, too many plans for the exact one, or nothing to predict.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: one of {METHODS}")
+    if isinstance(model, FreeTransformer):
+        model.plan_prior.checked(prior)
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: at least 1")
     was_training = model.training
     model.eval()
     try:
-        parts = [_evaluate_batch(model, batch, num_samples, method) for batch in batches]
+        parts = [_evaluate_batch(model, batch, num_samples, method, prior) for batch in batches]
     finally:
         model.train(was_training)
     if not parts or sum(float(sums["tokens"].sum()) for sums, _ in parts) == 0:
@@ -93,7 +101,9 @@ def evaluate_likelihood(
     sums = {name: values[kept] for name, values in sums.items()}
     logits = [each for _, each in parts if each is not None]
     plan_logits = torch.cat(logits).cpu() if logits else None
-    return _summary(sums, plan_logits, model.config, method, num_samples)
+    result = _summary(sums, plan_logits, model.config, method, num_samples)
+    result.plan_prior = prior
+    return result
 
 
 def _summary(
@@ -136,12 +146,16 @@ def ratio_standard_error(totals: np.ndarray, sizes: np.ndarray) -> float:
 class _Units:
     """The documents of a batch, numbered through: what each token and each plan belongs to."""
 
-    of_token: Tensor  # (B, T - 1), of the predicted tokens
+    of_column: Tensor  # (B, T)
     of_plan: Tensor  # (B, P)
     count: int
 
     def sum_tokens(self, values: Tensor) -> Tensor:
-        return self._sum(values, self.of_token)
+        """(B, T - 1), of the predicted tokens."""
+        return self._sum(values, self.of_column[:, 1:])
+
+    def sum_columns(self, values: Tensor) -> Tensor:
+        return self._sum(values, self.of_column)
 
     def sum_plans(self, values: Tensor) -> Tensor:
         return self._sum(values, self.of_plan)
@@ -158,11 +172,11 @@ def _units(token_document: Tensor | None, plan_document: Tensor | None, tokens: 
         plan_document = tokens.new_zeros(batch, plans)
     width = int(token_document.max()) + 1
     first = width * torch.arange(batch, device=tokens.device)[:, None]
-    return _Units((token_document + first)[:, 1:], plan_document + first, batch * width)
+    return _Units(token_document + first, plan_document + first, batch * width)
 
 
 def _evaluate_batch(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], num_samples: int, method: str
+    model: PreTrainedModel, batch: Mapping[str, Tensor], num_samples: int, method: str, prior: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Sums over each document of the batch, in nats, and the logits of its plans."""
     batch = {name: values.to(model.device) for name, values in batch.items()}
@@ -170,12 +184,8 @@ def _evaluate_batch(
     inputs = {name: values for name, values in batch.items() if name != "labels"}
     target = labels[:, 1:]
 
-    def nats(logits: Tensor) -> Tensor:  # (B, T - 1), 0 where nothing is predicted
-        by_class = logits[:, :-1].float().transpose(1, 2)
-        return F.cross_entropy(by_class, target, ignore_index=IGNORED, reduction="none")
-
     if not isinstance(model, FreeTransformer):
-        return _evaluate_baseline(model, inputs, target, nats), None
+        return _evaluate_baseline(model, inputs, target), None
 
     half = model.first_half(**inputs)
     layout = half.layout
@@ -187,19 +197,26 @@ def _evaluate_batch(
     def log_probability(plan: Tensor) -> Tensor:  # log q(z|x) of each plan, (B, P)
         return F.logsigmoid(torch.where(plan, plan_logits, -plan_logits)).sum(-1) * mask
 
-    log_prior = -math.log(2) * model.config.latent_dim * mask.double()
+    def log_prior(plan: Tensor) -> Tensor:
+        return model.plan_prior.log_prob(plan, prior) * mask
+
     reconstructions, log_weights = [], []
-    for _ in range(num_samples):
+    for _ in range(1 if method == "particle_filter" else num_samples):
         plan = model.plan_mapper(plan_logits)
-        reconstructions.append(units.sum_tokens(nats(model.second_half(half, plan))))
-        log_weights.append(units.sum_plans(log_prior - log_probability(plan)) - reconstructions[-1])
+        reconstructions.append(units.sum_tokens(_nats(model.second_half(half, plan)[:, :-1], target)))
+        log_weights.append(units.sum_plans(log_prior(plan) - log_probability(plan)) - reconstructions[-1])
     reconstruction = torch.stack(reconstructions).mean(0)
-    kl = units.sum_plans(kl_bits(plan_logits) * mask)
+    per_plan = model.plan_prior.kl(plan_logits.flatten(0, 1), prior).view(mask.shape)
+    kl = units.sum_plans(per_plan * mask)
     if method == "exact":
-        nll = -_log_likelihood_exact(model, half, units, nats)
+        nll = -_log_likelihood_exact(model, half, units, target, prior)
+    elif method == "particle_filter":
+        following = F.pad(target, (0, 1), value=IGNORED)
+        estimates = particle_filter(model, half, plan_logits, _nats, following, num_samples, prior)
+        nll = -units.sum_columns(estimates)
     else:
         nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
-    prior_plan = model.sample_plan(len(labels), layout.num_plans)
+    prior_plan = model.sample_plan(len(labels), layout.num_plans, prior=prior)
     sums = {
         **_text_sums(units, target),
         "plans": units.sum_plans(mask),
@@ -207,12 +224,17 @@ def _evaluate_batch(
         "kl_bits": kl,
         "elbo": reconstruction + math.log(2) * kl,
         "nll": nll,
-        "prior": units.sum_tokens(nats(model.second_half(half, prior_plan))),
+        "prior": units.sum_tokens(_nats(model.second_half(half, prior_plan)[:, :-1], target)),
     }
     return sums, plan_logits[mask]
 
 
-def _log_likelihood_exact(model: FreeTransformer, half: FirstHalf, units: _Units, nats: Any) -> Tensor:
+def _nats(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropies of (B, T, V) against (B, T), 0 where nothing is predicted."""
+    return F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
+
+
+def _log_likelihood_exact(model: FreeTransformer, half: FirstHalf, units: _Units, target: Tensor, prior: str) -> Tensor:
     """log p(x) of each document, summed over all plans."""
     bits = model.config.latent_dim
     layout = half.layout
@@ -226,15 +248,14 @@ def _log_likelihood_exact(model: FreeTransformer, half: FirstHalf, units: _Units
     total = None
     for code in range(2**bits):
         plan = codes_to_bits(torch.tensor(code, device=model.device), bits).expand(*layout.plan_mask.shape, -1)
-        log_joint = -units.sum_tokens(nats(model.second_half(half, plan))) - bits * math.log(2)
+        nats = _nats(model.second_half(half, plan)[:, :-1], target)
+        log_joint = units.sum_plans(model.plan_prior.log_prob(plan, prior) * layout.plan_mask) - units.sum_tokens(nats)
         total = log_joint if total is None else torch.logaddexp(total, log_joint)
     assert total is not None
     return total
 
 
-def _evaluate_baseline(
-    model: PreTrainedModel, inputs: dict[str, Tensor], target: Tensor, nats: Any
-) -> dict[str, Tensor]:
+def _evaluate_baseline(model: PreTrainedModel, inputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
     input_ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
     document = None
     if position_ids is not None:
@@ -244,7 +265,7 @@ def _evaluate_baseline(
             document = plan_layout("sequence", position_ids, token_mask, packed=True).token_document
     units = _units(document, document, input_ids, 1)
     logits = model(**baseline_inputs(inputs)).logits
-    return {**_text_sums(units, target), "nll": units.sum_tokens(nats(logits))}
+    return {**_text_sums(units, target), "nll": units.sum_tokens(_nats(logits[:, :-1], target))}
 
 
 def _text_sums(units: _Units, target: Tensor) -> dict[str, Tensor]:

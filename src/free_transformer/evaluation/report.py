@@ -47,9 +47,14 @@ def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
 
 
 def nll_method(likelihood: Likelihood) -> str:
+    """How `nll` was come by, in words."""
     if likelihood.method == "exact":
-        return "exact"
-    return f"importance-weighted bound, {likelihood.num_samples} plans"
+        method = "exact"
+    elif likelihood.method == "particle_filter":
+        method = f"particle filter's bound, {likelihood.num_samples} particles"
+    else:
+        method = f"importance-weighted bound, {likelihood.num_samples} plans"
+    return method if likelihood.plan_prior == "uniform" else f"{method}, {likelihood.plan_prior} prior"
 
 
 def usage_table(likelihood: Likelihood) -> Table:

@@ -1,0 +1,154 @@
+"""
+Sequential Monte Carlo over the plans of a text: the likelihood where a text has many of them.
+
+Weights over whole texts fall apart when plans are many: a single sample carries the sum. Here `K` particles are drawn
+plan by plan from the posterior, weighted by the tokens that each plan covers, and the likely ones take the place of
+the unlikely (systematic resampling) when the effective sample size falls under half. The estimate of p(x) has no
+bias, so that the mean of its negative logarithm is an upper bound of the NLL.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from free_transformer.injection import InjectedDecoderLayer
+from free_transformer.layout import PlanLayout
+from free_transformer.model import FirstHalf, FreeTransformer
+
+RESAMPLE_UNDER = 0.5
+
+
+def particle_filter(
+    model: FreeTransformer,
+    half: FirstHalf,
+    plan_logits: Tensor,
+    nats: Callable[[Tensor, Tensor], Tensor],
+    target: Tensor,
+    num_particles: int,
+    prior: str,
+) -> Tensor:
+    """
+    Args:
+        half: of B rows of T tokens. The second half runs once for each of the `num_particles` of a row.
+        plan_logits: (B, P, H), the posterior that plans are drawn from.
+        nats: cross-entropies of logits (N, t, V) against tokens (N, t), 0 where nothing is predicted.
+        target: (B, T), the token that follows each token.
+
+    Returns:
+        (B, T): estimates of log p, each at the last token of what it is of: a row, or a document of a packed row.
+    """
+    layout = half.layout
+    assert layout is not None
+    batch, tokens = target.shape
+    second = _SecondHalf(model, half, num_particles)
+    log_weights = torch.zeros(batch, num_particles, dtype=torch.float64, device=target.device)
+    plan = torch.zeros(batch, num_particles, plan_logits.shape[-1], dtype=torch.bool, device=target.device)
+    estimates = torch.zeros(batch, tokens, dtype=torch.float64, device=target.device)
+    rows = torch.arange(batch, device=target.device)
+    bounds = [*_plan_starts(layout), tokens]
+    for start, end in pairwise(bounds):
+        index = layout.token_plan[:, start]
+        new = torch.ones_like(rows, dtype=torch.bool) if start == 0 else index != layout.token_plan[:, start - 1]
+        if start > 0:
+            ends = _document_ends(layout, start)  # what follows does not depend on what was: start afresh
+            resampled = new & ~ends & (_effective_size(log_weights) < RESAMPLE_UNDER * num_particles)
+            settled = ends | resampled
+            estimates[settled, start - 1] += _log_mean(log_weights[settled])
+            if resampled.any():
+                chosen = _systematic(log_weights, resampled)
+                plan = plan.gather(1, chosen[..., None].expand_as(plan))
+                second.reorder(chosen)
+            log_weights[settled] = 0
+        logits = plan_logits[rows, index][:, None].expand(-1, num_particles, -1)
+        drawn = model.plan_mapper(logits)
+        plan = torch.where(new[:, None, None], drawn, plan)
+        proposal = F.logsigmoid(torch.where(drawn, logits, -logits)).sum(-1)
+        counted = (new & layout.plan_mask[rows, index])[:, None]
+        log_weights += (model.plan_prior.log_prob(drawn, prior) - proposal).double() * counted
+        repeated = target[:, start:end].repeat_interleave(num_particles, 0)
+        lost = nats(second.step(plan.flatten(0, 1), start, end), repeated)
+        log_weights -= lost.double().sum(1).view(batch, num_particles)
+    estimates[:, -1] += _log_mean(log_weights)
+    return estimates
+
+
+class _SecondHalf:
+    """Layers K to L-1, norm and head, a stretch of tokens at a time, for K particles a row."""
+
+    def __init__(self, model: FreeTransformer, half: FirstHalf, num_particles: int):
+        self.model, self.half, self.num_particles = model, half, num_particles
+        self.cache = DynamicCache(config=model.config)
+        self.mask = self._mask()
+
+    def _mask(self) -> Tensor:
+        """(1 or B, 1, T, T), by addition or bool."""
+        mask, states = self.half.layer_arguments["attention_mask"], self.half.hidden_states
+        if mask is None:
+            tokens = states.shape[1]
+            future = torch.ones(tokens, tokens, dtype=torch.bool, device=states.device).triu(1)
+            return torch.zeros_like(future, dtype=states.dtype).masked_fill(future, -math.inf)[None, None]
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise ValueError(
+                "method='particle_filter' reads padded and packed rows with attn_implementation='sdpa' or 'eager'"
+            )
+        return mask
+
+    def step(self, plan: Tensor, start: int, end: int) -> Tensor:
+        """Logits (B · K, end - start, V) under the plans of these tokens, (B · K, H)."""
+        arguments: dict[str, Any] = dict(self.half.layer_arguments)
+        arguments["past_key_values"] = self.cache
+        arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, :end])
+        arguments["position_ids"] = self._repeat(arguments["position_ids"][:, start:end])
+        rotation = arguments["position_embeddings"]
+        arguments["position_embeddings"] = tuple(self._repeat(part[:, start:end]) for part in rotation)
+        states = self._repeat(self.half.hidden_states[:, start:end])
+        plan_states = self.model.plan_table(plan)[:, None].expand_as(states).to(states.dtype)
+        for layer in self.model.model.layers[self.model.config.plan_layer :]:
+            inputs = (states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (states,)
+            states = layer(*inputs, **arguments)
+        return self.model.lm_head(self.model.model.norm(states))
+
+    def reorder(self, chosen: Tensor) -> None:
+        """(B, K), which of its row's particles each one goes on from."""
+        first = self.num_particles * torch.arange(len(chosen), device=chosen.device)
+        self.cache.reorder_cache((chosen + first[:, None]).flatten())
+
+    def _repeat(self, values: Tensor) -> Tensor:
+        return values if len(values) == 1 else values.repeat_interleave(self.num_particles, 0)
+
+
+def _plan_starts(layout: PlanLayout) -> list[int]:
+    """Columns at which some row goes on to another plan; every row has one plan between two of them."""
+    changes = (layout.token_plan[:, 1:] != layout.token_plan[:, :-1]).any(0)
+    return [0, *(changes.nonzero()[:, 0] + 1).tolist()]
+
+
+def _document_ends(layout: PlanLayout, column: int) -> Tensor:
+    """(B,) bool, whether another document begins at this column."""
+    if layout.token_document is None:
+        return torch.zeros(len(layout.token_plan), dtype=torch.bool, device=layout.token_plan.device)
+    return layout.token_document[:, column] != layout.token_document[:, column - 1]
+
+
+def _log_mean(log_weights: Tensor) -> Tensor:
+    return log_weights.logsumexp(1) - math.log(log_weights.shape[1])
+
+
+def _effective_size(log_weights: Tensor) -> Tensor:
+    """1 / Σ w² of the normalised weights: K where all are equal, 1 where one has them all."""
+    return 1 / log_weights.softmax(1).square().sum(1)
+
+
+def _systematic(log_weights: Tensor, wanted: Tensor) -> Tensor:
+    """(B, K) indices: of `wanted` rows each particle in proportion to its weight, of the others themselves."""
+    batch, count = log_weights.shape
+    own = torch.arange(count, device=log_weights.device)
+    points = (own + torch.rand(batch, 1, dtype=log_weights.dtype, device=log_weights.device)) / count
+    chosen = torch.searchsorted(log_weights.softmax(1).cumsum(1), points).clamp(max=count - 1)
+    return torch.where(wanted[:, None], chosen, own)
