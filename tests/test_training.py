@@ -638,9 +638,9 @@ def test_free_and_baseline_of_one_seed_read_the_same_batches(tiny_settings, monk
         seen[kind] = []
         original = loop.training_forward
 
-        def watch(model, batch, tokens, kind=kind, original=original):
+        def watch(model, batch, *others, kind=kind, original=original):
             seen[kind].append(batch["input_ids"])
-            return original(model, batch, tokens)
+            return original(model, batch, *others)
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "training_forward", watch)

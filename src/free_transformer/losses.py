@@ -25,7 +25,7 @@ def kl_bits(plan_logits: Tensor) -> Tensor:
     return kl_bits_per_bit(plan_logits).sum(-1)
 
 
-def free_bits_hinge(kl: Tensor, free_bits: float) -> Tensor:
+def free_bits_hinge(kl: Tensor, free_bits: float | Tensor) -> Tensor:
     """
     What a plan spends beyond its free bits, `max(0, kl - free_bits)`, of each plan by itself (paper, eq. 5).
 
@@ -95,8 +95,8 @@ def objective(
     labels: Tensor,
     plan_logits: Tensor | None = None,
     plan_mask: Tensor | None = None,
-    free_bits: float = 0.0,
-    kl_weight: float = 1.0,
+    free_bits: float | Tensor = 0.0,
+    kl_weight: float | Tensor = 1.0,
     num_tokens: int | Tensor | None = None,
     min_bits: float = 0.0,
     aggregate_weight: float = 0.0,

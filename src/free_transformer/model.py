@@ -159,8 +159,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         prompt_plan: str | None = None,
         prior: str = "uniform",
         num_items_in_batch: int | Tensor | None = None,
-        kl_weight: float | None = None,
-        free_bits: float | None = None,
+        kl_weight: float | Tensor | None = None,
+        free_bits: float | Tensor | None = None,
         **kwargs: Any,
     ) -> FreeTransformerOutput:
         """

@@ -35,7 +35,7 @@ class Likelihood:
     Attributes:
         reconstruction: cross-entropy with plans from the posterior; never to be compared with a baseline.
         elbo: reconstruction + KL, an upper bound of the NLL.
-        nll: a bound with `num_samples` plans, by importance weights or a particle filter, or the exact value (`method`).
+        nll: a bound by `num_samples` plans, importance weights or a particle filter, or the exact value (`method`).
         prior: cross-entropy with one plan drawn from the prior, what one generation sees.
         gap: prior - reconstruction; without a gap the plan is not used.
         standard_errors: of each of these, documents being the units.

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 LIVE_BITS = 0.05  # a bit that spends more than this, in bits, is alive
 FLOOR_MARGIN = 1.02
-LEAST_GAIN_BITS = 0.1  # per plan: under this a plan is as good as none
+SPENT_SHARE = 0.1  # of the free bits: a plan that spends less is far under them
+LEAST_GAIN_BITS = 0.1  # per text: under this its plans are as good as none
 
 ADVICE = (
     "raise model.free_bits (1 to 2 bits), lower training.kl_weight, keep table_init=bit_linear, "
@@ -56,10 +57,9 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
     KL above zero proves nothing: a posterior can spend bits that the decoder ignores. What counts is what the text
     loses when its own plan is replaced by another: the gap prior - reconstruction.
     """
-    if likelihood.gap is None or likelihood.kl is None or likelihood.kl_per_token is None:
+    if likelihood.gap is None or likelihood.kl is None:
         return None
-    tokens_per_plan = likelihood.kl / likelihood.kl_per_token if likelihood.kl_per_token > 0 else 1.0
-    gap_bits = likelihood.gap / math.log(2) * tokens_per_plan
+    gap_bits = likelihood.gap / math.log(2) * likelihood.tokens / likelihood.documents
     error = likelihood.standard_errors.get("gap", 0.0)
     if math.isnan(error):  # of a single document
         error = 0.0
@@ -69,3 +69,22 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
         f"the plan is not used: a random plan predicts as well as the text's own (gap {likelihood.gap:.4f} ± "
         f"{error:.4f} nats a token), though its KL is {likelihood.kl:.2f} bits a plan. Try: {ADVICE}"
     )
+
+
+def collapse_warning(likelihood: "Likelihood", free_bits: float) -> str | None:
+    """
+    As `usage_warning`, and sooner: a posterior that leaves most of its free bits unspent is dying.
+
+    Args:
+        free_bits: those of the step, bits per plan.
+    """
+    if (warning := usage_warning(likelihood)) is not None or likelihood.usage is None:
+        return warning
+    usage = likelihood.usage
+    found = []
+    if usage.bits_used < SPENT_SHARE * free_bits:
+        found.append(f"the plan spends {usage.bits_used:.3f} of the {free_bits:g} bits that are free")
+    alive = LIVE_BITS if free_bits == 0 else min(LIVE_BITS, SPENT_SHARE * free_bits / len(usage.bits_per_position))
+    if max(usage.bits_per_position) < alive:
+        found.append(f"no bit of the plan is alive (over {alive:.3g} bits)")
+    return f"{' and '.join(found)}. Try: {ADVICE}" if found else None

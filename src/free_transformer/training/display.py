@@ -22,6 +22,8 @@ class Display:
         self.run, self.settings, self.quiet = run, settings, quiet
         self.console = Console(quiet=quiet, stderr=True)
         self.writer = self._tensorboard()
+        self.name = escape(run.path.name)
+        self.collapsed = False
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,7 +33,7 @@ class Display:
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(run.path.name, total=settings.training.max_steps, numbers="")
+        self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="")
 
     def _tensorboard(self) -> Any:
         if not self.settings.logging.tensorboard:
@@ -77,6 +79,18 @@ class Display:
             self.progress.update(self.task, completed=step, numbers=numbers)
         if split == "validation" or (self.progress.disable and self._milestone(step)):
             self.console.print(f"step {step} {split}: {numbers}", highlight=False)
+
+    def watch(self, step: int, warning: str | None) -> None:
+        """What the watcher says of the plan: into the bar, the console and metrics.jsonl, when it changes."""
+        self.run.append_metrics(step=step, split="watcher", collapsed=warning is not None, warning=warning)
+        if self.writer is not None:
+            self.writer.add_scalar("watcher/collapsed", float(warning is not None), step)
+        self.progress.update(self.task, description=f"{self.name} [red]collapsed[/]" if warning else self.name)
+        if warning and not self.collapsed:
+            self.console.print(f"step {step} collapsed: {warning}", style="yellow", highlight=False, markup=False)
+        elif self.collapsed and not warning:
+            self.console.print(f"step {step}: the plan is used now", highlight=False)
+        self.collapsed = warning is not None
 
     def sample(self, step: int, text: str) -> None:
         self.console.print(f"[dim]step {step} writes:[/] {escape(text)!r}", highlight=False)

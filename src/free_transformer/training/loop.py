@@ -1,6 +1,7 @@
 """The training loop: settings in, a run's folder out."""
 
 import contextlib
+import itertools
 import math
 import time
 import warnings
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from free_transformer.data import Rows, begin_token, build_rows, load_tokenizer, read_documents, streamed_batches
 from free_transformer.data.rows import Batch
 from free_transformer.evaluation.likelihood import baseline_inputs, evaluate_likelihood
+from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer, build_baseline
@@ -22,9 +24,11 @@ from free_transformer.training.checkpoint import TrainState, list_checkpoints, l
 from free_transformer.training.display import Display
 from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate, table_optimizer
 from free_transformer.training.run import Run
+from free_transformer.training.schedules import scheduled_weights
 from free_transformer.training.settings import Settings, SettingsError
 
 VALIDATION_SAMPLES = 4
+WATCHED_FROM = 0.1  # of the steps: a plan is seldom used sooner
 
 
 class TrainingFailed(RuntimeError):
@@ -139,6 +143,7 @@ class _Trainer:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     display: Display
+    last_batches: list[Batch] = field(default_factory=list)
 
     def run_to_the_end(self, training_data: Any, validation: Rows | None) -> None:
         training, state = self.settings.training, self.state
@@ -154,12 +159,13 @@ class _Trainer:
             if saving or state.step % training.log_every == 0:  # a state that is saved has a finite loss
                 self._log(totals, rate)
                 totals = _Totals()
-            if validation is not None and _due(state.step, training.eval_every, last):
+            if _due(state.step, training.eval_every, last):
                 self._validate(validation)
             if _due(state.step, self.settings.logging.sample_every, last):
                 self._sample()
             if saving:
                 save_checkpoint(self.run.checkpoints, state, training.keep_checkpoints)
+        self._gather_prior(training_data)
         with new_folder(self.run.model_folder) as folder:
             state.model.save_pretrained(folder)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
@@ -178,10 +184,11 @@ class _Trainer:
         training, state = self.settings.training, self.state
         micro = [next(batches) for _ in range(training.gradient_accumulation_steps)]
         tokens = sum(int(predicted_tokens(batch["labels"])) for batch in micro)
+        weights = self._scheduled_weights()
         for batch in micro:
             batch = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
             with self._autocast():
-                output = training_forward(model, batch, tokens)
+                output = training_forward(model, batch, tokens, weights)
             output["loss"].backward()
             totals.loss.append(output["loss"].detach())
             totals.reconstruction.append(output["reconstruction"].detach())
@@ -193,6 +200,14 @@ class _Trainer:
             optimizer.step()
             optimizer.zero_grad()
         totals.tokens += tokens
+        self.last_batches = micro
+
+    def _scheduled_weights(self) -> dict[str, Tensor]:
+        """As tensors, so that a compiled model is not compiled again for each value."""
+        if self.settings.model.kind == "baseline":
+            return {}
+        weights = scheduled_weights(self.settings.training, self.settings.model.free_bits, self.state.step)
+        return {name: torch.tensor(value, device=self.device) for name, value in weights.items()}
 
     def _autocast(self) -> Any:
         wanted = self.settings.training.precision
@@ -217,13 +232,32 @@ class _Trainer:
         }
         self.display.log(self.state.step, "train", values)
 
-    def _validate(self, rows: Rows) -> None:
-        with _own_randomness(self.settings.training.seed), self._autocast():
-            batches = rows.in_order(self.settings.training.batch_size)
+    def _validate(self, rows: Rows | None) -> None:
+        """On held-out rows; without any, on the step's own batch, for the watcher alone."""
+        training, step = self.settings.training, self.state.step
+        if rows is None and not isinstance(self.state.model, FreeTransformer):
+            return
+        with _own_randomness(training.seed), self._autocast():
+            batches = self.last_batches if rows is None else rows.in_order(training.batch_size)
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES)  # type: ignore[arg-type]
-        names = ("nll", "reconstruction", "kl", "elbo", "prior", "gap")
-        values = {name: getattr(result, name) for name in names if getattr(result, name) is not None}
-        self.display.log(self.state.step, "validation", {"loss": values.get("elbo", result.nll), **values})
+        if rows is not None:
+            names = ("nll", "reconstruction", "kl", "elbo", "prior", "gap")
+            values = {name: getattr(result, name) for name in names if getattr(result, name) is not None}
+            self.display.log(step, "validation", {"loss": values.get("elbo", result.nll), **values})
+        if step > max(training.warmup_steps, WATCHED_FROM * training.max_steps) and result.gap is not None:
+            free_bits = scheduled_weights(training, self.settings.model.free_bits, step - 1)["free_bits"]
+            self.display.watch(step, collapse_warning(result, free_bits))
+
+    def _gather_prior(self, training_data: Any) -> None:
+        """The aggregate prior, from rows of training text in an order of its own."""
+        training, model = self.settings.training, self.state.model
+        if not isinstance(model, FreeTransformer) or training.prior_rows == 0:
+            return
+        batches = itertools.islice(self._batches(training_data, 0), -(-training.prior_rows // training.batch_size))
+        model.eval()
+        with _own_randomness(training.seed), self._autocast():
+            model.gather_prior(batches)
+        model.train()
 
     def _sample(self) -> None:
         prompt = torch.tensor([[begin_token(self.tokenizer)]], device=self.device)
@@ -241,11 +275,18 @@ class _Trainer:
         self.display.sample(self.state.step, self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def training_forward(model: Any, batch: Batch, num_tokens: int) -> dict[str, Any]:
-    """Loss, reconstruction and KL of a batch, divided by `num_tokens`, for either kind of model."""
+def training_forward(
+    model: Any, batch: Batch, num_tokens: int, weights: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """
+    Loss, reconstruction and KL of a batch, divided by `num_tokens`, for either kind of model.
+
+    Args:
+        weights: `kl_weight` and `free_bits` of this step, default the model's.
+    """
     plain = getattr(model, "_orig_mod", model)
     if isinstance(plain, FreeTransformer):
-        output = model(**batch, mode="training", num_items_in_batch=num_tokens)
+        output = model(**batch, mode="training", num_items_in_batch=num_tokens, **(weights or {}))
         return {"loss": output.loss, "reconstruction": output.reconstruction, "kl": output.kl}
     output = model(**baseline_inputs(batch), num_items_in_batch=num_tokens)
     return {"loss": output.loss, "reconstruction": output.loss, "kl": None}

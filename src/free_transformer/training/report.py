@@ -13,6 +13,9 @@ def write_run_report(path: Path) -> None:
     settings = run.settings
     report = Report(f"Run {run.path.name} ({settings.model.kind})")
     metrics = run.read_metrics()
+    watched = [line for line in metrics if line["split"] == "watcher"]
+    if watched and watched[-1]["collapsed"]:
+        report.paragraph(f"Collapsed: {watched[-1]['warning']}", warning=True)
     try:
         from free_transformer.evaluation.plots import bits, curves
 

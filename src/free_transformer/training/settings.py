@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from free_transformer.config import FreeTransformerConfig
 
 Precision = Literal["fp32", "bf16", "auto"]
+Schedule = Literal["constant", "linear", "cosine", "cyclical"]
 TableOptimizer = Literal["auto", "adamw", "sparse_adam"]
 
 
@@ -89,6 +90,21 @@ class TrainingSettings(Section):
     save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for the last alone")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay on disk")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL beyond the free bits")
+    kl_schedule: Schedule = Field(
+        "constant", description="way of kl_weight from kl_weight_start: constant, linear, cosine or cyclical"
+    )
+    kl_weight_start: float = Field(
+        0.0, ge=0, description="where that begins: below kl_weight to go up, above to go down"
+    )
+    free_bits_schedule: Schedule = Field(
+        "constant", description="way of model.free_bits from free_bits_start: constant, linear, cosine or cyclical"
+    )
+    free_bits_start: float = Field(0.0, ge=0, description="where that begins")
+    anneal_steps: int = Field(0, ge=0, description="steps until both have arrived; 0 for half of max_steps")
+    anneal_cycles: int = Field(4, ge=1, description="cycles of a cyclical schedule within these steps")
+    prior_rows: int = Field(
+        1024, ge=0, description="training rows whose plans the aggregate prior is gathered from at the end; 0 for none"
+    )
     resume: str = Field("auto", description="auto (from the newest checkpoint of run_dir, if any), or never")
 
     @field_validator("precision", mode="before")
@@ -181,6 +197,12 @@ def parse_settings(values: dict[str, Any], source: str = "settings") -> Settings
     except ValidationError as error:
         raise SettingsError(f"{source}: " + "; ".join(_explain(each) for each in error.errors())) from error
     settings.model.build()
+    training, least = settings.training, settings.model.min_bits
+    if training.free_bits_schedule != "constant" and training.free_bits_start < least:
+        raise SettingsError(
+            f"{source}: training.free_bits_start={training.free_bits_start}: at least model.min_bits={least}, since "
+            "a plan cannot spend more and less at once"
+        )
     return settings
 
 

@@ -1,0 +1,155 @@
+"""
+How many runs end with a plan that nobody uses: starts, optimizers and schedules × free bits × seeds, on two tasks.
+
+A run counts as collapsed when the watcher of the training loop says so at its last step. Runs that are finished are
+kept in `--out` and not trained again. `make collapse` runs it all: about an hour on 2 cores.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import track
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "three_voices"
+FREE_BITS = (0.125, 0.5, 1.0)
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "normal rows": {"model": {"table_init": "normal"}},
+    "bit-linear": {},
+    "bit-linear, annealing": {"training": {"kl_schedule": "linear"}},
+    "bit-linear, Muon, min_bits": {"training": {"optimizer": "muon"}},  # min_bits follows the free bits
+}
+MIN_BITS_SHARE = 0.8
+TASKS: dict[str, dict[str, dict[str, Any]]] = {
+    "letters": {
+        "model": {"plan_span": 1},
+        "training": {"max_steps": 500, "batch_size": 32, "seq_len": 68},
+        "data": {"train": ["letters:20000:0"], "validation": ["letters:1000:1"]},
+    },
+    "voices": {
+        "model": {"plan_span": "sequence"},
+        "training": {"max_steps": 400, "batch_size": 16, "seq_len": 128},
+    },
+}
+BYTES_A_VOICE = {"train": 400_000, "validation": 30_000}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/collapse"),
+    tasks: Annotated[str, typer.Option(help="tasks, by comma")] = ",".join(TASKS),
+    seeds: Annotated[int, typer.Option(help="runs of each kind")] = 5,
+    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
+    steps: Annotated[int, typer.Option(help="steps of a run instead of its task's; 0 for those")] = 0,
+) -> None:
+    """Trains what is missing and prints the table."""
+    unknown = set(tasks.split(",")) - set(TASKS)
+    if unknown:
+        raise typer.BadParameter(f"tasks: {', '.join(unknown)}; known are {', '.join(TASKS)}")
+    text = out / "text"
+    if "voices" in tasks and not (text / "validation.jsonl").exists():
+        write_text_of_voices(text)
+    cells = [
+        (task, arm, free_bits, seed)
+        for seed in range(seeds)
+        for task in tasks.split(",")
+        for free_bits in FREE_BITS
+        for arm in ARMS
+    ]
+    results_file = out / "results.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in results_file.read_text().splitlines()] if results_file.exists() else []
+    finished = {tuple(result["cell"]) for result in done}
+    missing = [cell for cell in cells if cell not in finished]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        pending = pool.map(run_cell, missing, [out] * len(missing), [steps] * len(missing))
+        for result in track(pending, description="collapse", total=len(missing)):
+            done.append(result)
+            with results_file.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+    print(table([result for result in done if tuple(result["cell"]) in set(cells)]))
+
+
+def write_text_of_voices(folder: Path) -> None:
+    """The beginning of the demo's text, as much of each voice."""
+    sys.path.insert(0, str(EXAMPLES))
+    from voices import VOICES, write_corpus
+
+    write_corpus(folder / "whole")
+    for split, size in BYTES_A_VOICE.items():
+        left = dict.fromkeys(VOICES, size)
+        lines = []
+        for line in (folder / "whole" / f"{split}.jsonl").read_text().splitlines():
+            document = json.loads(line)
+            document["text"] = document["text"][: left[document["voice"]]]
+            left[document["voice"]] -= len(document["text"])
+            if document["text"]:
+                lines.append(json.dumps(document) + "\n")
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def settings_of(task: str, arm: str, free_bits: float, seed: int, out: Path, steps: int) -> dict[str, Any]:
+    """The settings of one run, as in a YAML file."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"hidden_dim": 64, "num_layers": 4, "num_heads": 4, "latent_dim": 8, "free_bits": free_bits},
+        "training": {
+            "learning_rate": 3e-3,
+            "warmup_steps": 50,
+            "seed": seed,
+            "prior_rows": 0,
+            "eval_every": 0,
+            "save_every": 0,
+            "log_every": 50,
+        },
+        "data": {"train": [str(out / "text/train.jsonl")], "validation": [str(out / "text/validation.jsonl")]},
+        "logging": {"tensorboard": False, "sample_every": 0, "sample_tokens": 1},
+    }
+    if "min_bits" in arm:
+        base["model"]["min_bits"] = MIN_BITS_SHARE * free_bits
+    for changes in (TASKS[task], ARMS[arm]):
+        for section, values in changes.items():
+            base[section].update(values)
+    if steps:
+        base["training"].update(max_steps=steps, warmup_steps=steps // 10)
+    name = f"{task}-{arm.replace(', ', '-').replace(' ', '-')}-{free_bits:g}-{seed}"
+    return {"run_dir": str(out / name), **base}
+
+
+def run_cell(cell: tuple[str, str, float, int], out: Path, steps: int) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    from free_transformer.training import train
+    from free_transformer.training.settings import parse_settings
+
+    run = train(parse_settings(settings_of(*cell, out, steps)), quiet=True)
+    lines = run.read_metrics()
+    watched = next(line for line in reversed(lines) if line["split"] == "watcher")
+    validation = next(line for line in reversed(lines) if line["split"] == "validation")
+    numbers = {name: validation[name] for name in ("gap", "kl", "reconstruction", "nll")}
+    return {"cell": cell, "collapsed": watched["collapsed"], "warning": watched["warning"], **numbers}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Collapsed runs of all, and the median of the gap in nats a token."""
+    import numpy as np
+
+    lines = ["| task | start | " + " | ".join(f"κ = {bits:g}" for bits in FREE_BITS) + " |", "|---" * 5 + "|"]
+    for task in TASKS:
+        for arm in ARMS:
+            row = []
+            for free_bits in FREE_BITS:
+                here = [
+                    each for each in results if each["cell"][:3] in ([task, arm, free_bits], (task, arm, free_bits))
+                ]
+                gap = np.median([each["gap"] for each in here]) if here else float("nan")
+                row.append(f"{sum(each['collapsed'] for each in here)} of {len(here)} (gap {gap:.3f})")
+            lines.append(f"| {task} | {arm} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
