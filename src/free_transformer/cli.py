@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ app = typer.Typer(
     help="Train, judge honestly and steer Transformers that draw a plan before they write. "
     "Every command takes --debug, which shows the traceback of an error.",
 )
+reproduce = typer.Typer(no_args_is_help=True, help="Experiments of the paper, measured in full.")
+app.add_typer(reproduce, name="reproduce")
 console = Console()
 
 RunArgument = Annotated[Path, typer.Argument(help="folder that train has written", metavar="RUN")]
@@ -219,6 +222,22 @@ def tokenizer(
     with new_folder(Path(out)) as folder:
         trained.save_pretrained(folder)
     console.print(f"{len(trained)} tokens, written to {out}; use data.tokenizer={out}", highlight=False, soft_wrap=True)
+
+
+@reproduce.command()
+def letters(
+    out: Annotated[Path, typer.Option(help="folder of models, results and report")] = Path("letters"),
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each model; 3 for the documentation")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of each model")] = 900,
+    processes: Annotated[int, typer.Option(min=1, help="models at a time, one thread each")] = os.cpu_count() or 1,
+) -> None:
+    """The letters task: what plans of 1/64 to 2 bits a token carry, and what they cost; writes OUT/report.html."""
+    from free_transformer.reproduce.letters import reproduce_letters
+    from free_transformer.reproduce.letters_report import finding_table, write_letters_report
+
+    results = reproduce_letters(out, seeds, steps, processes)
+    _print_table(*finding_table(results))
+    console.print(f"report: {write_letters_report(results, out)}", highlight=False, soft_wrap=True)
 
 
 def _load(path: Path) -> tuple[Any, Any]:

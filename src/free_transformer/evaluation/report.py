@@ -81,8 +81,8 @@ class Report:
         self.title = title
         self.parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
 
-    def heading(self, text: str) -> None:
-        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+    def heading(self, text: str, level: int = 2) -> None:
+        self.parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
 
     def paragraph(self, text: str, warning: bool = False) -> None:
         self.parts.append(f"<p{' class=warning' if warning else ''}>{html.escape(text)}</p>")

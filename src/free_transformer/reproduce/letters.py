@@ -1,0 +1,266 @@
+"""
+The paper's letters experiment (arXiv:2510.17558, section 4.1) with the measurements that it lacks.
+
+Six models see the same strings: free bits of 1/64, 1/8, 1 and 2 bits a token with a plan for every token, one plan of
+6 bits for a whole string, and no plan at all. Each is trained on the 64 characters behind the prompt.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from free_transformer.config import FreeTransformerConfig
+from free_transformer.data import begin_token, load_tokenizer
+from free_transformer.evaluation import evaluate_likelihood
+from free_transformer.files import new_folder, write_text
+from free_transformer.losses import IGNORED
+from free_transformer.model import FreeTransformer, build_baseline
+from free_transformer.reproduce.strings import Groups, measure_groups, prompts
+from free_transformer.synthetic_data import LENGTH, sample_string
+from free_transformer.training.loop import training_forward
+from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate
+from free_transformer.training.settings import TrainingSettings
+
+GROUPS, GROUP_SIZE = 64, 16
+PROMPT = 3  # begin-of-text, the letter, ">"
+HELD_OUT, HELD_OUT_SEED = 256, 1_000_003
+PRIOR_STRINGS = 1024
+PROGRESS_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the models; `plan` is what its configuration says of the plan, None for the baseline."""
+
+    name: str
+    title: str
+    plan: dict[str, Any] | None = field(default=None, hash=False)
+
+
+def _per_token(name: str, title: str, free_bits: float) -> Variant:
+    return Variant(name, title, {"plan_span": 1, "latent_dim": 8, "free_bits": free_bits})
+
+
+VARIANTS = (
+    _per_token("1_64", "1/64 bit a token", 1 / 64),
+    _per_token("1_8", "1/8 bit a token", 1 / 8),
+    _per_token("1", "1 bit a token", 1.0),
+    _per_token("2", "2 bits a token", 2.0),
+    Variant("sequence", "6 bits a string", {"plan_span": "sequence", "latent_dim": 6, "free_bits": 6.0}),
+    Variant("baseline", "no plan"),
+)
+
+
+@dataclass
+class Result:
+    """
+    What one model of one seed came to; nats per string of 64 characters, KL in bits per string, None without a plan.
+
+    Attributes:
+        nll: by 16 importance-weighted plans; nll_filter: by a particle filter of 16, exact for one plan a string;
+            nll_aggregate: as `nll_filter`, plans drawn from the aggregate prior.
+        shared, independent: groups that share a plan or letter alone; aggregate: independent plans from that prior.
+        texts: some strings of `shared` and of `independent`, for the picture.
+    """
+
+    variant: str
+    seed: int
+    steps: int
+    nll: float
+    independent: Groups
+    reconstruction: float | None = None
+    prior: float | None = None
+    elbo: float | None = None
+    kl: float | None = None
+    nll_filter: float | None = None
+    nll_aggregate: float | None = None
+    shared: Groups | None = None
+    aggregate: Groups | None = None
+    texts: dict[str, list[str]] = field(default_factory=dict)
+
+
+def reproduce_letters(out: Path, seeds: int = 1, steps: int = 900, processes: int = 2) -> list[Result]:
+    """
+    Trains and measures what `out` does not hold yet, several models at a time with one thread each.
+
+    Raises:
+        ValueError: where `out` holds results of another number of steps.
+    """
+    jobs = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    for folder in (_folder(out, *job) for job in jobs):
+        if (folder / "result.json").is_file() and read_result(folder).steps != steps:
+            raise ValueError(f"{folder}: was trained for {read_result(folder).steps} steps; take another --out")
+    missing = [job for job in jobs if not (_folder(out, *job) / "result.json").is_file()]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    context = get_context("spawn")
+    with Progress(*columns, TimeRemainingColumn()) as progress, context.Manager() as manager:
+        queue = manager.Queue()
+        bars = {job: progress.add_task(_title(*job), total=steps, numbers="", start=False) for job in missing}
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            futures = [pool.submit(_run, out, *job, steps, queue) for job in missing]
+            while not all(future.done() for future in futures):
+                with contextlib.suppress(Empty):
+                    job, step, numbers = queue.get(timeout=0.5)
+                    progress.start_task(bars[job])
+                    progress.update(bars[job], completed=step, numbers=numbers)
+            for future in futures:
+                future.result()
+    return [read_result(_folder(out, *job)) for job in jobs]
+
+
+def _title(variant: Variant, seed: int) -> str:
+    return f"{variant.title}, seed {seed}"
+
+
+def _folder(out: Path, variant: Variant, seed: int) -> Path:
+    return out / f"seed{seed}" / variant.name
+
+
+def read_result(folder: Path) -> Result:
+    values = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    for name in ("shared", "independent", "aggregate"):
+        values[name] = values[name] and Groups(**values[name])
+    return Result(**values)
+
+
+def _run(out: Path, variant: Variant, seed: int, steps: int, queue: Any) -> None:
+    """One model in a process of its own, from its weights to its folder."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    job = (variant, seed)
+    model = train_variant(variant, seed, steps, lambda step, text: queue.put((job, step, text)))
+    queue.put((job, steps, "measuring"))
+    result = measure(model, variant, seed, steps)
+    folder = _folder(out, variant, seed)
+    with new_folder(folder / "model") as model_folder:
+        model.save_pretrained(model_folder)
+    write_text(folder / "result.json", json.dumps(asdict(result), indent=1) + "\n")
+    queue.put((job, steps, "done"))
+
+
+def batches_of(seed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Fresh strings without end, the prompt not predicted."""
+    rng = np.random.default_rng(seed)
+    begin = begin_token(load_tokenizer("bytes"))
+    while True:
+        texts = np.frombuffer("".join(sample_string(rng) for _ in range(batch_size)).encode(), np.uint8)
+        tokens = np.full((batch_size, LENGTH + PROMPT), begin)
+        tokens[:, 1:] = texts.reshape(batch_size, -1)
+        labels = tokens.copy()
+        labels[:, :PROMPT] = IGNORED
+        yield {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+
+def build_variant(variant: Variant) -> Any:
+    tokenizer = load_tokenizer("bytes")
+    config = FreeTransformerConfig(
+        vocab_size=len(tokenizer),
+        hidden_dim=64,
+        num_layers=4,
+        num_heads=4,
+        max_seq_len=LENGTH + PROMPT,
+        bos_token_id=begin_token(tokenizer),
+        eos_token_id=None,  # every string has 64 characters
+        pad_token_id=tokenizer.pad_token_id,
+        **(variant.plan or {}),
+    )
+    return FreeTransformer(config) if variant.plan else build_baseline(config)
+
+
+def train_variant(variant: Variant, seed: int, steps: int, progress: Any = None) -> Any:
+    """A trained model in eval mode; all variants of a seed see the same strings."""
+    torch.manual_seed(seed)
+    model = build_variant(variant)
+    settings = TrainingSettings(
+        max_steps=steps,
+        batch_size=64,
+        seq_len=LENGTH + PROMPT,
+        warmup_steps=min(50, steps // 2),
+        optimizer="muon",
+        learning_rate=3e-3,
+        muon_learning_rate=0.02,
+        min_lr_ratio=0.02,
+    )
+    optimizers = build_optimizers(model, settings)
+    batches = batches_of(seed, settings.batch_size)
+    for step in range(steps):
+        set_learning_rate(optimizers, step, settings)
+        losses = training_forward(model, next(batches), settings.batch_size * LENGTH)
+        losses["loss"].backward()
+        clip_gradients(model.parameters(), settings.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if progress and step % PROGRESS_EVERY == 0:
+            progress(step, f"reconstruction {float(losses['reconstruction'].detach()) * LENGTH:.1f} nats")
+    if variant.plan:
+        prior_batches = batches_of(seed + HELD_OUT_SEED + 1, 64)
+        model.gather_prior(next(prior_batches) for _ in range(PRIOR_STRINGS // 64))
+    return model.eval()
+
+
+@torch.no_grad()
+def measure(model: Any, variant: Variant, seed: int, steps: int) -> Result:
+    """Likelihood of held-out strings, then groups of strings that the model writes."""
+    torch.manual_seed(seed)
+    held_out = batches_of(HELD_OUT_SEED, 64)
+    batches = [next(held_out) for _ in range(HELD_OUT // 64)]
+    likelihood = evaluate_likelihood(model, batches, 16)
+    nll = likelihood.nll * LENGTH
+    if variant.plan is None:
+        groups, texts = _write(model, None, seed)
+        return Result(variant.name, seed, steps, nll, groups, texts={"independent": texts})
+    one_plan = variant.plan["plan_span"] == "sequence"
+    method, plans = ("exact", 1) if one_plan else ("particle_filter", LENGTH + PROMPT)
+    drawn = {
+        "independent": model.sample_plan(GROUPS * GROUP_SIZE, plans),
+        "shared": model.sample_plan(GROUPS, plans).repeat_interleave(GROUP_SIZE, 0),
+        "aggregate": model.sample_plan(GROUPS * GROUP_SIZE, plans, prior="aggregate"),
+    }
+    written = {name: _write(model, plan, seed) for name, plan in drawn.items()}
+    result = Result(variant.name, seed, steps, nll, written["independent"][0])
+    result.shared, result.aggregate = written["shared"][0], written["aggregate"][0]
+    result.texts = {name: texts for name, (_, texts) in written.items()}
+    for name in ("reconstruction", "prior", "elbo"):
+        setattr(result, name, getattr(likelihood, name) * LENGTH)
+    assert likelihood.kl_per_token is not None
+    result.kl = likelihood.kl_per_token * LENGTH
+    result.nll_filter = evaluate_likelihood(model, batches, 16, method).nll * LENGTH
+    result.nll_aggregate = evaluate_likelihood(model, batches, 16, method, "aggregate").nll * LENGTH
+    return result
+
+
+SHOWN_GROUPS, SHOWN_STRINGS = 3, 8
+
+
+def _write(model: Any, plan: Tensor | None, seed: int) -> tuple[Groups, list[str]]:
+    """Groups of strings, all models under the same prompts, and the first of them."""
+    tokens = prompts(GROUPS, GROUP_SIZE, model.config.bos_token_id, seed)
+    arguments: dict[str, Any] = {} if plan is None else {"plan": plan}
+    written = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=LENGTH, do_sample=True, top_k=0, **arguments
+    ).numpy()
+    strings, letters = written[:, PROMPT:], written[:, 1]
+    shown = [
+        "".join(chr(character) if 32 <= character < 127 else "?" for character in strings[group * GROUP_SIZE + row])
+        for group in range(SHOWN_GROUPS)
+        for row in range(SHOWN_STRINGS)
+    ]
+    return measure_groups(strings, letters, GROUP_SIZE), shown

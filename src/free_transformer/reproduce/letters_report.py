@@ -1,0 +1,176 @@
+"""`letters/report.html`: the paper's picture, and the table that it lacks."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from free_transformer.evaluation.report import Report
+from free_transformer.reproduce.letters import GROUP_SIZE, GROUPS, SHOWN_STRINGS, VARIANTS, Result, Variant
+from free_transformer.synthetic_data import NOISE, letters_entropy
+
+POSITION_SHARED = 0.75  # a plan carries the place where it shrinks the place's deviation to this share, and
+NOISE_SHARED = 2.0  # the noise where it multiplies the overlap of the `!` by this
+SOUND = 0.9  # share of valid strings from which on generation counts as correct
+FOUND = {
+    "1_64": "behaves like a plain model",
+    "1_8": "carries the place",
+    "1": "carries place and noise",
+    "2": "carries everything, and generation breaks",
+}
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def write_letters_report(results: Sequence[Result], out: Path) -> Path:
+    """Writes `report.html` into `out`, and returns its path."""
+    seeds = len({result.seed for result in results})
+    report = Report("The letters of the Free Transformer")
+    report.paragraph(
+        f"Each model was trained for {results[0].steps} steps on strings of 64 characters: underscores, a run of 8 "
+        f"letters at a random place, and every character replaced by ! with probability 1/16. {seeds} "
+        f"seed{'s' * (seeds > 1)}, means ± standard deviation over seeds."
+    )
+    report.heading("What a plan carries")
+    report.table(*finding_table(results))
+    report.heading("What the strings show")
+    report.paragraph(
+        f"{GROUPS} groups of {GROUP_SIZE} strings; the strings of a group have one letter, and one plan (shared) or a "
+        f"plan each (independent). The task's rate of ! is {NOISE:.4f}."
+    )
+    report.table(*strings_table(results))
+    try:
+        report.figure(_figure(results), "shared against independent plans, mean over seeds")
+    except ImportError:
+        report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
+    report.heading("What the plan costs, in nats a string")
+    report.paragraph(
+        f"No model can pass {letters_entropy():.3f} nats, the entropy of the data given the letter. Reconstruction "
+        "has read the string and may not be compared with anything."
+    )
+    report.table(*likelihood_table(results))
+    report.heading("The strings")
+    for variant in VARIANTS:
+        first = next(result for result in results if result.variant == variant.name)
+        report.heading(variant.title, level=3)
+        report.samples(_shown(first))
+    path = out / "report.html"
+    report.write(path)
+    return path
+
+
+def _shown(result: Result) -> list[tuple[str, str]]:
+    titles = {"independent": "a plan each", "shared": "one plan a group"}
+    shown = []
+    for name, title in titles.items():
+        if texts := result.texts.get(name):
+            starts = range(0, len(texts), SHOWN_STRINGS)
+            shown.append((title, "\n\n".join("\n".join(texts[start : start + SHOWN_STRINGS]) for start in starts)))
+    return shown
+
+
+def _of(results: Sequence[Result], variant: Variant) -> list[Result]:
+    return [result for result in results if result.variant == variant.name]
+
+
+def _cell(results: list[Result], value: Callable[[Result], float | None], digits: int) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [each for each in map(value, results) if each is not None]
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def finding_table(results: Sequence[Result]) -> Rows:
+    """The paper's finding beside what is seen here, by thresholds that the header names."""
+    rows = []
+    for variant in VARIANTS[:-1]:
+        here = _of(results, variant)
+        place = [each.shared.place_std / each.independent.place_std for each in here if each.shared]
+        noise = [each.shared.noise_overlap / each.independent.noise_overlap for each in here if each.shared]
+        valid = [each.independent.valid for each in here]
+        rows.append(
+            [
+                variant.title,
+                FOUND.get(variant.name, "-"),
+                f"{_count(np.array(place) <= POSITION_SHARED)} ({np.mean(place):.2f})",
+                f"{_count(np.array(noise) >= NOISE_SHARED)} ({np.mean(noise):.2f})",
+                f"{_count(np.array(valid) >= SOUND)} ({np.mean(valid):.2f})",
+            ]
+        )
+    header = ["plan", "the paper: this plan", f"place carried (deviation × {POSITION_SHARED} or less)"]
+    return [*header, f"noise carried (overlap × {NOISE_SHARED:g} or more)", f"sound ({SOUND:.0%} valid)"], rows
+
+
+def _count(hits: np.ndarray) -> str:
+    return f"{int(hits.sum())} of {len(hits)} seeds"
+
+
+def strings_table(results: Sequence[Result]) -> Rows:
+    """Validity and noise of strings under independent plans, and what a shared plan changes."""
+    rows = []
+    for variant in VARIANTS:
+        here = _of(results, variant)
+        pairs = []
+        for name, digits in (("place_std", 1), ("place_mode", 2), ("noise_overlap", 3)):
+            shared = _cell(here, lambda each, name=name: each.shared and getattr(each.shared, name), digits)
+            alone = _cell(here, lambda each, name=name: getattr(each.independent, name), digits)
+            pairs.append(f"{shared} : {alone}")
+        rows.append(
+            [
+                variant.title,
+                _cell(here, lambda each: each.independent.valid, 3),
+                _cell(here, lambda each: each.aggregate and each.aggregate.valid, 3),
+                _cell(here, lambda each: each.independent.noise_rate, 4),
+                _cell(here, lambda each: each.aggregate and each.aggregate.noise_rate, 4),
+                *pairs,
+            ]
+        )
+    header = ["plan", "valid", "valid, aggregate prior", "rate of !", "rate of !, aggregate prior"]
+    pairs = ["deviation of the place", "share at the commonest place", "overlap of the ! (Jaccard)"]
+    return [*header, *(f"{name}, shared : independent" for name in pairs)], rows
+
+
+def likelihood_table(results: Sequence[Result]) -> Rows:
+    """Nats a string."""
+    columns = {
+        "kl": "KL, bits a string",
+        "reconstruction": "reconstruction",
+        "prior": "one plan from the prior",
+        "elbo": "ELBO",
+        "nll": "NLL, 16 importance-weighted plans",
+        "nll_filter": "NLL, 16 particles (exact for one plan)",
+        "nll_aggregate": "the same, aggregate prior",
+    }
+    rows = []
+    for variant in VARIANTS:
+        here = _of(results, variant)
+        cells = [_cell(here, lambda each, name=name: getattr(each, name), 2) for name in columns]
+        rows.append([variant.title, *cells])
+    return ["plan", *columns.values()], rows
+
+
+def _figure(results: Sequence[Result]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    panels = {
+        "valid": "share of valid strings",
+        "noise_rate": "rate of !",
+        "place_std": "deviation of the place",
+        "noise_overlap": "overlap of the !",
+    }
+    for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for offset, kind in ((-0.2, "shared"), (0.2, "independent")):
+            heights = []
+            for variant in VARIANTS[:-1]:
+                heights.append(np.mean([getattr(getattr(each, kind), name) for each in _of(results, variant)]))
+            axis.bar(np.arange(len(heights)) + offset, heights, 0.4, label=f"{kind} plan")
+        baseline = np.mean([getattr(each.independent, name) for each in _of(results, VARIANTS[-1])])
+        axis.axhline(baseline, color="black", linestyle=":", linewidth=1, label="no plan")
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(VARIANTS) - 1), [variant.title.split(" ")[0] for variant in VARIANTS[:-1]])
+    axis.legend(fontsize=7)
+    return figure
