@@ -1,6 +1,6 @@
 """`letters/report.html`: the paper's picture, and the table that it lacks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,17 @@ def _of(results: Sequence[Result], variant: Variant) -> list[Result]:
     return [result for result in results if result.variant == variant.name]
 
 
-def _cell(results: list[Result], value: Callable[[Result], float | None], digits: int) -> str:
+def _values(results: Sequence[Result], path: str) -> list[float]:
+    """`path` of each result, as in `shared.place_std`; those that a model without a plan lacks are left out."""
+    values: list[Any] = list(results)
+    for name in path.split("."):
+        values = [getattr(value, name) for value in values if value is not None]
+    return [value for value in values if value is not None]
+
+
+def _cell(results: Sequence[Result], path: str, digits: int) -> str:
     """Mean and standard deviation over seeds."""
-    values = [each for each in map(value, results) if each is not None]
+    values = _values(results, path)
     if not values:
         return "-"
     mean = f"{np.mean(values):.{digits}f}"
@@ -88,20 +96,25 @@ def finding_table(results: Sequence[Result]) -> Rows:
     rows = []
     for variant in VARIANTS[:-1]:
         here = _of(results, variant)
-        place = [each.shared.place_std / each.independent.place_std for each in here if each.shared]
-        noise = [each.shared.noise_overlap / each.independent.noise_overlap for each in here if each.shared]
-        valid = [each.independent.valid for each in here]
+        place = _ratio(here, "place_std")
+        noise = _ratio(here, "noise_overlap")
+        valid = np.array(_values(here, "independent.valid"))
         rows.append(
             [
                 variant.title,
                 FOUND.get(variant.name, "-"),
-                f"{_count(np.array(place) <= POSITION_SHARED)} ({np.mean(place):.2f})",
-                f"{_count(np.array(noise) >= NOISE_SHARED)} ({np.mean(noise):.2f})",
-                f"{_count(np.array(valid) >= SOUND)} ({np.mean(valid):.2f})",
+                f"{_count(place <= POSITION_SHARED)} ({np.mean(place):.2f})",
+                f"{_count(noise >= NOISE_SHARED)} ({np.mean(noise):.2f})",
+                f"{_count(valid >= SOUND)} ({np.mean(valid):.2f})",
             ]
         )
     header = ["plan", "the paper: this plan", f"place carried (deviation × {POSITION_SHARED} or less)"]
     return [*header, f"noise carried (overlap × {NOISE_SHARED:g} or more)", f"sound ({SOUND:.0%} valid)"], rows
+
+
+def _ratio(results: Sequence[Result], name: str) -> np.ndarray:
+    """Under a shared plan against independent ones, of each seed."""
+    return np.array(_values(results, f"shared.{name}")) / np.array(_values(results, f"independent.{name}"))
 
 
 def _count(hits: np.ndarray) -> str:
@@ -115,19 +128,13 @@ def strings_table(results: Sequence[Result]) -> Rows:
         here = _of(results, variant)
         pairs = []
         for name, digits in (("place_std", 1), ("place_mode", 2), ("noise_overlap", 3)):
-            shared = _cell(here, lambda each, name=name: each.shared and getattr(each.shared, name), digits)
-            alone = _cell(here, lambda each, name=name: getattr(each.independent, name), digits)
-            pairs.append(f"{shared} : {alone}")
-        rows.append(
-            [
-                variant.title,
-                _cell(here, lambda each: each.independent.valid, 3),
-                _cell(here, lambda each: each.aggregate and each.aggregate.valid, 3),
-                _cell(here, lambda each: each.independent.noise_rate, 4),
-                _cell(here, lambda each: each.aggregate and each.aggregate.noise_rate, 4),
-                *pairs,
-            ]
-        )
+            pairs.append(f"{_cell(here, f'shared.{name}', digits)} : {_cell(here, f'independent.{name}', digits)}")
+        alone = [
+            _cell(here, f"{kind}.{name}", digits)
+            for name, digits in (("valid", 3), ("noise_rate", 4))
+            for kind in ("independent", "aggregate")
+        ]
+        rows.append([variant.title, *alone, *pairs])
     header = ["plan", "valid", "valid, aggregate prior", "rate of !", "rate of !, aggregate prior"]
     pairs = ["deviation of the place", "share at the commonest place", "overlap of the ! (Jaccard)"]
     return [*header, *(f"{name}, shared : independent" for name in pairs)], rows
@@ -147,7 +154,7 @@ def likelihood_table(results: Sequence[Result]) -> Rows:
     rows = []
     for variant in VARIANTS:
         here = _of(results, variant)
-        cells = [_cell(here, lambda each, name=name: getattr(each, name), 2) for name in columns]
+        cells = [_cell(here, name, 2) for name in columns]
         rows.append([variant.title, *cells])
     return ["plan", *columns.values()], rows
 
@@ -164,11 +171,9 @@ def _figure(results: Sequence[Result]) -> Any:
     }
     for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for offset, kind in ((-0.2, "shared"), (0.2, "independent")):
-            heights = []
-            for variant in VARIANTS[:-1]:
-                heights.append(np.mean([getattr(getattr(each, kind), name) for each in _of(results, variant)]))
+            heights = [np.mean(_values(_of(results, variant), f"{kind}.{name}")) for variant in VARIANTS[:-1]]
             axis.bar(np.arange(len(heights)) + offset, heights, 0.4, label=f"{kind} plan")
-        baseline = np.mean([getattr(each.independent, name) for each in _of(results, VARIANTS[-1])])
+        baseline = np.mean(_values(_of(results, VARIANTS[-1]), f"independent.{name}"))
         axis.axhline(baseline, color="black", linestyle=":", linewidth=1, label="no plan")
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(VARIANTS) - 1), [variant.title.split(" ")[0] for variant in VARIANTS[:-1]])
