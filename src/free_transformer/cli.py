@@ -37,7 +37,16 @@ DataOption = Annotated[
     typer.Option("--data", help="held-out text instead of the run's own; may be given again"),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="plans drawn for each text in the likelihood bound")]
-MethodOption = Annotated[str, typer.Option(help="importance (a bound), or exact (one plan of up to 10 bits a text)")]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        help="importance (a bound), particle_filter (a tighter one where texts have many plans), or exact (one plan of "
+        "up to 10 bits a text)"
+    ),
+]
+PriorOption = Annotated[
+    str, typer.Option(help="what plans are drawn from: uniform, or aggregate (the plans that training texts took)")
+]
 RowsOption = Annotated[int, typer.Option(min=1, help="rows at the most, drawn at random")]
 BatchOption = Annotated[int, typer.Option(min=1, help="rows at a time")]
 SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text")]
@@ -65,6 +74,7 @@ def evaluate(
     data: DataOption = None,
     num_samples: SamplesOption = 16,
     method: MethodOption = "importance",
+    prior: PriorOption = "uniform",
     max_rows: RowsOption = 1000,
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
@@ -73,7 +83,7 @@ def evaluate(
     from free_transformer.evaluation import usage_warning
     from free_transformer.evaluation.report import likelihood_table, usage_table
 
-    likelihood, bytes_per_token = _evaluate(run, data, num_samples, method, max_rows, batch_size, seed)
+    likelihood, bytes_per_token = _evaluate(run, data, num_samples, method, prior, max_rows, batch_size, seed)
     header, rows = likelihood_table(likelihood, bytes_per_token)
     shown = [0, 1, 2, 4]  # what each number is stands in the report; a terminal is narrow
     _print_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
@@ -93,6 +103,7 @@ def compare(
     data: DataOption = None,
     num_samples: SamplesOption = 16,
     method: MethodOption = "importance",
+    prior: PriorOption = "uniform",
     max_rows: RowsOption = 1000,
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
@@ -104,8 +115,8 @@ def compare(
     data = data or Run(run).settings.data.validation  # both runs on the same text
     if Run(run).load_tokenizer().get_vocab() != Run(baseline_run).load_tokenizer().get_vocab():
         raise SettingsError(f"{run} and {baseline_run} have different tokenizers: their losses cannot be compared")
-    free, bytes_per_token = _evaluate(run, data, num_samples, method, max_rows, batch_size, seed)
-    baseline, _ = _evaluate(baseline_run, data, num_samples, method, max_rows, batch_size, seed)
+    free, bytes_per_token = _evaluate(run, data, num_samples, method, prior, max_rows, batch_size, seed)
+    baseline, _ = _evaluate(baseline_run, data, num_samples, method, prior, max_rows, batch_size, seed)
     if free.elbo is None or baseline.elbo is not None:
         raise SettingsError("compare takes a run of kind free, then one of kind baseline")
     result = compare_likelihoods(free, baseline)
@@ -142,6 +153,7 @@ def generate(
     prompt_plan: Annotated[
         str, typer.Option(help="plan of the prompt: posterior (read by the encoder) or prior")
     ] = "posterior",
+    prior: PriorOption = "uniform",
     num_samples: Annotated[int, typer.Option(min=1, help="texts to write")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of a text in tokens")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
@@ -174,8 +186,10 @@ def generate(
     plans = None
     if bits is not None:  # drawn before, so that each text can be shown with its plan
         with torch.no_grad():
-            plans = model(tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan).plan
-        arguments.update(plan=plans, prompt_plan=prompt_plan)
+            plans = model(
+                tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan, prior=prior
+            ).plan
+        arguments.update(plan=plans, prompt_plan=prompt_plan, prior=prior)
     if temperature > 0:
         arguments.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     if stream:
@@ -252,7 +266,14 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _evaluate(
-    path: Path, data: list[str] | None, num_samples: int, method: str, max_rows: int, batch_size: int, seed: int
+    path: Path,
+    data: list[str] | None,
+    num_samples: int,
+    method: str,
+    prior: str,
+    max_rows: int,
+    batch_size: int,
+    seed: int,
 ) -> tuple[Any, float]:
     import torch
     from rich.progress import track
@@ -270,7 +291,7 @@ def _evaluate(
         total=-(-len(rows) // batch_size),
         console=Console(stderr=True),
     )
-    return evaluate_likelihood(model, batches, num_samples, method), rows.bytes_per_token
+    return evaluate_likelihood(model, batches, num_samples, method, prior), rows.bytes_per_token
 
 
 def _write_report(path: Path) -> None:

@@ -107,7 +107,7 @@ class _SecondHalf:
         arguments["position_ids"] = self._repeat(arguments["position_ids"][:, start:end])
         rotation = arguments["position_embeddings"]
         arguments["position_embeddings"] = tuple(self._repeat(part[:, start:end]) for part in rotation)
-        states = self._repeat(self.half.hidden_states[:, start:end])
+        states = self.half.hidden_states[:, start:end].repeat_interleave(self.num_particles, 0)
         plan_states = self.model.plan_table(plan)[:, None].expand_as(states).to(states.dtype)
         for layer in self.model.model.layers[self.model.config.plan_layer :]:
             inputs = (states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (states,)
@@ -120,6 +120,7 @@ class _SecondHalf:
         self.cache.reorder_cache((chosen + first[:, None]).flatten())
 
     def _repeat(self, values: Tensor) -> Tensor:
+        """What is the same for all rows is left to broadcasting."""
         return values if len(values) == 1 else values.repeat_interleave(self.num_particles, 0)
 
 
