@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline bench-plan bench-plan-training clean
+.PHONY: help demo test quality format train-free train-baseline reproduce collapse bench-plan bench-plan-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +32,12 @@ train-free: $(VENV)/.train ## train a Free Transformer on the letters task
 
 train-baseline: $(VENV)/.train ## train its baseline
 	$(BIN)/python examples/train_baseline.py --config configs/baseline.yaml
+
+reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEEDS=3 for the documentation
+	OMP_NUM_THREADS=1 $(BIN)/free-transformer reproduce letters --seeds $(SEEDS)
+
+collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour and more
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
 
 bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same shape: docs/performance.md
 	$(BIN)/python benchmarks/plan_cost.py

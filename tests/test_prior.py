@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from enumeration import all_plans
 from torch.testing import assert_close
 
+from enumeration import all_plans
 from free_transformer import FreeTransformer, FreeTransformerConfig, bits_to_codes
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.layout import num_plans

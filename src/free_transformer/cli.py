@@ -244,12 +244,13 @@ def letters(
     seeds: Annotated[int, typer.Option(min=1, help="runs of each model; 3 for the documentation")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="training steps of each model")] = 900,
     processes: Annotated[int, typer.Option(min=1, help="models at a time, one thread each")] = os.cpu_count() or 1,
+    groups: Annotated[int, typer.Option(min=1, help="groups of 16 strings that each model writes")] = 64,
 ) -> None:
     """The letters task: what plans of 1/64 to 2 bits a token carry, and what they cost; writes OUT/report.html."""
     from free_transformer.reproduce.letters import reproduce_letters
     from free_transformer.reproduce.letters_report import finding_table, write_letters_report
 
-    results = reproduce_letters(out, seeds, steps, processes)
+    results = reproduce_letters(out, seeds, steps, processes, groups)
     _print_table(*finding_table(results))
     console.print(f"report: {write_letters_report(results, out)}", highlight=False, soft_wrap=True)
 

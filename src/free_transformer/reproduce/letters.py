@@ -34,8 +34,9 @@ from free_transformer.training.optimizers import build_optimizers, clip_gradient
 from free_transformer.training.settings import TrainingSettings
 
 GROUPS, GROUP_SIZE = 64, 16
+HELD_OUT_BATCHES = 4  # of one string a group
 PROMPT = 3  # begin-of-text, the letter, ">"
-HELD_OUT, HELD_OUT_SEED = 256, 1_000_003
+HELD_OUT_SEED = 1_000_003
 PRIOR_STRINGS = 1024
 PROGRESS_EVERY = 10
 
@@ -91,7 +92,9 @@ class Result:
     texts: dict[str, list[str]] = field(default_factory=dict)
 
 
-def reproduce_letters(out: Path, seeds: int = 1, steps: int = 900, processes: int = 2) -> list[Result]:
+def reproduce_letters(
+    out: Path, seeds: int = 1, steps: int = 900, processes: int = 2, groups: int = GROUPS
+) -> list[Result]:
     """
     Trains and measures what `out` does not hold yet, several models at a time with one thread each.
 
@@ -114,7 +117,7 @@ def reproduce_letters(out: Path, seeds: int = 1, steps: int = 900, processes: in
         queue = manager.Queue()
         bars = {job: progress.add_task(_title(*job), total=steps, numbers="", start=False) for job in missing}
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            futures = [pool.submit(_run, out, *job, steps, queue) for job in missing]
+            futures = [pool.submit(_run, out, *job, steps, groups, queue) for job in missing]
             while not all(future.done() for future in futures):
                 with contextlib.suppress(Empty):
                     job, step, numbers = queue.get(timeout=0.5)
@@ -140,14 +143,14 @@ def read_result(folder: Path) -> Result:
     return Result(**values)
 
 
-def _run(out: Path, variant: Variant, seed: int, steps: int, queue: Any) -> None:
+def _run(out: Path, variant: Variant, seed: int, steps: int, groups: int, queue: Any) -> None:
     """One model in a process of its own, from its weights to its folder."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     job = (variant, seed)
     model = train_variant(variant, seed, steps, lambda step, text: queue.put((job, step, text)))
     queue.put((job, steps, "measuring"))
-    result = measure(model, variant, seed, steps)
+    result = measure(model, variant, seed, steps, groups)
     folder = _folder(out, variant, seed)
     with new_folder(folder / "model") as model_folder:
         model.save_pretrained(model_folder)
@@ -217,24 +220,24 @@ def train_variant(variant: Variant, seed: int, steps: int, progress: Any = None)
 
 
 @torch.no_grad()
-def measure(model: Any, variant: Variant, seed: int, steps: int) -> Result:
+def measure(model: Any, variant: Variant, seed: int, steps: int, groups: int = GROUPS) -> Result:
     """Likelihood of held-out strings, then groups of strings that the model writes."""
     torch.manual_seed(seed)
-    held_out = batches_of(HELD_OUT_SEED, 64)
-    batches = [next(held_out) for _ in range(HELD_OUT // 64)]
+    held_out = batches_of(HELD_OUT_SEED, groups)
+    batches = [next(held_out) for _ in range(HELD_OUT_BATCHES)]
     likelihood = evaluate_likelihood(model, batches, 16)
     nll = likelihood.nll * LENGTH
     if variant.plan is None:
-        groups, texts = _write(model, None, seed)
-        return Result(variant.name, seed, steps, nll, groups, texts={"independent": texts})
+        alone, texts = _write(model, None, seed, groups)
+        return Result(variant.name, seed, steps, nll, alone, texts={"independent": texts})
     one_plan = variant.plan["plan_span"] == "sequence"
     method, plans = ("exact", 1) if one_plan else ("particle_filter", LENGTH + PROMPT)
     drawn = {
-        "independent": model.sample_plan(GROUPS * GROUP_SIZE, plans),
-        "shared": model.sample_plan(GROUPS, plans).repeat_interleave(GROUP_SIZE, 0),
-        "aggregate": model.sample_plan(GROUPS * GROUP_SIZE, plans, prior="aggregate"),
+        "independent": model.sample_plan(groups * GROUP_SIZE, plans),
+        "shared": model.sample_plan(groups, plans).repeat_interleave(GROUP_SIZE, 0),
+        "aggregate": model.sample_plan(groups * GROUP_SIZE, plans, prior="aggregate"),
     }
-    written = {name: _write(model, plan, seed) for name, plan in drawn.items()}
+    written = {name: _write(model, plan, seed, groups) for name, plan in drawn.items()}
     result = Result(variant.name, seed, steps, nll, written["independent"][0])
     result.shared, result.aggregate = written["shared"][0], written["aggregate"][0]
     result.texts = {name: texts for name, (_, texts) in written.items()}
@@ -250,9 +253,9 @@ def measure(model: Any, variant: Variant, seed: int, steps: int) -> Result:
 SHOWN_GROUPS, SHOWN_STRINGS = 3, 8
 
 
-def _write(model: Any, plan: Tensor | None, seed: int) -> tuple[Groups, list[str]]:
+def _write(model: Any, plan: Tensor | None, seed: int, groups: int) -> tuple[Groups, list[str]]:
     """Groups of strings, all models under the same prompts, and the first of them."""
-    tokens = prompts(GROUPS, GROUP_SIZE, model.config.bos_token_id, seed)
+    tokens = prompts(groups, GROUP_SIZE, model.config.bos_token_id, seed)
     arguments: dict[str, Any] = {} if plan is None else {"plan": plan}
     written = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=LENGTH, do_sample=True, top_k=0, **arguments
@@ -260,7 +263,7 @@ def _write(model: Any, plan: Tensor | None, seed: int) -> tuple[Groups, list[str
     strings, letters = written[:, PROMPT:], written[:, 1]
     shown = [
         "".join(chr(character) if 32 <= character < 127 else "?" for character in strings[group * GROUP_SIZE + row])
-        for group in range(SHOWN_GROUPS)
+        for group in range(min(SHOWN_GROUPS, groups))
         for row in range(SHOWN_STRINGS)
     ]
     return measure_groups(strings, letters, GROUP_SIZE), shown

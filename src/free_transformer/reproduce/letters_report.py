@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from free_transformer.evaluation.report import Report
-from free_transformer.reproduce.letters import GROUP_SIZE, GROUPS, SHOWN_STRINGS, VARIANTS, Result, Variant
+from free_transformer.reproduce.letters import GROUP_SIZE, SHOWN_STRINGS, VARIANTS, Result, Variant
 from free_transformer.synthetic_data import NOISE, letters_entropy
 
 POSITION_SHARED = 0.75  # a plan carries the place where it shrinks the place's deviation to this share, and
@@ -36,7 +36,7 @@ def write_letters_report(results: Sequence[Result], out: Path) -> Path:
     report.table(*finding_table(results))
     report.heading("What the strings show")
     report.paragraph(
-        f"{GROUPS} groups of {GROUP_SIZE} strings; the strings of a group have one letter, and one plan (shared) or a "
+        f"Groups of {GROUP_SIZE} strings; the strings of a group have one letter, and one plan (shared) or a "
         f"plan each (independent). The task's rate of ! is {NOISE:.4f}."
     )
     report.table(*strings_table(results))
@@ -114,7 +114,8 @@ def finding_table(results: Sequence[Result]) -> Rows:
 
 def _ratio(results: Sequence[Result], name: str) -> np.ndarray:
     """Under a shared plan against independent ones, of each seed."""
-    return np.array(_values(results, f"shared.{name}")) / np.array(_values(results, f"independent.{name}"))
+    with np.errstate(invalid="ignore", divide="ignore"):  # no ! anywhere: NaN
+        return np.array(_values(results, f"shared.{name}")) / np.array(_values(results, f"independent.{name}"))
 
 
 def _count(hits: np.ndarray) -> str:
