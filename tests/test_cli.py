@@ -160,6 +160,31 @@ def test_evaluate_is_repeatable_and_takes_other_text_and_the_exact_method(comman
     assert measured[0]["tokens"] == 15 * 20 + 1  # end-of-text counts
 
 
+@pytest.mark.parametrize("command_name", ["evaluate", "generate"])
+def test_plans_may_come_from_the_aggregate_prior(command, run, command_name):
+    options = {"evaluate": ["--max-rows", 8, "--method", "particle_filter"], "generate": ["--max-new-tokens", 3]}
+    outcome = command(command_name, run, "--prior", "aggregate", "--num-samples", 2, *options[command_name])
+    assert outcome.status == 0, outcome
+    if command_name == "evaluate":
+        measured = json.loads((run / "metrics.json").read_text())
+        assert (measured["plan_prior"], measured["method"]) == ("aggregate", "particle_filter")
+    assert_refused(command("generate", run, "--prior", "flat"), 2, "prior='flat': one of")
+
+
+def test_plan_shows_what_each_bit_does(command, runs):
+    outcome = command("plan", runs["free"], "--max-rows", 8, "--max-new-tokens", 5, "--prompt", "a c")
+    assert outcome.status == 0, outcome
+    for bit in range(BITS):
+        assert f"bit {bit} = 0, plan" in outcome.out and f"bit {bit} = 1, plan" in outcome.out
+    assert outcome.out.count("\na c") == 2 * BITS
+    again = command("plan", runs["free"], "--max-rows", 8, "--max-new-tokens", 5, "--prompt", "a c")
+    assert again.out == outcome.out
+    fixed = command("plan", runs["free"], "--max-rows", 8, "--max-new-tokens", 5, "--plan", "1" * BITS)
+    assert f"plan {'1' * BITS}" in fixed.out
+    assert_refused(command("plan", runs["baseline"]), 2, "a baseline has no plan")
+    assert_refused(command("plan", runs["free"], "--plan", "12"), 2, "write its bits as 0 and 1")
+
+
 def test_metrics_of_one_text_are_json_that_any_reader_takes(command, run, tmp_path):
     write_text(tmp_path / "one.txt", "a cat")
     assert command("evaluate", run, "--data", tmp_path / "one.txt", "--num-samples", 1).status == 0
@@ -521,9 +546,9 @@ def test_evaluation_draws_as_many_plans_as_asked(command, run, monkeypatch):
     seen = []
     original = likelihood._evaluate_batch
 
-    def watch(model, batch, num_samples, method):
+    def watch(model, batch, num_samples, method, prior):
         seen.append((len(batch["input_ids"]), num_samples, method))
-        return original(model, batch, num_samples, method)
+        return original(model, batch, num_samples, method, prior)
 
     monkeypatch.setattr(likelihood, "_evaluate_batch", watch)
     assert command("evaluate", run, "--num-samples", 3, "--max-rows", 10, "--batch-size", 4).status == 0

@@ -20,19 +20,20 @@ from voices import VOICES, read_voice, write_corpus
 
 from free_transformer.data import Rows, build_rows
 from free_transformer.evaluation import (
+    Control,
     Likelihood,
-    agreement,
     compare,
     evaluate_likelihood,
-    mutual_information,
-    share_in_class,
+    measure_control,
+    sampled_codes,
     usage_warning,
+    write_texts,
 )
 from free_transformer.evaluation.control import contingency
 from free_transformer.evaluation.plots import bits, curves, plans_by_label
 from free_transformer.evaluation.report import Report, likelihood_table, nll_method, usage_table
 from free_transformer.files import write_text
-from free_transformer.plan import bits_to_codes, codes_to_bits
+from free_transformer.plan import codes_to_bits
 from free_transformer.plan_text import format_plan
 from free_transformer.training import Run
 
@@ -54,25 +55,13 @@ class HeldOut:
     voices: np.ndarray
 
 
-@dataclass
-class Control:
-    """Agreement within a plan, and transfer from an example, as (share, standard error); the texts that show it."""
-
-    agreement: tuple[float, float]
-    baseline_agreement: tuple[float, float]
-    transfer: tuple[float, float]
-    transfer_by_voice: list[float]
-    plans: torch.Tensor
-    shown: list[list[str]]
-    verdicts: np.ndarray
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/three_voices.yaml", help="settings of both runs")
     parser.add_argument("--out", type=Path, default=Path("runs/three_voices"), help="folder of runs and report")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are judged, all runs alike")
     parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
+    parser.add_argument("--prior", default="uniform", help="what random plans are drawn from: uniform or aggregate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
@@ -92,15 +81,24 @@ def main() -> None:
     part = held_out.rows.sample(LIKELIHOOD_TEXTS)
     likelihoods = [evaluate_likelihood(model, part.in_order(32), LIKELIHOOD_SAMPLES) for model in (free, baseline)]
     console.print("reading the plans of held-out text ...")
-    codes = sampled_codes(free, held_out.rows)
+    codes = sampled_codes(free, held_out.rows.in_order(64))[:, 0]
     console.print("writing under plans ...")
     judge, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
-    control = measure_control(free, baseline, tokenizer, judge, held_out, options)
+    tokens = torch.from_numpy(held_out.rows.tokens).long()
+    control = measure_control(
+        *(free, baseline, tokenizer, judge, tokens, held_out.voices, RANDOM_PLANS, TEXTS_PER_PLAN),
+        examples_per_label=EXAMPLES_PER_VOICE,
+        temperature=options.temperature,
+        prior=options.prior,
+    )
+    shown = shown_texts(free, tokenizer, control.plans, options)
 
-    lines = key_lines(*likelihoods, codes, held_out.voices, control, accuracy, part.bytes_per_token)
+    lines = key_lines(*likelihoods, control, accuracy, part.bytes_per_token)
     lines.append(f"time: {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
     write_text(options.out / "summary.txt", "\n".join(lines) + "\n")
-    write_report(options, free_run, baseline_run, likelihoods, codes, held_out, control, lines, part.bytes_per_token)
+    write_report(
+        *(options, free_run, baseline_run, likelihoods, codes, held_out, control, shown, lines, part.bytes_per_token)
+    )
     console.print("\n" + "\n".join(lines), highlight=False)
     console.print(f"\nopen {options.out / 'report.html'}", highlight=False)
 
@@ -151,74 +149,37 @@ def decode(tokens: torch.Tensor, tokenizer: Any) -> list[str]:
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-@torch.no_grad()
-def sampled_codes(model: Any, rows: Rows) -> np.ndarray:
-    """The code of one plan drawn from each row's posterior."""
-    codes = [bits_to_codes(model.plan_mapper(model.infer_plan(b["input_ids"])))[:, 0] for b in rows.in_order(64)]
-    return torch.cat(codes).numpy()
-
-
-def measure_control(
-    free: Any, baseline: Any, tokenizer: Any, judge: Judge, held_out: HeldOut, options: argparse.Namespace
-) -> Control:
-    """Texts from an empty prompt under random plans and under plans of examples, and what the judge says of them."""
-    length = held_out.rows.tokens.shape[1]
-
-    def write(model: Any, count: int, temperature: float = options.temperature, **plan: Any) -> list[str]:
-        prompt = torch.full((count, 1), tokenizer.bos_token_id)
-        settings = {"max_new_tokens": length - 1, "do_sample": True, "temperature": temperature, "top_k": 0}
-        return decode(model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **plan), tokenizer)
-
-    plans = free.sample_plan(RANDOM_PLANS, 1)
-    texts = write(free, RANDOM_PLANS * TEXTS_PER_PLAN, plan=plans.repeat_interleave(TEXTS_PER_PLAN, 0))
-    verdicts = judge(texts).reshape(RANDOM_PLANS, TEXTS_PER_PLAN)
-    shown = plans[:SHOWN_PLANS].repeat_interleave(SHOWN_TEXTS, 0)
-    shown_texts = write(free, len(shown), options.sample_temperature, plan=shown)
-    baseline_verdicts = judge(write(baseline, RANDOM_PLANS * TEXTS_PER_PLAN)).reshape(verdicts.shape)
-
-    rng = np.random.default_rng(0)
-    voices = range(len(VOICES))
-    examples = np.concatenate(
-        [rng.permutation(np.flatnonzero(held_out.voices == voice))[:EXAMPLES_PER_VOICE] for voice in voices]
-    )
-    likeliest = free.infer_plan(held_out.rows.take(examples)["input_ids"]) > 0
-    wanted = held_out.voices[examples]
-    written = judge(write(free, len(examples), plan=likeliest))
-    return Control(
-        agreement=agreement(verdicts),
-        baseline_agreement=agreement(baseline_verdicts),
-        transfer=share_in_class(written, wanted),
-        transfer_by_voice=[float((written == wanted)[wanted == voice].mean()) for voice in voices],
-        plans=plans,
-        shown=[shown_texts[start : start + SHOWN_TEXTS] for start in range(0, len(shown_texts), SHOWN_TEXTS)],
-        verdicts=verdicts,
-    )
+def shown_texts(free: Any, tokenizer: Any, plans: torch.Tensor, options: argparse.Namespace) -> list[list[str]]:
+    """Some texts of the first plans, at the temperature of texts that are looked at."""
+    under = plans[:SHOWN_PLANS].repeat_interleave(SHOWN_TEXTS, 0)
+    length = free.config.max_position_embeddings
+    texts = write_texts(free, tokenizer, len(under), length, options.sample_temperature, plan=under)
+    return [texts[start : start + SHOWN_TEXTS] for start in range(0, len(texts), SHOWN_TEXTS)]
 
 
 def key_lines(
     free: Likelihood,
     baseline: Likelihood,
-    codes: np.ndarray,
-    voices: np.ndarray,
     control: Control,
     accuracy: float,
     bytes_per_token: float,
 ) -> list[str]:
     """What a person should know, on the terminal and on top of the report."""
     result = compare(free, baseline)
-    by_chance = mutual_information(codes, np.random.default_rng(0).permutation(voices))
-    entropy = -sum(p * np.log2(p) for p in np.bincount(voices) / len(voices))
     share, error = control.agreement
+    assert control.agreement_baseline is not None
     lines = [
         f"NLL: {result.nll / bytes_per_token:.4f} nats a byte ({nll_method(free)}), baseline "
         f"{result.baseline_nll / bytes_per_token:.4f}: {result.difference / bytes_per_token:+.4f} ± "
         f"{result.standard_error / bytes_per_token:.4f}",
         f"plan: {free.kl:.2f} bits used, gap prior - reconstruction {free.gap:.4f} ± "
         f"{free.standard_errors['gap']:.4f} nats a token",
-        f"mutual information of plan and voice: {mutual_information(codes, voices):.3f} of {entropy:.3f} bits "
-        f"({by_chance:.3f} by chance)",
-        f"agreement within a random plan: {share:.3f} ± {error:.3f}, baseline {control.baseline_agreement[0]:.3f}",
-        f"transfer from an example: {control.transfer[0]:.3f} ± {control.transfer[1]:.3f}",
+        f"mutual information of plan and voice: {control.mutual_information:.3f} of "
+        f"{control.label_entropy:.3f} bits ({control.mutual_information_shuffled:.3f} by chance)",
+        f"agreement within a random plan: {share:.3f} ± {error:.3f}, shuffled plans "
+        f"{control.agreement_shuffled[0]:.3f}, baseline {control.agreement_baseline[0]:.3f}",
+        f"transfer from an example: {control.transfer[0]:.3f} ± {control.transfer[1]:.3f}, shuffled plans "
+        f"{control.transfer_shuffled[0]:.3f}",
         f"accuracy of the judge on held-out text: {accuracy:.3f}",
     ]
     warning = usage_warning(free)
@@ -233,6 +194,7 @@ def write_report(
     codes: np.ndarray,
     held_out: HeldOut,
     control: Control,
+    shown: list[list[str]],
     lines: list[str],
     bytes_per_token: float,
 ) -> None:
@@ -254,17 +216,21 @@ def write_report(
     report.samples(
         [
             (f"plan {format_plan(plan)}: {count_voices(verdicts)}", "\n\n———\n\n".join(texts))
-            for plan, texts, verdicts in zip(control.plans, control.shown, control.verdicts, strict=False)
+            for plan, texts, verdicts in zip(control.plans, shown, control.verdicts, strict=False)
         ]
     )
     report.heading("Control")
+    wanted, seen_voices = control.transferred.T
+    by_voice = [float((seen_voices == voice)[wanted == voice].mean()) for voice in range(len(VOICES))]
     report.table(
         ["", "share", "what it is"],
         [
-            ["agreement within a plan", f"{control.agreement[0]:.3f} ± {control.agreement[1]:.3f}", AGREEMENT],
-            ["the baseline's", f"{control.baseline_agreement[0]:.3f} ± {control.baseline_agreement[1]:.3f}", GROUPS],
-            ["transfer", f"{control.transfer[0]:.3f} ± {control.transfer[1]:.3f}", TRANSFER],
-            *[[f"… {voice}", f"{s:.3f}", ""] for voice, s in zip(VOICES, control.transfer_by_voice, strict=True)],
+            ["agreement within a plan", *shown_share(control.agreement, AGREEMENT)],
+            ["… under shuffled plans", *shown_share(control.agreement_shuffled, "the same, a plan for each text")],
+            ["the baseline's", *shown_share(control.agreement_baseline, GROUPS)],
+            ["transfer", *shown_share(control.transfer, TRANSFER)],
+            *[[f"… {voice}", f"{share:.3f}", ""] for voice, share in zip(VOICES, by_voice, strict=True)],
+            ["… under shuffled plans", *shown_share(control.transfer_shuffled, "the same, plans of other examples")],
         ],
     )
     report.heading("What the plan learned")
@@ -296,11 +262,13 @@ def write_report(
     report.write(options.out / "report.html")
 
 
-AGREEMENT = (
-    f"{RANDOM_PLANS} plans from the uniform prior, {TEXTS_PER_PLAN} texts each: share in the plan's commonest voice"
-)
+AGREEMENT = f"{RANDOM_PLANS} plans from the prior, {TEXTS_PER_PLAN} texts each: share in the plan's commonest voice"
 GROUPS = f"its texts in groups of {TEXTS_PER_PLAN}: what agreement comes to without a plan"
 TRANSFER = f"plans read from {EXAMPLES_PER_VOICE} held-out examples of each voice: share that comes out in that voice"
+
+
+def shown_share(share: tuple[float, float] | None, meaning: str) -> list[str]:
+    return ["-" if share is None else f"{share[0]:.3f} ± {share[1]:.3f}", meaning]
 
 
 def count_voices(verdicts: np.ndarray) -> str:

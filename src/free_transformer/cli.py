@@ -208,6 +208,57 @@ def generate(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command(name="plan")
+def what_bits_do(
+    run: RunArgument,
+    data: DataOption = None,
+    plan: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="plan whose bits are flipped in the samples, default a random one"),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="text that the samples go on from")] = "",
+    max_rows: Annotated[int, typer.Option(min=1, help="rows of held-out text that the effect is measured on")] = 64,
+    batch_size: BatchOption = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of a sample in tokens")] = 80,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of the samples; 0 takes the likeliest token")] = 0.8,
+    seed: SeedOption = 0,
+) -> None:
+    """What each bit of the plan does: the change of the next token when it is flipped, and a sample of either value."""
+    import torch
+    from rich.progress import track
+
+    from free_transformer.evaluation import bit_effects
+    from free_transformer.layout import num_plans
+    from free_transformer.plan_ops import set_bits
+    from free_transformer.plan_text import format_plan, parse_plan
+
+    model, tokenizer = _load(run)
+    if not hasattr(model.config, "latent_dim"):
+        raise SettingsError(f"{run}: a baseline has no plan")
+    given = None if plan is None else parse_plan(plan, model.config.latent_dim)
+    rows = _held_out(run, tokenizer, data).sample(max_rows, seed)
+    batches = track(
+        rows.in_order(batch_size), "flipping bits", total=-(-len(rows) // batch_size), console=Console(stderr=True)
+    )
+    effects = bit_effects(model, batches)
+    torch.manual_seed(seed)
+    tokens = _prompt_tokens(tokenizer, prompt)
+    if given is None:
+        given = model.sample_plan(1, num_plans(model.config.plan_span, tokens.shape[1] + max_new_tokens))[0]
+    table = [
+        [str(each.bit), f"{each.spent:.3f}", f"{each.effect:.4f} ± {each.standard_error:.4f}"]
+        for each in sorted(effects, key=lambda each: -each.effect)
+    ]
+    _print_table(["bit", "bits spent per plan", "nats per token when flipped"], table)
+    for each in sorted(effects, key=lambda each: -each.effect):
+        for value in (0, 1):
+            torch.manual_seed(seed)
+            bits = set_bits(given, {each.bit: value})
+            text = _write_under(model, tokenizer, tokens, bits, max_new_tokens, temperature)
+            console.rule(f"bit {each.bit} = {value}, plan {format_plan(bits)}", align="left")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def report(run: RunArgument) -> None:
     """Write report.html: settings, curves, and what evaluate has measured."""
@@ -293,6 +344,25 @@ def _evaluate(
         console=Console(stderr=True),
     )
     return evaluate_likelihood(model, batches, num_samples, method, prior), rows.bytes_per_token
+
+
+def _held_out(path: Path, text_tokenizer: Any, data: list[str] | None) -> Any:
+    from free_transformer.training import Run
+
+    return Run(path).held_out_rows(text_tokenizer, data)
+
+
+def _write_under(
+    model: Any, text_tokenizer: Any, tokens: Any, plan: Any, max_new_tokens: int, temperature: float
+) -> str:
+    """One text under a plan, which holds as far as it goes; later plans come from the prior."""
+    import torch
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    output = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), plan=plan, max_new_tokens=max_new_tokens, **sampling
+    )
+    return text_tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 def _write_report(path: Path) -> None:

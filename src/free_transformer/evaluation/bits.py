@@ -1,0 +1,64 @@
+"""What each bit of the plan does to the next token."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from free_transformer.losses import kl_bits_per_bit
+from free_transformer.model import FreeTransformer
+from free_transformer.plan_ops import flip_bit
+
+
+@dataclass
+class BitEffect:
+    """
+    Attributes:
+        spent: KL of the bit's posterior from a fair coin, bits per plan.
+        effect: divergence of the next-token distribution from the one with the bit flipped, nats per token.
+        standard_error: of `effect`, rows being the units; NaN for a single row.
+    """
+
+    bit: int
+    spent: float
+    effect: float
+    standard_error: float
+
+
+@torch.no_grad()
+def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]]) -> list[BitEffect]:
+    """
+    Flips each bit of the likeliest plans of these texts, in all plans of a text at once, and asks how much the
+    prediction of every token changes: KL(p(token | plan) ‖ p(token | flipped plan)).
+
+    Args:
+        batches: dicts with `input_ids` and optional `attention_mask` and `position_ids`.
+
+    Raises:
+        ValueError: where there is no text.
+    """
+    effects, spent = [], []
+    for batch in batches:
+        inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
+        half = model.first_half(**inputs)
+        assert half.layout is not None
+        plan_logits = model.encode(half)
+        plan = plan_logits > 0
+        spent.append(kl_bits_per_bit(plan_logits[half.layout.plan_mask]))
+        mask = half.layout.token_mask
+        counted = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
+        before = model.second_half(half, plan).float().log_softmax(-1)
+        per_bit = []
+        for bit in range(plan.shape[-1]):
+            after = model.second_half(half, flip_bit(plan, bit)).float().log_softmax(-1)
+            divergence = (before.exp() * (before - after)).sum(-1)
+            per_bit.append((divergence * counted).sum(1) / counted.sum(1).clamp(min=1))
+        effects.append(torch.stack(per_bit, 1))
+    if not effects:
+        raise ValueError("there is no text to flip bits in")
+    rows, used = torch.cat(effects).double(), torch.cat(spent).mean(0)
+    errors = rows.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.full_like(rows[0], float("nan"))
+    return [
+        BitEffect(bit, float(used[bit]), float(rows[:, bit].mean()), float(errors[bit])) for bit in range(len(used))
+    ]
