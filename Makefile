@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline reproduce collapse bench-plan bench-plan-training clean
+.PHONY: help demo test quality format train-free train-baseline reproduce collapse voices bench-plan bench-plan-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEED
 
 collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour and more
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
+
+voices: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/voices.py
 
 bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same shape: docs/performance.md
 	$(BIN)/python benchmarks/plan_cost.py

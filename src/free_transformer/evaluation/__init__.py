@@ -11,6 +11,7 @@ from free_transformer.evaluation.control import (
     share_in_class,
     write_texts,
 )
+from free_transformer.evaluation.diversity import Diversity, measure_diversity
 from free_transformer.evaluation.likelihood import Likelihood, evaluate_likelihood
 from free_transformer.evaluation.usage import PlanUsage, collapse_warning, plan_usage, usage_warning
 
@@ -18,6 +19,7 @@ __all__ = [
     "BitEffect",
     "Comparison",
     "Control",
+    "Diversity",
     "Likelihood",
     "PlanUsage",
     "agreement",
@@ -26,6 +28,7 @@ __all__ = [
     "compare",
     "evaluate_likelihood",
     "measure_control",
+    "measure_diversity",
     "mutual_information",
     "plan_usage",
     "sampled_codes",

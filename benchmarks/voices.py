@@ -1,0 +1,191 @@
+"""
+The three voices by how many tokens share a plan: what the plan costs, whether it steers, what it does for diversity.
+
+Models of plan_span 1, 16, 64 and "sequence" and the baseline, three seeds, the same steps and the same text. Results
+are kept in `--out` and not measured again. `make voices`: about an hour and a half on 2 cores.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.progress import track
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "three_voices.yaml"
+BITS_A_WINDOW, LEAST_BITS_A_WINDOW, WINDOW = 2.5, 2.0, 256
+SPANS: tuple[int | str, ...] = (1, 16, 64, "sequence")
+LIKELIHOOD_TEXTS = 600
+PARTICLES, SAMPLES = 16, 64
+WRITTEN = 400
+TEMPERATURES = (0.7, 0.85, 1.0)
+
+Cell = tuple[str, int]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/voices"),
+    plans: Annotated[str, typer.Option(help="models, by comma")] = "baseline,sequence,64,16,1",
+    seeds: Annotated[int, typer.Option(help="runs of each")] = 3,
+    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
+    overrides: Annotated[str, typer.Option(help="changes to the settings, by space")] = "",
+) -> None:
+    """Trains and measures what is missing, and prints the tables."""
+    sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
+    from voices import write_corpus
+
+    if not (out / "text" / "train.jsonl").exists():
+        write_corpus(out / "text")
+    cells: list[Cell] = [(plan, seed) for seed in range(seeds) for plan in plans.split(",")]
+    changes = overrides.split()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        trained = pool.map(train_cell, cells, [out] * len(cells), [changes] * len(cells))
+        list(track(trained, description="training", total=len(cells)))
+        measured = pool.map(measure_cell, cells, [out] * len(cells))
+        results = list(track(measured, description="measuring", total=len(cells)))
+    print(cost_table(results), control_table(results), diversity_table(results), sep="\n\n")
+
+
+def train_cell(cell: Cell, out: Path, changes: list[str]) -> None:
+    """A run of the demo's settings, its bits spread over the plans of a window."""
+    import torch
+
+    torch.set_num_threads(1)
+    from free_transformer.training import train
+    from free_transformer.training.settings import load_settings
+
+    plan, seed = cell
+    model = ["model.kind=baseline"]
+    if plan != "baseline":
+        share = 1.0 if plan == "sequence" else int(plan) / WINDOW
+        model = [f"model.plan_span={plan}", f"model.free_bits={BITS_A_WINDOW * share}"]
+        model += [f"model.min_bits={LEAST_BITS_A_WINDOW * share}"]
+        if plan != "sequence":  # plans of fractions of a bit cannot be spread over all codes
+            model += ["model.aggregate_weight=0"]
+    text = [f"data.train={out / 'text/train.jsonl'}", f"data.validation={out / 'text/validation.jsonl'}"]
+    logging = ["logging.sample_every=0", "logging.tensorboard=false", f"training.seed={seed}"]
+    run_dir = f"run_dir={_run(out, cell)}"
+    train(load_settings(CONFIG, [run_dir, *text, *logging, *model, *changes]), quiet=True)
+
+
+def _run(out: Path, cell: Cell) -> Path:
+    return out / f"{cell[0]}-{cell[1]}"
+
+
+def measure_cell(cell: Cell, out: Path) -> dict[str, Any]:
+    """Likelihood of each held-out text, control, and diversity at three temperatures."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
+    from demo import read_rows, train_judge
+
+    from free_transformer.evaluation import evaluate_likelihood, measure_control, measure_diversity, write_texts
+    from free_transformer.training import Run
+
+    plan, seed = cell
+    kept = _run(out, cell) / "result.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    run = Run(_run(out, cell))
+    model, tokenizer = run.load_model(), run.load_tokenizer()
+    held_out = read_rows(out / "text" / "validation.jsonl", tokenizer, WINDOW)
+    judge, accuracy = train_judge(out / "text" / "train.jsonl", tokenizer, held_out)
+    torch.manual_seed(seed)
+    part = held_out.rows.sample(LIKELIHOOD_TEXTS)
+    method, samples = ("importance", SAMPLES) if plan in ("sequence", "baseline") else ("particle_filter", PARTICLES)
+    result: dict[str, Any] = {"cell": cell, "accuracy": accuracy, "method": method, "samples": samples}
+    for prior in ("uniform", "aggregate")[: 1 if plan == "baseline" else 2]:
+        likelihood = evaluate_likelihood(model, part.in_order(32), samples, method, prior)
+        result[f"nll_{prior}"] = (likelihood.per_document["nll"] / likelihood.per_document["tokens"]).tolist()
+        result[f"numbers_{prior}"] = [likelihood.reconstruction, likelihood.elbo, likelihood.gap, likelihood.kl]
+        if plan != "baseline":
+            tokens = torch.from_numpy(held_out.rows.tokens).long()
+            control = asdict(measure_control(model, None, tokenizer, judge, tokens, held_out.voices, prior=prior))
+            kept_shares = ("plans", "verdicts", "transferred")
+            result[f"control_{prior}"] = {name: value for name, value in control.items() if name not in kept_shares}
+    # a model of another seed that wrote none of these texts says how good they are
+    reference = Run(_run(out, ("baseline", (seed + 1) % 3))).load_model()
+    for temperature in TEMPERATURES:
+        texts = write_texts(model, tokenizer, WRITTEN, WINDOW, temperature)
+        result[f"diversity_{temperature}"] = asdict(measure_diversity(texts, judge, reference, tokenizer))
+    kept.write_text(json.dumps(result, default=float))
+    return result
+
+
+def of_plan(results: Sequence[dict[str, Any]], plan: str) -> list[dict[str, Any]]:
+    return sorted((result for result in results if result["cell"][0] == plan), key=lambda result: result["cell"][1])
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """Mean and half the 95 % interval over seeds (Student's t)."""
+    from scipy.stats import t
+
+    count = len(values)
+    if count < 2:
+        return f"{np.mean(values):.4f}"
+    return f"{np.mean(values):+.4f} ± {t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5:.4f}"
+
+
+def cost_table(results: Sequence[dict[str, Any]]) -> str:
+    """NLL minus the baseline's of the same seed, nats per token."""
+    lines = [
+        "| plan_span | bound | NLL - baseline | aggregate prior | reconstruction | KL, bits a plan |",
+        "|---" * 6 + "|",
+    ]
+    baselines = of_plan(results, "baseline")
+    for plan in map(str, SPANS):
+        here = of_plan(results, plan)
+        if not here:
+            continue
+        differences = {
+            prior: _over_seeds(
+                [
+                    float(np.mean(ours[f"nll_{prior}"]) - np.mean(theirs["nll_uniform"]))
+                    for ours, theirs in zip(here, baselines, strict=True)
+                ]
+            )
+            for prior in ("uniform", "aggregate")
+        }
+        bound = f"{here[0]['method'].replace('_', ' ')}, {here[0]['samples']}"
+        reconstruction, _, _, kl = np.mean([each["numbers_uniform"] for each in here], axis=0)
+        row = [plan, bound, *differences.values(), f"{reconstruction:.4f}", f"{kl:.3f}"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def control_table(results: Sequence[dict[str, Any]]) -> str:
+    """Agreement, transfer and information, mean over seeds."""
+    names = ("agreement", "agreement_shuffled", "transfer", "transfer_shuffled", "mutual_information", "label_entropy")
+    lines = ["| plan_span | prior | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for plan in map(str, SPANS):
+        for prior in ("uniform", "aggregate"):
+            if here := of_plan(results, plan):
+                values = [[np.ravel(each[f"control_{prior}"][name])[0] for name in names] for each in here]
+                lines.append(
+                    f"| {plan} | {prior} | " + " | ".join(f"{value:.3f}" for value in np.mean(values, 0)) + " |"
+                )
+    return "\n".join(lines)
+
+
+def diversity_table(results: Sequence[dict[str, Any]]) -> str:
+    """Diversity and coherence beside quality, mean over seeds and half the 95 % interval."""
+    names = ("quality", "distinct", "self_bleu", "label_entropy", "coherence")
+    lines = ["| model | temperature | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for plan in ("baseline", *map(str, SPANS)):
+        for temperature in TEMPERATURES:
+            if here := of_plan(results, plan):
+                cells = [_over_seeds([each[f"diversity_{temperature}"][name][0] for each in here]) for name in names]
+                lines.append(f"| {plan} | {temperature} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,125 @@
+"""How different the texts of a model are, how good, and whether they hold together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from free_transformer.evaluation.control import Classifier
+
+Estimate = tuple[float, float]
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Different n-grams of words, as a share of all (Li et al. 2016, arXiv:1510.03055). It falls as texts are added."""
+    grams = [gram for text in texts for gram in _grams(text.split(), n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+
+
+def self_bleu(texts: Sequence[str], most: int = 100) -> float:
+    """
+    Mean BLEU, 0 to 100, of each text against the others (Zhu et al. 2018, arXiv:1802.01886); less is more diverse.
+
+    Args:
+        most: texts that are compared, evenly spaced; the time grows with their square.
+
+    Raises:
+        ImportError: without `sacrebleu`, which comes with the extra `diversity`.
+    """
+    from sacrebleu.metrics import BLEU
+
+    chosen = list(texts)[:: -(-len(texts) // most)]
+    bleu = BLEU(effective_order=True)
+    scores = [
+        bleu.sentence_score(text, [*chosen[:index], *chosen[index + 1 :]]).score for index, text in enumerate(chosen)
+    ]
+    return float(np.mean(scores))
+
+
+def label_entropy(labels: np.ndarray) -> float:
+    """Entropy of the labels in bits."""
+    shares = np.bincount(labels) / len(labels)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def halves_agree(texts: Sequence[str], classify: Classifier) -> np.ndarray:
+    """Whether the first and the second half of each text carry the same label, (N,) bool."""
+    return classify([text[: len(text) // 2] for text in texts]) == classify([text[len(text) // 2 :] for text in texts])
+
+
+@torch.no_grad()
+def reference_nll(reference: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    """
+    Nats per token of each text under a causal language model that had no part in writing them, (N,).
+
+    Args:
+        reference: a baseline, or any causal language model that shares `tokenizer`; texts go on from begin-of-text.
+    """
+    scores = []
+    for start in range(0, len(texts), batch_size):
+        part = [f"{tokenizer.bos_token}{text}" for text in texts[start : start + batch_size]]
+        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        tokens = batch["input_ids"].to(reference.device)
+        target = tokens[:, 1:].masked_fill(batch["attention_mask"][:, 1:].to(tokens) == 0, -100)
+        logits = reference(tokens, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+        nats = F.cross_entropy(logits, target, reduction="none").sum(1)
+        scores.append(nats / (target != -100).sum(1).clamp(min=1))
+    return torch.cat(scores).cpu().numpy()
+
+
+@dataclass
+class Diversity:
+    """
+    Each a mean and its standard error; of the first three over parts of the texts, since they depend on how many
+    there are.
+
+    Attributes:
+        distinct: distinct-2; self_bleu: None without `sacrebleu`; label_entropy: bits.
+        coherence: share of texts whose halves carry one label; quality: nats per token under a reference.
+    """
+
+    distinct: Estimate
+    self_bleu: Estimate | None
+    label_entropy: Estimate
+    coherence: Estimate
+    quality: Estimate | None
+
+
+def measure_diversity(
+    texts: Sequence[str], classify: Classifier, reference: Any = None, tokenizer: Any = None, parts: int = 10
+) -> Diversity:
+    """
+    Args:
+        texts: in an order that means nothing, at least 2 for each of the `parts`.
+
+    Raises:
+        ValueError: for too few texts.
+    """
+    if len(texts) < 2 * parts:
+        raise ValueError(f"{len(texts)} texts: at least {2 * parts} for {parts} parts")
+    labels = classify(texts)
+    split = [texts[part::parts] for part in range(parts)]
+    try:
+        bleu = _mean([self_bleu(each) for each in split])
+    except ImportError:
+        bleu = None
+    return Diversity(
+        distinct=_mean([distinct_n(each) for each in split]),
+        self_bleu=bleu,
+        label_entropy=_mean([label_entropy(labels[part::parts]) for part in range(parts)]),
+        coherence=_mean(halves_agree(texts, classify)),
+        quality=None if reference is None else _mean(reference_nll(reference, tokenizer, texts)),
+    )
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> Estimate:
+    array = np.asarray(values, dtype=float)
+    return float(array.mean()), float(array.std(ddof=1) / len(array) ** 0.5)
