@@ -24,6 +24,7 @@ from free_transformer.model import FirstHalf, FreeTransformer
 from free_transformer.plan import codes_to_bits
 
 MAX_ENUMERATED_BITS = 10
+MOST_PRIOR_PLANS = 4  # a text; more would sharpen `prior` and `gap` at the cost of every validation
 METHODS = ("importance", "particle_filter", "exact")
 
 
@@ -36,7 +37,7 @@ class Likelihood:
         reconstruction: cross-entropy with plans from the posterior; never to be compared with a baseline.
         elbo: reconstruction + KL, an upper bound of the NLL.
         nll: a bound by `num_samples` plans, importance weights or a particle filter, or the exact value (`method`).
-        prior: cross-entropy with one plan drawn from the prior, what one generation sees.
+        prior: cross-entropy with a plan drawn from the prior, what one generation sees; mean of up to 4 draws.
         gap: prior - reconstruction; without a gap the plan is not used.
         standard_errors: of each of these, documents being the units.
         per_document: nats of each document by the same names, and its `tokens`.
@@ -216,7 +217,10 @@ def _evaluate_batch(
         nll = -units.sum_columns(estimates)
     else:
         nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
-    prior_plan = model.sample_plan(len(labels), layout.num_plans, prior=prior)
+    priors = []
+    for _ in range(min(num_samples, MOST_PRIOR_PLANS)):
+        plan = model.sample_plan(len(labels), layout.num_plans, prior=prior)
+        priors.append(units.sum_tokens(_nats(model.second_half(half, plan)[:, :-1], target)))
     sums = {
         **_text_sums(units, target),
         "plans": units.sum_plans(mask),
@@ -224,7 +228,7 @@ def _evaluate_batch(
         "kl_bits": kl,
         "elbo": reconstruction + math.log(2) * kl,
         "nll": nll,
-        "prior": units.sum_tokens(_nats(model.second_half(half, prior_plan)[:, :-1], target)),
+        "prior": torch.stack(priors).mean(0),
     }
     return sums, plan_logits[mask]
 
