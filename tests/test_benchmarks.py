@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from free_transformer.training.settings import parse_settings
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,7 +17,7 @@ def benchmark_module(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("plan_cost", "plan_training", "voices", "judge", "demo"):
+        if name in ("plan_cost", "plan_training", "collapse", "voices", "judge", "demo"):
             del sys.modules[name]
 
 
@@ -55,3 +57,37 @@ def test_plan_training_judges_a_trial(benchmark_module, monkeypatch, tmp_path):
     assert found["step_ms"] > 0 and 0 < found["reconstruction"] <= found["elbo"]
     assert bench.run_trial(trials[0], tmp_path)["elbo"] == found["elbo"]  # not trained again
     bench.show(trials, results)
+
+
+def test_collapse_counts_runs_by_task_start_and_free_bits(benchmark_module):
+    bench = benchmark_module("collapse")
+    results = [
+        {"cell": ["letters", "bit-linear", 0.5, seed], "collapsed": seed == 0, "gap": 0.1 * seed} for seed in range(3)
+    ]
+    lines = bench.table(results).splitlines()
+    assert "| letters | bit-linear | 0 of 0 (gap nan) | 1 of 3 (gap 0.100) | 0 of 0 (gap nan) |" in lines
+    assert len(lines) == 2 + len(bench.TASKS) * len(bench.ARMS)
+
+
+def test_every_run_of_the_collapse_experiment_has_settings_of_its_own(benchmark_module, tmp_path):
+    bench = benchmark_module("collapse")
+    every = [
+        parse_settings(bench.settings_of(task, arm, bits, seed, tmp_path, 0))
+        for task in bench.TASKS
+        for arm in bench.ARMS
+        for bits in bench.FREE_BITS
+        for seed in (0, 1)
+    ]
+    assert len({settings.run_dir for settings in every}) == len(every)
+    assert {settings.model.min_bits > 0 for settings in every} == {True, False}
+
+
+def test_a_cell_of_the_collapse_experiment_is_trained_once_and_measured(benchmark_module, tmp_path, monkeypatch):
+    bench = benchmark_module("collapse")
+    monkeypatch.setattr(bench, "HELD_OUT_TEXTS", 8)
+    monkeypatch.setattr(bench, "SAMPLES", 1)
+    monkeypatch.setitem(bench.TASKS["letters"]["data"], "train", ["letters:40:0"])
+    cell = ("letters", "bit-linear", 0.5, 0)
+    first = bench.run_cell(cell, tmp_path, 1)
+    assert first["cell"] == cell and isinstance(first["collapsed"], bool)
+    assert bench.run_cell(cell, tmp_path, 1) == first
