@@ -86,8 +86,8 @@ def write_text_of_voices(folder: Path) -> None:
         lines = []
         for line in (folder / "whole" / f"{split}.jsonl").read_text().splitlines():
             document = json.loads(line)
-            document["text"] = document["text"][: left[document["voice"]]]
-            left[document["voice"]] -= len(document["text"])
+            document["text"] = document["text"][: left[document["label"]]]
+            left[document["label"]] -= len(document["text"])
             if document["text"]:
                 lines.append(json.dumps(document) + "\n")
         (folder / f"{split}.jsonl").write_text("".join(lines))

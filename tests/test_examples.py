@@ -63,9 +63,9 @@ def test_the_corpus_is_split_by_document_and_holds_every_voice(voices, tmp_path)
     train, validation = (lines_of(tmp_path / f"{split}.jsonl") for split in ("train", "validation"))
     assert not {line["text"] for line in train} & {line["text"] for line in validation}
     for lines, least in ((train, 9000), (validation, 4000)):
-        assert {line["voice"] for line in lines} == set(voices.VOICES)
+        assert {line["label"] for line in lines} == set(voices.VOICES)
         for voice in voices.VOICES:
-            size = sum(len(line["text"].encode()) for line in lines if line["voice"] == voice)
+            size = sum(len(line["text"].encode()) for line in lines if line["label"] == voice)
             assert least <= size < least + 4 * 3000  # whole documents, so that no voice is the likelier guess
 
 
@@ -80,13 +80,13 @@ def test_the_judge_reads_one_voice_of_the_corpus_at_a_time(voices, tmp_path):
     voices.write_corpus(tmp_path)
     lines = lines_of(tmp_path / "train.jsonl")
     for voice in voices.VOICES:
-        read = list(voices.read_voice(tmp_path / "train.jsonl", voice))
-        assert read == [line["text"] for line in lines if line["voice"] == voice]
+        read = list(voices.read_label(tmp_path / "train.jsonl", voice))
+        assert read == [line["text"] for line in lines if line["label"] == voice]
 
 
 def test_a_package_that_is_missing_is_named(script):
     with pytest.raises(SystemExit, match=r"the package nowhere_at_all is missing: pip install"):
-        script("voices")._package("nowhere_at_all")
+        script("voices").package_folder("nowhere_at_all")
 
 
 def test_the_judge_tells_voices_apart_that_it_has_learnt(script):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from judge import Judge
 from rich.console import Console
-from voices import VOICES, read_voice, write_corpus
+from voices import VOICES, read_label, write_corpus
 
 from free_transformer.data import Rows, build_rows
 from free_transformer.evaluation import (
@@ -125,9 +126,9 @@ def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:
     return processes["free"][0], processes["baseline"][0]
 
 
-def read_rows(path: Path, tokenizer: Any, seq_len: int) -> HeldOut:
+def read_rows(path: Path, tokenizer: Any, seq_len: int, labels: Sequence[str] = VOICES) -> HeldOut:
     """Whole windows only, one document each, so that every row has one voice."""
-    parts = [build_rows(read_voice(path, voice), tokenizer, seq_len) for voice in VOICES]
+    parts = [build_rows(read_label(path, label), tokenizer, seq_len) for label in labels]
     whole = [(part.positions == np.arange(seq_len)).all(1) for part in parts]
     tokens = np.concatenate([part.tokens[full] for part, full in zip(parts, whole, strict=True)])
     positions = np.concatenate([part.positions[full] for part, full in zip(parts, whole, strict=True)])

