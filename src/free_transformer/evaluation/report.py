@@ -13,9 +13,10 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d8dee6; padding-bottom: .3rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th { text-align: left; background: #eef2f6; }
-td, th { padding: .3rem .8rem; border: 1px solid #d8dee6; vertical-align: top; }
+td, th { padding: .3rem .6rem; font-size: 14px; border: 1px solid #d8dee6; vertical-align: top; }
 pre { background: #f6f8fa; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+.lines pre { white-space: pre; overflow-x: auto; font-size: 11px; }
 .warning { background: #fff3d6; border-left: 4px solid #e0a100; padding: .6rem 1rem; }
 figure { margin: 1rem 0; } figcaption { color: #5a6b7d; font-size: 14px; } svg { max-width: 100%; height: auto; }
 """
@@ -89,15 +90,15 @@ class Report:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         self.parts.append(f"<table><tr>{head}</tr>{body}</table>")
 
-    def samples(self, titled: Sequence[tuple[str, str]]) -> None:
-        """Texts side by side, each under its title."""
+    def samples(self, titled: Sequence[tuple[str, str]], lines: bool = False) -> None:
+        """Texts side by side, each under its title; `lines` keeps every line on one line."""
         cells = "".join(
             f"<div><strong>{html.escape(title)}</strong><pre>{html.escape(text)}</pre></div>" for title, text in titled
         )
-        self.parts.append(f"<div class=samples>{cells}</div>")
+        self.parts.append(f"<div class='samples{' lines' * lines}'>{cells}</div>")
 
     def figure(self, figure: Any, caption: str) -> None:
         """A matplotlib figure, drawn into the page as SVG."""
@@ -115,3 +116,8 @@ class Report:
             f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title>"
             f"<style>{STYLE}</style></head><body>{body}</body></html>\n",
         )
+
+
+def _cell(text: str) -> str:
+    """A value stays on one line with its error."""
+    return html.escape(text).replace(" ± ", "\u00a0±\u00a0")

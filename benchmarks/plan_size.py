@@ -1,0 +1,128 @@
+"""
+Why a plan can spend its bits and know nothing: bits of a plan (H) against the bits that are free (free_bits).
+
+With free_bits as large as H the KL term never acts: nothing takes back the bits that a plan spent early on whatever
+it met first. Each cell trains the small models of `collapse.py` on the voices and says what the plan knows of the
+voice. `make plan-size`: a quarter of an hour on 2 cores. Results are kept in `--out`.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).parent))
+from collapse import EXAMPLES, HELD_OUT_TEXTS, SAMPLES, settings_of, write_text_of_voices
+
+Cell = tuple[str, int]
+# name: bits of a plan, free bits, what else differs
+CELLS: dict[str, tuple[int, float, dict[str, dict[str, Any]]]] = {
+    "H = 4, 4 free bits": (4, 4.0, {}),
+    "H = 4, 3 free bits": (4, 3.0, {}),
+    "H = 4, 2 free bits": (4, 2.0, {}),
+    "H = 8, 8 free bits": (8, 8.0, {}),
+    "H = 8, 4 free bits": (8, 4.0, {}),
+    "H = 8, 2 free bits": (8, 2.0, {}),
+    "H = 4, free bits from 1/2 to 4": (
+        4,
+        4.0,
+        {"training": {"free_bits_schedule": "linear", "free_bits_start": 0.5, "anneal_steps": 300}},
+    ),
+    "H = 4, 4 free bits, aggregate_weight = 1": (4, 4.0, {"model": {"aggregate_weight": 1.0}}),
+    "H = 4, 2 free bits, aggregate_weight = 1": (4, 2.0, {"model": {"aggregate_weight": 1.0}}),
+}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/plan_size"),
+    seeds: Annotated[int, typer.Option(help="runs of each")] = 5,
+    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
+    steps: Annotated[int, typer.Option(help="steps of a run; 0 for those of collapse.py")] = 0,
+) -> None:
+    """Trains what is missing and prints the table."""
+    if not (out / "text" / "validation.jsonl").exists():
+        write_text_of_voices(out / "text")
+    cells: list[Cell] = [(name, seed) for seed in range(seeds) for name in CELLS]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        pending = pool.map(run_cell, cells, [out] * len(cells), [steps] * len(cells))
+        results = list(track(pending, description="plan size", total=len(cells)))
+    print(table(results))
+
+
+def cell_settings(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
+    """The settings of one run, as in a YAML file."""
+    name, seed = cell
+    latent_dim, free_bits, changes = CELLS[name]
+    values = settings_of("voices", "bit-linear", free_bits, seed, out, steps)
+    values["model"]["latent_dim"] = latent_dim
+    for section, changed in changes.items():
+        values[section].update(changed)
+    values["run_dir"] = str(out / f"{list(CELLS).index(name)}-{seed}")
+    return values
+
+
+def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
+    """What the plan spends, what it knows of the voice, and what that is worth to the next token."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(EXAMPLES))
+    from demo import read_rows
+
+    from free_transformer.evaluation import evaluate_likelihood, mutual_information
+    from free_transformer.evaluation.control import mutual_information_bias, sampled_codes
+    from free_transformer.files import write_text
+    from free_transformer.training import train
+    from free_transformer.training.settings import parse_settings
+
+    settings = parse_settings(cell_settings(cell, out, steps))
+    kept = Path(settings.run_dir) / "result.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    run = train(settings, quiet=True)
+    model, tokenizer = run.load_model(), run.load_tokenizer()
+    held_out = read_rows(out / "text" / "validation.jsonl", tokenizer, settings.training.seq_len)
+    torch.manual_seed(0)
+    likelihood = evaluate_likelihood(model, held_out.rows.sample(HELD_OUT_TEXTS).in_order(64), SAMPLES)
+    codes = sampled_codes(model, held_out.rows.in_order(64))[:, 0]
+    with torch.no_grad():
+        logits = torch.cat([model.infer_plan(batch["input_ids"]) for batch in held_out.rows.in_order(64)])
+    chance = logits.sigmoid()
+    result = {
+        "cell": cell,
+        "kl": likelihood.kl,
+        "gap": likelihood.gap,
+        "information": mutual_information(codes, held_out.voices),
+        "by_chance": mutual_information_bias(codes, held_out.voices),
+        "softness": float((4 * chance * (1 - chance)).mean()),
+    }
+    write_text(kept, json.dumps(result))
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Each cell's medians over seeds; of the information each seed, since what is asked is how much they differ."""
+    lines = [
+        "| plan | KL, bits | voice known, bits of 1.58, each seed (by chance) | gap, nats a token | 4p(1 − p) |",
+        "|---" * 5 + "|",
+    ]
+    for name in CELLS:
+        here = sorted((each for each in results if each["cell"][0] == name), key=lambda each: each["cell"][1])
+        if not here:
+            continue
+        kl, gap, chance, softness = (
+            float(np.median([each[key] for each in here])) for key in ("kl", "gap", "by_chance", "softness")
+        )
+        known = ", ".join(f"{each['information']:.2f}" for each in here)
+        lines.append(f"| {name} | {kl:.2f} | {known} ({chance:.2f}) | {gap:.4f} | {softness:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
