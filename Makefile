@@ -6,11 +6,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline reproduce collapse plan-size voices topics bench-plan bench-plan-training clean
+.PHONY: help demo test quality format train-free train-baseline reproduce collapse plan-size plan-span topics bench-plan bench-plan-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 21
 
 demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_voices/report.html
 	$(BIN)/python examples/three_voices/demo.py
@@ -42,8 +42,8 @@ collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an ho
 plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_size.py
 
-voices: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/voices.py
+plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_span.py
 
 topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
 	$(BIN)/python benchmarks/topics.py

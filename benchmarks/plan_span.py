@@ -2,7 +2,7 @@
 The three voices by how many tokens share a plan: what the plan costs, whether it steers, what it does for diversity.
 
 Models of plan_span 1, 16, 64 and "sequence" and the baseline, three seeds, the same steps and the same text. Results
-are kept in `--out` and not measured again. `make voices`: about an hour and a half on 2 cores.
+are kept in `--out` and not measured again. `make plan-span`: about an hour and a half on 2 cores.
 """
 
 import json
@@ -31,7 +31,7 @@ Cell = tuple[str, int]
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/voices"),
+    out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/plan_span"),
     plans: Annotated[str, typer.Option(help="models, by comma")] = "baseline,sequence,64,16,1",
     seeds: Annotated[int, typer.Option(help="runs of each")] = 3,
     processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
