@@ -18,7 +18,17 @@ def benchmark_module(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("plan_cost", "plan_training", "collapse", "plan_size", "topics", "voices", "judge", "demo"):
+        if name in (
+            "plan_cost",
+            "plan_training",
+            "collapse",
+            "plan_size",
+            "plan_span",
+            "topics",
+            "voices",
+            "judge",
+            "demo",
+        ):
             del sys.modules[name]
 
 
@@ -68,6 +78,7 @@ def test_collapse_counts_runs_by_task_start_and_free_bits(benchmark_module):
     lines = bench.table(results).splitlines()
     assert "| letters | bit-linear | 0 of 0 (gap nan) | 1 of 3 (gap 0.100) | 0 of 0 (gap nan) |" in lines
     assert len(lines) == 2 + len(bench.TASKS) * len(bench.ARMS)
+    assert len(bench.figure(results).axes) == len(bench.TASKS)
 
 
 def test_every_run_of_the_collapse_experiment_has_settings_of_its_own(benchmark_module, tmp_path):
@@ -133,3 +144,26 @@ def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
     assert result["accuracy"] > 0.9 and result["commonest_label"] == pytest.approx(0.5)
     shown = bench.table([bench.measure("news", 0, tmp_path, overrides)])  # kept
     assert "| news, seed 0 |" in shown and "nan" not in shown
+
+
+def test_plan_span_sets_models_beside_the_baseline_of_their_seed(benchmark_module):
+    bench = benchmark_module("plan_span")
+
+    def result(plan, seed, nll, entropy):
+        control = {"agreement": [0.9, 0.1], "agreement_shuffled": [0.5, 0.1], "transfer": [1.0, 0.0]}
+        control |= {"transfer_shuffled": [0.3, 0.1], "mutual_information": 1.5, "label_entropy": 1.6}
+        diversity = {"distinct": [0.5, 0.1], "self_bleu": [0.4, 0.1], "coherence": [0.9, 0.1]}
+        found = {"cell": [plan, seed], "method": "importance", "samples": 64, "numbers_uniform": [1.2, 1.4, 0.1, 2.0]}
+        for prior in ("uniform", "aggregate"):
+            found |= {f"nll_{prior}": [nll, nll + 1], f"control_{prior}": control}
+        for temperature in bench.TEMPERATURES:
+            found[f"diversity_{temperature}"] = {"quality": [temperature], "label_entropy": [entropy], **diversity}
+        return found
+
+    results = [result("baseline", seed, 1.0 + seed, 1.0) for seed in range(3)]
+    results += [result("sequence", seed, 1.1 + seed, 1.5) for seed in range(3)]
+    assert "| sequence | importance, 64 | +0.1000 ± 0.0000 | +0.1000 ± 0.0000 |" in bench.cost_table(results)
+    assert "| sequence | uniform | 0.900 | 0.500 | 1.000 |" in bench.control_table(results)
+    assert "| baseline | 0.7 | 0.7000 ± 0.0000 |" in bench.diversity_table(results)
+    assert bench.equal_quality_table(results).endswith("| +0.5000 ± 0.0000 | +0.0000 ± 0.0000 |")
+    assert len(bench.figure(results).axes) == 3
