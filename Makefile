@@ -36,10 +36,10 @@ train-baseline: $(VENV)/.train ## train its baseline
 reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEEDS=3 for the documentation
 	OMP_NUM_THREADS=1 $(BIN)/free-transformer reproduce letters --seeds $(SEEDS)
 
-collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour and more
+collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
 
-plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; a quarter of an hour
+plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_size.py
 
 plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half

@@ -21,7 +21,6 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "normal rows": {"model": {"table_init": "normal"}},
     "bit-linear": {},
     "bit-linear, annealing": {"training": {"kl_schedule": "linear"}},
-    "bit-linear, Muon": {"training": {"optimizer": "muon"}},
     "bit-linear, Muon, min_bits": {"training": {"optimizer": "muon"}},  # min_bits follows the free bits
 }
 MIN_BITS_SHARE = 0.8
@@ -72,7 +71,9 @@ def main(
             done.append(result)
             with results_file.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-    print(table([result for result in done if tuple(result["cell"]) in set(cells)]))
+    wanted = [result for result in done if tuple(result["cell"]) in set(cells)]
+    print(table(wanted))
+    figure(wanted).savefig(out / "figure.png", dpi=120)
 
 
 def write_text_of_voices(folder: Path) -> None:
@@ -147,13 +148,32 @@ def table(results: list[dict[str, Any]]) -> str:
         for arm in ARMS:
             row = []
             for free_bits in FREE_BITS:
-                here = [
-                    each for each in results if each["cell"][:3] in ([task, arm, free_bits], (task, arm, free_bits))
-                ]
+                here = [each for each in results if list(each["cell"])[:3] == [task, arm, free_bits]]
                 gap = np.median([each["gap"] for each in here]) if here else float("nan")
                 row.append(f"{sum(each['collapsed'] for each in here)} of {len(here)} (gap {gap:.3f})")
             lines.append(f"| {task} | {arm} | " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def figure(results: list[dict[str, Any]]) -> Any:
+    """The gap of every run; those that count as collapsed are crosses."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 3.2), layout="constrained")
+    for axis, task in zip(drawn.subplots(1, len(TASKS)), TASKS, strict=True):
+        for index, arm in enumerate(ARMS):
+            for place, free_bits in enumerate(FREE_BITS):
+                here = [each for each in results if list(each["cell"])[:3] == [task, arm, free_bits]]
+                for collapsed, marker in ((False, "o"), (True, "x")):
+                    gaps = [each["gap"] for each in here if each["collapsed"] == collapsed]
+                    style = {"marker": marker, "color": f"C{index}", "s": 20}
+                    axis.scatter([place + 0.13 * (index - len(ARMS) / 2)] * len(gaps), gaps, **style)
+            axis.scatter([], [], color=f"C{index}", label=arm)
+        axis.set_yscale("symlog", linthresh=1e-3)
+        axis.set_xticks(range(len(FREE_BITS)), [f"κ = {bits:g}" for bits in FREE_BITS])
+        axis.set_title(f"{task}: gap prior − reconstruction, nats a token")
+    axis.legend(fontsize=7)
+    return drawn
 
 
 if __name__ == "__main__":

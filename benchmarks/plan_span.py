@@ -26,6 +26,7 @@ LIKELIHOOD_TEXTS = 300
 PARTICLES, SAMPLES = 16, 64
 WRITTEN = 400
 TEMPERATURES = (0.7, 0.85, 1.0)
+DIVERSITY = ("distinct", "self_bleu", "label_entropy", "coherence")
 
 Cell = tuple[str, int]
 
@@ -33,7 +34,7 @@ Cell = tuple[str, int]
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/plan_span"),
     plans: Annotated[str, typer.Option(help="models, by comma")] = "baseline,sequence,64,16,1",
-    seeds: Annotated[int, typer.Option(help="runs of each")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, help="runs of each")] = 3,
     processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
     overrides: Annotated[str, typer.Option(help="changes to the settings, by space")] = "",
 ) -> None:
@@ -48,9 +49,11 @@ def main(
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         trained = pool.map(train_cell, cells, [out] * len(cells), [changes] * len(cells))
         list(track(trained, description="training", total=len(cells)))
-        measured = pool.map(measure_cell, cells, [out] * len(cells))
+        measured = pool.map(measure_cell, cells, [out] * len(cells), [seeds] * len(cells))
         results = list(track(measured, description="measuring", total=len(cells)))
-    print(cost_table(results), control_table(results), diversity_table(results), sep="\n\n")
+    tables = (cost_table, control_table, diversity_table, equal_quality_table)
+    print(*(table(results) for table in tables), sep="\n\n")
+    figure(results).savefig(out / "figure.png", dpi=120)
 
 
 def train_cell(cell: Cell, out: Path, changes: list[str]) -> None:
@@ -79,7 +82,7 @@ def _run(out: Path, cell: Cell) -> Path:
     return out / f"{cell[0]}-{cell[1]}"
 
 
-def measure_cell(cell: Cell, out: Path) -> dict[str, Any]:
+def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
     """Likelihood of each held-out text, control, and diversity at three temperatures."""
     import torch
 
@@ -112,7 +115,7 @@ def measure_cell(cell: Cell, out: Path) -> dict[str, Any]:
             kept_shares = ("plans", "verdicts", "transferred")
             result[f"control_{prior}"] = {name: value for name, value in control.items() if name not in kept_shares}
     # a model of another seed that wrote none of these texts says how good they are
-    reference = Run(_run(out, ("baseline", (seed + 1) % 3))).load_model()
+    reference = Run(_run(out, ("baseline", (seed + 1) % seeds))).load_model()
     for temperature in TEMPERATURES:
         texts = write_texts(model, tokenizer, WRITTEN, WINDOW, temperature)
         result[f"diversity_{temperature}"] = asdict(measure_diversity(texts, judge, reference, tokenizer))
@@ -124,14 +127,14 @@ def of_plan(results: Sequence[dict[str, Any]], plan: str) -> list[dict[str, Any]
     return sorted((result for result in results if result["cell"][0] == plan), key=lambda result: result["cell"][1])
 
 
-def _over_seeds(values: Sequence[float]) -> str:
+def _over_seeds(values: Sequence[float], sign: str = "+") -> str:
     """Mean and half the 95 % interval over seeds (Student's t)."""
     from scipy.stats import t
 
     count = len(values)
     if count < 2:
-        return f"{np.mean(values):.4f}"
-    return f"{np.mean(values):+.4f} ± {t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5:.4f}"
+        return f"{np.mean(values):{sign}.4f}"
+    return f"{np.mean(values):{sign}.4f} ± {t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5:.4f}"
 
 
 def cost_table(results: Sequence[dict[str, Any]]) -> str:
@@ -177,14 +180,71 @@ def control_table(results: Sequence[dict[str, Any]]) -> str:
 
 def diversity_table(results: Sequence[dict[str, Any]]) -> str:
     """Diversity and coherence beside quality, mean over seeds and half the 95 % interval."""
-    names = ("quality", "distinct", "self_bleu", "label_entropy", "coherence")
+    names = ("quality", *DIVERSITY)
     lines = ["| model | temperature | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for plan in ("baseline", *map(str, SPANS)):
         for temperature in TEMPERATURES:
             if here := of_plan(results, plan):
-                cells = [_over_seeds([each[f"diversity_{temperature}"][name][0] for each in here]) for name in names]
+                cells = [
+                    _over_seeds([each[f"diversity_{temperature}"][name][0] for each in here], "") for name in names
+                ]
                 lines.append(f"| {plan} | {temperature} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def equal_quality_table(results: Sequence[dict[str, Any]]) -> str:
+    """What the plan changes where the texts are as good as the baseline's at the middle temperature, by seed."""
+    lines = ["| plan_span | " + " | ".join(DIVERSITY) + " |", "|---" * (1 + len(DIVERSITY)) + "|"]
+    baselines = of_plan(results, "baseline")
+    for plan in map(str, SPANS):
+        if here := of_plan(results, plan):
+            pairs = list(zip(here, baselines, strict=True))
+            changes = [_over_seeds([_at_equal_quality(*pair, name) for pair in pairs]) for name in DIVERSITY]
+            lines.append(f"| {plan} | " + " | ".join(changes) + " |")
+    return "\n".join(lines)
+
+
+def _at_equal_quality(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float:
+    """Between the temperatures, linearly; NaN where none of ours is as good."""
+    middle = theirs[f"diversity_{TEMPERATURES[1]}"]
+    quality = [ours[f"diversity_{temperature}"]["quality"][0] for temperature in TEMPERATURES]
+    values = [ours[f"diversity_{temperature}"][name][0] for temperature in TEMPERATURES]
+    here = np.interp(middle["quality"][0], quality, values, left=float("nan"), right=float("nan"))
+    return float(here) - middle[name][0]
+
+
+def figure(results: Sequence[dict[str, Any]]) -> Any:
+    """Left: the cost by plan_span, each seed. Right: label entropy and self-BLEU against quality, one line a model."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 3.2), layout="constrained")
+    cost, entropy, overlap = drawn.subplots(1, 3)
+    baselines = of_plan(results, "baseline")
+    plans = [str(plan) for plan in SPANS if of_plan(results, str(plan))]
+    for prior, marker in (("uniform", "o"), ("aggregate", "x")):
+        for index, plan in enumerate(plans):
+            pairs = zip(of_plan(results, plan), baselines, strict=True)
+            costs = [np.mean(ours[f"nll_{prior}"]) - np.mean(theirs["nll_uniform"]) for ours, theirs in pairs]
+            label = f"{prior} prior" if index == 0 else None
+            cost.scatter([index] * len(costs), costs, marker=marker, color=f"C{prior == 'aggregate':d}", label=label)
+    cost.axhline(0, color="black", linestyle=":", linewidth=1)
+    cost.set_xticks(range(len(plans)), plans)
+    cost.set(xlabel="plan_span", title="NLL − baseline, nats a token")
+    cost.legend(fontsize=7)
+    for axis, name in ((entropy, "label_entropy"), (overlap, "self_bleu")):
+        for plan in ("baseline", *plans):
+            points = [
+                [
+                    np.mean([each[f"diversity_{heat}"][key][0] for each in of_plan(results, plan)])
+                    for heat in TEMPERATURES
+                ]
+                for key in ("quality", name)
+            ]
+            style = {"color": "black", "linestyle": ":"} if plan == "baseline" else {}
+            axis.plot(*points, marker="o", label=plan, **style)
+        axis.set(xlabel="quality: NLL under another model", title=name.replace("_", " "))
+    overlap.legend(fontsize=7)
+    return drawn
 
 
 if __name__ == "__main__":

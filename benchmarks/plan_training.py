@@ -35,6 +35,7 @@ METHODS = ("exact:adamw", "sampled:adamw", "sampled:sparse_adam")
 LETTERS = [
     *("model.plan_span=1", "model.free_bits=1.0", "training.max_steps=300", "training.eval_every=0"),
     *("training.save_every=0", "logging.sample_every=0", "logging.tensorboard=false"),
+    *("model.min_bits=0", "model.aggregate_weight=0", "training.optimizer=adamw", "training.min_lr_ratio=0.1"),
 ]
 VOICES = [
     *("model.hidden_dim=64", "training.seq_len=128", "training.max_steps=400", "training.eval_every=0"),

@@ -25,7 +25,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 
 def write_letters_report(results: Sequence[Result], out: Path) -> Path:
-    """Writes `report.html` into `out`, and returns its path."""
+    """Writes `report.html` and its plot, `figure.png`, into `out`; returns the report's path."""
     seeds = len({result.seed for result in results})
     report = Report("The letters of the Free Transformer")
     report.paragraph(
@@ -42,7 +42,9 @@ def write_letters_report(results: Sequence[Result], out: Path) -> Path:
     )
     report.table(*strings_table(results))
     try:
-        report.figure(_figure(results), "shared against independent plans, mean over seeds")
+        figure = _figure(results)
+        figure.savefig(out / "figure.png", dpi=120)
+        report.figure(figure, "shared against independent plans, mean over seeds")
     except ImportError:
         report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
     report.heading("What the plan costs, in nats a string")
