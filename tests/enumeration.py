@@ -4,6 +4,20 @@ import torch
 
 from free_transformer import codes_to_bits
 
+# a model small enough that all its plans can be enumerated
+SIZES = {
+    "vocab_size": 12,
+    "hidden_dim": 16,
+    "ffn_hidden_dim": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "max_seq_len": 32,
+    "latent_dim": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
 
 def all_plans(num_bits: int) -> torch.Tensor:
     return codes_to_bits(torch.arange(2**num_bits), num_bits)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
+from enumeration import SIZES
 from free_transformer import FreeTransformer, FreeTransformerConfig, build_baseline, codes_to_bits
 from free_transformer.evaluation import (
     Likelihood,
@@ -26,18 +27,6 @@ from free_transformer.losses import kl_bits
 LN2 = math.log(2)
 SPANS = ["sequence", 2]
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
-SIZES = {
-    "vocab_size": 12,
-    "hidden_dim": 16,
-    "ffn_hidden_dim": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "max_seq_len": 32,
-    "latent_dim": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture

@@ -8,25 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from enumeration import all_plans
+from enumeration import SIZES, all_plans
 from free_transformer import FreeTransformer, FreeTransformerConfig, bits_to_codes
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.layout import num_plans
 from free_transformer.plan import UNIFORM_SHARE, PlanPrior, code_probabilities
 
 LN2 = math.log(2)
-SIZES = {
-    "vocab_size": 12,
-    "hidden_dim": 16,
-    "ffn_hidden_dim": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "max_seq_len": 32,
-    "latent_dim": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture
