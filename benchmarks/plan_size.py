@@ -1,8 +1,7 @@
 """
 Why a plan can spend its bits and know nothing: bits of a plan (H) against the bits that are free (free_bits).
 
-With free_bits as large as H the KL term never acts: nothing takes back the bits that a plan spent early on whatever
-it met first. Each cell trains the small models of `collapse.py` on the voices and says what the plan knows of the
+The suspicion: with free_bits as large as H the KL term never acts, and nothing takes back bits spent early. Each cell trains the small models of `collapse.py` on the voices and says what the plan knows of the
 voice. `make plan-size`: ten minutes on 2 cores. Results are kept in `--out`.
 """
 
