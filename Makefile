@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline reproduce collapse plan-size plan-span topics bench-plan bench-plan-training clean
+.PHONY: help demo test quality format train-free train-baseline reproduce letters-settings collapse plan-size plan-span topics bench-plan bench-plan-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,10 +36,13 @@ train-baseline: $(VENV)/.train ## train its baseline
 reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEEDS=3 for the documentation
 	OMP_NUM_THREADS=1 $(BIN)/free-transformer reproduce letters --seeds $(SEEDS)
 
+letters-settings: $(VENV)/.train ## the letters at other sizes, steps, starts, schedules and spans; 45 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/letters_settings.py
+
 collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
 
-plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; ten minutes
+plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_size.py
 
 plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half

@@ -2,7 +2,8 @@
 How many runs end with a plan that nobody uses: starts, optimizers and schedules × free bits × seeds, on two tasks.
 
 A run counts as collapsed when the watcher of the training loop would say so of the trained model, on more texts.
-Runs that are finished are kept in `--out` and not trained again. `make collapse` runs it all: an hour on 2 cores.
+The settings of `configs/free_transformer.yaml`, one plan per sequence, stand beside them as they are. Runs that are
+finished are kept in `--out` and not trained again. `make collapse` runs it all: an hour on 2 cores.
 """
 
 import json
@@ -12,10 +13,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+import yaml
 from rich.progress import track
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "three_voices"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples" / "three_voices"
+CONFIG = ROOT / "configs" / "free_transformer.yaml"
+SHIPPED = "shipped"
 FREE_BITS = (0.125, 0.5, 1.0)
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "normal rows": {"model": {"table_init": "normal"}},
@@ -60,6 +66,9 @@ def main(
         for free_bits in FREE_BITS
         for arm in ARMS
     ]
+    cells += [
+        (task, SHIPPED, shipped()["model"]["free_bits"], seed) for seed in range(seeds) for task in tasks.split(",")
+    ]
     results_file = out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in results_file.read_text().splitlines()] if results_file.exists() else []
@@ -72,7 +81,7 @@ def main(
             with results_file.open("a") as file:
                 file.write(json.dumps(result) + "\n")
     wanted = [result for result in done if tuple(result["cell"]) in set(cells)]
-    print(table(wanted))
+    print(table(wanted), shipped_lines(wanted), sep="\n\n")
     figure(wanted).savefig(out / "figure.png", dpi=120)
 
 
@@ -94,6 +103,14 @@ def write_text_of_voices(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(lines))
 
 
+def shipped() -> dict[str, dict[str, Any]]:
+    """What the shipped configuration says of model and optimizer; how long to train is the task's own."""
+    sections = yaml.safe_load(CONFIG.read_text())
+    own = ("max_steps", "batch_size", "seq_len", "warmup_steps", "eval_every", "save_every")
+    training = {name: value for name, value in sections["training"].items() if name not in own}
+    return {"model": sections["model"], "training": training}
+
+
 def settings_of(task: str, arm: str, free_bits: float, seed: int, out: Path, steps: int) -> dict[str, Any]:
     """The settings of one run, as in a YAML file."""
     base: dict[str, dict[str, Any]] = {
@@ -112,7 +129,7 @@ def settings_of(task: str, arm: str, free_bits: float, seed: int, out: Path, ste
     }
     if "min_bits" in arm:
         base["model"]["min_bits"] = MIN_BITS_SHARE * free_bits
-    for changes in (TASKS[task], ARMS[arm]):
+    for changes in (TASKS[task], shipped() if arm == SHIPPED else ARMS[arm]):
         for section, values in changes.items():
             base[section].update(values)
     if steps:
@@ -141,8 +158,6 @@ def run_cell(cell: tuple[str, str, float, int], out: Path, steps: int) -> dict[s
 
 def table(results: list[dict[str, Any]]) -> str:
     """Collapsed runs of all, and the median of the gap in nats a token."""
-    import numpy as np
-
     lines = ["| task | start | " + " | ".join(f"κ = {bits:g}" for bits in FREE_BITS) + " |", "|---" * 5 + "|"]
     for task in TASKS:
         for arm in ARMS:
@@ -152,6 +167,17 @@ def table(results: list[dict[str, Any]]) -> str:
                 gap = np.median([each["gap"] for each in here]) if here else float("nan")
                 row.append(f"{sum(each['collapsed'] for each in here)} of {len(here)} (gap {gap:.3f})")
             lines.append(f"| {task} | {arm} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def shipped_lines(results: list[dict[str, Any]]) -> str:
+    """Collapsed runs of the shipped settings."""
+    lines = []
+    for task in TASKS:
+        here = [each for each in results if list(each["cell"])[:2] == [task, SHIPPED]]
+        gap = np.median([each["gap"] for each in here]) if here else float("nan")
+        collapsed = sum(each["collapsed"] for each in here)
+        lines.append(f"{task}, {CONFIG.name}: {collapsed} of {len(here)} (gap {gap:.3f})")
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """
 Why a plan can spend its bits and know nothing: bits of a plan (H) against the bits that are free (free_bits).
 
-The suspicion: with free_bits as large as H the KL term never acts, and nothing takes back bits spent early. Each cell trains the small models of `collapse.py` on the voices and says what the plan knows of the
-voice. `make plan-size`: ten minutes on 2 cores. Results are kept in `--out`.
+The suspicion: with free_bits as large as H the KL term never acts, and nothing takes back bits spent early. Each cell
+trains the small models of `collapse.py` on the voices and says what the plan knows of the voice. `make plan-size`:
+ten minutes on 2 cores. Results are kept in `--out`.
 """
 
 import json
@@ -20,6 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from collapse import EXAMPLES, HELD_OUT_TEXTS, SAMPLES, settings_of, write_text_of_voices
 
 Cell = tuple[str, int]
+AGGREGATE = {"model": {"aggregate_weight": 1.0}}
+BAND = {"model": {"min_bits": 2.0}}
+BOTH = {"model": {"min_bits": 2.0, "aggregate_weight": 1.0}}
+MUON = {"training": {"optimizer": "muon"}}
 # name: bits of a plan, free bits, what else differs
 CELLS: dict[str, tuple[int, float, dict[str, dict[str, Any]]]] = {
     "H = 4, 4 free bits": (4, 4.0, {}),
@@ -31,7 +36,14 @@ CELLS: dict[str, tuple[int, float, dict[str, dict[str, Any]]]] = {
         4.0,
         {"training": {"free_bits_schedule": "linear", "free_bits_start": 0.5, "anneal_steps": 300}},
     ),
-    "H = 4, 4 free bits, aggregate_weight = 1": (4, 4.0, {"model": {"aggregate_weight": 1.0}}),
+    "H = 4, 4 free bits, aggregate_weight = 1": (4, 4.0, AGGREGATE),
+    "H = 8, 2.5 free bits": (8, 2.5, {}),
+    "H = 8, 2 to 2.5 bits": (8, 2.5, BAND),
+    "H = 8, 2 to 2.5 bits, aggregate_weight = 1": (8, 2.5, BOTH),
+    "H = 8, 2.5 free bits, Muon": (8, 2.5, MUON),
+    "H = 8, 2 to 2.5 bits, Muon": (8, 2.5, BAND | MUON),
+    "H = 8, 2 to 2.5 bits, aggregate_weight = 1, Muon": (8, 2.5, BOTH | MUON),
+    "H = 4, 2 to 2.5 bits, aggregate_weight = 1, Muon": (4, 2.5, BOTH | MUON),
 }
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from free_transformer.training.settings import parse_settings
+from free_transformer.reproduce.letters import build_variant
+from free_transformer.training.settings import TrainingSettings, parse_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,6 +23,7 @@ def benchmark_module(monkeypatch):
             "plan_cost",
             "plan_training",
             "collapse",
+            "letters_settings",
             "plan_size",
             "plan_span",
             "topics",
@@ -79,6 +81,19 @@ def test_collapse_counts_runs_by_task_start_and_free_bits(benchmark_module):
     assert "| letters | bit-linear | 0 of 0 (gap nan) | 1 of 3 (gap 0.100) | 0 of 0 (gap nan) |" in lines
     assert len(lines) == 2 + len(bench.TASKS) * len(bench.ARMS)
     assert len(bench.figure(results).axes) == len(bench.TASKS)
+    results.append({"cell": ["voices", bench.SHIPPED, 2.5, 0], "collapsed": False, "gap": 0.25})
+    assert bench.shipped_lines(results).splitlines() == [
+        "letters, free_transformer.yaml: 0 of 0 (gap nan)",
+        "voices, free_transformer.yaml: 0 of 1 (gap 0.250)",
+    ]
+
+
+def test_the_collapse_experiment_trains_the_shipped_settings_for_as_long_as_the_others(benchmark_module, tmp_path):
+    bench = benchmark_module("collapse")
+    for task, steps in (("letters", 500), ("voices", 400)):
+        found = parse_settings(bench.settings_of(task, bench.SHIPPED, 2.5, 3, tmp_path, 0))
+        assert (found.model.plan_span, found.model.aggregate_weight, found.model.free_bits) == ("sequence", 1.0, 2.5)
+        assert (found.training.optimizer, found.training.max_steps, found.training.seed) == ("muon", steps, 3)
 
 
 def test_every_run_of_the_collapse_experiment_has_settings_of_its_own(benchmark_module, tmp_path):
@@ -103,6 +118,19 @@ def test_a_cell_of_the_collapse_experiment_is_trained_once_and_measured(benchmar
     first = bench.run_cell(cell, tmp_path, 1)
     assert first["cell"] == cell and isinstance(first["collapsed"], bool)
     assert bench.run_cell(cell, tmp_path, 1) == first
+
+
+def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_module):
+    bench = benchmark_module("letters_settings")
+    tried = bench.variants(900)
+    assert len({variant.name for variant in tried}) == len({variant.title for variant in tried}) == len(tried)
+    by_title = {variant.title: variant for variant in tried}
+    assert by_title["1/8 bit a token, twice the steps"].steps(900) == 1800
+    assert by_title["1 bit a token, a plan of 8 tokens"].model["free_bits"] == 8
+    assert by_title["1/8 bit a token, free bits annealed"].training["free_bits_start"] == 1.0
+    for variant in tried:
+        build_variant(variant)
+        TrainingSettings(**variant.training)
 
 
 def test_plan_size_says_what_a_plan_knows_of_the_voice(benchmark_module, tmp_path):

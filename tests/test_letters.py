@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from free_transformer.cli import main
-from free_transformer.reproduce.letters import VARIANTS, batches_of, read_result
+from free_transformer.reproduce.letters import VARIANTS, Variant, batches_of, build_variant, read_result
+from free_transformer.reproduce.noise import noise_optimum
 from free_transformer.reproduce.strings import measure_groups, places_and_validity, prompts
 from free_transformer.synthetic_data import LENGTH, NOISE, PLACES, letters
 
@@ -69,6 +70,41 @@ def test_the_prompt_is_not_predicted():
     batch = next(batches_of(0, 2))
     assert (batch["labels"][:, :3] == -100).all()
     assert (batch["labels"][:, 3:] == batch["input_ids"][:, 3:]).all()
+
+
+def best_on_a_grid(free_bits: float) -> tuple[float, float]:
+    """Nats a string saved and rate of `!` with one bit: `a` and `b` are its chances without and with a `!`."""
+    a, b = np.meshgrid(np.linspace(1e-9, 1 - 1e-9, 1001), np.linspace(1e-9, 1 - 1e-9, 1001))
+    entropy = lambda p: -(p * np.log2(p) + (1 - p) * np.log2(1 - p))  # noqa: E731
+    hinge = lambda p: np.maximum(0, 1 - entropy(p) - free_bits)  # noqa: E731
+    one = (1 - NOISE) * a + NOISE * b  # chance of the bit
+    noise = np.clip([NOISE * (1 - b) / (1 - one), NOISE * b / one], 1e-12, 1 - 1e-12)  # chance of ! given the bit
+    rest = (1 - one) * entropy(noise[0]) + one * entropy(noise[1])
+    saved = entropy(NOISE) - rest - (1 - NOISE) * hinge(a) - NOISE * hinge(b)
+    best = np.unravel_index(saved.argmax(), saved.shape)
+    return LENGTH * np.log(2) * saved[best], noise[(slice(None), *best)].mean()
+
+
+@pytest.mark.parametrize("free_bits", [1 / 64, 1 / 8, 1 / 2])
+def test_the_optimum_of_the_noise_is_that_of_a_grid_where_the_plan_has_one_bit(free_bits):
+    found = noise_optimum(free_bits, latent_dim=1)
+    saved, rate = best_on_a_grid(free_bits)
+    assert found.saved == pytest.approx(saved, abs=0.02)
+    assert found.rate == pytest.approx(rate, rel=0.02)
+
+
+def test_without_free_bits_the_noise_is_not_worth_a_plan_and_with_one_it_is_worth_all_of_it():
+    nothing, everything = noise_optimum(0.0, latent_dim=2), noise_optimum(1.0, latent_dim=2)
+    assert nothing.saved == pytest.approx(0, abs=1e-3)  # what a plan tells never exceeds what it spends
+    assert everything.saved == pytest.approx(LENGTH * 0.2338, abs=0.05)  # the entropy of the noise, in nats
+    assert everything.rate > 3 * NOISE  # which fair coins then overdo
+    assert everything.overlap_shared > 0.95
+
+
+def test_a_variant_changes_the_size_and_the_training_of_its_model():
+    config = build_variant(Variant("wide", "wide", {"hidden_dim": 32, "plan_span": 1, "latent_dim": 4})).config
+    assert (config.hidden_size, config.latent_dim, config.vocab_size) == (32, 4, 259)
+    assert Variant("long", "long", None, {"max_steps": 7}).steps(3) == 7
 
 
 def run_command(monkeypatch, *arguments) -> int:

@@ -7,7 +7,7 @@ Six models see the same strings: free bits of 1/64, 1/8, 1 and 2 bits a token wi
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -25,12 +25,14 @@ from free_transformer.config import FreeTransformerConfig
 from free_transformer.data import begin_token, load_tokenizer
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.files import new_folder, write_text
+from free_transformer.layout import num_plans
 from free_transformer.losses import IGNORED
 from free_transformer.model import FreeTransformer, build_baseline
 from free_transformer.reproduce.strings import Groups, measure_groups, prompts
 from free_transformer.synthetic_data import LENGTH, sample_string
 from free_transformer.training.loop import training_forward
 from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate
+from free_transformer.training.schedules import scheduled_weights
 from free_transformer.training.settings import TrainingSettings
 
 GROUPS, GROUP_SIZE = 64, 16
@@ -43,11 +45,21 @@ PROGRESS_EVERY = 10
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the models; `plan` is what its configuration says of the plan, None for the baseline."""
+    """
+    One of the models.
+
+    Attributes:
+        model: what its configuration says beyond the size that all share, the plan above all; None for the baseline.
+        training: what its training settings say beyond those that all share.
+    """
 
     name: str
     title: str
-    plan: dict[str, Any] | None = field(default=None, hash=False)
+    model: dict[str, Any] | None = field(default=None, hash=False)
+    training: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def steps(self, shared: int) -> int:
+        return self.training.get("max_steps", shared)
 
 
 def _per_token(name: str, title: str, free_bits: float) -> Variant:
@@ -93,7 +105,12 @@ class Result:
 
 
 def reproduce_letters(
-    out: Path, seeds: int = 1, steps: int = 900, processes: int = 2, groups: int = GROUPS
+    out: Path,
+    seeds: int = 1,
+    steps: int = 900,
+    processes: int = 2,
+    groups: int = GROUPS,
+    variants: Sequence[Variant] = VARIANTS,
 ) -> list[Result]:
     """
     Trains and measures what `out` does not hold yet, several models at a time with one thread each.
@@ -101,7 +118,7 @@ def reproduce_letters(
     Raises:
         ValueError: where `out` holds results of another number of steps.
     """
-    jobs = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    jobs = [(variant, seed) for seed in range(seeds) for variant in variants]
     for folder in (_folder(out, *job) for job in jobs):
         if (folder / "result.json").is_file() and read_result(folder).steps != steps:
             raise ValueError(f"{folder}: was trained for {read_result(folder).steps} steps; take another --out")
@@ -115,7 +132,12 @@ def reproduce_letters(
     context = get_context("spawn")
     with Progress(*columns, TimeRemainingColumn()) as progress, context.Manager() as manager:
         queue = manager.Queue()
-        bars = {job: progress.add_task(_title(*job), total=steps, numbers="", start=False) for job in missing}
+        bars = {
+            (variant, seed): progress.add_task(
+                f"{variant.title}, seed {seed}", total=variant.steps(steps), numbers="", start=False
+            )
+            for variant, seed in missing
+        }
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
             futures = [pool.submit(_run, out, *job, steps, groups, queue) for job in missing]
             while not all(future.done() for future in futures):
@@ -126,10 +148,6 @@ def reproduce_letters(
             for future in futures:
                 future.result()
     return [read_result(_folder(out, *job)) for job in jobs]
-
-
-def _title(variant: Variant, seed: int) -> str:
-    return f"{variant.title}, seed {seed}"
 
 
 def _folder(out: Path, variant: Variant, seed: int) -> Path:
@@ -149,13 +167,13 @@ def _run(out: Path, variant: Variant, seed: int, steps: int, groups: int, queue:
     transformers_logging.disable_progress_bar()
     job = (variant, seed)
     model = train_variant(variant, seed, steps, lambda step, text: queue.put((job, step, text)))
-    queue.put((job, steps, "measuring"))
+    queue.put((job, variant.steps(steps), "measuring"))
     result = measure(model, variant, seed, steps, groups)
     folder = _folder(out, variant, seed)
     with new_folder(folder / "model") as model_folder:
         model.save_pretrained(model_folder)
     write_text(folder / "result.json", json.dumps(asdict(result), indent=1) + "\n")
-    queue.put((job, steps, "done"))
+    queue.put((job, variant.steps(steps), "done"))
 
 
 def batches_of(seed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -173,39 +191,41 @@ def batches_of(seed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
 
 def build_variant(variant: Variant) -> Any:
     tokenizer = load_tokenizer("bytes")
-    config = FreeTransformerConfig(
-        vocab_size=len(tokenizer),
-        hidden_dim=64,
-        num_layers=4,
-        num_heads=4,
-        max_seq_len=LENGTH + PROMPT,
-        bos_token_id=begin_token(tokenizer),
-        eos_token_id=None,  # every string has 64 characters
-        pad_token_id=tokenizer.pad_token_id,
-        **(variant.plan or {}),
-    )
-    return FreeTransformer(config) if variant.plan else build_baseline(config)
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_dim": 64,
+        "num_layers": 4,
+        "num_heads": 4,
+        "max_seq_len": LENGTH + PROMPT,
+        "bos_token_id": begin_token(tokenizer),
+        "eos_token_id": None,  # every string has 64 characters
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = FreeTransformerConfig(**{**shared, **(variant.model or {})})
+    return FreeTransformer(config) if variant.model else build_baseline(config)
 
 
 def train_variant(variant: Variant, seed: int, steps: int, progress: Any = None) -> Any:
     """A trained model in eval mode; all variants of a seed see the same strings."""
     torch.manual_seed(seed)
     model = build_variant(variant)
-    settings = TrainingSettings(
-        max_steps=steps,
-        batch_size=64,
-        seq_len=LENGTH + PROMPT,
-        warmup_steps=min(50, steps // 2),
-        optimizer="muon",
-        learning_rate=3e-3,
-        muon_learning_rate=0.02,
-        min_lr_ratio=0.02,
-    )
+    shared: dict[str, Any] = {
+        "max_steps": steps,
+        "batch_size": 64,
+        "seq_len": LENGTH + PROMPT,
+        "warmup_steps": min(50, steps // 2),
+        "optimizer": "muon",
+        "learning_rate": 3e-3,
+        "muon_learning_rate": 0.02,
+        "min_lr_ratio": 0.02,
+    }
+    settings = TrainingSettings(**{**shared, **variant.training})
     optimizers = build_optimizers(model, settings)
     batches = batches_of(seed, settings.batch_size)
-    for step in range(steps):
+    for step in range(settings.max_steps):
         set_learning_rate(optimizers, step, settings)
-        losses = training_forward(model, next(batches), settings.batch_size * LENGTH)
+        weights = scheduled_weights(settings, variant.model["free_bits"], step) if variant.model else None
+        losses = training_forward(model, next(batches), settings.batch_size * LENGTH, weights)
         losses["loss"].backward()
         clip_gradients(model.parameters(), settings.grad_clip)
         for optimizer in optimizers:
@@ -213,7 +233,7 @@ def train_variant(variant: Variant, seed: int, steps: int, progress: Any = None)
             optimizer.zero_grad()
         if progress and step % PROGRESS_EVERY == 0:
             progress(step, f"reconstruction {float(losses['reconstruction'].detach()) * LENGTH:.1f} nats")
-    if variant.plan:
+    if variant.model:
         prior_batches = batches_of(seed + HELD_OUT_SEED + 1, 64)
         model.gather_prior(next(prior_batches) for _ in range(PRIOR_STRINGS // 64))
     return model.eval()
@@ -227,11 +247,11 @@ def measure(model: Any, variant: Variant, seed: int, steps: int, groups: int = G
     batches = [next(held_out) for _ in range(HELD_OUT_BATCHES)]
     likelihood = evaluate_likelihood(model, batches, 16)
     nll = likelihood.nll * LENGTH
-    if variant.plan is None:
+    if variant.model is None:
         alone, texts = _write(model, None, seed, groups)
         return Result(variant.name, seed, steps, nll, alone, texts={"independent": texts})
-    one_plan = variant.plan["plan_span"] == "sequence"
-    method, plans = ("exact", 1) if one_plan else ("particle_filter", LENGTH + PROMPT)
+    span = variant.model["plan_span"]
+    method, plans = "exact" if span == "sequence" else "particle_filter", num_plans(span, LENGTH + PROMPT)
     drawn = {
         "independent": model.sample_plan(groups * GROUP_SIZE, plans),
         "shared": model.sample_plan(groups, plans).repeat_interleave(GROUP_SIZE, 0),

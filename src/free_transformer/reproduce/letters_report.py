@@ -8,6 +8,7 @@ import numpy as np
 
 from free_transformer.evaluation.report import Report
 from free_transformer.reproduce.letters import GROUP_SIZE, SHOWN_STRINGS, VARIANTS, Result, Variant
+from free_transformer.reproduce.noise import noise_optimum
 from free_transformer.synthetic_data import NOISE, letters_entropy
 
 POSITION_SHARED = 0.75  # a plan carries the place where it shrinks the place's deviation to this share, and
@@ -47,6 +48,12 @@ def write_letters_report(results: Sequence[Result], out: Path) -> Path:
         report.figure(figure, "shared against independent plans, mean over seeds")
     except ImportError:
         report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
+    report.heading("What the objective asks of the noise")
+    report.paragraph(
+        "The minimum of the objective for the noise alone, with the best decoder there is and no network: what its "
+        "plan saves, and what fair coins then write. Training is on its way there."
+    )
+    report.table(*optimum_table())
     report.heading("What the plan costs, in nats a string")
     report.paragraph(
         f"No model can pass {letters_entropy():.3f} nats, the entropy of the data given the letter. Reconstruction "
@@ -94,10 +101,10 @@ def _cell(results: Sequence[Result], path: str, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def finding_table(results: Sequence[Result]) -> Rows:
+def finding_table(results: Sequence[Result], variants: Sequence[Variant] = VARIANTS[:-1]) -> Rows:
     """The paper's finding beside what is seen here, by thresholds that the header names."""
     rows = []
-    for variant in VARIANTS[:-1]:
+    for variant in variants:
         here = _of(results, variant)
         place = _ratio(here, "place_std")
         noise = _ratio(here, "noise_overlap")
@@ -144,6 +151,18 @@ def strings_table(results: Sequence[Result]) -> Rows:
     header = ["plan", "valid", "valid, aggregate prior", "rate of !", "rate of !, aggregate prior"]
     pairs = ["deviation of the place", "share at the commonest place", "overlap of the ! (Jaccard)"]
     return [*header, *(f"{name}, shared : independent" for name in pairs)], rows
+
+
+def optimum_table() -> Rows:
+    """Of the models with a plan for every token."""
+    rows = []
+    for variant in VARIANTS:
+        if variant.model and variant.model["plan_span"] == 1:
+            found = noise_optimum(variant.model["free_bits"], variant.model["latent_dim"])
+            overlap = f"{found.overlap_shared:.3f} : {found.overlap_independent:.3f}"
+            rate = f"{found.rate:.4f} (× {found.rate / NOISE:.1f})"
+            rows.append([variant.title, f"{found.saved:.2f}", rate, overlap])
+    return ["plan", "saved, nats a string", "rate of !", "overlap of the !, shared : independent"], rows
 
 
 def likelihood_table(results: Sequence[Result]) -> Rows:

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,7 +276,7 @@ class _Trainer:
 
 
 def training_forward(
-    model: Any, batch: Batch, num_tokens: int, weights: dict[str, Tensor] | None = None
+    model: Any, batch: Batch, num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Any]:
     """
     Loss, reconstruction and KL of a batch, divided by `num_tokens`, for either kind of model.
