@@ -201,6 +201,7 @@ def _figure(results: Sequence[Result]) -> Any:
         baseline = np.mean(_values(_of(results, VARIANTS[-1]), f"independent.{name}"))
         axis.axhline(baseline, color="black", linestyle=":", linewidth=1, label="no plan")
         axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0, top=1 if name == "valid" else None)
         axis.set_xticks(range(len(VARIANTS) - 1), [variant.title.split(" ")[0] for variant in VARIANTS[:-1]])
     axis.legend(fontsize=7)
     return figure
