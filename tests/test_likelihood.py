@@ -98,9 +98,15 @@ def padded(tokens: torch.Tensor, length: int, side: str) -> dict[str, torch.Tens
 
 def result(**changes) -> Likelihood:
     """A likelihood of 100 plans, 10 tokens each, that gain 0.5 nats a token, in numbers alone."""
-    values = {"reconstruction": 1.0, "kl": 3.0, "kl_per_token": 0.3, "prior": 1.5, "gap": 0.5}
+    values = {"reconstruction": 1.0, "kl": 3.0, "kl_per_token": 0.3, "prior": 1.5, "gap": 0.5, "plans": 100}
     values.update(
-        standard_errors={"gap": 0.01}, tokens=1000, documents=100, method="importance", num_samples=4, nll=1.2
+        standard_errors={"gap": 0.01},
+        tokens=1000,
+        documents=100,
+        method="importance",
+        num_samples=4,
+        nll=1.2,
+        plans=100,
     )
     return Likelihood(**{**values, **changes})
 
@@ -319,6 +325,23 @@ def test_usage_counts_bits_by_position_live_ones_and_plans_at_the_floor():
     assert plan_usage(logits, free_bits=0.5).share_at_floor == 0.0
 
 
+def test_bits_that_all_texts_share_are_no_information():
+    sure = torch.tensor([[80.0, 80.0, 80.0, 0.0], [80.0, 80.0, -80.0, 0.0]])  # two bits shared, one that tells
+    usage = plan_usage(sure.repeat(8, 1), free_bits=4.0)
+    assert_close(usage.bits_used, 3.0, atol=1e-4, rtol=0)
+    assert_close(usage.information, 1.0, atol=1e-4, rtol=0)
+    assert_close(plan_usage(torch.randn(4, 1).expand(4, 9).T.repeat(5, 1), 1.0).information, 0.0, atol=1e-5, rtol=0)
+
+
+def test_the_information_of_a_bit_is_that_of_bit_and_text():
+    logits = torch.randn(50, 3)
+    p = logits.double().sigmoid().numpy()
+    joint = np.stack([p, 1 - p]) / len(p)  # of a bit and a text drawn at random, (2, texts, bits)
+    independent = joint.sum(1, keepdims=True) / len(p)
+    expected = (joint * np.log2(joint / independent)).sum()
+    assert_close(plan_usage(logits, 1.0).information, expected, atol=1e-5, rtol=0)
+
+
 def test_usage_leaves_out_plans_of_padding(model):
     model, tokens = model(plan_span=2), random_tokens(1, 4)
     alone, more = (evaluate_likelihood(model, [b], 1) for b in (batch_of(tokens), padded(tokens, 10, "right")))
@@ -340,6 +363,24 @@ def test_a_plan_that_the_decoder_ignores_gives_a_warning_whatever_its_kl(model):
     assert "2.00 bits" in warning
     for advice in ("free_bits", "kl_weight", "latent_dim", "plan_span"):
         assert advice in warning
+
+
+def test_a_plan_that_all_texts_share_gives_a_warning_whatever_its_gap(model):
+    """The decoder knows one plan alone: any other disturbs it, and yet the plan tells nothing."""
+    model = model(plan_span="sequence")
+    with torch.no_grad():
+        model.encoder.readout.bias.fill_(20)
+        model.encoder.readout.weight.zero_()
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "encoder" not in n], lr=1e-2)
+    tokens = random_tokens(32, 6)
+    for _ in range(60):
+        model(tokens, labels=tokens, kl_weight=0.0).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    value = evaluate_likelihood(model, [batch_of(tokens)], 4)
+    assert value.kl > 1.9
+    assert value.gap * 5 > 0.1 and value.gap > 2 * value.standard_errors["gap"]
+    assert "the plan tells nothing: all texts have the same one, only 0.000 of its 2.00 bits" in usage_warning(value)
 
 
 def test_a_plan_that_carries_the_text_gives_no_warning():

@@ -67,6 +67,7 @@ def usage_table(likelihood: Likelihood) -> Table:
     bits = " ".join(f"{each:.2f}" for each in usage.bits_per_position)
     return ["the plan", ""], [
         ["KL, bits per plan", f"{likelihood.kl:.3f} ± {errors['kl']:.3f}"],
+        ["of these, bits that tell texts apart, at most", f"{usage.information:.3f}"],
         ["KL, bits per token", f"{likelihood.kl_per_token:.4f} ± {errors['kl_per_token']:.4f}"],
         ["bits of each position", bits],
         ["live bits (over 0.05)", f"{usage.live_bits} of {len(usage.bits_per_position)}"],
