@@ -153,6 +153,7 @@ def run_cell(cell: tuple[str, str, float, int], out: Path, steps: int) -> dict[s
     likelihood = evaluate_likelihood(run.load_model(), rows.in_order(64), SAMPLES)
     warning = collapse_warning(likelihood, settings.model.free_bits)
     numbers = {name: getattr(likelihood, name) for name in ("gap", "kl", "reconstruction", "nll")}
+    numbers["information"] = likelihood.usage.information if likelihood.usage else None
     return {"cell": cell, "collapsed": warning is not None, "warning": warning, **numbers}
 
 

@@ -98,15 +98,9 @@ def padded(tokens: torch.Tensor, length: int, side: str) -> dict[str, torch.Tens
 
 def result(**changes) -> Likelihood:
     """A likelihood of 100 plans, 10 tokens each, that gain 0.5 nats a token, in numbers alone."""
-    values = {"reconstruction": 1.0, "kl": 3.0, "kl_per_token": 0.3, "prior": 1.5, "gap": 0.5, "plans": 100}
+    values = {"reconstruction": 1.0, "kl": 3.0, "kl_per_token": 0.3, "prior": 1.5, "gap": 0.5}
     values.update(
-        standard_errors={"gap": 0.01},
-        tokens=1000,
-        documents=100,
-        method="importance",
-        num_samples=4,
-        nll=1.2,
-        plans=100,
+        standard_errors={"gap": 0.01}, tokens=1000, documents=100, method="importance", num_samples=4, nll=1.2
     )
     return Likelihood(**{**values, **changes})
 

@@ -76,10 +76,9 @@ def test_free_bits_cannot_start_below_what_a_plan_must_spend(tiny_settings):  # 
         tiny_settings(model={"min_bits": 0.2, "free_bits": 1.0}, training={"free_bits_schedule": "linear"})
 
 
-def usage(bits: list[float], information: float = 1.0) -> PlanUsage:
-    return PlanUsage(
-        bits_used=sum(bits), bits_per_position=bits, live_bits=0, share_at_floor=1.0, information=information
-    )
+def usage(bits: list[float], information: float | None = None) -> PlanUsage:
+    tells = sum(bits) if information is None else information
+    return PlanUsage(bits_used=sum(bits), bits_per_position=bits, live_bits=0, share_at_floor=1.0, information=tells)
 
 
 def test_the_watcher_names_each_sign_of_collapse():
@@ -92,11 +91,12 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert collapse_warning(result(usage=usage([0.04, 0.04])), free_bits=0.1) is None  # few bits, and it spends them
     assert "no bit of the plan is alive" in collapse_warning(result(usage=usage([0.01, 0.01])), free_bits=0.0)
     assert collapse_warning(result(gap=None, usage=None), free_bits=1.0) is None
-    constant = collapse_warning(result(usage=usage([0.9, 0.9], information=0.01)), free_bits=2.0)
-    assert "the plan tells nothing: all texts have the same one, only 0.010 of its 3.00 bits" in constant
+    constant = collapse_warning(result(usage=usage([0.9, 0.9], information=0.17)), free_bits=2.0)
+    assert "the plan tells nothing: all texts have the same one, only 0.170 of its 1.80 bits" in constant
     assert "aggregate_weight" in constant
-    many = result(usage=usage([0.9, 0.9], information=0.01), plans=6400)  # 0.64 bits a text
-    assert collapse_warning(many, free_bits=2.0) is None
+    assert collapse_warning(result(usage=usage([0.9, 0.9], information=0.19)), free_bits=2.0) is None
+    alone = result(usage=usage([0.9, 0.9], information=0.0), documents=1, standard_errors={"gap": float("nan")})
+    assert collapse_warning(alone, free_bits=2.0) is None  # of one text nobody can say
 
 
 original_model = loop.FreeTransformer

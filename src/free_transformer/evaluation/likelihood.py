@@ -41,7 +41,6 @@ class Likelihood:
         gap: prior - reconstruction; without a gap the plan is not used.
         standard_errors: of each of these, documents being the units.
         per_document: nats of each document by the same names, and its `tokens`.
-        plans: of all documents.
     """
 
     nll: float
@@ -57,7 +56,6 @@ class Likelihood:
     prior: float | None = None
     gap: float | None = None
     usage: PlanUsage | None = None
-    plans: int = 0
     standard_errors: dict[str, float] = field(default_factory=dict)
     per_document: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
@@ -125,7 +123,6 @@ def _summary(
     result.standard_errors["nll"] = ratio_standard_error(sums["nll"], tokens)
     if plan_logits is None:
         return result
-    result.plans = int(sums["plans"].sum())
     sums["gap"] = sums["prior"] - sums["reconstruction"]
     for name in ("reconstruction", "elbo", "prior", "gap"):
         setattr(result, name, float(sums[name].sum() / tokens.sum()))

@@ -15,6 +15,7 @@ LIVE_BITS = 0.05  # a bit that spends more than this, in bits, is alive
 FLOOR_MARGIN = 1.02
 EPSILON = 1e-12
 SPENT_SHARE = 0.1  # of the free bits: a plan that spends less is far under them
+LEAST_SHARE = 0.1  # of the bits spent: a plan of which less differs between texts is as good as the same for all
 LEAST_GAIN_BITS = 0.1  # per text: under this its plans are as good as none
 
 ADVICE = (
@@ -84,11 +85,11 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
             f"the plan is not used: a random plan predicts as well as the text's own (gap {likelihood.gap:.4f} ± "
             f"{error:.4f} nats a token), though its KL is {likelihood.kl:.2f} bits a plan. Try: {ADVICE}"
         )
-    usage, plans = likelihood.usage, likelihood.plans
-    if usage is not None and plans > 1 and usage.information * plans / likelihood.documents < LEAST_GAIN_BITS:
+    usage = likelihood.usage
+    if usage is not None and likelihood.documents > 1 and usage.information < LEAST_SHARE * usage.bits_used:
         return (
             f"the plan tells nothing: all texts have the same one, only {usage.information:.3f} of its "
-            f"{likelihood.kl:.2f} bits differ between them. Try: {ADVICE_COMMON}"
+            f"{usage.bits_used:.2f} bits differ between them. Try: {ADVICE_COMMON}"
         )
     return None
 
