@@ -42,7 +42,7 @@ letters-settings: $(VENV)/.train ## the letters at other sizes, steps, starts, s
 collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
 
-plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; half an hour
+plan-size: $(VENV)/.demo ## why a plan can spend its bits and know nothing; 17 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_size.py
 
 plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share it; an hour and a half

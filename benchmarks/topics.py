@@ -150,6 +150,7 @@ def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, 
         "commonest_label": float(np.bincount(held_out.voices).max() / len(held_out.voices)),
         "difference": [comparison.difference, comparison.standard_error],
         "kl": ours.kl,
+        "tells": ours.usage.information if ours.usage else None,
         "gap": ours.gap,
     }
     tokens = torch.from_numpy(held_out.rows.tokens).long()
@@ -189,6 +190,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "accuracy of the judge (commonest label)": lambda r: f"{r['accuracy']:.3f} ({r['commonest_label']:.3f})",
         "NLL − baseline, nats a token": lambda r: f"{r['difference'][0]:+.4f} ± {r['difference'][1]:.4f}",
         "KL, bits a plan": lambda r: f"{r['kl']:.2f}",
+        "of these, bits that tell texts apart": lambda r: f"{r['tells']:.2f}",
         "gap prior − reconstruction, nats a token": lambda r: f"{r['gap']:.4f}",
         "mutual information of plan and label, bits (by chance)": lambda r: (
             f"{r['uniform']['mutual_information']:.3f} of {r['uniform']['label_entropy']:.3f} "
