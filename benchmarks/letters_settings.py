@@ -6,15 +6,17 @@ readout, schedule, span, bits of a plan, aggregate term. `make letters-settings`
 Results are kept in `--out`. A plan of 8 tokens has the bits of its 8 tokens.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from free_transformer.reproduce.letters import Variant, reproduce_letters
-from free_transformer.reproduce.letters_report import finding_table
+from free_transformer.reproduce.letters import Result, Variant, reproduce_letters
+from free_transformer.synthetic_data import NOISE
 
 FREE_BITS = (1 / 8, 1.0)
+BITS = " bit a token, "
 # what is changed: its name, then model and training settings
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "as reproduced": ({}, {}),
@@ -40,7 +42,7 @@ def variants(steps: int) -> list[Variant]:
                 training = {**training, "free_bits_start": other}
             if "max_steps" in training:
                 training = {**training, "max_steps": training["max_steps"] * steps}
-            title = f"{'1/8' if free_bits < 1 else '1'} bit a token, {name}"
+            title = f"{'1/8' if free_bits < 1 else '1'}{BITS}{name}"
             found.append(Variant(f"{free_bits:g}-{number}", title, model, training))
     return found
 
@@ -57,9 +59,25 @@ def main(
     tried = [each for each in variants(steps) if any(part in each.title for part in only.split(";"))]
     if not tried:
         raise typer.BadParameter(f"only={only!r}: no title holds it; changes are {', '.join(CHANGES)}")
-    header, rows = finding_table(reproduce_letters(out, seeds, steps, processes, groups, tried), tried)
-    for title, _, *found in (header, ["---"] * len(header), *rows):  # the paper has no say on these
-        print(f"| {' | '.join([title, *found])} |")
+    print(table(reproduce_letters(out, seeds, steps, processes, groups, tried), tried))
+
+
+def table(results: Sequence[Result], tried: Sequence[Variant]) -> str:
+    """A value for each seed; what is shared against independent plans as a ratio, the noise against the task's."""
+    lines = ["| plan | changed | place, shared / independent | noise, shared / independent | valid | rate of `!` |"]
+    lines.append("|---" * 6 + "|")
+    for variant in tried:
+        here = [result for result in results if result.variant == variant.name]
+        pairs = [(each.shared, each.independent) for each in here if each.shared]
+        columns = [
+            [f"{shared.place_std / alone.place_std:.2f}" for shared, alone in pairs],
+            [f"{shared.noise_overlap / max(alone.noise_overlap, 1e-9):.2f}" for shared, alone in pairs],
+            [f"{alone.valid:.3f}" for _, alone in pairs],
+            [f"{alone.noise_rate / NOISE:.1f}" for _, alone in pairs],
+        ]
+        cells = [*variant.title.split(BITS), *(", ".join(values) for values in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

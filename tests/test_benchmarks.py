@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from free_transformer.reproduce.letters import build_variant
+from free_transformer.reproduce.letters import Result, build_variant
+from free_transformer.reproduce.strings import Groups
 from free_transformer.training.settings import TrainingSettings, parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,11 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     for variant in tried:
         build_variant(variant)
         TrainingSettings(**variant.training)
+    shared, alone = (Groups(0.9, 0.125, place, 0.2, noise) for place, noise in ((6.0, 0.3), (12.0, 0.1)))
+    results = [Result(tried[0].name, seed, 900, 20.0, alone, shared=shared) for seed in (0, 1)]
+    assert bench.table(results, tried[:1]).splitlines()[-1] == (
+        "| 1/8 | as reproduced | 0.50, 0.50 | 3.00, 3.00 | 0.900, 0.900 | 2.0, 2.0 |"
+    )
 
 
 def test_plan_size_says_what_a_plan_knows_of_the_voice(benchmark_module, tmp_path):
