@@ -36,7 +36,7 @@ train-baseline: $(VENV)/.train ## train its baseline
 reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEEDS=3 for the documentation
 	OMP_NUM_THREADS=1 $(BIN)/free-transformer reproduce letters --seeds $(SEEDS)
 
-letters-settings: $(VENV)/.train ## the letters at other sizes, steps, starts, schedules and spans; 45 minutes
+letters-settings: $(VENV)/.train ## the letters at other sizes, steps, starts, schedules and spans; 50 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/letters_settings.py
 
 collapse: $(VENV)/.demo ## how many runs end with a plan that nobody uses; an hour

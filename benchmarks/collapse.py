@@ -66,9 +66,8 @@ def main(
         for free_bits in FREE_BITS
         for arm in ARMS
     ]
-    cells += [
-        (task, SHIPPED, shipped()["model"]["free_bits"], seed) for seed in range(seeds) for task in tasks.split(",")
-    ]
+    free_bits = shipped()["model"]["free_bits"]
+    cells += [(task, SHIPPED, free_bits, seed) for seed in range(seeds) for task in tasks.split(",")]
     results_file = out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in results_file.read_text().splitlines()] if results_file.exists() else []
@@ -165,8 +164,7 @@ def table(results: list[dict[str, Any]]) -> str:
             row = []
             for free_bits in FREE_BITS:
                 here = [each for each in results if list(each["cell"])[:3] == [task, arm, free_bits]]
-                gap = np.median([each["gap"] for each in here]) if here else float("nan")
-                row.append(f"{sum(each['collapsed'] for each in here)} of {len(here)} (gap {gap:.3f})")
+                row.append(_counted(here))
             lines.append(f"| {task} | {arm} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -176,10 +174,13 @@ def shipped_lines(results: list[dict[str, Any]]) -> str:
     lines = []
     for task in TASKS:
         here = [each for each in results if list(each["cell"])[:2] == [task, SHIPPED]]
-        gap = np.median([each["gap"] for each in here]) if here else float("nan")
-        collapsed = sum(each["collapsed"] for each in here)
-        lines.append(f"{task}, {CONFIG.name}: {collapsed} of {len(here)} (gap {gap:.3f})")
+        lines.append(f"{task}, {CONFIG.name}: {_counted(here)}")
     return "\n".join(lines)
+
+
+def _counted(results: list[dict[str, Any]]) -> str:
+    gap = np.median([each["gap"] for each in results]) if results else float("nan")
+    return f"{sum(each['collapsed'] for each in results)} of {len(results)} (gap {gap:.3f})"
 
 
 def figure(results: list[dict[str, Any]]) -> Any:

@@ -24,7 +24,7 @@ from collapse import EXAMPLES, HELD_OUT_TEXTS, SAMPLES, settings_of, write_text_
 Cell = tuple[str, int]
 AGGREGATE = {"model": {"aggregate_weight": 1.0}}
 BAND = {"model": {"min_bits": 2.0}}
-BOTH = {"model": {"min_bits": 2.0, "aggregate_weight": 1.0}}
+BOTH = {"model": BAND["model"] | AGGREGATE["model"]}
 MUON = {"training": {"optimizer": "muon"}}
 # name: bits of a plan, free bits, what else differs
 CELLS: dict[str, tuple[int, float, dict[str, dict[str, Any]]]] = {
