@@ -2,16 +2,19 @@
 
 import argparse
 
+from free_transformer.cli import as_command
 from free_transformer.training import load_settings, train
 
 
 def main(default_config: str = "configs/free_transformer.yaml") -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=default_config)
+    parser.add_argument("--use-fsdp", action="store_true", help="shard over the processes that torchrun has started")
     parser.add_argument("overrides", nargs="*", help="changes, as in training.max_steps=100")
     options = parser.parse_args()
-    run = train(load_settings(options.config, options.overrides))
-    print(f"model: {run.model_folder}")
+    fsdp = ["distributed.fsdp=true"] * options.use_fsdp
+    with as_command():
+        train(load_settings(options.config, options.overrides + fsdp))
 
 
 if __name__ == "__main__":

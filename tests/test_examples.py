@@ -138,7 +138,7 @@ def test_the_training_scripts_train(script, tmp_path, monkeypatch, capsys, name)
     overrides += ["data.train=[letters:20:0]", "data.validation=[letters:4:1]", "logging.tensorboard=false"]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--config", str(config), *overrides])
     script("train_free").main()
-    assert f"model: {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
+    assert f"trained: {tmp_path / 'run'}" in capsys.readouterr().err
     assert f"kind: {kind}" in (tmp_path / "run" / "config.yaml").read_text()
 
 

@@ -127,8 +127,10 @@ def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
         ("model.num_heads=256", "even size"),
         ("model.code_bits=21", "code_bits=21: 1 to 20"),
         ("model.injection_layers=[0]", r"injection_layers=\[0\]: layers from 3 to 5"),
-        ("distributed.data=2", "input should be 1"),
-        ("distributed.fsdp=true", "input should be False"),
+        ("distributed.data=0", "greater than or equal to 1"),
+        ("distributed.data=all", "unable to parse|valid integer|'auto'"),
+        ("distributed.tensor=0", "greater than or equal to 1"),
+        ("distributed.timeout=0", "greater than 0"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(load, override, allowed):

@@ -1,10 +1,18 @@
+import dataclasses
+import errno
 import json
 import math
+import os
+import re
+import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.testing import assert_close
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
@@ -12,8 +20,14 @@ from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import Rows
 from free_transformer.model import build_baseline
 from free_transformer.plan import BinaryMapper, PlanTable
-from free_transformer.training import Run, SettingsError, checkpoint, loop, train
-from free_transformer.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from free_transformer.training import Run, SettingsError, loop, train
+from free_transformer.training.checkpoint import (
+    CheckpointFailed,
+    Checkpoints,
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+)
 from free_transformer.training.loop import TrainingFailed, build_model
 from free_transformer.training.optimizers import (
     build_optimizers,
@@ -23,6 +37,7 @@ from free_transformer.training.optimizers import (
     table_optimizer,
 )
 from free_transformer.training.settings import Settings, TrainingSettings, parse_settings
+from free_transformer.training.stopping import TrainingStopped
 
 KINDS = ["free", "baseline"]
 SENTENCES = ["the cat sat on the mat. ", "a dog ran home again. ", "all work and no play. ", "rain in spain falls. "]
@@ -41,6 +56,10 @@ def tiny_settings(tmp_path):
     text.write_text("".join(SENTENCES[i % 4] for i in range(40)))
     short = tmp_path / "short.jsonl"  # short documents, packed and padded
     short.write_text("".join(json.dumps({"text": sentence[: 4 + i]}) + "\n" for i, sentence in enumerate(SENTENCES)))
+
+    (tmp_path / "many").mkdir()  # documents, for several workers to read
+    for i in range(7):
+        (tmp_path / "many" / f"{i}.txt").write_text("".join(SENTENCES[(i + j) % 4] for j in range(6)))
 
     def build(name: str = "run", **sections) -> Settings:
         values = {section: {**TINY.get(section, {}), **sections.get(section, {})} for section in {*TINY, *sections}}
@@ -191,7 +210,7 @@ def test_accumulating_two_batches_of_four_is_one_of_eight(tiny_settings, tmp_pat
     def keep_gradients(parameters, *_):
         gradients.append([parameter.grad.clone() for parameter in parameters])
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep_gradients)
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", keep_gradients)
     lines = [train(settings, quiet=True).read_metrics()[0] for settings in (one, other)]
     assert len(gradients) == 2
     for a, b in zip(*gradients, strict=True):
@@ -201,14 +220,14 @@ def test_accumulating_two_batches_of_four_is_one_of_eight(tiny_settings, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (True, 0), (False, 2), (True, 2)])
 @pytest.mark.parametrize("stop", [4, 7])
-def test_resuming_is_the_same_as_not_stopping(tiny_settings, monkeypatch, kind, streaming, stop):
+def test_resuming_is_the_same_as_not_stopping(tiny_settings, tmp_path, monkeypatch, kind, streaming, workers, stop):
     training = {"max_steps": 9, "gradient_accumulation_steps": 2, "save_every": 3, "eval_every": 2}
     sections = {
         "model": {"kind": kind, "dropout": 0.2},
         "training": training,
-        "data": {"streaming": streaming, "shuffle_buffer": 7},
+        "data": {"streaming": streaming, "shuffle_buffer": 7, "workers": workers, "train": [str(tmp_path / "many")]},
         "logging": {"sample_every": 2},
     }
     whole = train(tiny_settings("whole", **sections), quiet=True)
@@ -288,50 +307,57 @@ def test_resume_never_refuses_a_folder_with_checkpoints_and_leaves_it(tiny_setti
     assert everything_below(settings.run_dir) == before
 
 
-def test_a_checkpoint_that_fails_half_way_leaves_the_one_before_and_nothing_else(tiny_settings, monkeypatch):
-    settings = tiny_settings(training={"save_every": 2})
-    save, calls = torch.save, []
+def full_disk(monkeypatch, after: int = 0) -> None:
+    """Each checkpoint after so many is written by half."""
+    write, calls = HuggingFaceStorageWriter.write_data, []
 
-    def full_disk(value, path, *arguments):
+    def write_data(self, plan, planner):
         calls.append(None)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise OSError("No space left on device")
-        save(value, path, *arguments)
+        if len(calls) <= after:
+            return write(self, plan, planner)
+        (Path(self.path) / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_one_clear_error_and_the_checkpoints_before_stay(tiny_settings, monkeypatch, background):
+    training = {"save_every": 2, "async_save": background}
+    settings = tiny_settings(training=training)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        full_disk(patch, after=1)
+        with pytest.raises(
+            CheckpointFailed, match=r"step-4: .* cannot be written \(No space left on device\)"
+        ) as error:
             train(settings, quiet=True)
+    assert "\n" not in str(error.value)
     folder = settings.run_dir / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-2"]
-    assert_same_weights(
-        train(settings, quiet=True), train(tiny_settings("whole", training={"save_every": 2}), quiet=True)
-    )
+    assert_same_weights(train(settings, quiet=True), train(tiny_settings("whole", training=training), quiet=True))
 
 
 def test_writing_a_checkpoint_again_replaces_it_whole_or_not_at_all(tmp_path, monkeypatch):
     state = tiny_state()
-    path = save_checkpoint(tmp_path, state, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = checkpoints.save(state)
     before = everything_below(tmp_path)
-
-    def fail(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, state, keep=2)
+    full_disk(monkeypatch)
+    with pytest.raises(CheckpointFailed, match="No space left"):
+        checkpoints.save(state)
     assert everything_below(tmp_path) == before
     assert list_checkpoints(tmp_path) == [path]
 
 
-def test_what_a_crash_left_behind_is_cleared_and_never_taken_for_a_checkpoint(tmp_path):
-    path = save_checkpoint(tmp_path, tiny_state(), keep=2)
-    leftover = tmp_path / ".tmp-abc"
+def test_what_a_crash_left_behind_is_never_taken_for_a_checkpoint_and_cleared(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = checkpoints.save(tiny_state())
+    leftover = tmp_path / ".tmp-step-2"
     leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
+    (leftover / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
     (tmp_path / "notes").mkdir()
     assert list_checkpoints(tmp_path) == [path]
+    assert checkpoints.load_newest(tiny_state()) == path
     assert {each.name for each in tmp_path.iterdir()} == {"step-1", "notes"}
 
 
@@ -339,14 +365,14 @@ def test_checkpoints_are_listed_by_number_and_only_the_newest_stay(tmp_path):
     state = tiny_state()
     for step in (8, 9, 10, 11):
         state.step = step
-        save_checkpoint(tmp_path, state, keep=3)
+        Checkpoints(tmp_path, keep=3).save(state)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-10", "step-11"]
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_a_checkpoint_restores_weights_optimizer_randomness_and_step(tmp_path):
     saved, fresh = tiny_state(tie_embeddings=True), tiny_state(tie_embeddings=True)
-    path = save_checkpoint(tmp_path, saved, keep=1)
+    path = Checkpoints(tmp_path, keep=1).save(saved)
     expected = torch.rand(3)
     fresh.step = 0
     load_checkpoint(path, fresh)
@@ -368,7 +394,7 @@ def test_a_checkpoint_restores_weights_optimizer_randomness_and_step(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line_and_nothing_changes(tmp_path, changes, message):
-    path = save_checkpoint(tmp_path, tiny_state(**changes), keep=1)
+    path = Checkpoints(tmp_path, keep=1).save(tiny_state(**changes))
     state = tiny_state()
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     with pytest.raises(SettingsError, match=message) as error:
@@ -391,32 +417,160 @@ def test_resuming_with_another_optimizer_is_refused_by_its_name(tiny_settings):
         train(tiny_settings(training={"optimizer": "muon", "max_steps": 8}), quiet=True)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "missing"])
-def test_a_damaged_checkpoint_is_named(tmp_path, file, damage):
-    path = save_checkpoint(tmp_path, tiny_state(), keep=1)
-    content = (path / file).read_bytes()
-    if damage == "missing":
-        (path / file).unlink()
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
     else:
-        damaged = {"empty": b"", "cut": content[: len(content) // 2], "garbage": b"\x07garbage" * 100}[damage]
-        (path / file).write_bytes(damaged)
-    with pytest.raises(SettingsError, match="step-1: cannot be read"):
+        damaged = {"empty": b"", "cut": content[: len(content) // 2], "garbage": b"\x07" * len(content)}[how]
+        path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("file", ["*.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["empty", "cut", "garbage", "missing"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, how):
+    path = Checkpoints(tmp_path, keep=1).save(tiny_state())
+    damage(next(path.glob(file)), how)
+    with pytest.raises(SettingsError, match="step-1: cannot be read") as error:
         load_checkpoint(path, tiny_state())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["cut", "foreign"])
+def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_it_is(tiny_settings, monkeypatch, capsys, how):
+    training = {"save_every": 2, "max_steps": 8, "keep_checkpoints": 2}
+    whole = train(tiny_settings("whole", training=training), quiet=True)
+    settings = tiny_settings("damaged", training=training)
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, quiet=True)
+    folder = settings.run_dir / "checkpoints"
+    if how == "cut":
+        damage(next((folder / "step-4").glob("*.safetensors")), "cut")
+    else:
+        Checkpoints(folder, keep=9).save(dataclasses.replace(tiny_state(), step=99))
+    capsys.readouterr()
+    resumed = train(settings)
+    name, goes_on = {"cut": ("step-4", "step-2"), "foreign": ("step-99", "step-4")}[how]
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(rf"warning: \S*{name}: .*going on from {goes_on} instead", told)
+    assert f"resumed at step {goes_on.removeprefix('step-')}" in told
+    assert_same_weights(resumed, whole)
+    assert untimed(resumed) == untimed(whole)
+    kept = {path.name for path in list_checkpoints(folder)}
+    assert kept == {"step-6", "step-8"} | ({"step-99"} if how == "foreign" else set())
+
+
+def test_where_no_checkpoint_can_be_used_the_newest_is_named_and_nothing_changes(tiny_settings):
+    settings = tiny_settings(training={"save_every": 3})
+    run = train(settings, quiet=True)
+    for path in list_checkpoints(run.checkpoints):
+        damage(path / "state.json", "cut")
+    before = everything_below(run.path)
+    with pytest.raises(SettingsError, match=r"step-6: cannot be read .*nor can the 1 before it"):
+        train(tiny_settings(training={"save_every": 3, "max_steps": 9}), quiet=True)
+    assert everything_below(run.path) == before
+
+
+def test_checkpoints_written_in_the_background_are_the_same(tiny_settings):
+    one, other = (
+        train(tiny_settings(name, training={"save_every": 2, "async_save": name == "background"}), quiet=True)
+        for name in ("now", "background")
+    )
+    for path in list_checkpoints(one.checkpoints):
+        written, expected = (load_file(next((run.checkpoints / path.name).glob("*.saf*"))) for run in (other, one))
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def test_workers_bring_the_same_batches(tiny_settings):
+    one, other = (
+        train(tiny_settings(f"{n}-workers", model={"dropout": 0.2}, data={"workers": n}), quiet=True) for n in (0, 2)
+    )
+    assert_same_weights(one, other)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    path = Checkpoints(tmp_path, keep=1).save(tiny_state())
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert load_file(next(path.glob("*.safetensors"))).keys() >= {"random.0.cpu", "model.lm_head.weight"}
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_no_number_ends_the_run_and_checkpoints_stay_good(tiny_settings, monkeypatch, log_every):
-    settings = tiny_settings(training={"save_every": 1, "log_every": log_every})
-    loss_turns_nan(monkeypatch, 3)
-    with pytest.raises(TrainingFailed, match=r"the loss is nan at step \d+: lower training\.learning_rate"):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tiny_settings, monkeypatch, log_every, accumulation):
+    training = {"save_every": 2, "log_every": log_every, "gradient_accumulation_steps": accumulation}
+    settings = tiny_settings(training=training)
+    per_epoch = len(build_rows([(settings.run_dir.parent / "text.txt").read_text()], byte_tokenizer(), 16)) // 4
+    loss_turns_nan(monkeypatch, 3 * accumulation)
+    where = f"batch {3 * accumulation % per_epoch} of epoch {3 * accumulation // per_epoch}"
+    with pytest.raises(TrainingFailed, match=rf"the loss is nan at step 4 \({where} of the data\): .*step-2$"):
         train(settings, quiet=True)
-    saved = list_checkpoints(settings.run_dir / "checkpoints")
-    assert saved
     assert not (settings.run_dir / "model").exists()
-    for path in saved:
-        for name, values in checkpoint.load_file(path / checkpoint.MODEL).items():
-            assert values.isfinite().all(), f"{path.name} {name}"
+    (saved,) = list_checkpoints(settings.run_dir / "checkpoints")
+    for name, values in load_file(next(saved.glob("*.safetensors"))).items():
+        assert values.isfinite().all(), name
+
+
+def test_a_gradient_that_is_no_number_is_found_before_it_is_saved(tiny_settings, monkeypatch):
+    original = loop.clip_gradients
+
+    def clip(parameters, max_norm):
+        parameters = list(parameters)
+        parameters[0].grad[0] = math.inf
+        return original(parameters, max_norm)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
+    settings = tiny_settings(training={"save_every": 1})
+    with pytest.raises(TrainingFailed, match=r"the gradient's norm is inf at step 1 .*no checkpoint was written yet"):
+        train(settings, quiet=True)
+    assert not list_checkpoints(settings.run_dir / "checkpoints")
+
+
+def test_steps_that_are_no_numbers_are_left_out_up_to_a_bound(tiny_settings, monkeypatch, capsys):
+    original, calls = loop.training_forward, []
+
+    def forward(*arguments):
+        calls.append(None)
+        output = original(*arguments)
+        return {**output, "loss": output["loss"] * (math.nan if len(calls) in (2, 5) else 1)}
+
+    monkeypatch.setattr(loop, "training_forward", forward)
+    training = {"nonfinite": "skip", "max_steps": 6, "save_every": 3}
+    run = train(tiny_settings("skips", training={**training, "max_skipped": 2}))
+    lines = run.read_metrics()
+    assert [line["step"] for line in lines if line["split"] == "skipped"] == [2, 5]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 3, 4, 6]
+    assert all(value.isfinite().all() for value in weights(run).values())
+    assert "warning: step 2 is left out" in capsys.readouterr().err
+    assert json.loads((run.checkpoints / "step-6" / "state.json").read_text())["skipped"] == 2
+    calls.clear()
+    with pytest.raises(TrainingFailed, match=r"step 5 is the 2th whose .* over training\.max_skipped=1"):
+        train(tiny_settings("too-many", training={**training, "max_skipped": 1}), quiet=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(tiny_settings, monkeypatch, number):
+    training = {"max_steps": 6, "save_every": 0}
+    whole = train(tiny_settings("whole", model={"dropout": 0.2}, training=training), quiet=True)
+    settings = tiny_settings("stopped", model={"dropout": 0.2}, training=training)
+    original, before = loop.training_forward, signal.getsignal(number)
+
+    def forward(*arguments):
+        if len(Run(settings.run_dir).read_metrics()) == 2:  # in the third step
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_forward", forward)
+        with pytest.raises(TrainingStopped, match=rf"stopped by {signal.Signals(number).name} at step 3, saved"):
+            train(settings, quiet=True)
+    assert signal.getsignal(number) == before
+    assert [path.name for path in list_checkpoints(settings.run_dir / "checkpoints")] == ["step-3"]
+    resumed = train(settings, quiet=True)
+    assert_same_weights(resumed, whole)
+    assert untimed(resumed) == untimed(whole)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

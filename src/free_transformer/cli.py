@@ -1,9 +1,11 @@
 """The command line: thin, so that whatever it does can be done from Python too."""
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -64,8 +66,9 @@ def train(
     from free_transformer.training import train as train_run
 
     run = train_run(load_settings(config, overrides))
-    _write_report(run.path)
-    console.print(f"report: {run.report_file}", highlight=False, soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":
+        _write_report(run.path)
+        console.print(f"report: {run.report_file}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -83,7 +86,12 @@ def evaluate(
     from free_transformer.evaluation import usage_warning
     from free_transformer.evaluation.report import likelihood_table, usage_table
 
-    likelihood, bytes_per_token = _evaluate(run, data, num_samples, method, prior, max_rows, batch_size, seed)
+    with _joined() as processes:
+        likelihood, bytes_per_token = _evaluate(
+            run, data, num_samples, method, prior, max_rows, batch_size, seed, processes
+        )
+    if not processes.main:
+        return
     header, rows = likelihood_table(likelihood, bytes_per_token)
     shown = [0, 1, 2, 4]  # what each number is stands in the report; a terminal is narrow
     _print_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
@@ -115,8 +123,13 @@ def compare(
     data = data or Run(run).settings.data.validation  # both runs on the same text
     if Run(run).load_tokenizer().get_vocab() != Run(baseline_run).load_tokenizer().get_vocab():
         raise SettingsError(f"{run} and {baseline_run} have different tokenizers: their losses cannot be compared")
-    free, bytes_per_token = _evaluate(run, data, num_samples, method, prior, max_rows, batch_size, seed)
-    baseline, _ = _evaluate(baseline_run, data, num_samples, method, prior, max_rows, batch_size, seed)
+    with _joined() as processes:
+        (free, bytes_per_token), (baseline, _) = (
+            _evaluate(each, data, num_samples, method, prior, max_rows, batch_size, seed, processes)
+            for each in (run, baseline_run)
+        )
+    if not processes.main:
+        return
     if free.elbo is None or baseline.elbo is not None:
         raise SettingsError("compare takes a run of kind free, then one of kind baseline")
     result = compare_likelihoods(free, baseline)
@@ -168,39 +181,40 @@ def generate(
 
     from free_transformer.plan_text import format_plan, parse_plan, plan_of_text
 
-    model, tokenizer = _load(run)
-    bits: Any = getattr(model.config, "latent_dim", None)
     if plan is not None and plan_from is not None:
         raise SettingsError("give --plan or --plan-from, not both")
-    if bits is None and (plan is not None or plan_from is not None):
-        raise SettingsError(f"{run}: a baseline has no plan")
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
-    arguments: dict[str, Any] = {}
-    if plan is not None:
-        arguments["plan"] = parse_plan(plan, bits)
-    if plan_from is not None:
-        arguments["plan"] = plan_of_text(model, tokenizer, _read_text(plan_from))
-    torch.manual_seed(seed)
-    tokens = _prompt_tokens(tokenizer, prompt).expand(num_samples, -1)
-    plans = None
-    if bits is not None:  # drawn before, so that each text can be shown with its plan
-        with torch.no_grad():
-            plans = model(
-                tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan, prior=prior
-            ).plan
-        arguments.update(plan=plans, prompt_plan=prompt_plan, prior=prior)
-    if temperature > 0:
-        arguments.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-    if stream:
-        arguments["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
-    output = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=max_new_tokens,
-        **arguments,
-    )
-    if stream:
+    with _joined(tensor=True) as processes:
+        model, tokenizer = _load(run, processes)
+        bits: Any = getattr(model.config, "latent_dim", None)
+        if bits is None and (plan is not None or plan_from is not None):
+            raise SettingsError(f"{run}: a baseline has no plan")
+        arguments: dict[str, Any] = {}
+        if plan is not None:
+            arguments["plan"] = parse_plan(plan, bits)
+        if plan_from is not None:
+            arguments["plan"] = plan_of_text(model, tokenizer, _read_text(plan_from))
+        torch.manual_seed(seed)
+        tokens = _prompt_tokens(tokenizer, prompt).expand(num_samples, -1).to(model.device)
+        plans = None
+        if bits is not None:  # drawn before, so that each text can be shown with its plan
+            with torch.no_grad():
+                plans = model(
+                    tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan, prior=prior
+                ).plan
+            arguments.update(plan=plans, prompt_plan=prompt_plan, prior=prior)
+        if temperature > 0:
+            arguments.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+        if stream and processes.main:
+            arguments["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
+        output = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            **arguments,
+        )
+    if stream or not processes.main:
         return
     for index, text in enumerate(tokenizer.batch_decode(output, skip_special_tokens=True)):
         title = f"sample {index + 1}" if plans is None else f"sample {index + 1}, plan {format_plan(plans[index])}"
@@ -306,15 +320,20 @@ def letters(
     console.print(f"report: {write_letters_report(results, out)}", highlight=False, soft_wrap=True)
 
 
-def _load(path: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a run, or of a folder that save_pretrained has written."""
+def _load(path: Path, processes: Any = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a run, or of a folder that save_pretrained has written, spread over the processes."""
     from free_transformer.data import load_tokenizer
+    from free_transformer.training.parallel import parallelize
     from free_transformer.training.run import Run, load_model
 
     if (path / "config.json").is_file():
-        return load_model(path), load_tokenizer(str(path))
-    run = Run(path)
-    return run.load_model(), run.load_tokenizer()
+        model, text_tokenizer = load_model(path), load_tokenizer(str(path))
+    else:
+        model, text_tokenizer = Run(path).load_model(), Run(path).load_tokenizer()
+    if processes is not None:
+        parallelize(model, processes)
+        model.to(processes.device)  # type: ignore[arg-type]
+    return model, text_tokenizer
 
 
 def _evaluate(
@@ -326,6 +345,7 @@ def _evaluate(
     max_rows: int,
     batch_size: int,
     seed: int,
+    processes: Any,
 ) -> tuple[Any, float]:
     import torch
     from rich.progress import track
@@ -334,16 +354,30 @@ def _evaluate(
     from free_transformer.training import Run
 
     run = Run(path)
-    model, text_tokenizer = run.load_model(), run.load_tokenizer()
+    _ = run.settings  # a folder that is no run is told so
+    model, text_tokenizer = _load(path, processes)
     rows = run.held_out_rows(text_tokenizer, data).sample(max_rows, seed)
     torch.manual_seed(seed)
     batches = track(
         rows.in_order(batch_size),
         description=f"evaluate {path.name}",
         total=-(-len(rows) // batch_size),
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=not processes.main),
     )
-    return evaluate_likelihood(model, batches, num_samples, method, prior), rows.bytes_per_token
+    group = processes.data_group
+    return evaluate_likelihood(model, batches, num_samples, method, prior, group), rows.bytes_per_token
+
+
+def _joined(tensor: bool = False) -> Any:
+    """
+    The processes that torchrun has started, if any: they share the texts of an evaluation, each with a shard of the
+    model, or with `tensor` every matrix, to write one text together.
+    """
+    from free_transformer.training.processes import join_processes
+    from free_transformer.training.settings import DistributedSettings
+
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    return join_processes(DistributedSettings(tensor=count) if tensor else DistributedSettings(fsdp=True))
 
 
 def _held_out(path: Path, text_tokenizer: Any, data: list[str] | None) -> Any:
@@ -407,19 +441,25 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def main() -> None:
-    """Entry point: errors are one line, a traceback only with --debug; 1 for a failed run, 2 for bad usage."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        from transformers.utils import logging as transformers_logging
+@contextlib.contextmanager
+def as_command(debug: bool = False) -> Iterator[None]:
+    """
+    What commands and scripts have in common: an error is a line on standard error, and `transformers` keeps quiet.
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        status = app(arguments or ["--help"], standalone_mode=False) or 0
-        if status == INTERRUPTED:
-            _fail("stopped; a run goes on from its last checkpoint with the same command", INTERRUPTED)
-        sys.exit(status)
+    Exit status: 1 for a failed run, 2 for bad usage, 128 + the signal's number for a run that was stopped.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from free_transformer.training.stopping import TrainingStopped
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except TrainingStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"free-transformer: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except UsageError as error:
         _fail(f"{error.format_message()} (--help explains)", 2)
     except ValueError as error:
@@ -432,6 +472,18 @@ def main() -> None:
         _fail(str(error) or type(error).__name__, 1)
 
 
+def main() -> None:
+    """Entry point: errors are one line, a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    with as_command(debug):
+        status = app(arguments or ["--help"], standalone_mode=False) or 0
+        if status == INTERRUPTED:
+            _fail("stopped; a run goes on from its last checkpoint with the same command", INTERRUPTED)
+        sys.exit(status)
+
+
 def _fail(message: str, status: int) -> None:
-    print(f"free-transformer: error: {' '.join(message.split())}", file=sys.stderr)
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"free-transformer: error{rank}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

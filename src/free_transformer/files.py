@@ -26,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, for messages that go on for a page."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -38,27 +38,32 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                _fsync(file)
-        temporary.chmod(0o755)
-        old = None
-        if path.exists():
-            old = path.with_name(f"{TEMPORARY}old-{path.name}")
-            shutil.rmtree(old, ignore_errors=True)
-            path.replace(old)
-        try:
-            temporary.replace(path)
-        except BaseException:
-            if old is not None:
-                old.replace(path)
-            raise
-        _fsync(path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Gives a folder that is filled, in the same parent folder, the name `path`, an older one's if need be."""
+    for file in sorted(temporary.rglob("*")):
+        if file.is_file():
+            _fsync(file)
+    temporary.chmod(0o755)
+    old = None
+    if path.exists():
+        old = path.with_name(f"{TEMPORARY}old-{path.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        if old is not None:
+            old.replace(path)
+        raise
+    _fsync(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

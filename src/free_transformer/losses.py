@@ -1,6 +1,7 @@
 """The objective: reconstruction, KL in bits, free bits. Losses are in nats per predicted token, KL in bits."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,7 @@ def objective(
     num_tokens: int | Tensor | None = None,
     min_bits: float = 0.0,
     aggregate_weight: float = 0.0,
+    gather_plans: Callable[[Tensor], Tensor] | None = None,
 ) -> Objective:
     """
     Args:
@@ -110,6 +112,7 @@ def objective(
             of the whole batch, for reconstruction *and* KL.
         min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
             `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
+        gather_plans: from the logits of this process' plans, (N, H), to those of all that share the batch.
     """
     if num_tokens is None:
         num_tokens = predicted_tokens(labels).clamp(min=1)
@@ -122,6 +125,9 @@ def objective(
     if min_bits > 0:
         bits = bits + (1 + aggregate_weight) * (min_bits_shortfall(kl, min_bits) * mask).sum()
     if aggregate_weight > 0:
-        bits = bits + aggregate_weight * aggregate_divergence(plan_logits[mask.bool()]) * mask.sum()
+        together = plan_logits[mask.bool()]
+        if gather_plans is not None:
+            together = gather_plans(together)
+        bits = bits + aggregate_weight * aggregate_divergence(together) * mask.sum()
     mean_kl = (kl * mask).sum() / mask.sum().clamp(min=1)
     return Objective(reconstruction + bits * math.log(2) / num_tokens, reconstruction, mean_kl)

@@ -12,7 +12,7 @@ F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 import copy
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    gather_plans: Callable[[Tensor], Tensor] | None = None  # where processes share a batch, see `losses.objective`
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
@@ -205,6 +206,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 num_tokens=num_items_in_batch,
                 min_bits=config.min_bits,
                 aggregate_weight=config.aggregate_weight,
+                gather_plans=self.gather_plans,
             )
             output.loss, output.reconstruction, output.kl = losses.loss, losses.reconstruction, losses.kl
         return output

@@ -79,9 +79,15 @@ class Rows:
         for start in range(0, len(self), batch_size):
             yield self.take(slice(start, start + batch_size))
 
-    def shuffled(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def shuffled(
+        self, batch_size: int, seed: int, start: int = 0, step: int = 1, share: slice = slice(None)
+    ) -> Iterator[Batch]:
         """
         Batches without end, every epoch in its own order; batch `start` is reached without reading those before.
+
+        Args:
+            step: take every so many batches, the first being `start`.
+            share: the rows of each batch to take, where several processes share it.
 
         Raises:
             ValueError: where the rows do not fill one batch.
@@ -93,11 +99,12 @@ class Rows:
                 f"batch_size={batch_size}: add text, or take a smaller batch_size or seq_len"
             )
         while True:
-            epoch, first = divmod(start, per_epoch)
+            epoch = start // per_epoch
             order = np.random.default_rng([seed, epoch]).permutation(len(self))
-            for index in range(first, per_epoch):
-                yield self.take(np.sort(order[index * batch_size : (index + 1) * batch_size]))
-            start = (epoch + 1) * per_epoch
+            while start // per_epoch == epoch:
+                first = start % per_epoch * batch_size
+                yield self.take(np.sort(order[first : first + batch_size])[share])
+                start += step
 
 
 def build_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Rows:

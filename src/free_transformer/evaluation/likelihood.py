@@ -6,12 +6,14 @@ answer. `elbo` and `nll` are upper bounds of the true negative log-likelihood; o
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,6 +28,8 @@ from free_transformer.plan import codes_to_bits
 MAX_ENUMERATED_BITS = 10
 MOST_PRIOR_PLANS = 4  # a text; more would sharpen `prior` and `gap` at the cost of every validation
 METHODS = ("importance", "particle_filter", "exact")
+
+_Part = tuple[dict[str, Tensor], Tensor | None]  # sums over each document of a batch, and the logits of its plans
 
 
 @dataclass
@@ -67,8 +71,11 @@ def evaluate_likelihood(
     num_samples: int = 16,
     method: str = "importance",
     prior: str = "uniform",
+    group: dist.ProcessGroup | None = None,
 ) -> Likelihood:
     """
+    Each batch has random numbers of its own, which follow from torch's: who reads it changes nothing.
+
     Args:
         model: a `FreeTransformer`, or any causal language model of `transformers`: then only `nll` is there.
         batches: dicts with `input_ids`, and optionally `attention_mask`, `position_ids` (packed rows) and `labels`.
@@ -79,6 +86,8 @@ def evaluate_likelihood(
             has one plan of at most 10 bits.
         prior: `"uniform"` (the method), or `"aggregate"` where the model has gathered it: then `kl`, `elbo`, `nll`
             and `prior` are of a model that draws its plans from that.
+        group: processes that share the work: each is given all batches and reads some, and all get the same result.
+            The model may be sharded over them.
 
     Raises:
         ValueError: for an unknown method or prior, too many plans for the exact one, or nothing to predict.
@@ -91,8 +100,17 @@ def evaluate_likelihood(
         raise ValueError(f"num_samples={num_samples}: at least 1")
     was_training = model.training
     model.eval()
+    seed = int(torch.randint(2**62, ()))
+
+    def evaluate(index: int, batch: Mapping[str, Tensor]) -> _Part:
+        torch.manual_seed(seed + index)
+        return _evaluate_batch(model, batch, num_samples, method, prior)
+
     try:
-        parts = [_evaluate_batch(model, batch, num_samples, method, prior) for batch in batches]
+        with torch.random.fork_rng():
+            # Particle filters take as many steps as a batch has plans, which a sharded model could not follow.
+            shared = group if method != "particle_filter" else None
+            parts = _evaluate_all(evaluate, batches, shared)
     finally:
         model.train(was_training)
     if not parts or sum(float(sums["tokens"].sum()) for sums, _ in parts) == 0:
@@ -105,6 +123,31 @@ def evaluate_likelihood(
     result = _summary(sums, plan_logits, model.config, method, num_samples)
     result.plan_prior = prior
     return result
+
+
+def _evaluate_all(
+    evaluate: Callable[[int, Mapping[str, Tensor]], _Part],
+    batches: Iterable[Mapping[str, Tensor]],
+    group: dist.ProcessGroup | None,
+) -> list[_Part]:
+    """
+    All batches' parts in order, each read by one process of the group.
+
+    All take the same number of steps, as a sharded model asks: where batches run out, the last is read once more.
+    """
+    numbered = enumerate(batches)
+    if group is None:
+        return [evaluate(index, batch) for index, batch in numbered]
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    own: dict[int, _Part] = {}
+    while round_of := list(islice(numbered, size)):
+        index, batch = round_of[min(rank, len(round_of) - 1)]
+        sums, logits = evaluate(index, batch)
+        own[index] = ({name: values.cpu() for name, values in sums.items()}, None if logits is None else logits.cpu())
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, own, group=group)
+    parts = {index: part for each in gathered for index, part in each.items()}
+    return [parts[index] for index in sorted(parts)]
 
 
 def _summary(
@@ -178,7 +221,7 @@ def _units(token_document: Tensor | None, plan_document: Tensor | None, tokens: 
 
 def _evaluate_batch(
     model: PreTrainedModel, batch: Mapping[str, Tensor], num_samples: int, method: str, prior: str
-) -> tuple[dict[str, Tensor], Tensor | None]:
+) -> _Part:
     """Sums over each document of the batch, in nats, and the logits of its plans."""
     batch = {name: values.to(model.device) for name, values in batch.items()}
     labels = _labels(batch)

@@ -1,21 +1,45 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+"""
+Checkpoints: all that a run needs to go on as if it had never stopped, whatever the number of its processes.
+
+Written by `torch.distributed.checkpoint`, each process its own shards, as safetensors: nothing in a checkpoint is
+ever unpickled. A checkpoint is a folder that takes its name when all of it is on the disk.
+"""
 
 import json
+import logging
 import re
 import shutil
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
-from free_transformer.files import TEMPORARY, first_line, new_folder
+from free_transformer.files import TEMPORARY, first_line, publish_folder
+from free_transformer.training.parallel import SharedBinaryMapper, random_state, reshard
+from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+OF_MUON = {"momentum_buffer"}
+UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, CheckpointException)
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint that could not be written; those before it are as they were."""
 
 
 @dataclass
@@ -25,76 +49,281 @@ class TrainState:
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
-
-
-def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
-    """Writes `folder/step-N/` at once, then drops all but the newest `keep`."""
-    path = folder / f"step-{state.step}"
-    with new_folder(path) as temporary:
-        save_file(_untied(state.model), temporary / MODEL)
-        rng = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"optimizers": [o.state_dict() for o in state.optimizers], "rng": rng}, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps({"step": state.step}))
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return path
+    skipped: int = 0  # steps that were left out because a gradient was no number
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; what a crash left behind is cleared away."""
+    """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     found = {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))}
     return [found[step] for step in sorted(found)]
 
 
-def load_checkpoint(path: Path, state: TrainState) -> None:
+@dataclass
+class Checkpoints:
+    """
+    The checkpoints of a run, `folder/step-N/`.
+
+    Args:
+        keep: how many stay.
+        background: write while training goes on.
+    """
+
+    folder: Path
+    keep: int
+    processes: Processes = field(default_factory=lambda: Processes(torch.device("cpu")))
+    background: bool = False
+    _pending: tuple[Path, Future] | None = None
+    _group: Any = None
+    _publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def save(self, state: TrainState) -> Path:
+        """
+        Writes `folder/step-N/`, then drops all but the newest. In the background, the one before is waited for.
+
+        Raises:
+            CheckpointFailed: where it cannot be written, such as on a full disk.
+        """
+        self.wait()
+        path = self.folder / f"step-{state.step}"
+        temporary = self.folder / f"{TEMPORARY}{path.name}"
+        with self._failures_named(path, temporary):
+            if self.processes.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.processes.barrier()
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            tensors, alone = _tensors(state, self.processes), self.processes.size == 1
+            facts = {"step": state.step, "skipped": state.skipped, "processes": self.processes.size}
+            if self.background:
+                if self._group is None and not alone:  # its own, since training talks meanwhile
+                    self._group = dist.new_group(backend="gloo")
+                with _quiet():
+                    written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+                self._pending = (path, self._publisher.submit(self._publish_when, written, temporary, path, facts))
+            else:
+                with _quiet():
+                    dcp.save(tensors, storage_writer=writer, no_dist=alone)
+                self._publish(temporary, path, facts)
+        return path
+
+    def wait(self) -> None:
+        """Until what is written in the background is on the disk; `CheckpointFailed` as in `save`."""
+        if self._pending is not None:
+            path, future = self._pending
+            self._pending = None
+            with self._failures_named(path, self.folder / f"{TEMPORARY}{path.name}"):
+                future.result()
+
+    def _publish_when(self, written: Any, temporary: Path, path: Path, facts: dict[str, Any]) -> None:
+        written.result()
+        self._publish(temporary, path, facts)
+
+    def _publish(self, temporary: Path, path: Path, facts: dict[str, Any]) -> None:
+        if not self.processes.main:
+            return
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        (temporary / STATE).write_text(json.dumps({**facts, "files": sizes}, indent=2) + "\n")
+        publish_folder(temporary, path)
+        known = [each for each in list_checkpoints(self.folder) if _step(each) <= facts["step"]]
+        for old in known[: -self.keep]:  # one with a later step is not of this run, and not ours to delete
+            shutil.rmtree(old)
+
+    @contextmanager
+    def _failures_named(self, path: Path, temporary: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointException) as error:
+            if self.processes.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointFailed(
+                f"{path}: the checkpoint cannot be written ({_cause(error)}); those before it are whole"
+            ) from error
+
+    def load_newest(self, state: TrainState, tell: Callable[[str], None] = logger.warning) -> Path | None:
+        """
+        The newest checkpoint that can be used, or None where there is none. One that cannot is named through `tell`.
+
+        Raises:
+            SettingsError: where there are checkpoints and none of them can be used; the newest one's reason.
+        """
+        if self.processes.main and self.folder.is_dir():
+            for leftover in self.folder.glob(f"{TEMPORARY}*"):  # of a crash
+                shutil.rmtree(leftover, ignore_errors=True)
+        self.processes.barrier()
+        reasons: list[str] = []
+        for path in reversed(list_checkpoints(self.folder)):
+            problem = None
+            try:
+                load_checkpoint(path, state, self.processes)
+            except SettingsError as error:
+                problem = str(error)
+            if self.processes.largest(problem is not None) == [0]:
+                for reason in reasons:
+                    tell(f"{reason}; going on from {path.name} instead")
+                return path
+            reasons.append(problem or f"{path}: another process cannot read it")
+        if reasons:
+            others = f" (nor can the {len(reasons) - 1} before it be used)" if len(reasons) > 1 else ""
+            raise SettingsError(reasons[0] + others)
+        return None
+
+
+def load_checkpoint(path: Path, state: TrainState, processes: Processes | None = None) -> None:
     """
     Raises:
-        SettingsError: for a checkpoint that cannot be read or is of a model of another shape.
+        SettingsError: for a checkpoint that is cut short, cannot be read, or is of another model or optimizer.
     """
-    device = next(state.model.parameters()).device
+    processes = processes or Processes(torch.device("cpu"))
     try:
-        weights = load_file(path / MODEL, device=str(device))
-        rest = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        step = json.loads((path / STATE).read_text())["step"]
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise SettingsError(
-            f"{path}: cannot be read ({first_line(error)}); delete it to resume from the one before"
-        ) from error
-    _check_shapes(path, state.model, weights)
-    state.model.load_state_dict(weights, strict=False)
+        facts = json.loads((path / STATE).read_text())
+        step, skipped = facts["step"], facts["skipped"]
+        for name, size in facts["files"].items():
+            if (actual := (path / name).stat().st_size) != size:
+                raise OSError(f"{name} has {actual} bytes of {size}")
+        reader = HuggingFaceStorageReader(str(path))
+        metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        saved = {name: torch.Size(each.size) for name, each in metadata.items()}
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    reshard(state.model)
+    _check_shapes(path, state.model, saved)
+    optimizer_states = _empty_optimizer_states(path, state, saved)
+    tensors = {
+        **_model_tensors(state.model),
+        **{
+            f"optimizer.{name}.{key}": value
+            for name, (_, _, values) in optimizer_states.items()
+            for key, value in values.items()
+        },
+        **{name: torch.empty_like(value) for name, value in _random_states(state, processes).items() if name in saved},
+    }
     try:
-        for optimizer, saved in zip(state.optimizers, rest["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except ValueError as error:
-        raise SettingsError(
-            f"{path}: written with another training.optimizer or table_optimizer; take the one it was trained with, "
-            "another run_dir or resume=never"
-        ) from error
-    torch.set_rng_state(rest["rng"]["cpu"])
-    if "cuda" in rest["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rest["rng"]["cuda"])
-    state.step = step
+        with _quiet():
+            dcp.load(tensors, storage_reader=reader, no_dist=processes.size == 1)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    for optimizer, parameter, values in optimizer_states.values():
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            values["step"] = int(values["step"])
+        optimizer.state[parameter] = values
+    _restore_randomness(state, processes, tensors, facts["processes"])
+    state.step, state.skipped = step, skipped
 
 
-def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters, each once: safetensors refuses memory that two names share."""
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, each once: a tied matrix has one name."""
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _check_shapes(path: Path, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() ^ weights.keys()):
+def _tensors(state: TrainState, processes: Processes) -> dict[str, Tensor]:
+    reshard(state.model)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
+    return {
+        **_model_tensors(state.model),
+        **{
+            f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value)
+            for optimizer in state.optimizers
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
+        },
+        **_random_states(state, processes),
+    }
+
+
+def _random_states(state: TrainState, processes: Processes) -> dict[str, Tensor]:
+    """The random streams of this process, and the one that plans are drawn from, the same in all."""
+    streams = {f"random.{processes.rank}.cpu": torch.get_rng_state()}
+    if processes.device.type == "cuda":
+        streams[f"random.{processes.rank}.cuda"] = torch.cuda.get_rng_state(processes.device)
+    streams[f"random.plans.{processes.device.type}"] = _plan_stream(state, processes)
+    return streams
+
+
+def _plan_stream(state: TrainState, processes: Processes) -> Tensor:
+    mapper = getattr(state.model, "plan_mapper", None)
+    if isinstance(mapper, SharedBinaryMapper):
+        return mapper.generator.get_state()
+    return random_state(processes.device)
+
+
+def _restore_randomness(state: TrainState, processes: Processes, tensors: dict[str, Tensor], count: int) -> None:
+    """Of another number of processes, only the stream of the plans is there to go on with."""
+    kind = processes.device.type
+    plans = tensors.get(f"random.plans.{kind}")
+    mapper = getattr(state.model, "plan_mapper", None)
+    if count == processes.size:
+        torch.set_rng_state(tensors[f"random.{processes.rank}.cpu"])
+        if (cuda := tensors.get(f"random.{processes.rank}.cuda")) is not None:
+            torch.cuda.set_rng_state(cuda, processes.device)
+    elif processes.size == 1 and plans is not None:
+        (torch.cuda.set_rng_state if kind == "cuda" else torch.set_rng_state)(plans)
+    if isinstance(mapper, SharedBinaryMapper) and plans is not None:
+        mapper.generator.set_state(plans)
+
+
+def _empty_optimizer_states(
+    path: Path, state: TrainState, saved: dict[str, torch.Size]
+) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter, dict[str, Any]]]:
+    """Room for what the checkpoint holds of each parameter, by the parameter's name."""
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    states = {}
+    for optimizer in state.optimizers:
+        wanted = OF_MUON if isinstance(optimizer, torch.optim.Muon) else OF_ADAM
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            prefix = f"optimizer.{names[parameter]}."
+            keys = {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+            if keys != wanted:
+                raise SettingsError(
+                    f"{path}: written with another training.optimizer; take the one it was trained with, another "
+                    "run_dir or resume=never"
+                )
+            states[names[parameter]] = (
+                optimizer,
+                parameter,
+                {
+                    key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                    for key in sorted(keys)
+                },
+            )
+    return states
+
+
+def _check_shapes(path: Path, model: nn.Module, saved: dict[str, torch.Size]) -> None:
+    parameters = _model_tensors(model)
+    for name in sorted(parameters.keys() ^ {name for name in saved if name.startswith("model.")}):
         where = "the checkpoint" if name in parameters else "this configuration"
+        name = name.removeprefix("model.")
         raise SettingsError(f"{path}: another model's ({where} has no {name}); take another run_dir or resume=never")
     for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
+        if parameter.shape != saved[name]:
             raise SettingsError(
-                f"{path}: {name} has shape {tuple(weights[name].shape)}, this configuration needs "
+                f"{path}: {name.removeprefix('model.')} has shape {tuple(saved[name])}, this configuration needs "
                 f"{tuple(parameter.shape)}; take the settings it was trained with, another run_dir or resume=never"
             )
+
+
+def _unreadable(path: Path, error: BaseException) -> SettingsError:
+    return SettingsError(f"{path}: cannot be read ({_cause(error)}); delete it, or take another run_dir, to start anew")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, of an error or of the first process that had one."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`torch.distributed.checkpoint` warns of a single process, even where it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

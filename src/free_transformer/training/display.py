@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from free_transformer.data import Rows
+from free_transformer.training.processes import Processes
 from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings
+from free_transformer.training.settings import DistributedSettings, Settings
 
 LINES_WITHOUT_A_TERMINAL = 10
 
@@ -18,8 +19,9 @@ LINES_WITHOUT_A_TERMINAL = 10
 class Display:
     """One place for every number of a run. `with Display(...) as display:`"""
 
-    def __init__(self, run: Run, settings: Settings, quiet: bool = False):
-        self.run, self.settings, self.quiet = run, settings, quiet
+    def __init__(self, run: Run, settings: Settings, quiet: bool = False, main: bool = True):
+        self.run, self.settings, self.quiet, self.main = run, settings, quiet or not main, main
+        quiet = self.quiet
         self.console = Console(quiet=quiet, stderr=True)
         self.writer = self._tensorboard()
         self.name = escape(run.path.name)
@@ -36,7 +38,7 @@ class Display:
         self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="")
 
     def _tensorboard(self) -> Any:
-        if not self.settings.logging.tensorboard:
+        if not self.settings.logging.tensorboard or not self.main:
             return None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +57,7 @@ class Display:
         if kind is None:
             self.console.print(f"trained: {self.run.path}", highlight=False, soft_wrap=True)
 
-    def start(self, model: Any, step: int, data: Any) -> None:
+    def start(self, model: Any, step: int, data: Any, processes: Processes) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         text = f"{self.run.path.name}: {parameters / 1e6:.2f} M parameters"
         if isinstance(data, Rows):
@@ -65,10 +67,14 @@ class Display:
         elif step:
             text += f", resumed at step {step}"
         self.console.print(text, highlight=False)
+        if note := _note_on_processes(processes, self.settings.distributed):
+            self.console.print(note, highlight=False)
         self.progress.update(self.task, completed=step)
 
     def log(self, step: int, split: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same numbers to TensorBoard, and the bar."""
+        if not self.main:
+            return
         values = {name: value for name, value in values.items() if value is not None}
         self.run.append_metrics(step=step, split=split, **values)
         if self.writer is not None:
@@ -82,6 +88,8 @@ class Display:
 
     def watch(self, step: int, warning: str | None) -> None:
         """What the watcher says of the plan: into the bar, the console and metrics.jsonl, when it changes."""
+        if not self.main:
+            return
         self.run.append_metrics(step=step, split="watcher", collapsed=warning is not None, warning=warning)
         if self.writer is not None:
             self.writer.add_scalar("watcher/collapsed", float(warning is not None), step)
@@ -92,12 +100,35 @@ class Display:
             self.console.print(f"step {step}: the plan is used now", highlight=False)
         self.collapsed = warning is not None
 
+    def skip(self, step: int) -> None:
+        """A step that was left out, since its loss or gradient is no number."""
+        if self.main:
+            self.run.append_metrics(step=step, split="skipped")
+        self.warn(f"step {step} is left out: its loss or gradient is no number")
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def sample(self, step: int, text: str) -> None:
         self.console.print(f"[dim]step {step} writes:[/] {escape(text)!r}", highlight=False)
 
     def _milestone(self, step: int) -> bool:
         every = max(1, self.settings.training.max_steps // LINES_WITHOUT_A_TERMINAL)
         return step // every != (step - self.settings.training.log_every) // every
+
+
+def _note_on_processes(processes: Processes, settings: DistributedSettings) -> str:
+    """Who shares the work and how, and what to do where nobody does or it will not be fast."""
+    if processes.size == 1:
+        return "fsdp: one process, nothing to shard; start more with torchrun --nproc_per_node=auto" * settings.fsdp
+    data, tensor = processes.data_size, processes.tensor
+    replicas = settings.replicas if settings.fsdp else data
+    text = f"{processes.size} processes on {processes.device.type}: "
+    text += f"{data} share each batch" if tensor == 1 else f"{data} x {tensor}, data x tensor"
+    text += f", the model sharded over {data // replicas}" if data > replicas else ", each with the whole model"
+    if processes.device.type == "cpu":
+        text += " (gloo: to try a run out; one process is seldom slower on one machine's CPU)"
+    return text
 
 
 def _numbers(values: dict[str, Any]) -> str:

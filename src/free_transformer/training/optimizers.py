@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from free_transformer.model import FreeTransformer
-from free_transformer.training.settings import TableOptimizer, TrainingSettings
+from free_transformer.training.settings import SettingsError, TableOptimizer, TrainingSettings
 
 LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that were not drawn
 
@@ -15,7 +17,9 @@ NOT_HIDDEN = ("embed_tokens", "lm_head", "encoder.readout")  # matrices that Ada
 BETAS = (0.9, 0.99)
 
 
-def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, settings: TrainingSettings, sparse_tables: bool = True
+) -> list[torch.optim.Optimizer]:
     """
     AdamW, with weight decay on matrices alone; with `muon`, Muon for the matrices inside the blocks.
 
@@ -26,7 +30,7 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     table: list[nn.Parameter] = []
-    sparse = table_optimizer(model, settings) == "sparse_adam"
+    sparse = table_optimizer(model, settings, sparse_tables) == "sparse_adam"
     if isinstance(model, FreeTransformer):
         model.plan_table.sparse = sparse
     for name, parameter in model.named_parameters():
@@ -36,10 +40,8 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
             muon.append(parameter)
         else:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = [{"params": each, "weight_decay": settings.weight_decay} for each in _by_mesh(decayed)]
+    groups += [{"params": each, "weight_decay": 0.0} for each in _by_mesh(plain)]
     rate = settings.learning_rate
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)]
     if muon:
@@ -49,27 +51,58 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
     return optimizers
 
 
-def table_optimizer(model: nn.Module, settings: TrainingSettings) -> TableOptimizer:
-    """`training.table_optimizer` with `auto` resolved for this model."""
+def table_optimizer(model: nn.Module, settings: TrainingSettings, sparse_tables: bool = True) -> TableOptimizer:
+    """
+    `training.table_optimizer` with `auto` resolved for this model.
+
+    Args:
+        sparse_tables: whether gradients may be sparse; those of a model on several processes may not.
+    """
     if not isinstance(model, FreeTransformer):
         return "adamw"
+    if settings.table_optimizer == "sparse_adam" and not sparse_tables:
+        raise SettingsError("training.table_optimizer=sparse_adam: one process alone has it; use adamw, or auto")
     if settings.table_optimizer != "auto":
         return settings.table_optimizer
-    return "sparse_adam" if len(model.plan_table.weight) > LARGE_TABLE else "adamw"
+    return "sparse_adam" if sparse_tables and len(model.plan_table.weight) > LARGE_TABLE else "adamw"
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients, with those too."""
-    clipped = []
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that are sharded alike: PyTorch's operations on lists take no others together."""
+    groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # a row that was drawn twice stands there once, as a sum
-            rows = parameter.grad.values().detach()
-            rows.grad = parameter.grad.values()  # the same memory
-            clipped.append(rows)
-        else:
-            clipped.append(parameter)
-    torch.nn.utils.clip_grad_norm_(clipped, max_norm)
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """
+    Scales all gradients so that their norm is at most `max_norm` (0: leaves them), and returns the norm they had.
+
+    `torch.nn.utils.clip_grad_norm_` for gradients of every kind: sparse, and sharded over different meshes.
+    """
+    groups = _by_mesh(_with_dense_gradient(parameter) for parameter in parameters if parameter.grad is not None)
+    norms = [_whole(torch.nn.utils.get_total_norm([each.grad for each in group])) for group in groups]  # type: ignore[misc]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm > 0:
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _with_dense_gradient(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, or where its gradient is sparse what holds the gradient's values, in the same memory."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter
+    parameter.grad = parameter.grad.coalesce()  # a row that was drawn twice stands there once, as a sum
+    rows = parameter.grad.values().detach()
+    rows.grad = parameter.grad.values()
+    return rows  # type: ignore[return-value]
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def learning_rate_scale(step: int, settings: TrainingSettings) -> float:

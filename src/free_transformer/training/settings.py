@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -63,7 +63,7 @@ class ModelSettings(Section):
 
 class TrainingSettings(Section):
     max_steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(32, ge=1, description="rows of one micro-batch")
+    batch_size: int = Field(32, ge=1, description="rows of one micro-batch, over all processes")
     seq_len: int = Field(256, ge=2, description="tokens of a row, begin-of-text included")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="what the cosine ends at, as a share of the peak")
@@ -89,6 +89,11 @@ class TrainingSettings(Section):
     eval_rows: int = Field(256, ge=1, description="held-out rows of a validation")
     save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for the last alone")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    async_save: bool = Field(False, description="write checkpoints while training goes on, from a copy in memory")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss or gradient that is no number does: stop the run, or skip that step"
+    )
+    max_skipped: int = Field(10, ge=0, description="steps that skip may leave out before the run stops all the same")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL beyond the free bits")
     kl_schedule: Schedule = Field(
         "constant", description="way of kl_weight from kl_weight_start: constant, linear, cosine or cyclical"
@@ -132,6 +137,7 @@ class DataSettings(Section):
     column: str = Field("text", description="column of the text in .jsonl, .parquet and data sets")
     streaming: bool = Field(False, description="read while training, for text that does not fit in memory")
     shuffle_buffer: int = Field(10_000, ge=1, description="rows that streaming shuffles among")
+    workers: int = Field(0, ge=0, description="processes that prepare batches ahead; 0 prepares them in between")
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -146,11 +152,21 @@ class LoggingSettings(Section):
 
 
 class DistributedSettings(Section):
-    """One process; more come with a later version."""
+    """Processes are started by `torchrun`; one alone needs none of this."""
 
-    fsdp: Literal[False] = Field(False, description="shard over processes (not in this version)")
-    data: Literal[1] = Field(1, description="data-parallel processes (not in this version)")
-    tensor: Literal[1] = Field(1, description="tensor-parallel processes (not in this version)")
+    fsdp: bool = Field(
+        False, description="shard weights, gradients and optimizer state over processes; false: each has a copy (DDP)"
+    )
+    data: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes that share each batch; auto: all that tensor leaves"
+    )
+    tensor: int = Field(1, ge=1, description="processes that share each matrix; must divide the heads")
+    replicas: int = Field(
+        1, ge=1, description="copies of the model among the data processes, each sharded over its own (hybrid sharding)"
+    )
+    timeout: float = Field(
+        600, gt=0, description="seconds that processes wait for one of them before all end and name it"
+    )
 
 
 class Settings(Section):

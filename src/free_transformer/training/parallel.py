@@ -1,0 +1,211 @@
+"""How a model is spread over processes: one function, one order."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from free_transformer.encoder import PlanEncoder
+from free_transformer.model import FreeTransformer
+from free_transformer.plan import BinaryMapper
+from free_transformer.training.processes import Processes
+from free_transformer.training.settings import SettingsError
+
+IN_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+IN_ROWS = ("o_proj", "down_proj")
+OTHER_ENTRIES = ("first_half", "encode", "second_half")  # of the model, besides `forward`
+
+
+def parallelize(
+    model: PreTrainedModel,
+    processes: Processes,
+    gradient_checkpointing: bool = False,
+    compile_blocks: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """
+    Spreads a model over processes, in place: matrices over tensor processes -> activation checkpointing -> compile
+    block by block -> `fully_shard`, of each block, the encoder, the table and the ends.
+
+    Args:
+        dtype: of the computation where data processes share the model; weights and sums of gradients stay fp32.
+
+    Raises:
+        SettingsError: where the heads cannot be shared.
+    """
+    if processes.size > 1 and isinstance(model, FreeTransformer):
+        spread_plans(model, processes)
+    if processes.tensor > 1:
+        assert processes.mesh is not None
+        split_matrices(model, processes.mesh["tensor"])
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if compile_blocks:
+        for block in blocks(model):
+            block.compile()
+    if processes.data_size > 1:
+        shard(model, processes, dtype)
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """The decoder layers, and the encoder where there is one."""
+    return [*model.model.layers, *([model.encoder] if isinstance(model, FreeTransformer) else [])]
+
+
+def split_matrices(model: Any, mesh: DeviceMesh) -> None:
+    """Tensor parallelism: whole heads and hidden units to each process, the vocabulary cut at both ends."""
+    config, count = model.config, mesh.size()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := getattr(config, name)) % count:
+            raise SettingsError(f"distributed.tensor={count}: does not divide the model's {heads} {name}")
+    for block in blocks(model):
+        if isinstance(block, LlamaDecoderLayer | PlanEncoder):  # an encoder of the user's own stays whole
+            names = [name for name, _ in block.named_modules()]
+            columns = {name: ColwiseParallel() for name in names if name.endswith(IN_COLUMNS)}
+            rows = {name: RowwiseParallel() for name in names if name.endswith(IN_ROWS)}
+            parallelize_module(block, mesh, {**columns, **rows})
+    ends = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, ends)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def shard(model: Any, processes: Processes, dtype: torch.dtype | None = None) -> None:
+    """`fully_shard` over the data processes: within each replica, or with replicas of one process each, DDP."""
+    assert processes.mesh is not None
+    warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # of evaluations, which have no backward
+    hybrid = processes.mesh["replicate"].size() > 1
+    mesh = processes.mesh["replicate", "shard"] if hybrid else processes.mesh["shard"]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    parts = blocks(model)
+    if isinstance(model, FreeTransformer):
+        parts.append(model.plan_table)
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    if not model.config.tie_word_embeddings:  # a matrix that two modules share stays with what holds both
+        fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # What comes from outside are integers, and weights of the objective that must not be rounded.
+    policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for name in OTHER_ENTRIES:
+        if hasattr(model, name):
+            _gather_outside_of_training(model, name)
+
+
+def _gather_outside_of_training(model: Any, name: str) -> None:
+    """
+    Lets an evaluation call one of the model's parts by itself: `fully_shard` gathers weights before `forward` only.
+
+    While training they are called from `forward`, and hooks inside its own would reduce gradients too soon.
+    """
+    plain = getattr(model, name)
+    register_fsdp_forward_method(model, name)
+    gathering = getattr(model, name)
+
+    @functools.wraps(plain)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (plain if torch.is_grad_enabled() else gathering)(*args, **kwargs)
+
+    setattr(model, name, either)
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives up what an evaluation has gathered, so that `parameters()` are the shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def synchronize_gradients(model: nn.Module, last: bool) -> None:
+    """Gradients are summed over replicas after the last micro-batch of a step alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Any]:
+    """All weights on the main process' CPU; empty elsewhere. All processes must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def spread_plans(model: FreeTransformer, processes: Processes) -> None:
+    """Plans are drawn and compared as one process with all rows would: their number changes nothing."""
+    model.plan_mapper = SharedBinaryMapper(processes).train(model.training)
+    if processes.data_size > 1:
+        model.gather_plans = functools.partial(_plans_of_all, processes=processes)
+
+
+class SharedBinaryMapper(BinaryMapper):
+    """
+    While training, draws the plans of all processes' rows from a stream that is the same in each, and keeps its own.
+
+    Attributes:
+        generator: that stream. It goes on from the random numbers of a single process that has built its model.
+    """
+
+    def __init__(self, processes: Processes):
+        super().__init__()
+        self.processes = processes
+        self.generator = torch.Generator(processes.device)
+        self.generator.set_state(random_state(processes.device))
+
+    def forward(self, plan_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if not self.training:
+            return super().forward(plan_logits, generator)
+        rows, plans, bits = plan_logits.shape
+        counts = gather_counts(rows, self.processes)
+        (most,) = self.processes.largest(plans)  # packed rows have as many plans as their documents ask for
+        padded = plan_logits.new_zeros(sum(counts), most, bits)
+        start = sum(counts[: self.processes.data_rank])
+        padded[start : start + rows, :plans] = plan_logits.detach()
+        return super().forward(padded, self.generator)[start : start + rows, :plans]
+
+
+def random_state(device: torch.device) -> Tensor:
+    """State of torch's own stream on a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def gather_counts(count: int, processes: Processes) -> list[int]:
+    """A number of each data process."""
+    counts = torch.zeros(processes.data_size, dtype=torch.long)
+    counts[processes.data_rank] = count
+    return processes.sum(counts).tolist()
+
+
+def _plans_of_all(plan_logits: Tensor, processes: Processes) -> Tensor:
+    """(N, H) of this process' plans -> those of all, in the order of the rows."""
+    counts = gather_counts(len(plan_logits), processes)
+    start = sum(counts[: processes.data_rank])
+    own = nn.functional.pad(plan_logits, (0, 0, start, sum(counts) - start - len(plan_logits)))
+    return _Sum.apply(own, processes.data_group)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes, each of which goes on with it: gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        values = values.contiguous().clone()
+        dist.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
