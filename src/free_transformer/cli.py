@@ -446,20 +446,14 @@ def as_command(debug: bool = False) -> Iterator[None]:
     """
     What commands and scripts have in common: an error is a line on standard error, and `transformers` keeps quiet.
 
-    Exit status: 1 for a failed run, 2 for bad usage, 128 + the signal's number for a run that was stopped.
+    Exit status: 1 for a failed run, 2 for bad usage; a run that was stopped ends with 128 + the signal's number.
     """
     from transformers.utils import logging as transformers_logging
-
-    from free_transformer.training.stopping import TrainingStopped
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except TrainingStopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"free-transformer: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
     except UsageError as error:
         _fail(f"{error.format_message()} (--help explains)", 2)
     except ValueError as error:

@@ -106,6 +106,10 @@ class Display:
             self.run.append_metrics(step=step, split="skipped")
         self.warn(f"step {step} is left out: its loss or gradient is no number")
 
+    def stopped(self, step: int, signal_name: str) -> None:
+        text = f"stopped by {signal_name} at step {step}, saved in {self.run.checkpoints}; the same command goes on"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 

@@ -166,6 +166,33 @@ class _Documents:
 
 
 @dataclass
+class _Source:
+    """The micro-batches of one process from number `start` on, for each of its workers: see `prefetched`."""
+
+    data: Any  # `Rows`, or `_Documents` to stream
+    tokenizer: PreTrainedTokenizerBase
+    seq_len: int
+    batch_size: int  # of all processes
+    seed: int
+    shuffle_buffer: int
+    start: int
+    share: slice  # of the rows of a batch
+    part: int  # of `parts` processes
+    parts: int
+
+    def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
+        first = self.start + worker
+        if isinstance(self.data, Rows):
+            return self.data.shuffled(self.batch_size, self.seed, first, workers, self.share)
+        part = self.part * workers + first % workers  # the same documents whatever the batch to start with
+        documents = _Documents(self.data.sources, self.data.column, part, self.parts * workers)
+        rows = self.share.stop - self.share.start
+        return streamed_batches(
+            *(documents, self.tokenizer, self.seq_len, rows, self.shuffle_buffer, self.seed, first // workers)
+        )
+
+
+@dataclass
 class _Totals:
     """Since the last line of metrics, an entry a micro-batch; tensors, so that a GPU need not be waited for."""
 
@@ -230,11 +257,8 @@ class _Trainer:
                 self.checkpoints.save(state)
             if stop and not last:
                 self.checkpoints.wait()
-                raise TrainingStopped(
-                    f"stopped by {signal.Signals(stop).name} at step {state.step}, saved in {self.run.checkpoints}; "
-                    "the same command goes on",
-                    stop,
-                )
+                self.display.stopped(state.step, signal.Signals(stop).name)
+                raise TrainingStopped(stop)
         self.checkpoints.wait()
         self._gather_prior(training_data)
         self._write_model()
@@ -242,24 +266,13 @@ class _Trainer:
     def _batches(self, training_data: Any, start: int, whole: bool = False) -> Iterator[Batch]:
         """Micro-batches from number `start` on; this process' share of their rows, or `whole` as one process' are."""
         training, data = self.settings.training, self.settings.data
-        share = slice(training.batch_size) if whole else self.processes.share_of(training.batch_size)
-        part, parts = (0, 1) if whole else (self.processes.data_rank, self.processes.data_size)
-
-        def batches_of(worker: int, workers: int) -> Iterator[Batch]:
-            first = start + worker
-            if isinstance(training_data, Rows):
-                return training_data.shuffled(training.batch_size, training.seed, first, workers, share)
-            documents = _Documents(
-                *(training_data.sources, training_data.column),
-                part=part * workers + first % workers,  # the same documents whatever the batch to start with
-                parts=parts * workers,
-            )
-            return streamed_batches(
-                *(documents, self.tokenizer, training.seq_len, share.stop - (share.start or 0)),
-                *(data.shuffle_buffer, training.seed, first // workers),
-            )
-
-        return prefetched(batches_of, 0 if whole else data.workers)
+        processes = Processes(self.device) if whole else self.processes
+        source = _Source(
+            *(training_data, self.tokenizer, training.seq_len, training.batch_size, training.seed),
+            *(data.shuffle_buffer, start, processes.share_of(training.batch_size)),
+            *(processes.data_rank, processes.data_size),
+        )
+        return prefetched(source, 0 if whole else data.workers)
 
     def _optimizer_step(self, batches: Iterator[Batch], totals: _Totals) -> int:
         """

@@ -1,6 +1,7 @@
 """How a model is spread over processes: one function, one order."""
 
 import functools
+import itertools
 import warnings
 from typing import Any
 
@@ -137,8 +138,10 @@ def synchronize_gradients(model: nn.Module, last: bool) -> None:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Any]:
-    """All weights on the main process' CPU; empty elsewhere. All processes must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """All weights on the main process' CPU, a tied one once; empty elsewhere. All processes must call it."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
+    return {name: value for name, value in whole.items() if name in once}
 
 
 def spread_plans(model: FreeTransformer, processes: Processes) -> None:

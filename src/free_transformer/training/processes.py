@@ -105,7 +105,9 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
         replicas = settings.replicas if settings.fsdp else data
         names = ("replicate", "shard", "tensor")
         mesh = init_device_mesh(where.type, (replicas, data // replicas, settings.tensor), mesh_dim_names=names)
-        groups = [dist.new_group(list(range(i, size, settings.tensor))) for i in range(settings.tensor)]
+        groups = [dist.new_group(list(range(i, size, settings.tensor)), timeout) for i in range(settings.tensor)]
+        for name in names:  # the mesh makes its own, with half an hour
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
         yield Processes(where, rank, size, settings.tensor, mesh, groups[rank % settings.tensor])
     except RuntimeError as error:  # what the backends raise
         if not isinstance(error, dist.DistError) and not _is_of_a_backend(error):

@@ -69,8 +69,11 @@ class Run:
         write_text(self.config_file, settings.to_yaml())
 
     def append_metrics(self, **values: Any) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk does not say which file it has no room for
+            raise OSError(error.errno, error.strerror, str(self.metrics_file)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; a last line that a crash cut short is left out."""

@@ -11,12 +11,14 @@ from typing import Any
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class TrainingStopped(KeyboardInterrupt):
-    """A run that was asked to stop and has saved its state. `signal` is what asked."""
+class TrainingStopped(SystemExit):
+    """
+    A run that was asked to stop and has saved its state. Nobody who catches it ends with status 128 + the signal's
+    number, as a program does that the signal has ended.
+    """
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.signal = number
+    def __init__(self, number: int):
+        super().__init__(128 + number)
 
 
 @dataclass
