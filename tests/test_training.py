@@ -287,6 +287,27 @@ def test_documents_of_a_packed_row_train_as_if_each_were_alone(tiny_settings, mo
         assert_close(together[name], apart[0][name] + apart[1][name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_compiled_train_the_same(tiny_settings, monkeypatch, kind):
+    compiled = []
+
+    def compile_quickly(self):
+        compiled.append(type(self).__name__)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    one, other = (
+        train(tiny_settings(name, model={"kind": kind}, training={"compile": name == "compiled"}), quiet=True)
+        for name in ("plain", "compiled")
+    )
+    blocks = {
+        "free": ["LlamaDecoderLayer", "InjectedDecoderLayer", "PlanEncoder"],
+        "baseline": ["LlamaDecoderLayer"] * 2,
+    }
+    assert compiled == blocks[kind]
+    assert_same_weights(other, one, atol=1e-5, rtol=1e-4)
+
+
 def test_evaluation_and_samples_do_not_move_training(tiny_settings):
     silent = tiny_settings("silent", model={"dropout": 0.2}, data={"validation": []})
     busy = tiny_settings("busy", model={"dropout": 0.2}, training={"eval_every": 1}, logging={"sample_every": 1})

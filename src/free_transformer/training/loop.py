@@ -375,7 +375,7 @@ class _Trainer:
         if rows is None and not isinstance(self.state.model, FreeTransformer):
             return
         shared = rows is not None and self.processes.data_size > 1
-        with _own_randomness(training.seed), self._autocast():
+        with _beside_training(training.seed), self._autocast():
             batches = self.last_batches if rows is None else rows.in_order(training.batch_size)
             group = self.processes.data_group if shared else None
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES, group=group)  # type: ignore[arg-type]
@@ -396,7 +396,7 @@ class _Trainer:
         count = -(-training.prior_rows // training.batch_size)
         batches = itertools.islice(self._batches(training_data, 0, whole=True), count)
         model.eval()
-        with _own_randomness(training.seed), self._autocast():
+        with _beside_training(training.seed), self._autocast():
             model.gather_prior(batches)
         model.train()
         reshard(model)
@@ -406,7 +406,7 @@ class _Trainer:
         prompt = torch.tensor([[begin_token(self.tokenizer)]], device=self.device)
         model: Any = self.state.model
         model.eval()
-        with _own_randomness(self.settings.training.seed + self.state.step), warnings.catch_warnings():
+        with _beside_training(self.settings.training.seed + self.state.step), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokens = model.generate(
                 prompt,
@@ -451,9 +451,12 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Validation and samples must not move the random numbers of training: a resumed run would differ."""
-    with torch.random.fork_rng():
+def _beside_training(seed: int) -> Iterator[None]:
+    """
+    Validation and samples must not move the random numbers of training, or a resumed run would differ; nor are their
+    shapes worth a compilation of their own.
+    """
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         yield
 
