@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline reproduce letters-settings collapse plan-size plan-span topics bench-plan bench-plan-training clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench-plan bench-plan-training bench-scaling bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ train-free: $(VENV)/.train ## train a Free Transformer on the letters task
 train-baseline: $(VENV)/.train ## train its baseline
 	$(BIN)/python examples/train_baseline.py --config configs/baseline.yaml
 
+train-free-fsdp: $(VENV)/.train ## train it sharded over all GPUs of this machine, or over its cores
+	$(BIN)/torchrun --nproc_per_node=auto examples/train_free.py --config configs/free_transformer.yaml --use-fsdp run_dir=runs/free-transformer-fsdp
+
 reproduce: $(VENV)/.train ## the paper's letters task: letters/report.html; SEEDS=3 for the documentation
 	OMP_NUM_THREADS=1 $(BIN)/free-transformer reproduce letters --seeds $(SEEDS)
 
@@ -56,6 +59,13 @@ bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same sha
 
 bench-plan-training: $(VENV)/.demo ## does the sampled gradient train as well as the exact one? half an hour
 	$(BIN)/python benchmarks/plan_training.py
+
+bench-scaling: $(VENV)/.train ## one process against several, and 8B on 256 GPUs on paper: docs/scaling.md; 6 minutes
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/scaling_on_paper.py
+
+bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape
+	$(BIN)/python benchmarks/paper_model.py
 
 clean: ## remove the set-up and all runs
 	rm -rf $(VENV) runs

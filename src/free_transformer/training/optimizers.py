@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from free_transformer.model import FreeTransformer
 from free_transformer.training.settings import SettingsError, TableOptimizer, TrainingSettings
@@ -45,10 +46,63 @@ def build_optimizers(
     rate = settings.learning_rate
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
+        kind = SharedMuon if any(isinstance(each, DTensor) for each in muon) else torch.optim.Muon
+        optimizers.append(kind(muon, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
     if table:
         optimizers.append(torch.optim.SparseAdam(table, lr=rate, betas=BETAS))
     return optimizers
+
+
+class SharedMuon(torch.optim.Muon):
+    """
+    `torch.optim.Muon` for matrices that are spread over processes: each is put together and made orthogonal by one.
+
+    As `DTensor` it would be multiplied where it lies, fifteen products in many small messages.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [each for each in group["params"] if each.grad is not None]
+            for start in range(0, len(parameters), dist.get_world_size()):  # a matrix for each process at a time
+                self._step_of_each(parameters[start : start + dist.get_world_size()], group)
+
+    def _step_of_each(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        steps = [_whole(self._update(parameter, group)).contiguous() for parameter in parameters]
+        if (own := dist.get_rank()) < len(steps):
+            steps[own] = self._orthogonal_step(steps[own], group)
+        for owner, (parameter, step) in enumerate(zip(parameters, steps, strict=True)):
+            dist.broadcast(step, src=owner)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(_spread_like(step, parameter))
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """The gradient with momentum, spread as it is."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        return parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+
+    def _orthogonal_step(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """What `torch.optim.Muon` would add, found by letting it move a matrix of zeros."""
+        zeros = nn.Parameter(torch.zeros_like(update))
+        zeros.grad = update
+        torch.optim.Muon([zeros], **{**_settings(group), "weight_decay": 0.0, "momentum": 0.0}).step()
+        return zeros.detach()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+
+
+def _spread_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every process holds, cut as `parameter` is; nothing is sent."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh, everywhere = parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+    return DTensor.from_local(whole, mesh, everywhere, run_check=False).redistribute(placements=parameter.placements)
 
 
 def table_optimizer(model: nn.Module, settings: TrainingSettings, sparse_tables: bool = True) -> TableOptimizer:
