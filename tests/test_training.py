@@ -241,6 +241,22 @@ def test_resuming_is_the_same_as_not_stopping(tiny_settings, tmp_path, monkeypat
     assert untimed(resumed) == untimed(whole)
 
 
+def test_a_run_that_goes_on_with_other_accumulation_reads_on_where_it_was(tiny_settings, monkeypatch):
+    read = []
+    original = loop.training_forward
+
+    def forward(model, batch, *others):
+        read.append(batch["input_ids"])
+        return original(model, batch, *others)
+
+    monkeypatch.setattr(loop, "training_forward", forward)
+    train(tiny_settings("once", training={"max_steps": 6}), quiet=True)
+    train(tiny_settings("twice", training={"max_steps": 2}), quiet=True)
+    train(tiny_settings("twice", training={"max_steps": 4, "gradient_accumulation_steps": 2}), quiet=True)
+    assert len(read) == 12
+    assert all(torch.equal(one, other) for one, other in zip(read[:6], read[6:], strict=True))
+
+
 def test_resuming_between_two_lines_of_metrics_writes_the_same_lines(tiny_settings, monkeypatch):
     training = {"training": {"max_steps": 8, "save_every": 3, "log_every": 2}}
     whole = train(tiny_settings("whole", **training), quiet=True)

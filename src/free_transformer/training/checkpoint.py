@@ -33,6 +33,7 @@ from free_transformer.training.settings import SettingsError
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+COUNTS = ("step", "batches", "skipped")
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 OF_MUON = {"momentum_buffer"}
 UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, CheckpointException)
@@ -44,11 +45,12 @@ class CheckpointFailed(RuntimeError):
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds; the data's position and the learning rate follow from the step."""
+    """What a checkpoint holds, besides random states; the learning rate and the schedules follow from the step."""
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
+    batches: int = 0  # micro-batches read: the data's position
     skipped: int = 0  # steps that were left out because a gradient was no number
 
 
@@ -95,10 +97,10 @@ class Checkpoints:
             self.processes.barrier()
             writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             tensors, alone = _tensors(state, self.processes), self.processes.size == 1
-            facts = {"step": state.step, "skipped": state.skipped, "processes": self.processes.size}
+            facts = {**{name: getattr(state, name) for name in COUNTS}, "processes": self.processes.size}
             if self.background:
                 if self._group is None and not alone:  # its own, since training talks meanwhile
-                    self._group = dist.new_group(backend="gloo")
+                    self._group = dist.new_group(backend="gloo", timeout=self.processes.timeout)
                 with _quiet():
                     written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
                 self._pending = (path, self._publisher.submit(self._publish_when, written, temporary, path, facts))
@@ -178,7 +180,7 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
     processes = processes or Processes(torch.device("cpu"))
     try:
         facts = json.loads((path / STATE).read_text())
-        step, skipped = facts["step"], facts["skipped"]
+        counts = {name: int(facts[name]) for name in COUNTS}
         for name, size in facts["files"].items():
             if (actual := (path / name).stat().st_size) != size:
                 raise OSError(f"{name} has {actual} bytes of {size}")
@@ -209,7 +211,8 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
             values["step"] = int(values["step"])
         optimizer.state[parameter] = values
     _restore_randomness(state, processes, tensors, facts["processes"])
-    state.step, state.skipped = step, skipped
+    for name, count in counts.items():
+        setattr(state, name, count)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -238,7 +238,7 @@ class _Trainer:
 
     def run_to_the_end(self, training_data: Any, validation: Rows | None) -> None:
         training, state = self.settings.training, self.state
-        batches = self._batches(training_data, state.step * training.gradient_accumulation_steps)
+        batches = self._batches(training_data, state.batches)
         totals = _Totals()
         while state.step < training.max_steps:
             rate = set_learning_rate(state.optimizers, state.step, training)
@@ -303,6 +303,7 @@ class _Trainer:
         for optimizer in state.optimizers:
             optimizer.zero_grad()
         self.last_batches = micro
+        state.batches += len(micro)
         return processes.largest(self.stop.signal)[0]
 
     def _all_finite(self, of_step: _Totals) -> bool:
@@ -354,7 +355,7 @@ class _Trainer:
             if value.isfinite():
                 continue
             step = self.state.step - steps + offset + 1
-            micro = (step - 1) * accumulated + int((~of_step.isfinite()).int().argmax())
+            micro = self.state.batches - (steps - offset) * accumulated + int((~of_step.isfinite()).int().argmax())
             where = f"micro-batch {micro}"
             if isinstance(training_data, Rows):
                 epoch, index = divmod(micro, len(training_data) // self.settings.training.batch_size)

@@ -32,6 +32,7 @@ class Processes:
     Attributes:
         mesh: dimensions `replicate`, `shard` and `tensor`; the first two together are data.
         data_group: the processes that read other rows than this one, and itself.
+        timeout: how long one waits for another.
     """
 
     device: torch.device
@@ -40,6 +41,7 @@ class Processes:
     tensor: int = 1
     mesh: DeviceMesh | None = None
     data_group: Any = None
+    timeout: timedelta | None = None
 
     @property
     def main(self) -> bool:
@@ -108,7 +110,7 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
         groups = [dist.new_group(list(range(i, size, settings.tensor)), timeout) for i in range(settings.tensor)]
         for name in names:  # the mesh makes its own, with half an hour
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
-        yield Processes(where, rank, size, settings.tensor, mesh, groups[rank % settings.tensor])
+        yield Processes(where, rank, size, settings.tensor, mesh, groups[rank % settings.tensor], timeout)
     except RuntimeError as error:  # what the backends raise
         if not isinstance(error, dist.DistError) and not _is_of_a_backend(error):
             raise
