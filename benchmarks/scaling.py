@@ -209,7 +209,7 @@ def speed_tables(found: dict[str, Any]) -> Iterator[Table]:
     """The first round is warm-up."""
     seconds = {name: times[1:] for name, times in found["seconds"].items()}
     table = Table(
-        "2 processes", "tokens/s of one process' (range)", "share of the step in communication", title="speed"
+        "2 processes", "tokens/s, one process = 1 (range)", "share of the step in communication", title="speed"
     )
     for name in ("apart", "fsdp", "ddp"):
         gains = [a / b for a, b in zip(seconds["alone"], seconds[name], strict=True)]
