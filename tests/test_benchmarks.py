@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import processes
 from free_transformer.reproduce.letters import Result, build_variant
 from free_transformer.reproduce.strings import Groups
 from free_transformer.training.settings import TrainingSettings, parse_settings
@@ -28,6 +30,9 @@ def benchmark_module(monkeypatch):
             "plan_size",
             "plan_span",
             "topics",
+            "scaling",
+            "scaling_on_paper",
+            "paper_model",
             "voices",
             "judge",
             "demo",
@@ -201,3 +206,46 @@ def test_plan_span_sets_models_beside_the_baseline_of_their_seed(benchmark_modul
     assert "| baseline | 0.7 | 0.7000 ± 0.0000 |" in bench.diversity_table(results)
     assert bench.equal_quality_table(results).endswith("| +0.5000 ± 0.0000 | +0.0000 ± 0.0000 |")
     assert len(bench.figure(results).axes) == 3
+
+
+def test_scaling_measures_memory_and_shows_it(benchmark_module, monkeypatch, capsys):
+    bench = benchmark_module("scaling")
+    small = {"vocab_size": 32, "hidden_dim": 8, "num_layers": 2, "num_heads": 2, "max_seq_len": 8, "latent_dim": 2}
+    for name, value in {"SIZES": small, "BATCH": 2, "LENGTH": 8}.items():
+        monkeypatch.setattr(bench, name, value)
+    found = bench.measure_memory(0)
+    assert found["weights"] == found["gradients"]
+    assert found["optimizer"] == pytest.approx(2 * found["weights"], rel=0.05)  # and a step count for each
+    half = {**found, "processes": 2, **{kind: found[kind] / 2 for kind in bench.KINDS}}
+    Console(width=200).print(bench.memory_table([found, half]))
+    assert "0.500" in capsys.readouterr().out
+
+
+def measure_speed_of_little() -> None:
+    bench = importlib.import_module("scaling")
+    bench.SIZES = {"vocab_size": 32, "hidden_dim": 8, "num_layers": 2, "num_heads": 2, "max_seq_len": 8}
+    bench.SIZES["latent_dim"], bench.BATCH, bench.LENGTH = 2, 2, 8
+    found = bench.measure_speed(1)
+    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
+    Console(width=200).print(*bench.speed_tables(found))
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="counts what Linux says was sent")
+def test_scaling_measures_speed_of_two_processes(benchmark_module, tmp_path):
+    processes.run(2, measure_speed_of_little, log=tmp_path / "log")
+    shown = (tmp_path / "log").read_text()
+    assert all(name in shown for name in ("apart", "fsdp", "ddp", "bytes a weight"))
+
+
+def test_scaling_on_paper_adds_up(benchmark_module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling_on_paper.py"])
+    benchmark_module("scaling_on_paper").main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "8.52 B weights, 0.27 B of them the plan's table" in shown
+    assert "memory of a GPU, GB" in shown
+
+
+def test_the_paper_model_is_tried_out_on_a_cpu(benchmark_module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["paper_model.py", "--small", "--length", "16", "--batch", "2", "--steps", "1"])
+    benchmark_module("paper_model").main()
+    assert "Free Transformer" in capsys.readouterr().out

@@ -263,6 +263,13 @@ def test_processes_that_do_not_fit_the_settings_are_refused(settings, size, mess
         _data_processes(DistributedSettings(**settings), size)
 
 
+def test_a_batch_with_fewer_rows_than_processes_is_one_line(tmp_path):
+    values = tiny_values(tmp_path, "run", training={"batch_size": 1})
+    assert processes.finish(start(2, train_tiny, values, log=tmp_path / "log")) == [2, 2]
+    assert "batch_size=1: at least a row for each of the 2 processes" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("rows", "size", "tensor"), [(7, 3, 1), (8, 4, 2), (5, 5, 1), (64, 6, 3)])
 def test_each_row_of_a_batch_goes_to_one_data_process(rows, size, tensor):
     cpu = torch.device("cpu")

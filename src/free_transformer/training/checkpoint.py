@@ -76,9 +76,9 @@ class Checkpoints:
     keep: int
     processes: Processes = field(default_factory=lambda: Processes(torch.device("cpu")))
     background: bool = False
-    _pending: tuple[Path, Future] | None = None
-    _group: Any = None
-    _publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _pending: tuple[Path, Future] | None = field(default=None, init=False)
+    _group: Any = field(default=None, init=False)
+    _publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
 
     def save(self, state: TrainState) -> Path:
         """

@@ -68,33 +68,27 @@ def train(settings: Settings, quiet: bool = False) -> Run:
 
 def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
     run, training = Run(settings.run_dir), settings.training
+    if training.batch_size < processes.data_size:
+        raise SettingsError(
+            f"training.batch_size={training.batch_size}: at least a row for each of the {processes.data_size} "
+            "processes that share a batch"
+        )
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    torch.manual_seed(training.seed)
-    model = build_model(settings, tokenizer)
+    state = _new_state(settings, tokenizer, processes)
     training_data, validation = _load_data(settings, tokenizer)
-    parallelize(
-        *(model, processes, training.gradient_checkpointing, training.compile),
-        dtype=torch.bfloat16 if _is_bf16(training.precision, processes.device) else None,
-    )
-    model.to(processes.device)  # type: ignore[arg-type]
-    alone = processes.size == 1
-    if not alone:
-        own = np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)
-        torch.manual_seed(int(own[0]))  # dropout: another one in each process
-    state = TrainState(model, build_optimizers(model, training, sparse_tables=alone))
-    checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints, processes, training.async_save)
     if training.resume == "never" and list_checkpoints(run.checkpoints):
         raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
+    checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints, processes, training.async_save)
     passed_over: list[str] = []
     resumed = training.resume == "auto" and checkpoints.load_newest(state, passed_over.append)
     if processes.main:
         if not resumed and training.resume == "auto":  # of a run that was stopped before its first checkpoint
             run.metrics_file.unlink(missing_ok=True)
         run.path.mkdir(parents=True, exist_ok=True)
-        run.write_config(_resolved(settings, model, alone))
+        run.write_config(_resolved(settings, state.model, alone=processes.size == 1))
         run.forget_metrics_after(state.step)
     with Display(run, settings, quiet, processes.main) as display:
-        display.start(model, state.step, training_data, processes)
+        display.start(state.model, state.step, training_data, processes)
         for reason in passed_over:
             display.warn(reason)
         trainer = _Trainer(settings, run, state, tokenizer, processes, display, checkpoints)
@@ -103,7 +97,20 @@ def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
     return run
 
 
-def _resolved(settings: Settings, model: PreTrainedModel, alone: bool) -> Settings:
+def _new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainState:
+    """Model, spread over the processes, and optimizers at step 0; torch's random numbers are left seeded."""
+    training, alone = settings.training, processes.size == 1
+    torch.manual_seed(training.seed)
+    model = build_model(settings, tokenizer)
+    dtype = torch.bfloat16 if _is_bf16(training.precision, processes.device) else None
+    parallelize(model, processes, training.gradient_checkpointing, training.compile, dtype)
+    model.to(processes.device)  # type: ignore[arg-type]
+    if not alone:  # dropout: another one in each process
+        torch.manual_seed(int(np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)[0]))
+    return TrainState(model, build_optimizers(model, training, sparse_tables=alone))
+
+
+def _resolved(settings: Settings, model: Any, alone: bool) -> Settings:
     """The settings with what was left to the library as it was decided."""
     resolved = settings.model_copy(deep=True)
     if isinstance(model, FreeTransformer):
