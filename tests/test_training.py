@@ -635,6 +635,11 @@ def test_data_that_cannot_be_used_is_refused_and_nothing_is_written(tiny_setting
     assert {k: v for k, v in everything_below(tmp_path).items() if k in before} == before
 
 
+def test_fewer_documents_than_workers_are_refused(tiny_settings):
+    with pytest.raises(SettingsError, match="fewer documents than the 2 processes and workers that read them"):
+        train(tiny_settings(data={"streaming": True, "workers": 2}), quiet=True)
+
+
 def test_too_little_text_for_a_batch_is_refused_and_nothing_is_written(tiny_settings, tmp_path):
     (tmp_path / "little.txt").write_text("a few words")
     with pytest.raises(SettingsError, match="fills 1 rows of 16 tokens, fewer than batch_size=4"):

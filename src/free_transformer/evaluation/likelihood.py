@@ -107,7 +107,7 @@ def evaluate_likelihood(
         return _evaluate_batch(model, batch, num_samples, method, prior)
 
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             # Particle filters take as many steps as a batch has plans, which a sharded model could not follow.
             shared = group if method != "particle_filter" else None
             parts = _evaluate_all(evaluate, batches, shared)

@@ -14,21 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.data import (
-    Rows,
-    begin_token,
-    build_rows,
-    load_tokenizer,
-    prefetched,
-    read_documents,
-    streamed_batches,
-)
+from free_transformer.data import Rows, begin_token, load_tokenizer
 from free_transformer.data.rows import Batch
 from free_transformer.evaluation.likelihood import baseline_inputs, evaluate_likelihood
 from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer, build_baseline
+from free_transformer.training.batches import load_data, training_batches
 from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints
 from free_transformer.training.display import Display
 from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate, table_optimizer
@@ -75,7 +68,7 @@ def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
         )
     tokenizer = load_tokenizer(settings.data.tokenizer)
     state = _new_state(settings, tokenizer, processes)
-    training_data, validation = _load_data(settings, tokenizer)
+    training_data, validation = load_data(settings, tokenizer, processes)
     if training.resume == "never" and list_checkpoints(run.checkpoints):
         raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
     checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints, processes, training.async_save)
@@ -141,64 +134,6 @@ def _names_length(settings: Settings) -> bool:
     return bool({"max_seq_len", "max_position_embeddings"} & (settings.model.model_extra or {}).keys())
 
 
-def _load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Rows | None]:
-    data, training = settings.data, settings.training
-    try:
-        documents = _Documents(data.train, data.column)
-        train_rows: Any = documents if data.streaming else build_rows(documents, tokenizer, training.seq_len)
-        validation = None
-        if data.validation:
-            validation = build_rows(read_documents(data.validation, data.column), tokenizer, training.seq_len)
-            validation = validation.sample(training.eval_rows)
-        if isinstance(train_rows, Rows):
-            next(train_rows.shuffled(training.batch_size, training.seed))
-        else:
-            next(iter(documents))
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    return train_rows, validation
-
-
-@dataclass
-class _Documents:
-    """Documents that can be read again and again, one pass an epoch; of `parts`, only this one's."""
-
-    sources: list[str]
-    column: str
-    part: int = 0
-    parts: int = 1
-
-    def __iter__(self) -> Iterator[str]:
-        return itertools.islice(read_documents(self.sources, self.column), self.part, None, self.parts)
-
-
-@dataclass
-class _Source:
-    """The micro-batches of one process from number `start` on, for each of its workers: see `prefetched`."""
-
-    data: Any  # `Rows`, or `_Documents` to stream
-    tokenizer: PreTrainedTokenizerBase
-    seq_len: int
-    batch_size: int  # of all processes
-    seed: int
-    shuffle_buffer: int
-    start: int
-    share: slice  # of the rows of a batch
-    part: int  # of `parts` processes
-    parts: int
-
-    def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
-        first = self.start + worker
-        if isinstance(self.data, Rows):
-            return self.data.shuffled(self.batch_size, self.seed, first, workers, self.share)
-        part = self.part * workers + first % workers  # the same documents whatever the batch to start with
-        documents = _Documents(self.data.sources, self.data.column, part, self.parts * workers)
-        rows = self.share.stop - self.share.start
-        return streamed_batches(
-            *(documents, self.tokenizer, self.seq_len, rows, self.shuffle_buffer, self.seed, first // workers)
-        )
-
-
 @dataclass
 class _Totals:
     """Since the last line of metrics, an entry a micro-batch; tensors, so that a GPU need not be waited for."""
@@ -245,7 +180,7 @@ class _Trainer:
 
     def run_to_the_end(self, training_data: Any, validation: Rows | None) -> None:
         training, state = self.settings.training, self.state
-        batches = self._batches(training_data, state.batches)
+        batches = training_batches(training_data, self.tokenizer, self.settings, self.processes, state.batches)
         totals = _Totals()
         while state.step < training.max_steps:
             rate = set_learning_rate(state.optimizers, state.step, training)
@@ -269,17 +204,6 @@ class _Trainer:
         self.checkpoints.wait()
         self._gather_prior(training_data)
         self._write_model()
-
-    def _batches(self, training_data: Any, start: int, whole: bool = False) -> Iterator[Batch]:
-        """Micro-batches from number `start` on; this process' share of their rows, or `whole` as one process' are."""
-        training, data = self.settings.training, self.settings.data
-        processes = Processes(self.device) if whole else self.processes
-        source = _Source(
-            *(training_data, self.tokenizer, training.seq_len, training.batch_size, training.seed),
-            *(data.shuffle_buffer, start, processes.share_of(training.batch_size)),
-            *(processes.data_rank, processes.data_size),
-        )
-        return prefetched(source, 0 if whole else data.workers)
 
     def _optimizer_step(self, batches: Iterator[Batch], totals: _Totals) -> int:
         """
@@ -383,7 +307,7 @@ class _Trainer:
         if rows is None and not isinstance(self.state.model, FreeTransformer):
             return
         shared = rows is not None and self.processes.data_size > 1
-        with _beside_training(training.seed), self._autocast():
+        with _beside_training(training.seed, self.device), self._autocast():
             batches = self.last_batches if rows is None else rows.in_order(training.batch_size)
             group = self.processes.data_group if shared else None
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES, group=group)  # type: ignore[arg-type]
@@ -402,9 +326,10 @@ class _Trainer:
         if not isinstance(model, FreeTransformer) or training.prior_rows == 0:
             return
         count = -(-training.prior_rows // training.batch_size)
-        batches = itertools.islice(self._batches(training_data, 0, whole=True), count)
+        alone = Processes(self.device)  # so that all read the same
+        batches = itertools.islice(training_batches(training_data, self.tokenizer, self.settings, alone), count)
         model.eval()
-        with _beside_training(training.seed), self._autocast():
+        with _beside_training(training.seed, self.device), self._autocast():
             model.gather_prior(batches)
         model.train()
         reshard(model)
@@ -414,7 +339,7 @@ class _Trainer:
         prompt = torch.tensor([[begin_token(self.tokenizer)]], device=self.device)
         model: Any = self.state.model
         model.eval()
-        with _beside_training(self.settings.training.seed + self.state.step), warnings.catch_warnings():
+        with _beside_training(self.settings.training.seed + self.state.step, self.device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokens = model.generate(
                 prompt,
@@ -459,12 +384,12 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _beside_training(seed: int) -> Iterator[None]:
+def _beside_training(seed: int, device: torch.device) -> Iterator[None]:
     """
     Validation and samples must not move the random numbers of training, or a resumed run would differ; nor are their
     shapes worth a compilation of their own.
     """
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         yield
 
