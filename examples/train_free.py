@@ -12,7 +12,7 @@ def main(default_config: str = "configs/free_transformer.yaml") -> None:
     parser.add_argument("--use-fsdp", action="store_true", help="shard over the processes that torchrun has started")
     parser.add_argument("overrides", nargs="*", help="changes, as in training.max_steps=100")
     options = parser.parse_intermixed_args()
-    fsdp = ["distributed.fsdp=true"] * options.use_fsdp
+    fsdp = ["distributed.fsdp=true", "distributed.data=auto"] if options.use_fsdp else []
     with as_command():
         train(load_settings(options.config, options.overrides + fsdp))
 

@@ -18,12 +18,12 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import processes
-from free_transformer.training import Run, SettingsError
+from free_transformer.training import Run, SettingsError, train
 from free_transformer.training.checkpoint import list_checkpoints
 from free_transformer.training.loop import _Trainer
 from free_transformer.training.optimizers import SharedMuon
 from free_transformer.training.processes import Processes, _data_processes, join_processes
-from free_transformer.training.settings import DistributedSettings
+from free_transformer.training.settings import DistributedSettings, parse_settings
 from free_transformer.training.stopping import StopRequest
 from processes import command, start, tiny_values, train_tiny
 
@@ -84,7 +84,8 @@ def assert_same_run(one: Path, other: Path, close: float, of_weights: float) -> 
 def test_the_number_of_processes_changes_nothing_but_rounding(tmp_path, way):
     count, distributed, model = WAYS[way]
     optimizer = {"optimizer": "muon" if "muon" in way else "adamw"}
-    sections = {"model": model, "training": {"gradient_accumulation_steps": 2, "batch_size": 5, **optimizer}}
+    training = {"gradient_accumulation_steps": 2, "batch_size": 5, "gradient_checkpointing": way == "hybrid"}
+    sections = {"model": model, "training": {**training, **optimizer}}
     processes.run(1, train_tiny, tiny_values(tmp_path, "alone", **sections), log=tmp_path / "alone.log")
     values = tiny_values(tmp_path, "shared", **sections, distributed=distributed)
     processes.run(count, train_and_tell, values, str(tmp_path / "held"), log=tmp_path / "shared.log")
@@ -252,8 +253,10 @@ def test_matrices_that_cannot_be_shared_are_one_line(tmp_path, trained):
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [
-        ({"data": 3}, 2, r"data=3 and tensor=1 do not make 2 processes"),
-        ({"tensor": 3}, 4, r"data=auto and tensor=3 do not make 4 processes"),
+        ({"data": 3}, 2, r"data=3 and tensor=1 ask for other processes than the 2 that run"),
+        ({"tensor": 3}, 4, r"data=auto and tensor=3 ask for other processes than the 4"),
+        ({"data": 2}, 1, r"data=2 and tensor=1 .*start more with torchrun"),
+        ({"tensor": 2}, 1, r"data=auto and tensor=2 .*start more with torchrun"),
         ({"replicas": 2}, 4, r"replicas=2: copies of a sharded model, with fsdp=true"),
         ({"replicas": 3, "fsdp": True}, 4, r"replicas=3: does not divide the 4 data processes"),
     ],
@@ -261,6 +264,14 @@ def test_matrices_that_cannot_be_shared_are_one_line(tmp_path, trained):
 def test_processes_that_do_not_fit_the_settings_are_refused(settings, size, message):
     with pytest.raises(SettingsError, match=message):
         _data_processes(DistributedSettings(**settings), size)
+
+
+@pytest.mark.parametrize("distributed", [{"data": 2}, {"tensor": 2}])
+def test_one_process_refuses_what_needs_two(tmp_path, distributed):
+    settings = parse_settings(tiny_values(tmp_path, "run", distributed=distributed))
+    with pytest.raises(SettingsError, match="than the 1 that run"):
+        train(settings, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_with_fewer_rows_than_processes_is_one_line(tmp_path):
@@ -347,3 +358,13 @@ def test_two_machines_with_a_launcher_each_train_one_model(tmp_path):
     assert [machine.returncode for machine in machines] == [0, 0], told
     assert sum("2 processes on cpu" in " ".join(each.split()) for each in told) == 1
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_processes_pass_over_a_damaged_checkpoint_together(tmp_path):
+    values = tiny_values(tmp_path, "run", distributed={"fsdp": True})
+    processes.run(2, stop_after, values, 5, log=tmp_path / "log")
+    shard = sorted((tmp_path / "run" / "checkpoints" / "step-5").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    processes.run(2, train_tiny, values, log=tmp_path / "log")
+    told = " ".join((tmp_path / "log").read_text().split())
+    assert re.search(r"step-5: cannot be read \(shard-00002\S* has 1000 bytes of \d+\).* going on from step-4", told)

@@ -130,7 +130,7 @@ class Checkpoints:
         publish_folder(temporary, path)
         known = [each for each in list_checkpoints(self.folder) if _step(each) <= facts["step"]]
         for old in known[: -self.keep]:  # one with a later step is not of this run, and not ours to delete
-            shutil.rmtree(old)
+            shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}old-{old.name}")))
 
     @contextmanager
     def _failures_named(self, path: Path, temporary: Path) -> Iterator[None]:
@@ -156,16 +156,14 @@ class Checkpoints:
         self.processes.barrier()
         reasons: list[str] = []
         for path in reversed(list_checkpoints(self.folder)):
-            problem = None
             try:
                 load_checkpoint(path, state, self.processes)
             except SettingsError as error:
-                problem = str(error)
-            if self.processes.largest(problem is not None) == [0]:
-                for reason in reasons:
-                    tell(f"{reason}; going on from {path.name} instead")
-                return path
-            reasons.append(problem or f"{path}: another process cannot read it")
+                reasons.append(str(error))
+                continue
+            for reason in reasons:
+                tell(f"{reason}; going on from {path.name} instead")
+            return path
         if reasons:
             others = f" (nor can the {len(reasons) - 1} before it be used)" if len(reasons) > 1 else ""
             raise SettingsError(reasons[0] + others)
@@ -175,23 +173,20 @@ class Checkpoints:
 def load_checkpoint(path: Path, state: TrainState, processes: Processes | None = None) -> None:
     """
     Raises:
-        SettingsError: for a checkpoint that is cut short, cannot be read, or is of another model or optimizer.
+        SettingsError: for a checkpoint that is cut short, cannot be read, or is of another model or optimizer, in all
+            processes if in one.
     """
     processes = processes or Processes(torch.device("cpu"))
-    try:
-        facts = json.loads((path / STATE).read_text())
-        counts = {name: int(facts[name]) for name in COUNTS}
-        for name, size in facts["files"].items():
-            if (actual := (path / name).stat().st_size) != size:
-                raise OSError(f"{name} has {actual} bytes of {size}")
-        reader = HuggingFaceStorageReader(str(path))
-        metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        saved = {name: torch.Size(each.size) for name, each in metadata.items()}
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from error
     reshard(state.model)
-    _check_shapes(path, state.model, saved)
-    optimizer_states = _empty_optimizer_states(path, state, saved)
+    problem = None
+    try:
+        facts, saved = _examine(path)
+        _check_shapes(path, state.model, saved)
+        optimizer_states = _empty_optimizer_states(path, state, saved)
+    except SettingsError as error:
+        problem = error
+    if processes.largest(problem is not None) != [0]:  # those that go on would wait for the others
+        raise problem or SettingsError(f"{path}: another process cannot use it")
     tensors = {
         **_model_tensors(state.model),
         **{
@@ -203,7 +198,7 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
     }
     try:
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, no_dist=processes.size == 1)
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=processes.size == 1)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
     for optimizer, parameter, values in optimizer_states.values():
@@ -211,8 +206,22 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
             values["step"] = int(values["step"])
         optimizer.state[parameter] = values
     _restore_randomness(state, processes, tensors, facts["processes"])
-    for name, count in counts.items():
-        setattr(state, name, count)
+    for name in COUNTS:
+        setattr(state, name, facts[name])
+
+
+def _examine(path: Path) -> tuple[dict[str, Any], dict[str, torch.Size]]:
+    """What a checkpoint says of itself, and the shapes of what it holds. `SettingsError` where a file is not whole."""
+    try:
+        facts = json.loads((path / STATE).read_text())
+        facts.update({name: int(facts[name]) for name in (*COUNTS, "processes")})
+        for name, size in facts["files"].items():
+            if (actual := (path / name).stat().st_size) != size:
+                raise OSError(f"{name} has {actual} bytes of {size}")
+        metadata: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        return facts, {name: torch.Size(each.size) for name, each in metadata.items()}
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -90,6 +90,7 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
         ProcessLost: in all processes that are left, when one has ended or does not answer within `timeout` seconds.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        _data_processes(settings, 1)
         yield Processes(find_device(device))
         return
     where = _own_device(device)
@@ -150,8 +151,8 @@ def _data_processes(settings: DistributedSettings, size: int) -> int:
     data = size // settings.tensor if settings.data == "auto" else settings.data
     if data * settings.tensor != size:
         raise SettingsError(
-            f"distributed: data={settings.data} and tensor={settings.tensor} do not make {size} processes, so many "
-            f"were started: use data=auto and a tensor that divides {size}"
+            f"distributed: data={settings.data} and tensor={settings.tensor} ask for other processes than the {size} "
+            f"that run: use data=auto and a tensor that divides {size}, or start more with torchrun --nproc_per_node=N"
         )
     if settings.replicas > 1 and not settings.fsdp:
         raise SettingsError(f"distributed.replicas={settings.replicas}: copies of a sharded model, with fsdp=true")
