@@ -30,7 +30,7 @@ from free_transformer.training import Run
 from free_transformer.training.loop import training_forward
 from free_transformer.training.optimizers import build_optimizers, clip_gradients
 from free_transformer.training.parallel import parallelize
-from free_transformer.training.processes import Processes, join_processes
+from free_transformer.training.processes import MESH, Processes, join_processes
 from free_transformer.training.settings import DistributedSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,6 @@ def speed_tables(found: dict[str, Any]) -> Iterator[Table]:
     yield table
 
 
-MESH = ("replicate", "shard", "tensor")
 WORKERS = {"memory": measure_memory, "speed": measure_speed}
 
 

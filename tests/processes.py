@@ -33,11 +33,22 @@ def tiny_values(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str
     return {"run_dir": str(folder / name), "data": {"train": [str(text)], "validation": [str(text)]}, **values}
 
 
-def start(count: int, target: Callable[..., None], *arguments: Any, log: Path) -> list[Any]:
-    """`target(*arguments)` in `count` processes that find each other; what they print goes to `log`, `log.1`, ..."""
+def untimed(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without what depends on the machine."""
+    from free_transformer.training import Run
+
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in Run(run_dir).read_metrics()]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(count: int, target: Callable[..., None], *arguments: Any, log: Path) -> list[Any]:
+    """`target(*arguments)` in `count` processes that find each other; what they print goes to `log`, `log.1`, ..."""
+    port = free_port()
     processes = []
     for rank in range(count):
         of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

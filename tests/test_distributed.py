@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,14 +17,14 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import processes
-from free_transformer.training import Run, SettingsError, train
+from free_transformer.training import SettingsError, train
 from free_transformer.training.checkpoint import list_checkpoints
 from free_transformer.training.loop import _Trainer
 from free_transformer.training.optimizers import SharedMuon
 from free_transformer.training.processes import Processes, _data_processes, join_processes
 from free_transformer.training.settings import DistributedSettings, parse_settings
 from free_transformer.training.stopping import StopRequest
-from processes import command, start, tiny_values, train_tiny
+from processes import command, free_port, start, tiny_values, train_tiny, untimed
 
 ROOT = Path(__file__).parents[1]
 TIED = {"tie_embeddings": True, "aggregate_weight": 1.0, "min_bits": 0.2}
@@ -59,10 +58,6 @@ def train_and_tell(values: dict, of_each: str) -> None:
     train_tiny(values)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in Run(folder).read_metrics()]
-
-
 def assert_same_run(one: Path, other: Path, close: float, of_weights: float) -> None:
     """
     The same numbers at every step and the same weights at the end.
@@ -70,8 +65,8 @@ def assert_same_run(one: Path, other: Path, close: float, of_weights: float) -> 
     AdamW divides a gradient by its own size: where it is nearly zero, rounding decides the weight's first steps, which
     are of the size of the learning rate, 3e-3.
     """
-    assert [line["step"] for line in lines(one)] == [line["step"] for line in lines(other)]
-    for ours, theirs in zip(lines(one), lines(other), strict=True):
+    assert [line["step"] for line in untimed(one)] == [line["step"] for line in untimed(other)]
+    for ours, theirs in zip(untimed(one), untimed(other), strict=True):
         for name in ours.keys() - {"split", "warning"}:
             assert ours[name] == pytest.approx(theirs[name], abs=close, rel=close), (ours["step"], name)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
@@ -212,7 +207,7 @@ def test_processes_read_a_stream_each_its_own_documents(tmp_path):
     data = {"train": [str(tmp_path / "text.jsonl")], "streaming": True, "shuffle_buffer": 3, "workers": 1}
     values = tiny_values(tmp_path, "stream", data=data, distributed={"fsdp": True})
     processes.run(2, train_tiny, values, log=tmp_path / "stream.log")
-    steps = [line["step"] for line in lines(tmp_path / "stream") if line["split"] == "train"]
+    steps = [line["step"] for line in untimed(tmp_path / "stream") if line["split"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
@@ -315,12 +310,6 @@ def test_a_process_that_is_lost_ends_the_others_and_is_named(tmp_path, lost, how
     assert re.search(rf"error \(rank {1 - lost}\): rank {lost} of 2 ended or does not answer", told)
     assert "Traceback" not in told
     assert list_checkpoints(tmp_path / "run" / "checkpoints")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def torchrun(*arguments: str) -> subprocess.Popen:

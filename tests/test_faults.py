@@ -14,13 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 import processes
-from free_transformer.training import Run
 from free_transformer.training.checkpoint import Checkpoints, list_checkpoints
-from processes import start, tiny_values, train_tiny
-
-
-def lines(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in Run(folder).read_metrics()]
+from processes import start, tiny_values, train_tiny, untimed
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -68,7 +63,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tm
     assert while_writing > 0
     processes.run(1, train_tiny, values[1], log=tmp_path / "killed.log")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
     assert not any(folder.glob(".tmp-*"))
 
 
@@ -79,7 +74,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_in_one_line(tmp_path, num
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     (process,) = start(1, processes.command, "train", str(config), "data.workers=1", log=tmp_path / "log")
-    wait_for(process, lambda: len(lines(tmp_path / "run")) > 3)
+    wait_for(process, lambda: len(untimed(tmp_path / "run")) > 3)
     os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == 128 + number
@@ -87,7 +82,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_in_one_line(tmp_path, num
     step = newest_step(tmp_path / "run" / "checkpoints")
     assert last.startswith(f"stopped by {signal.Signals(number).name} at step {step}, saved in ")
     assert "Traceback" not in (tmp_path / "log").read_text()
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, step + 1))
+    assert [line["step"] for line in untimed(tmp_path / "run")] == list(range(1, step + 1))
 
 
 def train_on_a_small_disk(values: dict, from_step: int) -> None:

@@ -9,8 +9,9 @@ from free_transformer.training import loop, train
 from free_transformer.training.report import write_run_report
 from free_transformer.training.schedules import annealed, scheduled_weights
 from free_transformer.training.settings import SettingsError, TrainingSettings
+from processes import untimed
 from test_likelihood import result
-from test_training import tiny_settings, untimed  # noqa: F401
+from test_training import tiny_settings  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_run_that_collapses_says_so(tiny_settings, monkeypatch, capsys, valida
     monkeypatch.setattr(loop, "FreeTransformer", Ignored)
     data = {} if validation else {"data": {**tiny_settings().data.model_dump(), "validation": []}}
     run = train(tiny_settings(training={"eval_every": 2}, **data))
-    watched = [line for line in untimed(run) if line["split"] == "watcher"]
+    watched = [line for line in untimed(run.path) if line["split"] == "watcher"]
     assert [line["step"] for line in watched] == [4, 6]  # not during the warm-up of two steps
     assert all(line["collapsed"] and "the plan is not used" in line["warning"] for line in watched)
     written = " ".join(capsys.readouterr().err.split())

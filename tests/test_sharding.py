@@ -1,7 +1,5 @@
 """The table sharded by `fully_shard` over two processes of gloo, against one process."""
 
-import socket
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -11,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
+from processes import free_port
 
 PROCESSES = 2
 
@@ -52,7 +51,4 @@ def test_sharded_table_has_the_gradients_of_one_process():
     expected = {gradient: gradients(*build(gradient)) for gradient in ("exact", "sampled")}
     for whole in expected.values():
         assert whole["encoder.readout.weight"].any() and whole["plan_table.weight"].any()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(shard_and_compare, (port, expected), nprocs=PROCESSES)
+    mp.spawn(shard_and_compare, (free_port(), expected), nprocs=PROCESSES)

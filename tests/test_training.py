@@ -38,9 +38,9 @@ from free_transformer.training.optimizers import (
 )
 from free_transformer.training.settings import Settings, TrainingSettings, parse_settings
 from free_transformer.training.stopping import TrainingStopped
+from processes import SENTENCES, untimed
 
 KINDS = ["free", "baseline"]
-SENTENCES = ["the cat sat on the mat. ", "a dog ran home again. ", "all work and no play. ", "rain in spain falls. "]
 TINY = {
     "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "free_bits": 0.25},
     "training": {"max_steps": 6, "batch_size": 4, "seq_len": 16, "warmup_steps": 2, "log_every": 1, "eval_every": 0}
@@ -80,10 +80,6 @@ def assert_same_weights(one: Run, other: Run, **close) -> None:
         assert_close(
             ours[name], theirs[name], **(close or {"atol": 0, "rtol": 0}), msg=lambda text, n=name: f"{n} {text}"
         )
-
-
-def untimed(run: Run) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run.read_metrics()]
 
 
 def everything_below(folder) -> dict:
@@ -238,7 +234,7 @@ def test_resuming_is_the_same_as_not_stopping(tiny_settings, tmp_path, monkeypat
     assert not (whole.path.parent / "stopped" / "model").exists()
     resumed = train(tiny_settings("stopped", **sections), quiet=True)
     assert_same_weights(resumed, whole)
-    assert untimed(resumed) == untimed(whole)
+    assert untimed(resumed.path) == untimed(whole.path)
 
 
 def test_a_run_that_goes_on_with_other_accumulation_reads_on_where_it_was(tiny_settings, monkeypatch):
@@ -264,7 +260,7 @@ def test_resuming_between_two_lines_of_metrics_writes_the_same_lines(tiny_settin
         stop_before_step(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_settings("stopped", **training), quiet=True)
-    assert untimed(train(tiny_settings("stopped", **training), quiet=True)) == untimed(whole)
+    assert untimed(train(tiny_settings("stopped", **training), quiet=True).path) == untimed(whole.path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -287,7 +283,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny_settings, m
             train(tiny_settings("stopped"), quiet=True)
     resumed = train(tiny_settings("stopped"), quiet=True)
     assert_same_weights(resumed, whole)
-    assert untimed(resumed) == untimed(whole)
+    assert untimed(resumed.path) == untimed(whole.path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -494,7 +490,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_it_is(tiny
     assert re.search(rf"warning: \S*{name}: .*going on from {goes_on} instead", told)
     assert f"resumed at step {goes_on.removeprefix('step-')}" in told
     assert_same_weights(resumed, whole)
-    assert untimed(resumed) == untimed(whole)
+    assert untimed(resumed.path) == untimed(whole.path)
     kept = {path.name for path in list_checkpoints(folder)}
     assert kept == {"step-6", "step-8"} | ({"step-99"} if how == "foreign" else set())
 
@@ -608,7 +604,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(tiny_setti
     assert [path.name for path in list_checkpoints(settings.run_dir / "checkpoints")] == ["step-3"]
     resumed = train(settings, quiet=True)
     assert_same_weights(resumed, whole)
-    assert untimed(resumed) == untimed(whole)
+    assert untimed(resumed.path) == untimed(whole.path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -186,7 +186,8 @@ def generate(
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
     with _joined(tensor=True) as processes:
-        model, tokenizer = _load(run, processes)
+        model, tokenizer = _load(run)
+        _spread(model, processes)
         bits: Any = getattr(model.config, "latent_dim", None)
         if bits is None and (plan is not None or plan_from is not None):
             raise SettingsError(f"{run}: a baseline has no plan")
@@ -320,20 +321,15 @@ def letters(
     console.print(f"report: {write_letters_report(results, out)}", highlight=False, soft_wrap=True)
 
 
-def _load(path: Path, processes: Any = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a run, or of a folder that save_pretrained has written, spread over the processes."""
+def _load(path: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a run, or of a folder that save_pretrained has written."""
     from free_transformer.data import load_tokenizer
-    from free_transformer.training.parallel import parallelize
     from free_transformer.training.run import Run, load_model
 
     if (path / "config.json").is_file():
-        model, text_tokenizer = load_model(path), load_tokenizer(str(path))
-    else:
-        model, text_tokenizer = Run(path).load_model(), Run(path).load_tokenizer()
-    if processes is not None:
-        parallelize(model, processes)
-        model.to(processes.device)  # type: ignore[arg-type]
-    return model, text_tokenizer
+        return load_model(path), load_tokenizer(str(path))
+    run = Run(path)
+    return run.load_model(), run.load_tokenizer()
 
 
 def _evaluate(
@@ -354,8 +350,8 @@ def _evaluate(
     from free_transformer.training import Run
 
     run = Run(path)
-    _ = run.settings  # a folder that is no run is told so
-    model, text_tokenizer = _load(path, processes)
+    model, text_tokenizer = run.load_model(), run.load_tokenizer()
+    _spread(model, processes)
     rows = run.held_out_rows(text_tokenizer, data).sample(max_rows, seed)
     torch.manual_seed(seed)
     batches = track(
@@ -378,6 +374,14 @@ def _joined(tensor: bool = False) -> Any:
 
     count = int(os.environ.get("WORLD_SIZE", 1))
     return join_processes(DistributedSettings(tensor=count) if tensor else DistributedSettings(fsdp=True))
+
+
+def _spread(model: Any, processes: Any) -> None:
+    """Over the processes that `_joined` has found, or to the one's device."""
+    from free_transformer.training.parallel import parallelize
+
+    parallelize(model, processes)
+    model.to(processes.device)
 
 
 def _held_out(path: Path, text_tokenizer: Any, data: list[str] | None) -> Any:

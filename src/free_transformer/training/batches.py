@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from free_transformer.data import Rows, build_rows, prefetched, read_documents, streamed_batches
 from free_transformer.data.rows import Batch
 from free_transformer.training.processes import Processes
-from free_transformer.training.settings import Settings, SettingsError, TrainingSettings
+from free_transformer.training.settings import Settings, SettingsError
 
 
 @dataclass
@@ -63,10 +63,9 @@ def training_batches(
     start: int = 0,
 ) -> Iterator[Batch]:
     """Micro-batches without end from number `start` on: this process' share of the rows of each."""
-    training = settings.training
     source = _Source(
-        *(data, tokenizer, training, settings.data.shuffle_buffer, start),
-        *(processes.share_of(training.batch_size), processes.data_rank, processes.data_size),
+        *(data, tokenizer, settings, start),
+        *(processes.share_of(settings.training.batch_size), processes.data_rank, processes.data_size),
     )
     return prefetched(source, settings.data.workers)
 
@@ -77,15 +76,14 @@ class _Source:
 
     data: Any
     tokenizer: PreTrainedTokenizerBase
-    training: TrainingSettings
-    shuffle_buffer: int
+    settings: Settings
     start: int
     share: slice  # of the rows of a batch
     part: int  # of `parts` processes
     parts: int
 
     def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
-        training, first = self.training, self.start + worker
+        training, first = self.settings.training, self.start + worker
         if isinstance(self.data, Rows):
             return self.data.shuffled(training.batch_size, training.seed, first, workers, self.share)
         part = self.part * workers + first % workers  # the same documents whatever the batch to start with
@@ -93,5 +91,5 @@ class _Source:
         rows = self.share.stop - self.share.start
         return streamed_batches(
             *(documents, self.tokenizer, training.seq_len, rows),
-            *(self.shuffle_buffer, training.seed, first // workers),
+            *(self.settings.data.shuffle_buffer, training.seed, first // workers),
         )

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from free_transformer.files import TEMPORARY, first_line, publish_folder
-from free_transformer.training.parallel import SharedBinaryMapper, random_state, reshard
+from free_transformer.training.parallel import SharedBinaryMapper, random_state
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError
 
@@ -177,34 +177,26 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
             processes if in one.
     """
     processes = processes or Processes(torch.device("cpu"))
-    reshard(state.model)
     problem = None
     try:
         facts, saved = _examine(path)
         _check_shapes(path, state.model, saved)
-        optimizer_states = _empty_optimizer_states(path, state, saved)
+        _check_optimizers(path, state, saved)
     except SettingsError as error:
         problem = error
     if processes.largest(problem is not None) != [0]:  # those that go on would wait for the others
         raise problem or SettingsError(f"{path}: another process cannot use it")
-    tensors = {
-        **_model_tensors(state.model),
-        **{
-            f"optimizer.{name}.{key}": value
-            for name, (_, _, values) in optimizer_states.items()
-            for key, value in values.items()
-        },
-        **{name: torch.empty_like(value) for name, value in _random_states(state, processes).items() if name in saved},
-    }
+    _make_room(state)
+    tensors = {name: tensor for name, tensor in _tensors(state, processes).items() if name in saved}
     try:
         with _quiet():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=processes.size == 1)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
-    for optimizer, parameter, values in optimizer_states.values():
+    for optimizer in state.optimizers:
         if isinstance(optimizer, torch.optim.SparseAdam):
-            values["step"] = int(values["step"])
-        optimizer.state[parameter] = values
+            for values in optimizer.state.values():
+                values["step"] = int(values["step"])
     _restore_randomness(state, processes, tensors, facts["processes"])
     for name in COUNTS:
         setattr(state, name, facts[name])
@@ -230,7 +222,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(state: TrainState, processes: Processes) -> dict[str, Tensor]:
-    reshard(state.model)
+    """What is written, and what is read into: weights and optimizer state in place, random states as copies."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         **_model_tensors(state.model),
@@ -275,31 +267,34 @@ def _restore_randomness(state: TrainState, processes: Processes, tensors: dict[s
         mapper.generator.set_state(plans)
 
 
-def _empty_optimizer_states(
-    path: Path, state: TrainState, saved: dict[str, torch.Size]
-) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter, dict[str, Any]]]:
-    """Room for what the checkpoint holds of each parameter, by the parameter's name."""
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
-    states = {}
+def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, set[str]]]:
+    """Each parameter, and what the optimizer keeps of it once it has taken a step."""
+    kept = OF_MUON if isinstance(optimizer, torch.optim.Muon) else OF_ADAM
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter, kept
+
+
+def _make_room(state: TrainState) -> None:
+    """An optimizer that has taken no step has no state to read into."""
     for optimizer in state.optimizers:
-        wanted = OF_MUON if isinstance(optimizer, torch.optim.Muon) else OF_ADAM
-        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+        for parameter, kept in _parameters_of(optimizer):
+            optimizer.state[parameter] = {
+                key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                for key in sorted(kept)
+            }
+
+
+def _check_optimizers(path: Path, state: TrainState, saved: dict[str, torch.Size]) -> None:
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    for optimizer in state.optimizers:
+        for parameter, kept in _parameters_of(optimizer):
             prefix = f"optimizer.{names[parameter]}."
-            keys = {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
-            if keys != wanted:
+            if {name.removeprefix(prefix) for name in saved if name.startswith(prefix)} != kept:
                 raise SettingsError(
                     f"{path}: written with another training.optimizer; take the one it was trained with, another "
                     "run_dir or resume=never"
                 )
-            states[names[parameter]] = (
-                optimizer,
-                parameter,
-                {
-                    key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
-                    for key in sorted(keys)
-                },
-            )
-    return states
 
 
 def _check_shapes(path: Path, model: nn.Module, saved: dict[str, torch.Size]) -> None:

@@ -19,9 +19,9 @@ LINES_WITHOUT_A_TERMINAL = 10
 class Display:
     """One place for every number of a run. `with Display(...) as display:`"""
 
-    def __init__(self, run: Run, settings: Settings, quiet: bool = False, main: bool = True):
-        self.run, self.settings, self.quiet, self.main = run, settings, quiet or not main, main
-        quiet = self.quiet
+    def __init__(self, run: Run, settings: Settings, processes: Processes, quiet: bool = False):
+        self.run, self.settings, self.processes = run, settings, processes
+        quiet = quiet or not processes.main
         self.console = Console(quiet=quiet, stderr=True)
         self.writer = self._tensorboard()
         self.name = escape(run.path.name)
@@ -38,7 +38,7 @@ class Display:
         self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="")
 
     def _tensorboard(self) -> Any:
-        if not self.settings.logging.tensorboard or not self.main:
+        if not self.settings.logging.tensorboard or not self.processes.main:
             return None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -57,7 +57,7 @@ class Display:
         if kind is None:
             self.console.print(f"trained: {self.run.path}", highlight=False, soft_wrap=True)
 
-    def start(self, model: Any, step: int, data: Any, processes: Processes) -> None:
+    def start(self, model: Any, step: int, data: Any) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         text = f"{self.run.path.name}: {parameters / 1e6:.2f} M parameters"
         if isinstance(data, Rows):
@@ -67,13 +67,13 @@ class Display:
         elif step:
             text += f", resumed at step {step}"
         self.console.print(text, highlight=False)
-        if note := _note_on_processes(processes, self.settings.distributed):
+        if note := _note_on_processes(self.processes, self.settings.distributed):
             self.console.print(note, highlight=False)
         self.progress.update(self.task, completed=step)
 
     def log(self, step: int, split: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same numbers to TensorBoard, and the bar."""
-        if not self.main:
+        if not self.processes.main:
             return
         values = {name: value for name, value in values.items() if value is not None}
         self.run.append_metrics(step=step, split=split, **values)
@@ -88,7 +88,7 @@ class Display:
 
     def watch(self, step: int, warning: str | None) -> None:
         """What the watcher says of the plan: into the bar, the console and metrics.jsonl, when it changes."""
-        if not self.main:
+        if not self.processes.main:
             return
         self.run.append_metrics(step=step, split="watcher", collapsed=warning is not None, warning=warning)
         if self.writer is not None:
@@ -102,7 +102,7 @@ class Display:
 
     def skip(self, step: int) -> None:
         """A step that was left out, since its loss or gradient is no number."""
-        if self.main:
+        if self.processes.main:
             self.run.append_metrics(step=step, split="skipped")
         self.warn(f"step {step} is left out: its loss or gradient is no number")
 

@@ -80,8 +80,8 @@ def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_config(_resolved(settings, state.model, alone=processes.size == 1))
         run.forget_metrics_after(state.step)
-    with Display(run, settings, quiet, processes.main) as display:
-        display.start(state.model, state.step, training_data, processes)
+    with Display(run, settings, processes, quiet) as display:
+        display.start(state.model, state.step, training_data)
         for reason in passed_over:
             display.warn(reason)
         trainer = _Trainer(settings, run, state, tokenizer, processes, display, checkpoints)
@@ -307,11 +307,10 @@ class _Trainer:
         if rows is None and not isinstance(self.state.model, FreeTransformer):
             return
         shared = rows is not None and self.processes.data_size > 1
-        with _beside_training(training.seed, self.device), self._autocast():
+        with self._beside_training(training.seed), self._autocast():
             batches = self.last_batches if rows is None else rows.in_order(training.batch_size)
             group = self.processes.data_group if shared else None
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES, group=group)  # type: ignore[arg-type]
-        reshard(self.state.model)
         if rows is not None:
             names = ("nll", "reconstruction", "kl", "elbo", "prior", "gap")
             values = {name: getattr(result, name) for name in names if getattr(result, name) is not None}
@@ -328,18 +327,14 @@ class _Trainer:
         count = -(-training.prior_rows // training.batch_size)
         alone = Processes(self.device)  # so that all read the same
         batches = itertools.islice(training_batches(training_data, self.tokenizer, self.settings, alone), count)
-        model.eval()
-        with _beside_training(training.seed, self.device), self._autocast():
+        with self._beside_training(training.seed), self._autocast():
             model.gather_prior(batches)
-        model.train()
-        reshard(model)
 
     def _sample(self) -> None:
         """A text, written by all processes together."""
         prompt = torch.tensor([[begin_token(self.tokenizer)]], device=self.device)
         model: Any = self.state.model
-        model.eval()
-        with _beside_training(self.settings.training.seed + self.state.step, self.device), warnings.catch_warnings():
+        with self._beside_training(self.settings.training.seed + self.state.step), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokens = model.generate(
                 prompt,
@@ -347,9 +342,21 @@ class _Trainer:
                 max_new_tokens=self.settings.logging.sample_tokens,
                 do_sample=True,
             )
-        model.train()
-        reshard(model)
         self.display.sample(self.state.step, self.tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+    @contextlib.contextmanager
+    def _beside_training(self, seed: int) -> Iterator[None]:
+        """
+        The model in eval mode. Validation and samples must not move the random numbers of training, or a resumed run
+        would differ; nor are their shapes worth a compilation of their own; what they gather is given up.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        self.state.model.eval()
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(seed)
+            yield
+        self.state.model.train()
+        reshard(self.state.model)
 
     def _write_model(self) -> None:
         model: Any = self.state.model
@@ -381,17 +388,6 @@ def training_forward(
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-@contextlib.contextmanager
-def _beside_training(seed: int, device: torch.device) -> Iterator[None]:
-    """
-    Validation and samples must not move the random numbers of training, or a resumed run would differ; nor are their
-    shapes worth a compilation of their own.
-    """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-        torch.manual_seed(seed)
-        yield
 
 
 def _is_bf16(wanted: str, device: torch.device) -> bool:

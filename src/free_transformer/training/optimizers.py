@@ -89,12 +89,9 @@ class SharedMuon(torch.optim.Muon):
         """What `torch.optim.Muon` would add, found by letting it move a matrix of zeros."""
         zeros = nn.Parameter(torch.zeros_like(update))
         zeros.grad = update
-        torch.optim.Muon([zeros], **{**_settings(group), "weight_decay": 0.0, "momentum": 0.0}).step()
+        settings = {name: value for name, value in group.items() if name != "params"}
+        torch.optim.Muon([zeros], **{**settings, "weight_decay": 0.0, "momentum": 0.0}).step()
         return zeros.detach()
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
 
 
 def _spread_like(whole: Tensor, parameter: Tensor) -> Tensor:

@@ -169,10 +169,9 @@ class SharedBinaryMapper(BinaryMapper):
         if not self.training:
             return super().forward(plan_logits, generator)
         rows, plans, bits = plan_logits.shape
-        counts = gather_counts(rows, self.processes)
+        start, all_rows = place_among(rows, self.processes)
         (most,) = self.processes.largest(plans)  # packed rows have as many plans as their documents ask for
-        padded = plan_logits.new_zeros(sum(counts), most, bits)
-        start = sum(counts[: self.processes.data_rank])
+        padded = plan_logits.new_zeros(all_rows, most, bits)
         padded[start : start + rows, :plans] = plan_logits.detach()
         return super().forward(padded, self.generator)[start : start + rows, :plans]
 
@@ -182,18 +181,18 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def gather_counts(count: int, processes: Processes) -> list[int]:
-    """A number of each data process."""
+def place_among(count: int, processes: Processes) -> tuple[int, int]:
+    """Where this process' things begin when those of all data processes stand in a row, and how many all are."""
     counts = torch.zeros(processes.data_size, dtype=torch.long)
     counts[processes.data_rank] = count
-    return processes.sum(counts).tolist()
+    counts = processes.sum(counts)
+    return int(counts[: processes.data_rank].sum()), int(counts.sum())
 
 
 def _plans_of_all(plan_logits: Tensor, processes: Processes) -> Tensor:
     """(N, H) of this process' plans -> those of all, in the order of the rows."""
-    counts = gather_counts(len(plan_logits), processes)
-    start = sum(counts[: processes.data_rank])
-    own = nn.functional.pad(plan_logits, (0, 0, start, sum(counts) - start - len(plan_logits)))
+    start, count = place_among(len(plan_logits), processes)
+    own = nn.functional.pad(plan_logits, (0, 0, start, count - start - len(plan_logits)))
     return _Sum.apply(own, processes.data_group)
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from free_transformer.files import first_line
 from free_transformer.training.settings import DistributedSettings, SettingsError
 
+MESH = ("replicate", "shard", "tensor")
 ROLL_CALL = 3.0  # seconds in which the processes that are left say so
 
 
@@ -106,10 +107,9 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
     )
     try:
         replicas = settings.replicas if settings.fsdp else data
-        names = ("replicate", "shard", "tensor")
-        mesh = init_device_mesh(where.type, (replicas, data // replicas, settings.tensor), mesh_dim_names=names)
+        mesh = init_device_mesh(where.type, (replicas, data // replicas, settings.tensor), mesh_dim_names=MESH)
         groups = [dist.new_group(list(range(i, size, settings.tensor)), timeout) for i in range(settings.tensor)]
-        for name in names:  # the mesh makes its own, with half an hour
+        for name in MESH:  # the mesh makes its own, with half an hour
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
         yield Processes(where, rank, size, settings.tensor, mesh, groups[rank % settings.tensor], timeout)
     except RuntimeError as error:  # what the backends raise
