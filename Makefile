@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench-plan bench-plan-training bench-scaling bench-paper clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,6 +63,12 @@ bench-plan-training: $(VENV)/.demo ## does the sampled gradient train as well as
 bench-scaling: $(VENV)/.train ## one process against several, and 8B on 256 GPUs on paper: docs/scaling.md; 6 minutes
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/scaling_on_paper.py
+
+bench-curriculum: $(VENV)/.demo ## short texts first, or the full length from the start: docs/training.md; half an hour
+	$(BIN)/python benchmarks/curriculum.py
+
+bench-logging: $(VENV)/.dev ## memory foretold and measured, and what logging costs: docs/training.md; 8 minutes
+	$(BIN)/python benchmarks/training_overhead.py
 
 bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape
 	$(BIN)/python benchmarks/paper_model.py

@@ -19,11 +19,11 @@ from rich.table import Table
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import build_baseline
-from free_transformer.training.loop import training_forward
 from free_transformer.training.optimizers import build_optimizers, clip_gradients
 from free_transformer.training.parallel import parallelize
 from free_transformer.training.processes import Processes, find_device
 from free_transformer.training.settings import TrainingSettings
+from free_transformer.training.step import training_forward
 
 PAPER = {
     "hidden_dim": 1536,

@@ -31,9 +31,9 @@ from free_transformer import BinaryMapper, FreeTransformer, FreeTransformerConfi
 from free_transformer.losses import free_bits_hinge, kl_bits, predicted_tokens
 from free_transformer.model import build_baseline
 from free_transformer.straight_through import exact_gradient
-from free_transformer.training.loop import training_forward
 from free_transformer.training.optimizers import LARGE_TABLE, build_optimizers
 from free_transformer.training.settings import TrainingSettings
+from free_transformer.training.step import training_forward
 
 WIDTH, LAYERS, HEADS = 256, 6, 4
 BATCH, LENGTH = 8, 256

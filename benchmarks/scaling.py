@@ -27,11 +27,11 @@ from torch.distributed.tensor import DTensor
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.losses import predicted_tokens
 from free_transformer.training import Run
-from free_transformer.training.loop import training_forward
 from free_transformer.training.optimizers import build_optimizers, clip_gradients
 from free_transformer.training.parallel import parallelize
 from free_transformer.training.processes import MESH, Processes, join_processes
 from free_transformer.training.settings import DistributedSettings, TrainingSettings
+from free_transformer.training.step import training_forward
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4, "max_seq_len": 256, "latent_dim": 8}

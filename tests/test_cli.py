@@ -13,7 +13,7 @@ from free_transformer.cli import main
 from free_transformer.data import load_tokenizer
 from free_transformer.evaluation import likelihood
 from free_transformer.files import write_text
-from free_transformer.training import Run, loop, train
+from free_transformer.training import Run, step, train
 from free_transformer.training.settings import Settings, parse_settings
 
 KINDS = ["free", "baseline"]
@@ -348,7 +348,7 @@ def test_tokenizer_refuses_what_it_cannot_use_and_writes_nothing(command, tmp_pa
         (["training.learning_rat=1"], "unknown setting 'training.learning_rat': did you mean 'learning_rate'"),
         (["model.latent_dims=1"], "unknown setting 'latent_dims': did you mean 'latent_dim'"),
         (["training.max_steps=many"], r"training\.max_steps='many'"),
-        (["training.precision=fp16"], "fp16 needs loss scaling"),
+        (["training.precision=fp16", "training.device=cpu"], "it is for GPUs without bf16"),
         (["model.num_heads=3"], "hidden_dim=16 is not a multiple of num_heads=3"),
         (["model.num_heads=16"], "heads of 1: rotary positions need an even size"),
         (["data.train=[nowhere.txt]"], "nowhere.txt: no such file"),
@@ -474,13 +474,13 @@ def test_an_option_out_of_range_is_one_line_and_status_2(command, runs, option):
 
 
 def test_a_run_that_fails_is_status_1(command, config, monkeypatch):
-    original = loop.training_forward
+    original = step.training_forward
 
     def forward(*arguments):
         output = original(*arguments)
         return {**output, "loss": output["loss"] * math.nan}
 
-    monkeypatch.setattr(loop, "training_forward", forward)
+    monkeypatch.setattr(step, "training_forward", forward)
     outcome = command("train", config)
     assert outcome.status == 1
     assert outcome.err.splitlines()[-1].startswith(
@@ -503,7 +503,7 @@ def test_stopping_by_hand_says_how_to_go_on(command, config, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "training_forward", stop)
+    monkeypatch.setattr(step, "training_forward", stop)
     outcome = command("train", config)
     assert outcome.status in (1, 130)
     assert "goes on from its last checkpoint with the same command" in outcome.err
@@ -555,3 +555,36 @@ def test_evaluation_draws_as_many_plans_as_asked(command, run, monkeypatch):
     monkeypatch.setattr(likelihood, "_evaluate_batch", watch)
     assert command("evaluate", run, "--num-samples", 3, "--max-rows", 10, "--batch-size", 4).status == 0
     assert seen == [(4, 3, "importance"), (4, 3, "importance"), (2, 3, "importance")]
+
+
+def test_a_dry_run_shows_what_a_run_would_take_and_writes_nothing(command, config, tmp_path):
+    before = everything_below(tmp_path)
+    outcome = command("train", config, "--dry-run")
+    assert outcome.status == 0
+    for shown in ("plan table", "encoder", "tokens of a step", "memory of a process", "time of a step", "no decay"):
+        assert shown in outcome.out
+    assert everything_below(tmp_path) == before
+
+
+def test_watch_and_report_of_runs(command, runs, tmp_path):
+    both = [str(path) for path in runs.values()][:2]
+    outcome = command("watch", *both, "--once")
+    assert outcome.status == 0 and "gradient norm" in outcome.out
+    page = tmp_path / "page.html"
+    outcome = command("report", *both, "--out", page)
+    assert outcome.status == 0 and page.read_text().count("<svg") >= 1
+    assert_refused(command("watch", tmp_path / "none", "--once"), 2, "not a run")
+
+
+def test_a_sweep_prints_its_table_and_is_status_1_where_a_run_fails(command, config, tmp_path, monkeypatch):
+    arguments = ["sweep", config, "--grid", "model.latent_dim=2,3", "training.seed=0,1", f"run_dir={tmp_path / 'all'}"]
+    outcome = command(*arguments)
+    assert outcome.status == 0 and "latent_dim" in outcome.out and "(best)" in outcome.out
+    assert command(*arguments).err.count("done already") == 4
+
+    def forward(*arguments):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(step, "training_forward", forward)
+    outcome = command(*arguments[:-1], f"run_dir={tmp_path / 'failing'}")
+    assert outcome.status == 1 and "4 of 4 runs failed" in outcome.err

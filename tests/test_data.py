@@ -319,7 +319,7 @@ def test_no_documents_are_refused():
     with pytest.raises(ValueError, match="no text"):
         build_rows([], TOKENIZER, 8)
     with pytest.raises(ValueError, match="no text"):
-        next(streamed_batches([], TOKENIZER, 8, 2, 4, seed=0))
+        next(streamed_batches([[]], [1.0], TOKENIZER, 8, 2, 4, seed=0))
 
 
 def test_a_tokenizer_without_begin_or_padding_takes_its_end_of_text():
@@ -387,7 +387,7 @@ def test_streaming_gives_the_rows_of_an_epoch_then_of_the_next(buffer_rows):
     documents = [*numbered(13), "a" * 30, "b", "cc"]
     rows = build_rows(documents, TOKENIZER, 9)
     assert len(rows) % 2 == 0
-    batches = streamed_batches(documents, TOKENIZER, 9, 2, buffer_rows, seed=0)
+    batches = streamed_batches([documents], [1.0], TOKENIZER, 9, 2, buffer_rows, seed=0)
     for _ in range(2):
         epoch = rows_of(islice(batches, len(rows) // 2))
         assert sorted(epoch) == sorted(map(tuple, rows.tokens.tolist()))
@@ -395,14 +395,14 @@ def test_streaming_gives_the_rows_of_an_epoch_then_of_the_next(buffer_rows):
 
 @pytest.mark.parametrize("start", [0, 1, 6, 13])
 def test_streaming_from_a_batch_is_skipping_those_before(start):
-    arguments = (numbered(20), TOKENIZER, 9, 3, 5)
+    arguments = ([numbered(20)], [1.0], TOKENIZER, 9, 3, 5)
     whole = rows_of(islice(streamed_batches(*arguments, seed=2), start, start + 5))
     assert rows_of(islice(streamed_batches(*arguments, seed=2, start=start), 5)) == whole
 
 
 def test_streaming_shuffles_by_its_seed_and_each_epoch_anew():
     one, same, other = (
-        rows_of(islice(streamed_batches(numbered(20), TOKENIZER, 9, 5, 8, seed), 8)) for seed in (0, 0, 1)
+        rows_of(islice(streamed_batches([numbered(20)], [1.0], TOKENIZER, 9, 5, 8, seed), 8)) for seed in (0, 0, 1)
     )
     assert one == same != other
     assert one[:20] != one[20:]
@@ -411,7 +411,7 @@ def test_streaming_shuffles_by_its_seed_and_each_epoch_anew():
 
 def test_streamed_batches_have_the_labels_of_rows():
     documents = ["ab", "c" * 20]
-    streamed = next(streamed_batches(documents, TOKENIZER, 9, 4, 1, seed=0))
+    streamed = next(streamed_batches([documents], [1.0], TOKENIZER, 9, 4, 1, seed=0))
     whole = build_rows(documents, TOKENIZER, 9).take(slice(None))
 
     def labels_by_row(batch):

@@ -66,8 +66,10 @@ def assert_same_run(one: Path, other: Path, close: float, of_weights: float) -> 
     are of the size of the learning rate, 3e-3.
     """
     assert [line["step"] for line in untimed(one)] == [line["step"] for line in untimed(other)]
+    texts = {"split", "warning", "advice"}
+    counts = {"live_bits", "spikes"} if close > 1e-2 else set()  # a bit at the threshold falls to either side of it
     for ours, theirs in zip(untimed(one), untimed(other), strict=True):
-        for name in ours.keys() - {"split", "warning"}:
+        for name in ours.keys() - texts - counts:
             assert ours[name] == pytest.approx(theirs[name], abs=close, rel=close), (ours["step"], name)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
     assert ours.keys() == theirs.keys()

@@ -89,10 +89,10 @@ def train_on_a_small_disk(values: dict, from_step: int) -> None:
     """A run whose files may not grow any more from a step on."""
     save = Checkpoints.save
 
-    def save_in_little_room(self, state):
+    def save_in_little_room(self, state, best=None):
         if state.step >= from_step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-        return save(self, state)
+        return save(self, state, best)
 
     Checkpoints.save = save_in_little_room
     train_tiny(values)

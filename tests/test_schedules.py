@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from free_transformer import FreeTransformer
 from free_transformer.evaluation.usage import PlanUsage, collapse_warning
 from free_transformer.losses import objective
-from free_transformer.training import loop, train
+from free_transformer.training import build, step, train
 from free_transformer.training.report import write_run_report
 from free_transformer.training.schedules import annealed, scheduled_weights
 from free_transformer.training.settings import SettingsError, TrainingSettings
@@ -58,13 +59,13 @@ def test_forward_takes_the_weights_of_a_step(tiny_model, tokens_like):
 
 def test_training_gives_each_step_its_weights_and_a_resumed_run_goes_on(tiny_settings, monkeypatch):  # noqa: F811
     seen = []
-    original = loop.training_forward
+    original = step.training_forward
 
     def watch(model, batch, tokens, weights):
         seen.append({name: float(value) for name, value in weights.items()})
         return original(model, batch, tokens, weights)
 
-    monkeypatch.setattr(loop, "training_forward", watch)
+    monkeypatch.setattr(step, "training_forward", watch)
     schedule = {"kl_schedule": "linear", "anneal_steps": 4, "prior_rows": 0}
     train(tiny_settings(training={**schedule, "max_steps": 3}), quiet=True)
     train(tiny_settings(training={**schedule, "max_steps": 6}), quiet=True)
@@ -100,18 +101,15 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert collapse_warning(alone, free_bits=2.0) is None  # of one text nobody can say
 
 
-original_model = loop.FreeTransformer
-
-
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_run_that_collapses_says_so(tiny_settings, monkeypatch, capsys, validation):  # noqa: F811
-    class Ignored(original_model):
+    class Ignored(FreeTransformer):
         def __init__(self, config):
             super().__init__(config)
             torch.nn.init.zeros_(self.plan_table.weight)
             self.plan_table.weight.requires_grad_(False)
 
-    monkeypatch.setattr(loop, "FreeTransformer", Ignored)
+    monkeypatch.setattr(build, "FreeTransformer", Ignored)
     data = {} if validation else {"data": {**tiny_settings().data.model_dump(), "validation": []}}
     run = train(tiny_settings(training={"eval_every": 2}, **data))
     watched = [line for line in untimed(run.path) if line["split"] == "watcher"]
@@ -120,7 +118,7 @@ def test_a_run_that_collapses_says_so(tiny_settings, monkeypatch, capsys, valida
     written = " ".join(capsys.readouterr().err.split())
     assert written.count("collapsed: the plan is not used") == 1  # once, while it lasts
     write_run_report(run.path)
-    assert "Collapsed: the plan is not used" in run.report_file.read_text()
+    assert "collapsed: the plan is not used" in run.report_file.read_text()
 
 
 def test_a_baseline_is_not_watched(tiny_settings):  # noqa: F811

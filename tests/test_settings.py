@@ -76,7 +76,8 @@ def test_an_unknown_name_that_looks_like_a_type_is_refused_by_its_name(load, nam
 
 
 def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
-    with refused("unknown setting 'logging.xyzzy': known are tensorboard, sample_every, sample_tokens"):
+    known = "tensorboard, wandb, trackio, project, sample_every, sample_tokens"
+    with refused(f"unknown setting 'logging.xyzzy': known are {known}"):
         load("logging: {xyzzy: 1}")
 
 
@@ -85,6 +86,7 @@ def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
     [
         "training.max_steps=many",
         "training.max_steps=2.5",
+        "training.batch_size=many",
         "training.max_steps=[1]",
         "training.learning_rate=fast",
         "training.compile=perhaps",
@@ -95,7 +97,7 @@ def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
         "model.plan_span=word",
         "model.latent_dim=null",
         "data.train=[1]",
-        "data.train={a: 1}",
+        "data.train={a: fast}",
         "data.column=3",
         "logging.sample_every=often",
         "training=5",
@@ -104,9 +106,9 @@ def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
 )
 def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
     name, _, value = override.partition("=")
-    with refused(rf"config\.yaml: {name}(\.0)?=") as error:
+    with refused(rf"config\.yaml: {name}(\.0|\.a)?=") as error:
         load("run_dir: x", override)
-    assert value.strip("[]{}").split(":")[0].replace("null", "None") in str(error.value)
+    assert value.strip("[]{}").split(": ")[-1].replace("null", "None") in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -119,7 +121,7 @@ def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
         ("training.learning_rate=0", "greater than 0"),
         ("training.min_lr_ratio=1.5", "less than or equal to 1"),
         ("training.kl_weight=-0.5", "greater than or equal to 0"),
-        ("training.keep_checkpoints=0", "greater than or equal to 1"),
+        ("training.save_total=0", "greater than or equal to 1"),
         ("model.latent_dim=0", "greater than or equal to 1"),
         ("model.free_bits=-1", "greater than or equal to 0"),
         ("model.plan_span=0", "plan_span=0: a number of tokens from 1, or 'sequence'"),
@@ -145,10 +147,9 @@ def test_a_rate_that_is_no_number_is_refused(load, rate):
         load("run_dir: x", f"training.learning_rate={rate}")
 
 
-@pytest.mark.parametrize("name", ["fp16", "float16"])
-def test_half_precision_is_refused_with_what_to_take(load, name):
-    with refused(r"training\.precision='.*16': fp16 needs loss scaling.*use bf16 or fp32"):
-        load("run_dir: x", f"training.precision={name}")
+def test_a_precision_of_another_name_is_refused_with_those_there_are(load):
+    with refused(r"training\.precision='float16': input should be 'fp32', 'bf16', 'fp16' or 'auto'"):
+        load("run_dir: x", "training.precision=float16")
 
 
 def test_all_that_is_wrong_is_named_at_once(load):

@@ -1,8 +1,6 @@
 """The command line: thin, so that whatever it does can be done from Python too."""
 
 import contextlib
-import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from free_transformer.files import write_json
 from free_transformer.training.settings import SettingsError, describe_settings, load_settings
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
@@ -34,6 +33,7 @@ app.add_typer(reproduce, name="reproduce")
 console = Console()
 
 RunArgument = Annotated[Path, typer.Argument(help="folder that train has written", metavar="RUN")]
+RunsArgument = Annotated[list[Path], typer.Argument(help="folders that train has written", metavar="RUN...")]
 DataOption = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--data", help="held-out text instead of the run's own; may be given again"),
@@ -61,14 +61,49 @@ def train(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(help="changes, as in training.learning_rate=3e-4", metavar="[SECTION.NAME=VALUE]..."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show parameters, memory, tokens and time, by a few steps, and stop")
+    ] = False,
 ) -> None:
     """Train a Free Transformer (model.kind=free) or its baseline, or go on with a run that was stopped."""
     from free_transformer.training import train as train_run
 
-    run = train_run(load_settings(config, overrides))
+    settings = load_settings(config, overrides)
+    if dry_run:
+        _preview(settings)
+        return
+    run = train_run(settings)
     if os.environ.get("RANK", "0") == "0":
-        _write_report(run.path)
-        console.print(f"report: {run.report_file}", highlight=False, soft_wrap=True)
+        from free_transformer.training.report import write_run_report
+
+        console.print(f"report: {write_run_report(run.path)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings", metavar="CONFIG")],
+    more: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="further settings of the grid", metavar="[SECTION.NAME=VALUE,VALUE]..."),
+    ] = None,
+    grid: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="settings to vary, as in model.latent_dim=8,16 training.seed=0,1,2; one value is for all runs"
+        ),
+    ] = None,
+) -> None:
+    """Train and evaluate every combination of some settings, one after the other; a table of means over seeds."""
+    from free_transformer.training.sweep import load_sweep, run_sweep
+    from free_transformer.training.sweep_summary import sweep_table
+
+    loaded = load_sweep(config, [*(grid or []), *(more or [])])
+    run_sweep(loaded)
+    _print_table(*sweep_table(loaded))
+    console.print(f"report: {loaded.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if loaded.failed:
+        names = ", ".join(run.name for run in loaded.failed)
+        raise RuntimeError(f"{len(loaded.failed)} of {len(loaded.runs)} runs failed: {names}; sweep.json says why")
 
 
 @app.command()
@@ -100,7 +135,7 @@ def evaluate(
     if warning:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
-    _write_json(run / "metrics.json", {**values, "bytes_per_token": bytes_per_token, "warning": warning})
+    write_json(run / "metrics.json", {**values, "bytes_per_token": bytes_per_token, "warning": warning})
     console.print(f"{likelihood.documents} texts, {likelihood.tokens} tokens; written to {run / 'metrics.json'}")
 
 
@@ -148,7 +183,7 @@ def compare(
         ],
     ]
     _print_table(["", "nats per token", "nats per byte"], rows)
-    _write_json(run / "comparison.json", {**asdict(result), "bytes_per_token": bytes_per_token})
+    write_json(run / "comparison.json", {**asdict(result), "bytes_per_token": bytes_per_token})
 
 
 @app.command()
@@ -275,10 +310,29 @@ def what_bits_do(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
-    """Write report.html: settings, curves, and what evaluate has measured."""
-    _write_report(run)
-    console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
+def watch(
+    runs: RunsArgument,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="show what is there now, and return")] = False,
+) -> None:
+    """Curves and figures of runs in the terminal while they train, each with what to do about it."""
+    from free_transformer.training.live import watch as watch_runs
+
+    watch_runs(runs, every, once)
+
+
+@app.command()
+def report(
+    runs: RunsArgument,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="the page, default report.html in RUN, of several runs in the folder that holds them"),
+    ] = None,
+) -> None:
+    """Write report.html of a run, also while it trains: what to watch, curves, settings; several runs overlaid."""
+    from free_transformer.training.report import write_run_report
+
+    console.print(f"report: {write_run_report(*runs, out=out)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -319,6 +373,20 @@ def letters(
     results = reproduce_letters(out, seeds, steps, processes, groups)
     _print_table(*finding_table(results))
     console.print(f"report: {write_letters_report(results, out)}", highlight=False, soft_wrap=True)
+
+
+def _preview(settings: Any) -> None:
+    from free_transformer.training.preview import preview
+
+    found = preview(settings)
+    if found is None:
+        return
+    for table in (found.parameter_table(), found.stage_table(), found.cost_table()):
+        _print_table(*table)
+    for group in found.groups:
+        console.print(group, highlight=False)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
 
 
 def _load(path: Path) -> tuple[Any, Any]:
@@ -403,12 +471,6 @@ def _write_under(
     return text_tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def _write_report(path: Path) -> None:
-    from free_transformer.training.report import write_run_report
-
-    write_run_report(path)
-
-
 def _prompt_tokens(text_tokenizer: Any, prompt: str) -> Any:
     import torch
 
@@ -430,19 +492,6 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    from free_transformer.files import write_text
-
-    write_text(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """What JSON can hold: the standard error of a single text is null, not NaN."""
-    if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """Writing that a crash cannot leave half done: a temporary neighbour, fsync, rename."""
 
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 
@@ -24,6 +27,17 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replaces the file's contents at once; what JSON cannot hold, such as the standard error of one text, is null."""
+    write_text(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def first_line(error: BaseException) -> str:

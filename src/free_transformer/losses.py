@@ -83,12 +83,14 @@ def predicted_tokens(labels: Tensor) -> Tensor:
 class Objective:
     """
     `loss = reconstruction + kl_weight * hinge`, and what `min_bits` and `aggregate_weight` add; nats per predicted
-    token, but for `kl`, bits per plan.
+    token, but for means over plans in bits: `kl`, `hinge` (what a plan spends beyond its free bits) and `kl_per_bit`.
     """
 
     loss: Tensor
     reconstruction: Tensor
-    kl: Tensor | None
+    kl: Tensor | None = None
+    hinge: Tensor | None = None
+    kl_per_bit: Tensor | None = None  # (H,)
 
 
 def objective(
@@ -118,10 +120,12 @@ def objective(
         num_tokens = predicted_tokens(labels).clamp(min=1)
     reconstruction = reconstruction_loss(logits, labels) / num_tokens
     if plan_logits is None:
-        return Objective(reconstruction, reconstruction, None)
-    kl = kl_bits(plan_logits)  # (B, P)
+        return Objective(reconstruction, reconstruction)
+    per_bit = kl_bits_per_bit(plan_logits)  # (B, P, H)
+    kl = per_bit.sum(-1)
     mask = torch.ones_like(kl) if plan_mask is None else plan_mask.to(kl.dtype)
-    bits = kl_weight * (free_bits_hinge(kl, free_bits) * mask).sum()
+    hinge = (free_bits_hinge(kl, free_bits) * mask).sum()
+    bits = kl_weight * hinge
     if min_bits > 0:
         bits = bits + (1 + aggregate_weight) * (min_bits_shortfall(kl, min_bits) * mask).sum()
     if aggregate_weight > 0:
@@ -129,5 +133,9 @@ def objective(
         if gather_plans is not None:
             together = gather_plans(together)
         bits = bits + aggregate_weight * aggregate_divergence(together) * mask.sum()
-    mean_kl = (kl * mask).sum() / mask.sum().clamp(min=1)
-    return Objective(reconstruction + bits * math.log(2) / num_tokens, reconstruction, mean_kl)
+    plans = mask.sum().clamp(min=1)
+    return Objective(
+        *(reconstruction + bits * math.log(2) / num_tokens, reconstruction),
+        *((kl * mask).sum() / plans, hinge / plans),
+        torch.einsum("bph,bp->h", per_bit.detach(), mask) / plans,
+    )

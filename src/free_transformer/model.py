@@ -47,6 +47,8 @@ class FreeTransformerOutput(ModelOutput):
     plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
     reconstruction: Tensor | None = None
     kl: Tensor | None = None
+    hinge: Tensor | None = None  # what a plan spends beyond its free bits
+    kl_per_bit: Tensor | None = None  # (H,), means over plans as the two before
 
 
 @dataclass
@@ -84,6 +86,12 @@ class Decoder(_OwnStart, LlamaModel):
         for module in self.modules():  # `LlamaModel` has started its weights in its own way
             module._is_hf_initialized = False
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "the decoder alone has no plan. TRL computes its loss from it: put free_transformer.trainer.PlanTrainer "
+            "first, class PlanSFTTrainer(PlanTrainer, SFTTrainer)"
+        )
+
 
 class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     """
@@ -115,6 +123,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             config = copy.deepcopy(config)
             config.encoder_class = type(encoder).__qualname__
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # the Trainer then counts predicted tokens, a row's first label left out
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.plan_mapper = BinaryMapper()
@@ -126,6 +135,10 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             for module in encoder.modules():  # its start is its own
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.encoder = PlanEncoder(config) if encoder is None else encoder
+        # Read before anything is wrapped around it: a wrapper (PEFT's) takes any argument and hands all of them on.
+        wanted = inspect.signature(self.encoder.forward).parameters
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+        self._encoder_arguments = [name for name in ("mask", "layout") if anything or name in wanted]
         self.post_init()
 
     @classmethod
@@ -208,7 +221,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 aggregate_weight=config.aggregate_weight,
                 gather_plans=self.gather_plans,
             )
-            output.loss, output.reconstruction, output.kl = losses.loss, losses.reconstruction, losses.kl
+            for name, value in vars(losses).items():
+                setattr(output, name, value)
         return output
 
     def first_half(
@@ -265,12 +279,10 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         """The posterior's logits, (B, P, H), from the output of the first half."""
         if half.layout is None:
             raise ValueError("the encoder reads whole texts: mode='training' takes no cache that holds tokens")
-        wanted = inspect.signature(self.encoder.forward).parameters
-        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
         arguments: dict[str, Any] = {}
-        if anything or "mask" in wanted:
+        if "mask" in self._encoder_arguments:
             arguments["mask"] = half.layout.mask
-        if anything or "layout" in wanted:
+        if "layout" in self._encoder_arguments:
             arguments["layout"] = half.layout
         logits = self.encoder(half.hidden_states, **arguments)
         expected = (*half.layout.plan_mask.shape, self.config.latent_dim)

@@ -6,9 +6,9 @@ A *piece* is a begin-of-text token and up to `seq_len - 1` tokens of one documen
 padding, so that rows need no other record of their boundaries.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -51,6 +51,19 @@ class Rows:
     @property
     def bytes_per_token(self) -> float:
         return self.text_bytes / max(1, self.predicted_tokens)
+
+    @property
+    def seq_len(self) -> int:
+        return self.tokens.shape[1]
+
+    def nth_shuffled(self, numbers: np.ndarray, seed: list[int]) -> np.ndarray:
+        """Indices of the rows at these places of an endless sequence, in which every epoch has its own order."""
+        epochs, places = np.divmod(numbers, len(self))
+        indices = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            order = np.random.default_rng([*seed, int(epoch)]).permutation(len(self))
+            indices[epochs == epoch] = order[places[epochs == epoch]]
+        return indices
 
     def take(self, indices: np.ndarray | slice) -> Batch:
         """
@@ -107,6 +120,48 @@ class Rows:
                 start += step
 
 
+@dataclass
+class MixedRows:
+    """
+    Rows of several sources, drawn in given shares; a source that is short is read more often.
+
+    Attributes:
+        parts: the rows of each source, of one length.
+        shares: of the rows of a batch, on average; they add up to 1.
+    """
+
+    parts: list[Rows]
+    shares: list[float]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def seq_len(self) -> int:
+        return self.parts[0].seq_len
+
+    def shuffled(
+        self, batch_size: int, seed: int, start: int = 0, step: int = 1, share: slice = slice(None)
+    ) -> Iterator[Batch]:
+        """As `Rows.shuffled`: how many rows of a batch are whose is drawn, batch by batch, and so are they."""
+        rng = np.random.default_rng([seed, len(self.parts)])
+        taken = rng.multinomial(batch_size, self.shares, size=start).sum(0)
+        for number in count(start):
+            counts = rng.multinomial(batch_size, self.shares)
+            if (number - start) % step == 0:
+                drawn = [
+                    (part, part.nth_shuffled(np.arange(first, first + many), [seed, index]))
+                    for index, (part, first, many) in enumerate(zip(self.parts, taken, counts, strict=True))
+                ]
+                tokens = np.concatenate([part.tokens[rows] for part, rows in drawn])[share]
+                positions = np.concatenate([part.positions[rows] for part, rows in drawn])[share]
+                yield Rows(tokens, positions, 0).take(slice(None))
+            taken = taken + counts
+
+
+TrainingRows = Rows | MixedRows
+
+
 def build_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Rows:
     """Reads all documents into rows of `seq_len` tokens. `ValueError` where there is nothing to predict."""
     tokens, positions, text_bytes = [], [], 0
@@ -126,7 +181,8 @@ def build_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq
 
 
 def streamed_batches(
-    documents: Iterable[str],
+    sources: Sequence[Iterable[str]],
+    shares: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
     batch_size: int,
@@ -135,27 +191,35 @@ def streamed_batches(
     start: int = 0,
 ) -> Iterator[Batch]:
     """
-    Batches from text that does not fit in memory, shuffled within a buffer of `buffer_rows` rows.
+    Batches from text that does not fit in memory, shuffled within a buffer of `buffer_rows` rows of each source.
 
-    `documents` must be iterable again and again, one pass an epoch; batch `start` is reached by reading those before.
+    Args:
+        sources: documents that are iterable again and again, one pass an epoch.
+        shares: how often each source is drawn from, row by row.
+        start: the first batch, reached by reading those before.
     """
 
-    def shuffled_rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def shuffled_rows(documents: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         epoch = 0
         while True:
-            rng, buffer, count = np.random.default_rng([seed, epoch]), [], 0
+            rng, buffer, found = np.random.default_rng([seed, epoch]), [], False
             for row in _rows(documents, tokenizer, seq_len):
-                count += 1
+                found = True
                 buffer.append(row)
                 if len(buffer) >= buffer_rows:
                     yield buffer.pop(int(rng.integers(len(buffer))))
-            if not count:
+            if not found:
                 raise ValueError("there is no text to build rows from")
             rng.shuffle(buffer)  # type: ignore[arg-type]
             yield from buffer
             epoch += 1
 
-    rows = islice(shuffled_rows(), start * batch_size, None)
+    def mixed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        streams, rng = [shuffled_rows(documents) for documents in sources], np.random.default_rng(seed)
+        while True:
+            yield next(streams[rng.choice(len(streams), p=shares) if len(streams) > 1 else 0])
+
+    rows = islice(mixed(), start * batch_size, None)
     while True:
         tokens, positions = zip(*islice(rows, batch_size), strict=True)
         yield Rows(np.stack(tokens), np.stack(positions), 0).take(slice(None))

@@ -1,6 +1,7 @@
 """Plots of a run's metrics and of what its plans carry; matplotlib comes with the extra `train`."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,38 +9,57 @@ import numpy as np
 Metrics = Sequence[Mapping[str, Any]]
 
 
-def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+PANELS = {
+    "reconstruction": "reconstruction (loss of a baseline)\nnats per token",
+    "kl": "KL, bits per plan",
+    "elbo": "ELBO (NLL of a baseline), held out\nnats per token",
+    "gap": "prior gap, held out\nnats per token",
+    "live_bits": "live bits of a plan",
+    "grad_norm": "gradient norm",
+}
+TRAIN, VALIDATION = {"alpha": 0.6, "linewidth": 1}, {"marker": ".", "linewidth": 1.5}
+
+
+def _new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # no pyplot: nothing to configure, no screen, no state between figures
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def curves(runs: Mapping[str, Metrics]) -> Any:
-    """Reconstruction, KL and ELBO of each run by step; training thin, validation with dots."""
-    figure, axes = _new_figure(11, 3.4, columns=3)
-    panels = [
-        ("reconstruction", "reconstruction (loss of a baseline)\nnats per token"),
-        ("kl", "KL, bits per plan"),
-        ("elbo", "ELBO (NLL of a baseline), held out\nnats per token"),
-    ]
-    for axis, (name, title) in zip(axes, panels, strict=True):
+    """What there is to watch of each run by step; training thin, validation with dots, stages between dotted lines."""
+    shown = [name for name in PANELS if any(_points(metrics, name) for metrics in runs.values())]
+    figure, axes = _new_figure(11, 3.2 * -(-len(shown) // 3), columns=3, rows=-(-len(shown) // 3))
+    for axis, name in zip(axes, shown, strict=False):
         for color, (label, metrics) in enumerate(runs.items()):
-            for split, style in (
-                ("train", {"alpha": 0.6, "linewidth": 1}),
-                ("validation", {"marker": ".", "linewidth": 1.5}),
-            ):
-                key = "nll" if name == "elbo" and _is_baseline(metrics) else name
-                points = [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
-                if points:
-                    steps, values = zip(*points, strict=True)
-                    axis.plot(steps, values, color=f"C{color}", label=f"{label}, {split}", **style)
-        axis.set_title(title, fontsize=10)
+            for split, points in _points(metrics, name).items():
+                style = TRAIN if split == "train" else VALIDATION
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", label=f"{label}, {split}", **style)
+        for step in _stage_starts(next(iter(runs.values()))) if len(runs) == 1 else []:
+            axis.axvline(step, color="gray", linewidth=0.8, linestyle=":")
+        axis.set_title(PANELS[name], fontsize=10)
         axis.set_xlabel("step")
-        if axis.has_data():
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
     return figure
+
+
+def _points(metrics: Metrics, name: str) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of a panel by split, where there are any."""
+    key = "nll" if name == "elbo" and _is_baseline(metrics) else name
+    splits = {
+        split: [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
+        for split in ("train", "validation")
+    }
+    return {split: points for split, points in splits.items() if points}
+
+
+def _stage_starts(metrics: Metrics) -> list[int]:
+    """The step after which each stage but the first begins."""
+    lines = [line for line in metrics if "stage" in line]
+    return [before["step"] for before, line in pairwise(lines) if line["stage"] != before["stage"]]
 
 
 def _is_baseline(metrics: Metrics) -> bool:

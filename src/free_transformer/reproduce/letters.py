@@ -30,10 +30,10 @@ from free_transformer.losses import IGNORED
 from free_transformer.model import FreeTransformer, build_baseline
 from free_transformer.reproduce.strings import Groups, measure_groups, prompts
 from free_transformer.synthetic_data import LENGTH, sample_string
-from free_transformer.training.loop import training_forward
 from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate
 from free_transformer.training.schedules import scheduled_weights
 from free_transformer.training.settings import TrainingSettings
+from free_transformer.training.step import training_forward
 
 GROUPS, GROUP_SIZE = 64, 16
 HELD_OUT_BATCHES = 4  # of one string a group
@@ -221,11 +221,11 @@ def train_variant(variant: Variant, seed: int, steps: int, progress: Any = None)
     }
     settings = TrainingSettings(**{**shared, **variant.training})
     optimizers = build_optimizers(model, settings)
-    batches = batches_of(seed, settings.batch_size)
+    batches = batches_of(seed, settings.rows)
     for step in range(settings.max_steps):
         set_learning_rate(optimizers, step, settings)
         weights = scheduled_weights(settings, variant.model["free_bits"], step) if variant.model else None
-        losses = training_forward(model, next(batches), settings.batch_size * LENGTH, weights)
+        losses = training_forward(model, next(batches), settings.rows * LENGTH, weights)
         losses["loss"].backward()
         clip_gradients(model.parameters(), settings.grad_clip)
         for optimizer in optimizers:

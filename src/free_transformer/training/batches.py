@@ -2,15 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, build_rows, prefetched, read_documents, streamed_batches
-from free_transformer.data.rows import Batch
+from free_transformer.data.rows import Batch, MixedRows, TrainingRows
 from free_transformer.training.processes import Processes
-from free_transformer.training.settings import Settings, SettingsError
+from free_transformer.training.settings import DataSettings, Settings, SettingsError, Sources
+from free_transformer.training.stages import Stage, stages_of
 
 
 @dataclass
@@ -26,46 +26,79 @@ class Documents:
         return itertools.islice(read_documents(self.sources, self.column), self.part, None, self.parts)
 
 
-TrainingData = Rows | Documents  # in memory, or to stream
+@dataclass
+class Stream:
+    """Text to read while training: the documents of each source, and the shares in which their rows are drawn."""
+
+    documents: list[Documents]
+    shares: list[float]
 
 
-def load_data(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes
-) -> tuple[TrainingData, Rows | None]:
-    """Training text, and held-out text where there is any. `SettingsError` for text that cannot be used."""
+TrainingData = TrainingRows | Stream  # in memory, or to stream
+
+
+def load_validation(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    """Held-out text where there is any. `SettingsError` for text that cannot be used."""
     data, training = settings.data, settings.training
+    if not data.validation:
+        return None
     try:
-        documents = Documents(data.train, data.column)
-        train: TrainingData = documents if data.streaming else build_rows(documents, tokenizer, training.seq_len)
-        validation = None
-        if data.validation:
-            validation = build_rows(read_documents(data.validation, data.column), tokenizer, training.seq_len)
-            validation = validation.sample(training.eval_rows)
-        if isinstance(train, Rows):
-            next(train.shuffled(training.batch_size, training.seed))
-        else:
-            readers = processes.data_size * max(1, data.workers)
-            if sum(1 for _ in itertools.islice(documents, readers)) < readers:
-                raise ValueError(
-                    f"data.streaming: fewer documents than the {readers} processes and workers that read them; take "
-                    "fewer data.workers, or streaming=false"
-                )
+        rows = build_rows(read_documents(data.validation, data.column), tokenizer, training.seq_len)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    return train, validation
+    return rows.sample(training.eval_rows)
+
+
+def load_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> list[TrainingData]:
+    """The text of each stage, read once where several share it. `SettingsError` for text that cannot be used."""
+    loaded: list[tuple[Stage, TrainingData]] = []
+    try:
+        for stage in stages_of(settings):
+            known = next((data for other, data in loaded if stage.reads_as(other)), None)
+            loaded.append((stage, known or _load(stage, settings, tokenizer, processes)))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return [data for _, data in loaded]
+
+
+def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainingData:
+    stream = _stream(stage.sources, settings.data)
+    if settings.data.streaming:
+        readers = processes.data_size * max(1, settings.data.workers)
+        for documents in stream.documents:
+            if sum(1 for _ in itertools.islice(documents, readers)) < readers:
+                raise ValueError(
+                    f"data.streaming: fewer documents in {', '.join(documents.sources)} than the {readers} processes "
+                    "and workers that read them; take fewer data.workers, or streaming=false"
+                )
+        return stream
+    parts = [build_rows(documents, tokenizer, stage.seq_len) for documents in stream.documents]
+    rows: TrainingRows = parts[0] if len(parts) == 1 else MixedRows(parts, stream.shares)
+    next(rows.shuffled(stage.batch_size, settings.training.seed))  # are there enough for a batch?
+    return rows
+
+
+def _stream(sources: Sources, data: DataSettings) -> Stream:
+    if isinstance(sources, list):
+        return Stream([Documents(sources, data.column)], [1.0])
+    total = sum(sources.values())
+    return Stream(
+        [Documents([source], data.column) for source in sources], [share / total for share in sources.values()]
+    )
 
 
 def training_batches(
     data: TrainingData,
+    stage: Stage,
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
     processes: Processes,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Micro-batches without end from number `start` on: this process' share of the rows of each."""
+    """Micro-batches of a stage without end from number `start` on: this process' share of the rows of each."""
     source = _Source(
-        *(data, tokenizer, settings, start),
-        *(processes.share_of(settings.training.batch_size), processes.data_rank, processes.data_size),
+        *(data, stage, tokenizer, settings, start),
+        *(processes.share_of(stage.batch_size), processes.data_rank, processes.data_size),
     )
     return prefetched(source, settings.data.workers)
 
@@ -74,7 +107,8 @@ def training_batches(
 class _Source:
     """The batches of each worker of one process, see `prefetched`."""
 
-    data: Any
+    data: TrainingData
+    stage: Stage
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
     start: int
@@ -83,13 +117,12 @@ class _Source:
     parts: int
 
     def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
-        training, first = self.settings.training, self.start + worker
-        if isinstance(self.data, Rows):
-            return self.data.shuffled(training.batch_size, training.seed, first, workers, self.share)
+        seed, first = self.settings.training.seed, self.start + worker
+        if not isinstance(self.data, Stream):
+            return self.data.shuffled(self.stage.batch_size, seed, first, workers, self.share)
         part = self.part * workers + first % workers  # the same documents whatever the batch to start with
-        documents = Documents(self.data.sources, self.data.column, part, self.parts * workers)
-        rows = self.share.stop - self.share.start
+        own = [replace(documents, part=part, parts=self.parts * workers) for documents in self.data.documents]
         return streamed_batches(
-            *(documents, self.tokenizer, training.seq_len, rows),
-            *(self.settings.data.shuffle_buffer, training.seed, first // workers),
+            *(own, self.data.shares, self.tokenizer, self.stage.seq_len, self.share.stop - self.share.start),
+            *(self.settings.data.shuffle_buffer, seed, first // workers),
         )

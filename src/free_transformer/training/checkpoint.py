@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from free_transformer.files import TEMPORARY, first_line, publish_folder
+from free_transformer.files import TEMPORARY, first_line, publish_folder, write_text
 from free_transformer.training.parallel import SharedBinaryMapper, random_state
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError
@@ -33,7 +33,8 @@ from free_transformer.training.settings import SettingsError
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-COUNTS = ("step", "batches", "skipped")
+BEST = "best.json"
+COUNTS = ("step", "batches", "stage_batches", "skipped")
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 OF_MUON = {"momentum_buffer"}
 UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, CheckpointException)
@@ -49,8 +50,10 @@ class TrainState:
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     step: int = 0
     batches: int = 0  # micro-batches read: the data's position
+    stage_batches: int = 0  # of them, those that stages with other data had read before
     skipped: int = 0  # steps that were left out because a gradient was no number
 
 
@@ -68,7 +71,7 @@ class Checkpoints:
     The checkpoints of a run, `folder/step-N/`.
 
     Args:
-        keep: how many stay.
+        keep: how many stay, besides the best.
         background: write while training goes on.
     """
 
@@ -80,9 +83,12 @@ class Checkpoints:
     _group: Any = field(default=None, init=False)
     _publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, state: TrainState, best: tuple[float, int] | None = None) -> Path:
         """
         Writes `folder/step-N/`, then drops all but the newest. In the background, the one before is waited for.
+
+        Args:
+            best: held-out loss and step of the best state so far, which is never dropped; `best.json` names it.
 
         Raises:
             CheckpointFailed: where it cannot be written, such as on a full disk.
@@ -98,16 +104,20 @@ class Checkpoints:
             writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             tensors, alone = _tensors(state, self.processes), self.processes.size == 1
             facts = {**{name: getattr(state, name) for name in COUNTS}, "processes": self.processes.size}
+            facts["scaler"] = state.scaler.state_dict()
             if self.background:
                 if self._group is None and not alone:  # its own, since training talks meanwhile
                     self._group = dist.new_group(backend="gloo", timeout=self.processes.timeout)
                 with _quiet():
                     written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
-                self._pending = (path, self._publisher.submit(self._publish_when, written, temporary, path, facts))
+                self._pending = (
+                    path,
+                    self._publisher.submit(self._publish_when, written, temporary, path, facts, best),
+                )
             else:
                 with _quiet():
                     dcp.save(tensors, storage_writer=writer, no_dist=alone)
-                self._publish(temporary, path, facts)
+                self._publish(temporary, path, facts, best)
         return path
 
     def wait(self) -> None:
@@ -118,17 +128,21 @@ class Checkpoints:
             with self._failures_named(path, self.folder / f"{TEMPORARY}{path.name}"):
                 future.result()
 
-    def _publish_when(self, written: Any, temporary: Path, path: Path, facts: dict[str, Any]) -> None:
+    def _publish_when(self, written: Any, *arguments: Any) -> None:
         written.result()
-        self._publish(temporary, path, facts)
+        self._publish(*arguments)
 
-    def _publish(self, temporary: Path, path: Path, facts: dict[str, Any]) -> None:
+    def _publish(self, temporary: Path, path: Path, facts: dict[str, Any], best: tuple[float, int] | None) -> None:
         if not self.processes.main:
             return
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(json.dumps({**facts, "files": sizes}, indent=2) + "\n")
         publish_folder(temporary, path)
-        known = [each for each in list_checkpoints(self.folder) if _step(each) <= facts["step"]]
+        kept = None
+        if best is not None:
+            kept = self.folder / f"step-{best[1]}"
+            write_text(self.folder / BEST, json.dumps({"checkpoint": kept.name, "loss": best[0]}, indent=2) + "\n")
+        known = [each for each in list_checkpoints(self.folder) if _step(each) <= facts["step"] and each != kept]
         for old in known[: -self.keep]:  # one with a later step is not of this run, and not ours to delete
             shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}old-{old.name}")))
 
@@ -200,12 +214,15 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
     _restore_randomness(state, processes, tensors, facts["processes"])
     for name in COUNTS:
         setattr(state, name, facts[name])
+    if state.scaler.is_enabled() and facts.get("scaler"):
+        state.scaler.load_state_dict(facts["scaler"])
 
 
 def _examine(path: Path) -> tuple[dict[str, Any], dict[str, torch.Size]]:
     """What a checkpoint says of itself, and the shapes of what it holds. `SettingsError` where a file is not whole."""
     try:
         facts = json.loads((path / STATE).read_text())
+        facts.setdefault("stage_batches", 0)  # of an older one
         facts.update({name: int(facts[name]) for name in (*COUNTS, "processes")})
         for name, size in facts["files"].items():
             if (actual := (path / name).stat().st_size) != size:

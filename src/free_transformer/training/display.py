@@ -1,6 +1,5 @@
-"""What a person sees of a run while it trains, and what is written down: bar, lines, TensorBoard, metrics.jsonl."""
+"""What a person sees of a run while it trains, and what is written down: bar, lines, metrics.jsonl, trackers."""
 
-import contextlib
 from types import TracebackType
 from typing import Any
 
@@ -8,27 +7,40 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from free_transformer.data import Rows
+from free_transformer.data.rows import MixedRows, Rows
+from free_transformer.training.batches import TrainingData
+from free_transformer.training.checkpoint import TrainState
+from free_transformer.training.optimizers import describe_groups
 from free_transformer.training.processes import Processes
 from free_transformer.training.run import Run
 from free_transformer.training.settings import DistributedSettings, Settings
+from free_transformer.training.stages import Stage
+from free_transformer.training.trackers import Tracker, open_trackers
+from free_transformer.training.watching import Watcher
 
 LINES_WITHOUT_A_TERMINAL = 10
+BAR_WIDTH = 20
 
 
 class Display:
-    """One place for every number of a run. `with Display(...) as display:`"""
+    """
+    One place for every number of a run. `with Display(...) as display:`
 
-    def __init__(self, run: Run, settings: Settings, processes: Processes, quiet: bool = False):
+    Attributes:
+        watcher: what the lines so far say of the run, the same in every process.
+    """
+
+    def __init__(self, run: Run, settings: Settings, processes: Processes, quiet: bool = False, resumed: bool = False):
         self.run, self.settings, self.processes = run, settings, processes
         quiet = quiet or not processes.main
         self.console = Console(quiet=quiet, stderr=True)
-        self.writer = self._tensorboard()
+        self.watcher = Watcher(settings, run.read_metrics())
+        self.alarms = [reading.label for reading in self.watcher.alarms()]
+        self.trackers: list[Tracker] = open_trackers(run, settings, resumed) if processes.main else []
         self.name = escape(run.path.name)
-        self.collapsed = False
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -37,68 +49,71 @@ class Display:
         )
         self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="")
 
-    def _tensorboard(self) -> Any:
-        if not self.settings.logging.tensorboard or not self.processes.main:
-            return None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            return SummaryWriter(str(self.run.path / "tensorboard"))
-        return None
-
     def __enter__(self) -> "Display":
         self.progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
         if kind is None:
             self.console.print(f"trained: {self.run.path}", highlight=False, soft_wrap=True)
 
-    def start(self, model: Any, step: int, data: Any) -> None:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+    def start(self, state: TrainState, data: TrainingData) -> None:
+        parameters = sum(parameter.numel() for parameter in state.model.parameters())
         text = f"{self.run.path.name}: {parameters / 1e6:.2f} M parameters"
-        if isinstance(data, Rows):
-            text += f", {len(data)} rows of {data.tokens.shape[1]} tokens"
-        if step >= self.settings.training.max_steps:
-            text += f"; trained to step {step} already (raise training.max_steps to go on)"
-        elif step:
-            text += f", resumed at step {step}"
+        if isinstance(data, Rows | MixedRows):
+            text += f", {len(data)} rows of {data.seq_len} tokens"
+        if state.step >= self.settings.training.max_steps:
+            text += f"; trained to step {state.step} already (raise training.max_steps to go on)"
+        elif state.step:
+            text += f", resumed at step {state.step}"
         self.console.print(text, highlight=False)
+        self.console.print(f"optimizers: {'; '.join(describe_groups(state.optimizers))}", highlight=False)
         if note := _note_on_processes(self.processes, self.settings.distributed):
             self.console.print(note, highlight=False)
-        self.progress.update(self.task, completed=step)
+        self.progress.update(self.task, completed=state.step)
+
+    def stage(self, stage: Stage, count: int) -> None:
+        if count > 1:
+            weights = {"kl_weight": stage.kl_weight, "free_bits": stage.free_bits}
+            named = [f"{name} {value:g}" for name, value in weights.items() if value is not None]
+            text = f"stage {stage.number} of {count}, to step {stage.end}: rows of {stage.seq_len} tokens, "
+            self.console.print(text + ", ".join([f"{stage.batch_size} a batch", *named]), highlight=False)
 
     def log(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, the same numbers to TensorBoard, and the bar."""
+        """One line of metrics.jsonl, the same to the trackers, and the bar; what needs doing is said once."""
+        line = {"step": step, "split": split, **{name: value for name, value in values.items() if value is not None}}
+        self.watcher.add(line)
+        alarms = {reading.label: reading.advice for reading in self.watcher.alarms()}
+        news = {label: advice for label, advice in alarms.items() if label not in self.alarms}
+        over = [label for label in self.alarms if label not in alarms]
+        if news or over:
+            line["advice"] = "; ".join(f"{label}: {advice}" for label, advice in alarms.items()) or "all is well"
+        self.alarms = list(alarms)
         if not self.processes.main:
             return
-        values = {name: value for name, value in values.items() if value is not None}
-        self.run.append_metrics(step=step, split=split, **values)
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
-        numbers = _numbers(values)
-        if split == "train":
-            self.progress.update(self.task, completed=step, numbers=numbers)
-        if split == "validation" or (self.progress.disable and self._milestone(step)):
-            self.console.print(f"step {step} {split}: {numbers}", highlight=False)
+        self.run.append_metrics(**line)
+        for tracker in self.trackers:
+            tracker.log(step, {f"{split}/{name}": _plain(value) for name, value in line.items() if name not in _KEYS})
+        self._show(step, split, line, news, over)
 
-    def watch(self, step: int, warning: str | None) -> None:
-        """What the watcher says of the plan: into the bar, the console and metrics.jsonl, when it changes."""
-        if not self.processes.main:
-            return
-        self.run.append_metrics(step=step, split="watcher", collapsed=warning is not None, warning=warning)
-        if self.writer is not None:
-            self.writer.add_scalar("watcher/collapsed", float(warning is not None), step)
-        self.progress.update(self.task, description=f"{self.name} [red]collapsed[/]" if warning else self.name)
-        if warning and not self.collapsed:
-            self.console.print(f"step {step} collapsed: {warning}", style="yellow", highlight=False, markup=False)
-        elif self.collapsed and not warning:
-            self.console.print(f"step {step}: the plan is used now", highlight=False)
-        self.collapsed = warning is not None
+    def _show(self, step: int, split: str, line: dict[str, Any], news: dict[str, str], over: list[str]) -> None:
+        if split == "train":
+            self.progress.update(self.task, completed=step, numbers=_numbers(line, self.watcher.validation))
+        alarm = f" [red]{', '.join(self.alarms)}[/]" if self.alarms else ""
+        self.progress.update(self.task, description=self.name + alarm)
+        if split == "validation" or (split == "train" and self.progress.disable and self._milestone(step)):
+            self.console.print(f"step {step} {split}: {_numbers(line)}", highlight=False)
+        for label, advice in news.items():
+            self.console.print(f"step {step} {label}: {advice}", style="yellow", highlight=False, markup=False)
+        for label in over:
+            self.console.print(f"step {step} {label}: well again", highlight=False)
+
+    def took_best(self, stopped_at: int, loss: float, step: int) -> None:
+        text = f"stopped at step {stopped_at}; model/ is that of step {step}, the best on held-out text ({loss:.4f})"
+        self.console.print(text, highlight=False)
 
     def skip(self, step: int) -> None:
         """A step that was left out, since its loss or gradient is no number."""
@@ -135,9 +150,23 @@ def _note_on_processes(processes: Processes, settings: DistributedSettings) -> s
     return text
 
 
-def _numbers(values: dict[str, Any]) -> str:
-    parts = [f"reconstruction {values['reconstruction']:.3f}" if "reconstruction" in values else ""]
-    parts.append(f"KL {values['kl']:.2f} bits" if "kl" in values else "")
-    parts += [f"{name} {values[name]:.3f}" for name in ("elbo", "nll", "prior") if name in values]
-    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else "")
+_KEYS = ("step", "split")
+
+
+def _plain(value: Any) -> float | str:
+    return value if isinstance(value, str) else float(value)
+
+
+def _numbers(line: dict[str, Any], validation: Any = None) -> str:
+    """A line of metrics in few words; while training with the gap that was last measured."""
+    parts = [f"reconstruction {line['reconstruction']:.3f}" if "reconstruction" in line else ""]
+    beyond = f" ({line['kl_hinge']:.2f} beyond)" if line.get("kl_hinge", 0) >= 0.005 else ""
+    parts.append(f"KL {line['kl']:.2f} bits{beyond}" if "kl" in line else "")
+    parts.append(f"{line['live_bits']} live" if "live_bits" in line else "")
+    gap = line.get("gap", (validation or {}).get("gap"))
+    parts.append(f"gap {gap:.3f}" if gap is not None else "")
+    parts += [f"{name} {line[name]:.3f}" for name in ("elbo", "nll", "prior") if name in line]
+    parts.append(f"gradient {line['grad_norm']:.2f}" if "grad_norm" in line else "")
+    parts.append(f"{line['spikes']} spikes" if line.get("spikes") else "")
+    parts.append(f"{line['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in line else "")
     return ", ".join(part for part in parts if part)

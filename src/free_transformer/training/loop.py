@@ -3,38 +3,40 @@
 import contextlib
 import itertools
 import signal
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, begin_token, load_tokenizer
 from free_transformer.data.rows import Batch
-from free_transformer.evaluation.likelihood import baseline_inputs, evaluate_likelihood
+from free_transformer.evaluation.likelihood import evaluate_likelihood
 from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
 from free_transformer.losses import predicted_tokens
-from free_transformer.model import FreeTransformer, build_baseline
-from free_transformer.training.batches import load_data, training_batches
-from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints
+from free_transformer.model import FreeTransformer
+from free_transformer.training.batches import TrainingData, load_training, load_validation, training_batches
+from free_transformer.training.build import new_state, resolved
+from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints, load_checkpoint
 from free_transformer.training.display import Display
-from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate, table_optimizer
-from free_transformer.training.parallel import parallelize, reshard, synchronize_gradients, whole_state_dict
+from free_transformer.training.memory import decide_batch_size
+from free_transformer.training.metrics import Entries, Totals
+from free_transformer.training.optimizers import set_learning_rate
+from free_transformer.training.parallel import reshard, whole_state_dict
 from free_transformer.training.processes import Processes, join_processes
 from free_transformer.training.run import Run
-from free_transformer.training.schedules import scheduled_weights
 from free_transformer.training.settings import Settings, SettingsError
+from free_transformer.training.stages import Stage, stage_at, stages_of
+from free_transformer.training.step import apply_gradients, autocast, compute_gradients
 from free_transformer.training.stopping import StopRequest, TrainingStopped, listen_for_stop
+from free_transformer.training.trackers import check_trackers
 
 VALIDATION_SAMPLES = 4
-LOSSES = ("loss", "reconstruction", "kl", "plans")  # what `training_forward` returns
-WATCHED_FROM = 0.1  # of the steps: a plan is seldom used sooner
+LEAST_LOSS_SCALE = 1.0  # of fp16: under it, gradients are no numbers for another reason
 
 
 class TrainingFailed(RuntimeError):
@@ -61,105 +63,37 @@ def train(settings: Settings, quiet: bool = False) -> Run:
 
 def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
     run, training = Run(settings.run_dir), settings.training
-    if training.batch_size < processes.data_size:
+    check_trackers(settings)
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    saved = bool(list_checkpoints(run.checkpoints))
+    if saved and training.resume == "never":
+        raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
+    settings = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
+    if settings.training.rows < processes.data_size:
         raise SettingsError(
-            f"training.batch_size={training.batch_size}: at least a row for each of the {processes.data_size} "
+            f"training.batch_size={settings.training.rows}: at least a row for each of the {processes.data_size} "
             "processes that share a batch"
         )
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    state = _new_state(settings, tokenizer, processes)
-    training_data, validation = load_data(settings, tokenizer, processes)
-    if training.resume == "never" and list_checkpoints(run.checkpoints):
-        raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
-    checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints, processes, training.async_save)
+    state = new_state(settings, tokenizer, processes)
+    training_data, validation = load_training(settings, tokenizer, processes), load_validation(settings, tokenizer)
+    checkpoints = Checkpoints(run.checkpoints, training.save_total, processes, training.async_save)
     passed_over: list[str] = []
-    resumed = training.resume == "auto" and checkpoints.load_newest(state, passed_over.append)
+    goes_on = training.resume == "auto" and checkpoints.load_newest(state, passed_over.append) is not None
     if processes.main:
-        if not resumed and training.resume == "auto":  # of a run that was stopped before its first checkpoint
+        if not goes_on and training.resume == "auto":  # of a run that was stopped before its first checkpoint
             run.metrics_file.unlink(missing_ok=True)
         run.path.mkdir(parents=True, exist_ok=True)
-        run.write_config(_resolved(settings, state.model, alone=processes.size == 1))
+        run.write_config(resolved(settings, state.model, alone=processes.size == 1))  # type: ignore[arg-type]
         run.forget_metrics_after(state.step)
-    with Display(run, settings, processes, quiet) as display:
-        display.start(state.model, state.step, training_data)
+    processes.barrier()
+    with Display(run, settings, processes, quiet, goes_on) as display:
+        display.start(state, training_data[0])
         for reason in passed_over:
             display.warn(reason)
-        trainer = _Trainer(settings, run, state, tokenizer, processes, display, checkpoints)
+        trainer = _Trainer(settings, run, state, tokenizer, processes, display, checkpoints, training_data)
         with listen_for_stop() as trainer.stop:
-            trainer.run_to_the_end(training_data, validation)
+            trainer.run_to_the_end(validation)
     return run
-
-
-def _new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainState:
-    """Model, spread over the processes, and optimizers at step 0; torch's random numbers are left seeded."""
-    training, alone = settings.training, processes.size == 1
-    torch.manual_seed(training.seed)
-    model = build_model(settings, tokenizer)
-    dtype = torch.bfloat16 if _is_bf16(training.precision, processes.device) else None
-    parallelize(model, processes, training.gradient_checkpointing, training.compile, dtype)
-    model.to(processes.device)  # type: ignore[arg-type]
-    if not alone:  # dropout: another one in each process
-        torch.manual_seed(int(np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)[0]))
-    return TrainState(model, build_optimizers(model, training, sparse_tables=alone))
-
-
-def _resolved(settings: Settings, model: Any, alone: bool) -> Settings:
-    """The settings with what was left to the library as it was decided."""
-    resolved = settings.model_copy(deep=True)
-    if isinstance(model, FreeTransformer):
-        resolved.model = settings.model.model_copy(update={"plan_gradient": model.config.plan_gradient})
-        resolved.training.table_optimizer = table_optimizer(model, settings.training, sparse_tables=alone)
-    return resolved
-
-
-def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that the settings describe, free or baseline, for this tokenizer."""
-    config = settings.model.build(
-        vocab_size=len(tokenizer),
-        kl_weight=settings.training.kl_weight,
-        bos_token_id=begin_token(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **({} if _names_length(settings) else {"max_seq_len": settings.training.seq_len}),
-    )
-    if config.max_position_embeddings < settings.training.seq_len:
-        raise SettingsError(
-            f"training.seq_len={settings.training.seq_len} is longer than model.max_seq_len="
-            f"{config.max_position_embeddings}"
-        )
-    return build_baseline(config) if settings.model.kind == "baseline" else FreeTransformer(config)
-
-
-def _names_length(settings: Settings) -> bool:
-    return bool({"max_seq_len", "max_position_embeddings"} & (settings.model.model_extra or {}).keys())
-
-
-@dataclass
-class _Totals:
-    """Since the last line of metrics, an entry a micro-batch; tensors, so that a GPU need not be waited for."""
-
-    loss: list[Tensor] = field(default_factory=list)
-    reconstruction: list[Tensor] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)  # of all this process' plans together
-    plans: list[Tensor] = field(default_factory=list)
-    gradient_norm: list[Tensor] = field(default_factory=list)  # an entry a step
-    tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            getattr(self, name).append(value.detach())
-
-    def extend(self, others: "_Totals") -> None:
-        for name in (*LOSSES, "gradient_norm"):
-            getattr(self, name).extend(getattr(others, name))
-        self.tokens += others.tokens
-
-    def over(self, processes: Processes) -> dict[str, Tensor]:
-        """Entries by name, of all processes together."""
-        names = [name for name in LOSSES if getattr(self, name)]
-        entries = processes.sum(torch.stack([torch.stack(getattr(self, name)).float() for name in names]))
-        return {**dict(zip(names, entries, strict=True)), "gradient_norm": torch.stack(self.gradient_norm)}
 
 
 @dataclass
@@ -171,41 +105,73 @@ class _Trainer:
     processes: Processes
     display: Display
     checkpoints: Checkpoints
+    training_data: list[TrainingData]  # of each stage
     stop: StopRequest = field(default_factory=StopRequest)
+    stage: Stage | None = None
+    batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
     last_batches: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stages = stages_of(self.settings)
 
     @property
     def device(self) -> torch.device:
         return self.processes.device
 
-    def run_to_the_end(self, training_data: Any, validation: Rows | None) -> None:
+    def run_to_the_end(self, validation: Rows | None) -> None:
         training, state = self.settings.training, self.state
-        batches = training_batches(training_data, self.tokenizer, self.settings, self.processes, state.batches)
-        totals = _Totals()
-        while state.step < training.max_steps:
+        totals = Totals()
+        while state.step < training.max_steps and not self._has_levelled_off():
+            self._enter_stage()
             rate = set_learning_rate(state.optimizers, state.step, training)
-            stop = self._optimizer_step(batches, totals)
+            stop = self._optimizer_step(totals)
             state.step += 1
             last = state.step == training.max_steps
+            validating = _due(state.step, training.eval_every, last)
             saving = _due(state.step, training.save_every, last) or stop > 0
-            if totals.gradient_norm and (saving or state.step % training.log_every == 0):
-                self._log(totals, rate, training_data)  # a state that is saved has finite losses and gradients
-                totals = _Totals()
-            if _due(state.step, training.eval_every, last):
+            logging = (
+                saving
+                or _due(state.step, training.log_every, self._ends_stage())
+                or (validating and training.keeps_best)
+            )
+            if totals.steps and logging:
+                self._log(totals, rate)  # a state that is saved has finite losses and gradients
+                totals = Totals()
+            if validating:
                 self._validate(validation)
+                saving |= self._is_best() or self._has_levelled_off()
             if _due(state.step, self.settings.logging.sample_every, last):
                 self._sample()
             if saving:
-                self.checkpoints.save(state)
+                self.checkpoints.save(state, self.display.watcher.best if training.keeps_best else None)
             if stop and not last:
                 self.checkpoints.wait()
                 self.display.stopped(state.step, signal.Signals(stop).name)
                 raise TrainingStopped(stop)
         self.checkpoints.wait()
-        self._gather_prior(training_data)
+        self._take_best()
+        self._gather_prior()
         self._write_model()
 
-    def _optimizer_step(self, batches: Iterator[Batch], totals: _Totals) -> int:
+    def _enter_stage(self) -> None:
+        """Opens the text of the stage of this step, where the stage before has not been reading it already."""
+        state, stage = self.state, stage_at(self.stages, self.state.step)
+        if stage is self.stage:
+            return
+        before = self.stages[stage.number - 2] if stage.number > 1 else None
+        if state.step == stage.start and before is not None and not stage.reads_as(before):
+            state.stage_batches = state.batches
+        if self.stage is None or not stage.reads_as(self.stage):
+            data = self.training_data[stage.number - 1]
+            start = state.batches - state.stage_batches
+            self.batches = training_batches(data, stage, self.tokenizer, self.settings, self.processes, start)
+        self.stage = stage
+        self.display.stage(stage, len(self.stages))
+
+    def _ends_stage(self) -> bool:
+        return self.stage is not None and self.state.step == self.stage.end
+
+    def _optimizer_step(self, totals: Totals) -> int:
         """
         One step over all micro-batches; each loss is divided by the predicted tokens of them all.
 
@@ -213,85 +179,75 @@ class _Trainer:
             the signal that has asked some process to stop, or 0.
         """
         training, state, processes = self.settings.training, self.state, self.processes
-        micro = [next(batches) for _ in range(training.gradient_accumulation_steps)]
+        micro = [next(self.batches) for _ in range(training.gradient_accumulation_steps)]
         tokens = int(processes.sum(torch.stack([predicted_tokens(batch["labels"]) for batch in micro]).sum()))
-        weights = self._scheduled_weights()
-        of_step = _Totals(tokens=tokens)
-        for index, batch in enumerate(micro):
-            synchronize_gradients(state.model, index == len(micro) - 1)
-            batch = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
-            with self._autocast():
-                losses = training_forward(state.model, batch, tokens, weights)
-            (losses["loss"] * processes.data_size).backward()  # sharded gradients are averaged
-            of_step.add(losses)
-        of_step.gradient_norm.append(clip_gradients(state.model.parameters(), training.grad_clip))
-        if training.nonfinite == "stop" or self._all_finite(of_step):
-            for optimizer in state.optimizers:
-                optimizer.step()
+        of_step = compute_gradients(state, micro, tokens, self._scheduled_weights(), training, processes)
+        if self._is_usable(of_step):
+            apply_gradients(state)
             totals.extend(of_step)
-        else:
-            self._skip()
         for optimizer in state.optimizers:
             optimizer.zero_grad()
         self.last_batches = micro
         state.batches += len(micro)
         return processes.largest(self.stop.signal)[0]
 
-    def _all_finite(self, of_step: _Totals) -> bool:
-        finite = torch.stack([*of_step.gradient_norm, *of_step.loss]).isfinite().all()
-        return self.processes.largest(not finite) == [0]
-
-    def _skip(self) -> None:
-        """A step is left out, and written down; too many end the run."""
-        training, state = self.settings.training, self.state
-        state.skipped += 1
-        if state.skipped > training.max_skipped:
+    def _is_usable(self, of_step: Totals) -> bool:
+        """Whether a step is to be taken; one that is left out is written down, and too many of them end the run."""
+        training, scaler = self.settings.training, self.state.scaler
+        if scaler.is_enabled() and of_step.has_finite_losses() and not of_step.has_finite_gradients():
+            scaler.update(
+                scaler.get_scale() * scaler.get_backoff_factor()
+            )  # it falls until the gradients fit into fp16
+            if scaler.get_scale() >= LEAST_LOSS_SCALE:
+                return False
+        elif training.nonfinite == "stop":  # looked at once for all steps since the last line of metrics
+            return True
+        finite = of_step.has_finite_losses() and of_step.has_finite_gradients()
+        if self.processes.largest(not finite) == [0]:
+            return True
+        self.state.skipped += 1
+        if self.state.skipped > training.max_skipped or training.nonfinite == "stop":
             raise TrainingFailed(
-                f"step {state.step + 1} is the {state.skipped}th whose loss or gradient is no number, over "
+                f"step {self.state.step + 1} is the {self.state.skipped}th whose loss or gradient is no number, over "
                 f"training.max_skipped={training.max_skipped}: {self._advice()}"
             )
-        self.display.skip(state.step + 1)
+        self.display.skip(self.state.step + 1)
+        return False
 
     def _scheduled_weights(self) -> dict[str, Tensor]:
         """As tensors, so that a compiled model is not compiled again for each value."""
         if self.settings.model.kind == "baseline":
             return {}
-        weights = scheduled_weights(self.settings.training, self.settings.model.free_bits, self.state.step)
+        weights = stage_at(self.stages, self.state.step).weights(self.settings, self.state.step)
         return {name: torch.tensor(value, device=self.device) for name, value in weights.items()}
 
-    def _autocast(self) -> Any:
-        if self.processes.data_size == 1 and _is_bf16(self.settings.training.precision, self.device):
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()  # or `fully_shard` has cast the weights
-
-    def _log(self, totals: _Totals, rate: float, training_data: Any) -> None:
+    def _log(self, totals: Totals, rate: float) -> None:
         entries = totals.over(self.processes)
-        steps = len(totals.gradient_norm)
-        self._check_finite(entries, steps, training_data)
-        values = {
-            "loss": float(entries["loss"].sum()) / steps,
-            "reconstruction": float(entries["reconstruction"].sum()) / steps,
-            "kl": float((entries["kl"] / entries["plans"]).mean()) if "kl" in entries else None,
-            "lr": rate,
-            "tokens_per_second": totals.tokens / (time.perf_counter() - totals.started),
-        }
+        self._check_finite(entries)
+        values = {**entries.values(), "lr": rate}
+        values["spikes"] = self.display.watcher.spikes(
+            entries.of_steps("loss").tolist(), entries.gradient_norm.tolist()
+        )
+        if len(self.stages) > 1 and self.stage is not None:
+            values["stage"] = self.stage.number
+        if self.state.scaler.is_enabled():
+            values["loss_scale"] = self.state.scaler.get_scale()
         self.display.log(self.state.step, "train", values)
 
-    def _check_finite(self, entries: dict[str, Tensor], steps: int, training_data: Any) -> None:
+    def _check_finite(self, entries: Entries) -> None:
         """`TrainingFailed` with the first step that was no number, and where its text stands in the data."""
-        accumulated = self.settings.training.gradient_accumulation_steps
-        losses = entries["loss"].view(steps, accumulated)
-        for offset, (of_step, norm) in enumerate(zip(losses, entries["gradient_norm"], strict=True)):
-            what, value = ("loss", of_step.sum()) if not of_step.isfinite().all() else ("gradient's norm", norm)
-            if value.isfinite():
-                continue
-            step = self.state.step - steps + offset + 1
-            micro = self.state.batches - (steps - offset) * accumulated + int((~of_step.isfinite()).int().argmax())
-            where = f"micro-batch {micro}"
-            if isinstance(training_data, Rows):
-                epoch, index = divmod(micro, len(training_data) // self.settings.training.batch_size)
-                where = f"batch {index} of epoch {epoch}"
-            raise TrainingFailed(f"the {what} is {float(value)} at step {step} ({where} of the data): {self._advice()}")
+        if (found := entries.first_without_number()) is None:
+            return
+        assert self.stage is not None
+        offset, micro, what = found
+        step = self.state.step - len(entries.gradient_norm) + offset + 1
+        micro += self.state.batches - self.state.stage_batches - len(entries.losses["loss"])
+        where, data = f"micro-batch {micro}", self.training_data[self.stage.number - 1]
+        if isinstance(data, Rows):
+            epoch, index = divmod(micro, len(data) // self.stage.batch_size)
+            where = f"batch {index} of epoch {epoch}"
+        where += f" of stage {self.stage.number}'s data" if len(self.stages) > 1 else " of the data"
+        raise TrainingFailed(f"the {what} at step {step} ({where}): {self._advice()}")
 
     def _advice(self) -> str:
         saved = list_checkpoints(self.run.checkpoints)
@@ -307,27 +263,52 @@ class _Trainer:
         if rows is None and not isinstance(self.state.model, FreeTransformer):
             return
         shared = rows is not None and self.processes.data_size > 1
-        with self._beside_training(training.seed), self._autocast():
-            batches = self.last_batches if rows is None else rows.in_order(training.batch_size)
+        with self._beside_training(training.seed), autocast(training.precision, self.processes):
+            batches = self.last_batches if rows is None else rows.in_order(training.rows)
             group = self.processes.data_group if shared else None
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES, group=group)  # type: ignore[arg-type]
         if rows is not None:
             names = ("nll", "reconstruction", "kl", "elbo", "prior", "gap")
             values = {name: getattr(result, name) for name in names if getattr(result, name) is not None}
             self.display.log(step, "validation", {"loss": values.get("elbo", result.nll), **values})
-        if step > max(training.warmup_steps, WATCHED_FROM * training.max_steps) and result.gap is not None:
-            free_bits = scheduled_weights(training, self.settings.model.free_bits, step - 1)["free_bits"]
-            self.display.watch(step, collapse_warning(result, free_bits))
+        if not self.display.watcher.is_early(step) and result.gap is not None:
+            free_bits = stage_at(self.stages, step - 1).weights(self.settings, step - 1)["free_bits"]
+            warning = collapse_warning(result, free_bits)
+            self.display.log(step, "watcher", {"collapsed": warning is not None, "warning": warning})
 
-    def _gather_prior(self, training_data: Any) -> None:
+    def _is_best(self) -> bool:
+        """Whether the validation of this step is the best so far, and its state to be kept."""
+        best = self.display.watcher.best
+        return self.settings.training.keeps_best and best is not None and best[1] == self.state.step
+
+    def _has_levelled_off(self) -> bool:
+        """Whether so many validations were no better than the best that the run is at its end."""
+        patience = self.settings.training.early_stopping
+        return 0 < patience <= self.display.watcher.since_best
+
+    def _take_best(self) -> None:
+        """The weights of the best validation, where they are kept."""
+        best = self.display.watcher.best
+        if not self.settings.training.keeps_best or best is None or best[1] == self.state.step:
+            return
+        path = self.run.checkpoints / f"step-{best[1]}"
+        if not path.is_dir():
+            self.display.warn(f"{path}, the best, is gone: model/ has the weights of step {self.state.step}")
+            return
+        stopped_at = self.state.step
+        load_checkpoint(path, self.state, self.processes)
+        self.display.took_best(stopped_at, *best)
+
+    def _gather_prior(self) -> None:
         """The aggregate prior, from rows of training text in an order of its own, in every process the same."""
         training, model = self.settings.training, self.state.model
         if not isinstance(model, FreeTransformer) or training.prior_rows == 0:
             return
-        count = -(-training.prior_rows // training.batch_size)
+        stage, data = self.stages[-1], self.training_data[-1]
+        count = -(-training.prior_rows // stage.batch_size)
         alone = Processes(self.device)  # so that all read the same
-        batches = itertools.islice(training_batches(training_data, self.tokenizer, self.settings, alone), count)
-        with self._beside_training(training.seed), self._autocast():
+        batches = itertools.islice(training_batches(data, stage, self.tokenizer, self.settings, alone), count)
+        with self._beside_training(training.seed), autocast(training.precision, self.processes):
             model.gather_prior(batches)
 
     def _sample(self) -> None:
@@ -368,33 +349,5 @@ class _Trainer:
         self.processes.barrier()
 
 
-def training_forward(
-    model: Any, batch: Batch, num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
-) -> dict[str, Any]:
-    """
-    Loss and reconstruction of a batch, divided by `num_tokens`, for either kind of model; of a free one also the KL
-    of all its plans together, in bits, and their number.
-
-    Args:
-        weights: `kl_weight` and `free_bits` of this step, default the model's.
-    """
-    if isinstance(model, FreeTransformer):
-        output = model(**batch, mode="training", num_items_in_batch=num_tokens, **(weights or {}))
-        plans = output.plan_mask.sum()
-        return {"loss": output.loss, "reconstruction": output.reconstruction, "kl": output.kl * plans, "plans": plans}
-    output = model(**baseline_inputs(batch), num_items_in_batch=num_tokens)
-    return {"loss": output.loss, "reconstruction": output.loss}
-
-
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-def _is_bf16(wanted: str, device: torch.device) -> bool:
-    return wanted == "bf16" or (wanted == "auto" and _has_bf16(device))
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -53,6 +53,20 @@ def build_optimizers(
     return optimizers
 
 
+def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
+    """Each group of parameters in words: how many, by which optimizer, at which peak rate and decay."""
+    found: dict[tuple[str, float, float], int] = {}
+    for optimizer in optimizers:
+        name = "Muon" if isinstance(optimizer, torch.optim.Muon) else type(optimizer).__name__
+        for group in optimizer.param_groups:
+            kind = (name, group["lr"], group.get("weight_decay", 0.0))
+            found[kind] = found.get(kind, 0) + sum(parameter.numel() for parameter in group["params"])
+    return [
+        f"{name} {count:,} parameters at {rate:g}, {f'decay {decay:g}' if decay else 'no decay'}"
+        for (name, rate, decay), count in found.items()
+    ]
+
+
 class SharedMuon(torch.optim.Muon):
     """
     `torch.optim.Muon` for matrices that are spread over processes: each is put together and made orthogonal by one.

@@ -1,41 +1,97 @@
-"""The report of one run: its curves, its likelihood, its settings."""
+"""The report of a run, or of several beside each other: what to watch, curves, likelihood, settings."""
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from free_transformer.evaluation.report import Report
 from free_transformer.training.run import Run
+from free_transformer.training.watching import Watcher
+
+NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
 
 
-def write_run_report(path: Path) -> None:
-    """Writes `report.html` from what the run's folder holds. `SettingsError` where it is no run."""
-    run = Run(path)
-    settings = run.settings
-    report = Report(f"Run {run.path.name} ({settings.model.kind})")
-    metrics = run.read_metrics()
-    watched = [line for line in metrics if line["split"] == "watcher"]
-    if watched and watched[-1]["collapsed"]:
-        report.paragraph(f"Collapsed: {watched[-1]['warning']}", warning=True)
-    try:
-        from free_transformer.evaluation.plots import bits, curves
+def write_run_report(*paths: Path, out: Path | None = None) -> Path:
+    """
+    Writes what the runs' folders hold into one page, also while they train.
 
-        if metrics:
-            report.heading("Curves")
-            report.figure(curves({run.path.name: metrics}), "losses in nats per token, KL in bits per plan")
+    Args:
+        out: the page, default `report.html` in the folder of the run, of several in the folder that holds them.
+
+    Raises:
+        SettingsError: for a folder that is no run.
+    """
+    runs = [Run(path) for path in paths]
+    titles = _titles(runs)
+    report = Report(f"Run {titles[0]} ({runs[0].settings.model.kind})" if len(runs) == 1 else "Runs")
+    metrics = {title: run.read_metrics() for title, run in zip(titles, runs, strict=True)}
+    for title, run in zip(titles, runs, strict=True):
+        _add_figures(report, title if len(runs) > 1 else "", run, metrics[title])
+    _add_curves(report, metrics)
+    for title, run in zip(titles, runs, strict=True):
         if run.evaluation_file.is_file():
-            values = json.loads(run.evaluation_file.read_text())
-            report.heading("Held-out text")
-            if values["warning"]:
-                report.paragraph(values["warning"], warning=True)
-            errors = values["standard_errors"]
-            report.table(
-                ["", "value", "standard error"],
-                [[name, f"{values[name]:.4f}", f"{error:.4f}" if error else "-"] for name, error in errors.items()],
-            )
-            if values["usage"]:
-                report.figure(bits(values["usage"]["bits_per_position"]), "KL of each bit of the plan")
-    except ImportError:
-        report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
+            report.heading(f"Held-out text {title if len(runs) > 1 else ''}")
+            _add_likelihood(report, json.loads(run.evaluation_file.read_text()))
     report.heading("Settings")
-    report.samples([("config.yaml", settings.to_yaml())])
-    report.write(run.report_file)
+    report.samples(
+        [
+            ("config.yaml" if len(runs) == 1 else title, run.settings.to_yaml())
+            for title, run in zip(titles, runs, strict=True)
+        ]
+    )
+    if out is None:
+        common = Path(os.path.commonpath([run.path.resolve().parent for run in runs]))
+        out = runs[0].report_file if len(runs) == 1 else common / "report.html"
+    report.write(out)
+    return out
+
+
+def _titles(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, or their paths where names are not enough."""
+    names = [run.path.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def _add_figures(report: Report, title: str, run: Run, metrics: Sequence[dict[str, Any]]) -> None:
+    watcher = Watcher(run.settings, metrics)
+    steps = f"step {watcher.step} of {run.settings.training.max_steps}"
+    report.heading(title or "What to watch")
+    report.paragraph(f"{steps}, ended" if run.has_ended else f"{steps}; not at its end, the page is of now")
+    for reading in watcher.alarms():
+        report.paragraph(f"{reading.label}: {reading.advice}", warning=True)
+    rows = [[reading.label, reading.value, reading.advice] for reading in watcher.readings() if not reading.alarm]
+    alarms = [[reading.label, reading.value, "see above"] for reading in watcher.alarms()]
+    report.table(["", "last", "what it means"], [*rows, *alarms])
+
+
+def _add_curves(report: Report, metrics: dict[str, Any]) -> None:
+    report.heading("Curves")
+    if not any(metrics.values()):
+        report.paragraph("No step has been logged yet.")
+        return
+    try:
+        from free_transformer.evaluation.plots import curves
+
+        report.figure(curves(metrics), "losses in nats per token, KL in bits per plan; dotted: a stage ends")
+    except ImportError:
+        report.paragraph(NO_PLOTS, warning=True)
+
+
+def _add_likelihood(report: Report, values: dict[str, Any]) -> None:
+    if values["warning"]:
+        report.paragraph(values["warning"], warning=True)
+    errors = values["standard_errors"]
+    report.table(
+        ["", "value", "standard error"],
+        [[name, f"{values[name]:.4f}", f"{error:.4f}" if error else "-"] for name, error in errors.items()],
+    )
+    if not values["usage"]:
+        return
+    try:
+        from free_transformer.evaluation.plots import bits
+
+        report.figure(bits(values["usage"]["bits_per_position"]), "KL of each bit of the plan")
+    except ImportError:
+        report.paragraph(NO_PLOTS, warning=True)

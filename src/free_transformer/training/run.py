@@ -44,6 +44,12 @@ class Run:
             raise SettingsError(f"{self.path}: not a run (it has no config.yaml); a run is what train writes")
         return load_settings(self.config_file)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `model/` is of the settings in the folder, rather than of a shorter training before."""
+        model = self.model_folder / "config.json"
+        return model.is_file() and model.stat().st_mtime >= self.config_file.stat().st_mtime
+
     def load_model(self) -> PreTrainedModel:
         """The trained model, in eval mode."""
         return load_model(self._trained_model())

@@ -3,16 +3,18 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from free_transformer.config import FreeTransformerConfig
 
-Precision = Literal["fp32", "bf16", "auto"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Schedule = Literal["constant", "linear", "cosine", "cyclical"]
 TableOptimizer = Literal["auto", "adamw", "sparse_adam"]
+Sources = list[str] | dict[str, Annotated[float, Field(gt=0)]]  # all texts of several, or shares of a mixture
+MEMBER = re.compile(r"(constrained-)?int|(literal|function|list|dict).*\[.*")  # of a union, in pydantic's words
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,9 +63,33 @@ class ModelSettings(Section):
             raise SettingsError(f"model: {error}") from error
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StageSettings(Section):
+    """A part of a curriculum. What it leaves out is as `training`, `model` and `data` say."""
+
+    steps: int = Field(0, ge=0, description="optimizer steps of the stage; 0 for an equal part of those that are left")
+    seq_len: int | None = Field(
+        None, ge=2, description="tokens of a row, up to training.seq_len; a step then has more rows, the same tokens"
+    )
+    kl_weight: float | None = Field(None, ge=0, description="training.kl_weight of the stage")
+    free_bits: float | None = Field(None, ge=0, description="model.free_bits of the stage")
+    data: Sources | None = Field(None, description="data.train of the stage, such as simple texts first")
+
+    _sources = field_validator("data", mode="before")(_one_or_many)
+
+
 class TrainingSettings(Section):
     max_steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(32, ge=1, description="rows of one micro-batch, over all processes")
+    stages: list[StageSettings] = Field(
+        default_factory=list,
+        description="a curriculum: one stage after the other, as in [{seq_len: 64}, {seq_len: 128}, {}]",
+    )
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        32, description="rows of one micro-batch, over all processes; auto: the most that fit the memory"
+    )
     seq_len: int = Field(256, ge=2, description="tokens of a row, begin-of-text included")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="what the cosine ends at, as a share of the peak")
@@ -79,7 +105,10 @@ class TrainingSettings(Section):
     muon_learning_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of an optimizer step")
-    precision: Precision = Field("fp32", description="fp32, bf16 (autocast), or auto: bf16 where the hardware has it")
+    precision: Precision = Field(
+        "fp32",
+        description="fp32; bf16; fp16 (a GPU without bf16, with loss scaling); auto: bf16 where the hardware has it",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     compile: bool = Field(False, description="torch.compile; on a CPU the first step then takes a minute or more")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
@@ -88,7 +117,19 @@ class TrainingSettings(Section):
     eval_every: int = Field(200, ge=0, description="steps between validations; 0 for none")
     eval_rows: int = Field(256, ge=1, description="held-out rows of a validation")
     save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for the last alone")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    save_total: int = Field(
+        2,
+        ge=1,
+        description="checkpoints that stay on disk, besides the best where that is kept",
+        validation_alias=AliasChoices("save_total", "keep_checkpoints"),  # its name in older runs
+    )
+    early_stopping: int = Field(
+        0, ge=0, description="validations without a better held-out ELBO that end the run; 0 never"
+    )
+    keep_best: bool = Field(
+        False,
+        description="keep the checkpoint with the best held-out ELBO, and write model/ from it; early_stopping does",
+    )
     async_save: bool = Field(False, description="write checkpoints while training goes on, from a copy in memory")
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="what a loss or gradient that is no number does: stop the run, or skip that step"
@@ -112,12 +153,15 @@ class TrainingSettings(Section):
     )
     resume: str = Field("auto", description="auto (from the newest checkpoint of run_dir, if any), or never")
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _no_fp16(cls, value: Any) -> Any:
-        if value in ("fp16", "float16"):
-            raise ValueError("fp16 needs loss scaling and does nothing on a CPU: use bf16 or fp32")
-        return value
+    @property
+    def rows(self) -> int:
+        """`batch_size`, where it is decided."""
+        assert isinstance(self.batch_size, int), "batch_size=auto is resolved before anything is read"
+        return self.batch_size
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep_best or self.early_stopping > 0
 
     @field_validator("resume")
     @classmethod
@@ -128,9 +172,10 @@ class TrainingSettings(Section):
 
 
 class DataSettings(Section):
-    train: list[str] = Field(
+    train: Sources = Field(
         default_factory=list,
-        description="text files, folders, .jsonl or .parquet files, or names of data sets (name or name:config)",
+        description="text files, folders, .jsonl or .parquet files, or names of data sets (name or name:config); or a "
+        "mixture, {a.jsonl: 3, b.jsonl: 1}, whose rows are drawn in these shares",
     )
     validation: list[str] = Field(default_factory=list, description="held-out text, of the same kinds")
     tokenizer: str = Field("bytes", description="bytes, the folder of any AutoTokenizer, or its name on the hub")
@@ -139,14 +184,14 @@ class DataSettings(Section):
     shuffle_buffer: int = Field(10_000, ge=1, description="rows that streaming shuffles among")
     workers: int = Field(0, ge=0, description="processes that prepare batches ahead; 0 prepares them in between")
 
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    _sources = field_validator("train", "validation", mode="before")(_one_or_many)
 
 
 class LoggingSettings(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events to run_dir/tensorboard, where installed")
+    wandb: bool = Field(False, description="log to Weights & Biases: pip install 'free-transformer-lm[wandb]'")
+    trackio: bool = Field(False, description="log to trackio, on this machine: the extra [trackio]")
+    project: str = Field("free-transformer", description="name under which these two keep the run")
     sample_every: int = Field(200, ge=0, description="steps between samples of text; 0 for none")
     sample_tokens: int = Field(120, ge=1, description="length of a sample")
 
@@ -211,15 +256,44 @@ def parse_settings(values: dict[str, Any], source: str = "settings") -> Settings
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(f"{source}: " + "; ".join(_explain(each) for each in error.errors())) from error
+        raise SettingsError(f"{source}: " + "; ".join(map(_explain, _nearest(error.errors())))) from error
     settings.model.build()
-    training, least = settings.training, settings.model.min_bits
-    if training.free_bits_schedule != "constant" and training.free_bits_start < least:
-        raise SettingsError(
-            f"{source}: training.free_bits_start={training.free_bits_start}: at least model.min_bits={least}, since "
-            "a plan cannot spend more and less at once"
-        )
+    try:
+        _check_together(settings)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from error
     return settings
+
+
+def _check_together(settings: Settings) -> None:
+    """What no setting can tell by itself."""
+    training, least = settings.training, settings.model.min_bits
+    starts = {"training.free_bits_start": training.free_bits_start} if training.free_bits_schedule != "constant" else {}
+    for number, stage in enumerate(training.stages):
+        name = f"training.stages.{number}"
+        if stage.free_bits is not None:
+            starts[f"{name}.free_bits"] = stage.free_bits
+        if stage.seq_len is not None and stage.seq_len > training.seq_len:
+            raise SettingsError(f"{name}.seq_len={stage.seq_len}: at most training.seq_len={training.seq_len}")
+        for value, schedule in (("kl_weight", "kl_schedule"), ("free_bits", "free_bits_schedule")):
+            if getattr(stage, value) is not None and getattr(training, schedule) != "constant":
+                raise SettingsError(f"{name}.{value}: with training.{schedule}=constant alone; take one or the other")
+    for name, bits in starts.items():
+        if bits < least:
+            raise SettingsError(
+                f"{name}={bits}: at least model.min_bits={least}, since a plan cannot spend more and less at once"
+            )
+    named = sum(stage.steps for stage in training.stages)
+    unnamed = sum(stage.steps == 0 for stage in training.stages)
+    if training.stages and (named + unnamed > training.max_steps or (not unnamed and named < training.max_steps)):
+        raise SettingsError(
+            f"training.stages: their steps come to {named}{f' and {unnamed} without' * (unnamed > 0)}, "
+            f"training.max_steps is {training.max_steps}; let the last stage leave out steps"
+        )
+    if training.keeps_best and not (settings.data.validation and training.eval_every):
+        raise SettingsError(
+            "training.early_stopping and keep_best go by validations: name data.validation, and an eval_every over 0"
+        )
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -240,16 +314,27 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
+def _nearest(errors: list[Any]) -> list[Any]:
+    """Of a list or mapping with something wrong inside, that alone, and not that it is no mapping or list."""
+    of_types = [error for error in errors if error["type"] in ("list_type", "dict_type")]
+    inside = {error["loc"][:2] for error in errors if error not in of_types}
+    return [error for error in errors if error not in of_types or error["loc"][:2] not in inside]
+
+
 def _explain(error: Any) -> str:
     """One pydantic error as a person would say it."""
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":  # then the location may end in the member of a union
-        location = [part for part in location if not re.fullmatch(r"int|(literal|function).*\[.*", part)]
+        location = [
+            part
+            for part in location
+            if not re.fullmatch(r"(constrained-)?int|(literal|function|list|dict).*\[.*", part)
+        ]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         section: Any = Settings
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            section = get_args(section)[0] if part.isdigit() else section.model_fields[part].annotation
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(section.model_fields)}"
         return f"unknown setting {name!r}: {known}"
@@ -262,10 +347,17 @@ def describe_settings() -> str:
     lines = []
     for name, section in Settings.model_fields.items():
         if isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel):
-            lines += [
-                f"{name}.{key} = {field.get_default(call_default_factory=True)!r}  {field.description}"
-                for key, field in section.annotation.model_fields.items()
-            ]
+            lines += _describe(name, section.annotation)
         else:
             lines.append(f"{name} = {section.default}  {section.description}")
     return "\n\n".join(lines)
+
+
+def _describe(name: str, section: type[BaseModel]) -> list[str]:
+    lines = []
+    for key, field in section.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"{name}.{key} = {default!r}  {field.description}")
+        if field.annotation == list[StageSettings]:
+            lines += _describe(f"{name}.{key}[]", StageSettings)
+    return lines

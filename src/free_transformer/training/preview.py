@@ -1,0 +1,146 @@
+"""What a run would be, before it is: parameters, memory, tokens, time. `free-transformer train --dry-run`."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from torch import nn
+
+from free_transformer.data import load_tokenizer
+from free_transformer.data.rows import MixedRows, Rows
+from free_transformer.evaluation.report import Table
+from free_transformer.model import FreeTransformer
+from free_transformer.training.batches import TrainingData, load_training, load_validation
+from free_transformer.training.build import new_state
+from free_transformer.training.memory import GIB, StepCosts, decide_batch_size, memory_budget, try_steps
+from free_transformer.training.optimizers import describe_groups
+from free_transformer.training.processes import Processes, join_processes
+from free_transformer.training.run import Run
+from free_transformer.training.settings import Settings
+from free_transformer.training.stages import Stage, stages_of
+from free_transformer.training.trackers import check_trackers
+
+
+@dataclass
+class Preview:
+    """
+    Attributes:
+        parameters: by part of the model.
+        groups: the optimizers' groups of parameters, in words.
+        costs: of a process, measured by a few steps.
+        rows: of a micro-batch in one process.
+        text: predicted tokens of the training text by stage, None where it is streamed.
+    """
+
+    settings: Settings
+    parameters: dict[str, int]
+    groups: list[str]
+    stages: list[Stage]
+    text: list[int | None]
+    costs: StepCosts
+    budget: int
+    rows: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> int:
+        training = self.settings.training
+        return training.rows * training.seq_len * training.gradient_accumulation_steps
+
+    @property
+    def bytes(self) -> int:
+        """The most that a process will hold, estimated."""
+        return self.costs.bytes(self.rows)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, without validations."""
+        training = self.settings.training
+        return training.max_steps * training.gradient_accumulation_steps * self.costs.seconds(self.rows)
+
+    def parameter_table(self) -> Table:
+        total = sum(self.parameters.values())
+        rows = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in self.parameters.items()]
+        return ["parameters", "", ""], [*rows, ["all", f"{total:,}", ""]]
+
+    def stage_table(self) -> Table:
+        rows = []
+        for stage, text in zip(self.stages, self.text, strict=True):
+            read = (stage.end - stage.start) * self.tokens_per_step
+            passes = "streamed" if text is None else f"{read / text:.1f}"
+            rows.append([f"{stage.start} to {stage.end}", f"{stage.batch_size} x {stage.seq_len}", f"{read:,}", passes])
+        return ["steps", "rows x tokens", "tokens", "passes over the text"], rows
+
+    def cost_table(self) -> Table:
+        training = self.settings.training
+        step = training.gradient_accumulation_steps * self.costs.seconds(self.rows)
+        return ["cost", ""], [
+            ["tokens of a step", f"{self.tokens_per_step:,}"],
+            ["memory of a process, about", f"{self.bytes / GIB:.2f} GiB of {self.budget / GIB:.2f} that it may use"],
+            ["of it weights, gradients, optimizer", f"{self.costs.state_bytes / GIB:.2f} GiB"],
+            ["time of a step, about", f"{step:.3g} s ({self.tokens_per_step / step:,.0f} tokens/s)"],
+            [
+                f"time of {training.max_steps} steps, about",
+                f"{timedelta(seconds=round(self.seconds))} without validations",
+            ],
+        ]
+
+
+def preview(settings: Settings, quiet: bool = False) -> Preview | None:
+    """
+    Reads the text, builds the model, tries a few steps, and writes nothing. None in all processes but the main one.
+
+    Raises:
+        SettingsError: as `train` would.
+    """
+    with join_processes(settings.distributed, settings.training.device) as processes:
+        found = _preview(settings, processes, quiet)
+        return found if processes.main else None
+
+
+def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
+    check_trackers(settings)
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    settings = decide_batch_size(settings, tokenizer, processes, None, quiet)
+    data = load_training(settings, tokenizer, processes)
+    load_validation(settings, tokenizer)
+    rows = -(-settings.training.rows // processes.data_size)
+    costs, budget = try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
+    state = new_state(settings, tokenizer, processes)
+    found = Preview(
+        *(settings, parameters_by_part(state.model), describe_groups(state.optimizers), stages_of(settings)),
+        *([_predicted(each) for each in data], costs, budget, rows),
+    )
+    if found.bytes > budget:
+        found.warnings.append(
+            "this will not fit: a smaller training.batch_size with more gradient_accumulation_steps, "
+            "training.gradient_checkpointing=true, or a smaller model"
+        )
+    if settings.training.compile:
+        found.warnings.append("the time is that of a model that is not compiled")
+    if (path := Run(settings.run_dir).checkpoints).is_dir():
+        found.warnings.append(f"{path.parent} is there already: train would go on with it")
+    return found
+
+
+def _predicted(data: TrainingData) -> int | None:
+    if isinstance(data, Rows):
+        return data.predicted_tokens
+    return sum(part.predicted_tokens for part in data.parts) if isinstance(data, MixedRows) else None
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """How many parameters each part has, a tied matrix once; parts in the order in which a token meets them."""
+    free = isinstance(model, FreeTransformer)
+    config: Any = model.config
+    half = config.plan_layer if free else config.num_hidden_layers
+    names = {"embed_tokens": "embedding", "encoder": "encoder", "plan_table": "plan table", "lm_head": "head"}
+    order = ["embedding", "layers before the plan" if free else "layers", "encoder", "plan table"]
+    counts = dict.fromkeys([*order, "layers after the plan", "last norm", "head"], 0)
+    for name, parameter in model.named_parameters():
+        part = next((label for key, label in names.items() if key in name), "last norm")
+        if ".layers." in f".{name}":
+            index = int(name.split("layers.")[1].split(".")[0])
+            part = order[1] if index < half else "layers after the plan"
+        counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}

@@ -1,0 +1,99 @@
+"""One optimizer step: forward, backward, clipping, and the update, in the precision that the settings name."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_transformer.data.rows import Batch
+from free_transformer.evaluation.likelihood import baseline_inputs
+from free_transformer.model import FreeTransformer
+from free_transformer.training.checkpoint import TrainState
+from free_transformer.training.metrics import Totals
+from free_transformer.training.optimizers import clip_gradients
+from free_transformer.training.parallel import synchronize_gradients
+from free_transformer.training.processes import Processes
+from free_transformer.training.settings import SettingsError, TrainingSettings
+
+
+def training_forward(
+    model: Any, batch: Batch, num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
+) -> dict[str, Any]:
+    """
+    Loss and reconstruction of a batch, divided by `num_tokens`, for either kind of model; of a free one also `kl`,
+    `hinge` and `kl_per_bit` of all its plans together, in bits, and the number of `plans`.
+
+    Args:
+        weights: `kl_weight` and `free_bits` of this step, default the model's.
+    """
+    if isinstance(model, FreeTransformer):
+        output = model(**batch, mode="training", num_items_in_batch=num_tokens, **(weights or {}))
+        plans = output.plan_mask.sum()
+        of_plans = {name: output[name] * plans for name in ("kl", "hinge", "kl_per_bit")}
+        return {"loss": output.loss, "reconstruction": output.reconstruction, "plans": plans, **of_plans}
+    output = model(**baseline_inputs(batch), num_items_in_batch=num_tokens)
+    return {"loss": output.loss, "reconstruction": output.loss}
+
+
+def compute_gradients(
+    state: TrainState,
+    micro: Sequence[Batch],
+    num_tokens: int,
+    weights: Mapping[str, float | Tensor],
+    training: TrainingSettings,
+    processes: Processes,
+) -> Totals:
+    """Forward and backward of the micro-batches of a step, and the clipping of the gradients' sum."""
+    of_step = Totals(tokens=num_tokens)
+    for index, batch in enumerate(micro):
+        synchronize_gradients(state.model, index == len(micro) - 1)
+        batch = {name: values.to(processes.device, non_blocking=True) for name, values in batch.items()}
+        with autocast(training.precision, processes):
+            losses = training_forward(state.model, batch, num_tokens, weights)
+        state.scaler.scale(losses["loss"] * processes.data_size).backward()  # sharded gradients are averaged
+        of_step.add(losses)
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    of_step.gradient_norm.append(clip_gradients(state.model.parameters(), training.grad_clip))
+    return of_step
+
+
+def apply_gradients(state: TrainState) -> None:
+    for optimizer in state.optimizers:
+        state.scaler.step(optimizer)
+    state.scaler.update()
+
+
+def computing_dtype(precision: str, processes: Processes) -> torch.dtype | None:
+    """
+    What matrices are multiplied in, None for that of the weights.
+
+    Raises:
+        SettingsError: for fp16 where its losses cannot be scaled.
+    """
+    device = processes.device
+    if precision == "fp16":
+        if device.type != "cuda":
+            raise SettingsError(
+                f"training.precision=fp16 on {device.type}: it is for GPUs without bf16, its operations are slow or "
+                "missing elsewhere; use bf16 or fp32"
+            )
+        if processes.size > 1:
+            raise SettingsError("training.precision=fp16: one process alone scales its losses; use bf16 or fp32")
+        return torch.float16
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
+
+
+def autocast(precision: str, processes: Processes) -> Any:
+    dtype = computing_dtype(precision, processes)
+    if dtype is None or processes.data_size > 1:
+        return contextlib.nullcontext()  # or `fully_shard` has cast the weights
+    return torch.autocast(processes.device.type, dtype=dtype)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

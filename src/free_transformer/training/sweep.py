@@ -1,0 +1,230 @@
+"""Sweeps: runs of one file of settings with some of them varied, one after the other, and one table of them all."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from free_transformer.evaluation import evaluate_likelihood, usage_warning
+from free_transformer.files import first_line, write_json
+from free_transformer.training.checkpoint import CheckpointFailed, list_checkpoints
+from free_transformer.training.loop import TrainingFailed, train
+from free_transformer.training.processes import find_device
+from free_transformer.training.run import Run
+from free_transformer.training.settings import Settings, SettingsError, load_settings
+from free_transformer.training.sweep_summary import (
+    SEED,
+    Sweep,
+    SweepRun,
+    short_names,
+    write_summary,
+    write_sweep_report,
+)
+
+LONGEST_NAME = 100  # of a folder
+FAILURES = (TrainingFailed, CheckpointFailed, ValueError, torch.OutOfMemoryError)  # of one run, not of all
+NUM_SAMPLES, MAX_ROWS, ROWS_AT_ONCE, EVALUATION_SEED = 16, 1000, 32, 0  # as the command `evaluate` has them
+
+# What may change while a run goes on: it decides nothing of what the run comes to.
+HARMLESS = re.compile(r"logging\..*|data\.workers|training\.(device|compile|log_every|save_.*|async_save|resume)")
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+    """
+    From `section.name=value,value,...` to the name of each setting and its values, in the given order and still text.
+    A comma in brackets, braces or quotes belongs to its value.
+
+    Raises:
+        SettingsError: one line that says what cannot be read and what to write.
+    """
+    grid: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"{text!r}: a grid is of section.name=value,value,... as in model.latent_dim=8,16")
+        if name in grid:
+            raise SettingsError(f"{name}: twice in the grid; name all its values at once, as in {name}=value,value")
+        grid[name] = _split_values(text, values)
+    if len(grid.get("run_dir", [])) > 1:
+        raise SettingsError(
+            f"run_dir={','.join(grid['run_dir'])}: a sweep has one folder, and in it one for each run; name one run_dir"
+        )
+    return grid
+
+
+def _split_values(setting: str, text: str) -> list[str]:
+    listed = f"[{text}]"  # so that YAML says where a value ends
+    try:
+        nodes: list[yaml.Node] = yaml.compose(listed, Loader=yaml.SafeLoader).value  # type: ignore[union-attr]
+    except yaml.YAMLError as error:
+        raise SettingsError(
+            f"{setting!r}: not YAML values with a comma between them (is one empty, a bracket or a quote left open?)"
+        ) from error
+    values = [listed[node.start_mark.index : node.end_mark.index] for node in nodes]
+    if not values or text.rstrip().endswith(","):
+        raise SettingsError(f"{setting!r}: a value is empty; write '' for an empty text, null for none")
+    for value in values:
+        if values.count(value) > 1:
+            raise SettingsError(f"{setting!r}: {value} stands there twice; name each value once")
+    return values
+
+
+def load_sweep(config: str | Path, grid: Sequence[str]) -> Sweep:
+    """
+    Every combination of the grid's values as a run, its settings loaded and what it has come to already; nothing is
+    written.
+
+    Args:
+        config: YAML file of settings; its `run_dir`, or the grid's, is the sweep's folder.
+        grid: as `parse_grid` takes it; a setting with one value has it in all runs.
+
+    Raises:
+        SettingsError: for a grid or a setting that cannot be used, or folders that hold something else.
+    """
+    values = parse_grid(grid)
+    varied = [name for name in values if len(values[name]) > 1]
+    folder, runs = Path(), []
+    for combination in itertools.product(*values.values()):
+        overrides = dict(zip(values, combination, strict=True))
+        settings = load_settings(config, [f"{name}={value}" for name, value in overrides.items()])
+        folder = settings.run_dir
+        settings.run_dir = folder / _folder_name({name: overrides[name] for name in sorted(varied)})
+        runs.append(SweepRun(overrides, settings))
+    sweep = Sweep(folder, varied, runs)
+    _check(sweep)
+    for run in runs:
+        _read_figures(run)
+    return sweep
+
+
+def _folder_name(values: dict[str, str]) -> str:
+    """One that no other values have, and that stays when the grid grows or is written in another order."""
+    full = ",".join(f"{name}={value}" for name, value in zip(short_names(values), values.values(), strict=True))
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", full)
+    if name != full or len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+    return name or "run"
+
+
+def _check(sweep: Sweep) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SettingsError("sweep trains in one process; start it without torchrun, or train each run with torchrun")
+    if Run(sweep.folder).config_file.exists():
+        raise SettingsError(
+            f"{sweep.folder} is the folder of a run; give the sweep one of its own, as in run_dir={sweep.folder}-sweep"
+        )
+    if SEED in sweep.varied and importlib.util.find_spec("scipy") is None:
+        raise SettingsError("confidence intervals over seeds need scipy: pip install scipy")
+    known: dict[str, SweepRun] = {}
+    for run in sweep.runs:
+        other = known.setdefault(json.dumps(_flat(run.settings), sort_keys=True), run)
+        if other is not run:
+            raise SettingsError(f"{other.name} and {run.name} are the same settings; name each value once")
+        _check_folder(run)
+
+
+def _check_folder(run: SweepRun) -> None:
+    """`SettingsError` where training would go on with weights that were trained with other settings."""
+    trained = Run(run.settings.run_dir)
+    if not (list_checkpoints(trained.checkpoints) or _figures_file(run).is_file()):
+        return
+    old, new = _flat(trained.settings), _flat(run.settings)
+    for name in sorted(old.keys() | new.keys()):
+        # config.yaml says how the library has decided what was left to it
+        left_open = new.get(name) == "auto" or (name == "model.plan_gradient" and name not in new)
+        raised = name == "training.max_steps" and old[name] < new[name]
+        if old.get(name) != new.get(name) and not (left_open or raised or HARMLESS.fullmatch(name)):
+            raise SettingsError(
+                f"{trained.path}: was trained with {name}={old.get(name)}, not {new.get(name)}; name another run_dir "
+                "for the sweep, or remove that folder"
+            )
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    """`section.name` and value, without `run_dir`."""
+    sections = settings.model_dump(mode="json", exclude={"run_dir"})
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def run_sweep(sweep: Sweep, quiet: bool = False) -> None:
+    """
+    Trains and evaluates the runs that are not done, one after the other; a run that fails leaves the others alone
+    (`sweep.failed`). `sweep.json` is up to date after each run, `report.html` is written at the end.
+
+    A sweep that was stopped goes on when it is loaded and run again: runs that are done are passed over, one that was
+    stopped in the middle goes on from its checkpoint, failed ones are tried again.
+
+    Raises:
+        TrainingStopped: after Ctrl-C or SIGTERM, when the state of the run is saved.
+    """
+    console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    write_summary(sweep)
+    for number, run in enumerate(sweep.runs, 1):
+        title = f"run {number} of {len(sweep.runs)}, {run.name}"
+        if run.status == "done":
+            console.print(f"{title}: done already")
+            continue
+        console.print(title)
+        try:
+            _train_and_evaluate(run, quiet)
+            run.status, run.reason = "done", None
+        except FAILURES as error:
+            run.status, run.reason = "failed", first_line(error)
+            console.print(f"{run.name} failed: {run.reason}", style="yellow")
+        write_summary(sweep)
+    write_sweep_report(sweep)
+
+
+def _train_and_evaluate(run: SweepRun, quiet: bool) -> None:
+    folder = Run(run.settings.run_dir)
+    for file in (_figures_file(run), folder.evaluation_file):  # of fewer steps
+        file.unlink(missing_ok=True)
+    train(run.settings, quiet)
+    figures = _evaluate(folder) if run.settings.data.validation else _training_figures(folder)
+    run.figures = {name: value for name, value in figures.items() if value is not None}
+    write_json(_figures_file(run), run.figures)
+
+
+def _figures_file(run: SweepRun) -> Path:
+    """Written when a run is done, and there for no other."""
+    return run.settings.run_dir / "figures.json"
+
+
+def _read_figures(run: SweepRun) -> None:
+    folder, file = Run(run.settings.run_dir), _figures_file(run)
+    if not (file.is_file() and folder.model_folder.is_dir()):
+        return
+    if folder.settings.training.max_steps == run.settings.training.max_steps:
+        run.status, run.figures = "done", json.loads(file.read_text(encoding="utf-8"))
+
+
+def _training_figures(run: Run) -> dict[str, float | None]:
+    lines = [line for line in run.read_metrics() if line["split"] == "train"]
+    return {f"training_{name}": lines[-1].get(name) for name in ("loss", "kl") if lines}
+
+
+def _evaluate(run: Run) -> dict[str, float | None]:
+    """Writes `metrics.json`, as the command `evaluate` does."""
+    model, tokenizer = run.load_model(), run.load_tokenizer()
+    model.to(find_device(run.settings.training.device))  # type: ignore[arg-type]
+    rows = run.held_out_rows(tokenizer).sample(MAX_ROWS, EVALUATION_SEED)
+    torch.manual_seed(EVALUATION_SEED)
+    likelihood = evaluate_likelihood(model, rows.in_order(ROWS_AT_ONCE), NUM_SAMPLES)
+    if not math.isfinite(likelihood.nll):
+        raise ValueError(f"the nll of the held-out text is {likelihood.nll}")
+    values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
+    added = {"bytes_per_token": rows.bytes_per_token, "warning": usage_warning(likelihood)}
+    write_json(run.evaluation_file, {**values, **added})
+    figures = {name: values[name] for name in ("nll", "elbo", "kl", "gap")}
+    return {**figures, "live_bits": likelihood.usage and likelihood.usage.live_bits}

@@ -1,0 +1,204 @@
+"""What the runs of a sweep have come to: means over seeds with their intervals, as a table and as a page."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from free_transformer.evaluation.report import Report, Table
+from free_transformer.files import write_json
+from free_transformer.training.run import Run
+from free_transformer.training.settings import Settings
+
+SEED = "training.seed"
+MOST_CURVES = 10  # matplotlib's colours repeat then
+# Where one of these varies, losses are of other text or other tokens, and none is the best.
+TEXT = {"data.validation", "data.column", "data.tokenizer", "training.seq_len"}
+
+FIGURES = {  # name: title and digits
+    "nll": ("nll, nats per token", 4),
+    "elbo": ("elbo, nats per token", 4),
+    "kl": ("KL, bits per plan", 2),
+    "gap": ("gap, nats per token", 4),
+    "live_bits": ("live bits", 1),
+    "training_loss": ("training loss, nats per token", 4),
+    "training_kl": ("training KL, bits per plan", 2),
+}
+
+
+@dataclass
+class SweepRun:
+    """
+    Attributes:
+        overrides: every setting that the grid names, as text.
+        settings: with a `run_dir` of its own in the sweep's folder.
+        status: waiting, done or failed.
+        reason: why it failed, one line.
+        figures: those of `FIGURES` that it has, in these units.
+    """
+
+    overrides: dict[str, str]
+    settings: Settings
+    status: str = "waiting"
+    reason: str | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its folder, such as `latent_dim=8,seed=0`."""
+        return self.settings.run_dir.name
+
+
+@dataclass
+class Sweep:
+    """
+    Attributes:
+        folder: where `sweep.json` and `report.html` stand beside the runs' folders.
+        varied: the settings that have several values.
+    """
+
+    folder: Path
+    varied: list[str]
+    runs: list[SweepRun]
+
+    @property
+    def failed(self) -> list[SweepRun]:
+        return [run for run in self.runs if run.status == "failed"]
+
+
+@dataclass
+class Interval:
+    """A mean and its 95 % confidence interval, mean ± half_width; None where a single value has none."""
+
+    mean: float
+    half_width: float | None
+
+
+@dataclass
+class Group:
+    """
+    The runs that differ in their seed alone.
+
+    Attributes:
+        overrides: the settings that vary, but for the seed.
+        figures: of the runs that are done.
+        best: whether its mean nll is the lowest of several.
+    """
+
+    overrides: dict[str, str]
+    runs: list[SweepRun]
+    figures: dict[str, Interval] = field(default_factory=dict)
+    best: bool = False
+
+    def count(self, status: str) -> int:
+        return sum(run.status == status for run in self.runs)
+
+
+def short_names(names: Sequence[str] | dict[str, str]) -> list[str]:
+    """Without the section, where no other has the same last name."""
+    last = [name.rpartition(".")[2] for name in names]
+    return [short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)]
+
+
+def sweep_groups(sweep: Sweep) -> list[Group]:
+    """In the order of the grid."""
+    groups: dict[tuple[str, ...], Group] = {}
+    for run in sweep.runs:
+        varied = {name: run.overrides[name] for name in sweep.varied if name != SEED}
+        groups.setdefault(tuple(varied.values()), Group(varied, [])).runs.append(run)
+    for group in groups.values():
+        for name in FIGURES:
+            values = [run.figures[name] for run in group.runs if run.status == "done" and name in run.figures]
+            if values:
+                group.figures[name] = confidence_interval(values)
+    judged = [group for group in groups.values() if "nll" in group.figures]
+    if len(judged) > 1 and not TEXT & set(sweep.varied):
+        min(judged, key=lambda group: group.figures["nll"].mean).best = True
+    return list(groups.values())
+
+
+def confidence_interval(values: Sequence[float]) -> Interval:
+    """Of the mean of independent values, by Student's t."""
+    if len(values) == 1:
+        return Interval(values[0], None)
+    from scipy.stats import t
+
+    error = stdev(values) / math.sqrt(len(values))
+    return Interval(mean(values), float(t.ppf(0.975, len(values) - 1)) * error)
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """Header and rows, one a group: what was varied, how many runs are done, and their figures."""
+    groups = sweep_groups(sweep)
+    shown = [name for name in FIGURES if any(name in group.figures for group in groups)]
+    rows = []
+    for group in groups:
+        cells = [_cell(group.figures.get(name), FIGURES[name][1]) for name in shown]
+        if group.best:
+            cells[shown.index("nll")] += " (best)"
+        rows.append([*group.overrides.values(), _runs_cell(group), *cells])
+    return [*short_names([*groups[0].overrides]), "runs", *(FIGURES[name][0] for name in shown)], rows
+
+
+def _cell(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return "-"
+    value = f"{interval.mean:.{digits}f}"
+    return value if interval.half_width is None else f"{value} ± {interval.half_width:.{digits}f}"
+
+
+def _runs_cell(group: Group) -> str:
+    done, failed, runs = group.count("done"), group.count("failed"), len(group.runs)
+    return str(runs) if done == runs else f"{done} of {runs}" + f", {failed} failed" * (failed > 0)
+
+
+def write_summary(sweep: Sweep) -> None:
+    """Writes `sweep.json`: every run, and the groups with their means and confidence intervals."""
+    runs = [
+        {
+            "overrides": run.overrides,
+            "folder": run.name,
+            "status": run.status,
+            "reason": run.reason,
+            "figures": run.figures,
+        }
+        for run in sweep.runs
+    ]
+    groups = [
+        {
+            "overrides": group.overrides,
+            "runs": len(group.runs),
+            "done": group.count("done"),
+            "failed": group.count("failed"),
+            "best": group.best,
+            "figures": {name: asdict(interval) for name, interval in group.figures.items()},
+        }
+        for group in sweep_groups(sweep)
+    ]
+    write_json(sweep.folder / "sweep.json", {"varied": sweep.varied, "runs": runs, "groups": groups})
+
+
+def write_sweep_report(sweep: Sweep) -> Path:
+    """Writes `report.html`: the table, the curves of up to ten runs, and how each run ended."""
+    report = Report(f"Sweep {sweep.folder.name}")
+    report.table(*sweep_table(sweep))
+    report.paragraph(
+        "Means over seeds ± 95 % confidence interval (Student's t). On held-out text, as evaluate measures it; of "
+        "runs without any, the last line of training."
+    )
+    metrics = {run.name: lines for run in sweep.runs if (lines := Run(run.settings.run_dir).read_metrics())}
+    if 0 < len(metrics) <= MOST_CURVES:
+        try:
+            from free_transformer.evaluation.plots import curves
+
+            figure = curves(metrics)
+            report.heading("Curves")
+            report.figure(figure, "losses in nats per token, KL in bits per plan")
+        except ImportError:
+            report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
+    report.heading("Runs")
+    report.table(["folder", "status", ""], [[run.name, run.status, run.reason or ""] for run in sweep.runs])
+    path = sweep.folder / "report.html"
+    report.write(path)
+    return path
