@@ -36,6 +36,7 @@ MEMORY = {  # what differs from configs/free_transformer.yaml
     ],
 }
 LOGGED = ["logging.tensorboard=true", "logging.wandb=true", "logging.trackio=true", "training.log_every=10"]
+RESULT = "result:"  # trackers write to standard output too
 SILENT = ["logging.tensorboard=false", "training.log_every=100000"]
 
 
@@ -85,7 +86,7 @@ def in_a_process(what: str, overrides: list[str], folder: str = ".") -> float:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return float(done.stdout.split()[-1])
+    return float(done.stdout.rpartition(RESULT)[2].split()[0])
 
 
 def child(what: str, overrides: list[str]) -> float:
@@ -114,6 +115,6 @@ def child(what: str, overrides: list[str]) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in ("foretell", "train", "time"):
-        print(child(sys.argv[1], json.loads(sys.argv[2])))
+        print(RESULT, child(sys.argv[1], json.loads(sys.argv[2])), flush=True)
     else:
         typer.run(main)

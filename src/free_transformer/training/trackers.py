@@ -108,5 +108,7 @@ class Trackio:
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:
+        import trackio
+
         with contextlib.redirect_stdout(sys.stderr):
-            self.run.finish()
+            trackio.finish()
