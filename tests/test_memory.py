@@ -41,7 +41,7 @@ def test_the_most_rows_fit_and_one_more_would_not(fixed, row, budget):
 
 
 def resolved(settings, run=None) -> int:
-    return decide_batch_size(settings, byte_tokenizer(), Processes(torch.device("cpu")), run, True).training.rows
+    return decide_batch_size(settings, byte_tokenizer(), Processes(torch.device("cpu")), run, True)[0].training.rows
 
 
 def test_auto_takes_the_rows_that_fit_into_the_free_memory_with_a_margin(tiny_settings, monkeypatch):  # noqa: F811

@@ -176,6 +176,16 @@ def test_watch_draws_curves_and_every_figure(tiny_settings, capsys):  # noqa: F8
         watch([run.path.parent / "nothing"], once=True)
 
 
+def test_runs_of_one_name_in_two_folders_are_told_apart(tiny_settings, capsys):  # noqa: F811
+    runs = [
+        train(tiny_settings(f"{folder}/same", training={"max_steps": steps}), quiet=True)
+        for folder, steps in (("one", 2), ("other", 3))
+    ]
+    watch([run.path for run in runs], once=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "step 2 ended" in shown and "step 3 ended" in shown
+
+
 def test_a_report_is_of_any_run_also_while_it_trains(tiny_settings, monkeypatch, outside_references):  # noqa: F811
     settings = tiny_settings(training={"save_every": 2})
     with monkeypatch.context() as patch:

@@ -32,6 +32,7 @@ reproduce = typer.Typer(no_args_is_help=True, help="Experiments of the paper, me
 app.add_typer(reproduce, name="reproduce")
 console = Console()
 
+ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of settings", metavar="CONFIG")]
 RunArgument = Annotated[Path, typer.Argument(help="folder that train has written", metavar="RUN")]
 RunsArgument = Annotated[list[Path], typer.Argument(help="folders that train has written", metavar="RUN...")]
 DataOption = Annotated[
@@ -56,7 +57,7 @@ SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text
 
 @app.command(epilog="Settings, as section.name=value:\n\n" + describe_settings())
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings", metavar="CONFIG")],
+    config: ConfigArgument,
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(help="changes, as in training.learning_rate=3e-4", metavar="[SECTION.NAME=VALUE]..."),
@@ -81,7 +82,7 @@ def train(
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings", metavar="CONFIG")],
+    config: ConfigArgument,
     more: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(help="further settings of the grid", metavar="[SECTION.NAME=VALUE,VALUE]..."),
@@ -118,8 +119,8 @@ def evaluate(
     seed: SeedOption = 0,
 ) -> None:
     """Measure the likelihood of held-out text honestly, and whether the plan is used; writes metrics.json."""
-    from free_transformer.evaluation import usage_warning
     from free_transformer.evaluation.report import likelihood_table, usage_table
+    from free_transformer.training import Run
 
     with _joined() as processes:
         likelihood, bytes_per_token = _evaluate(
@@ -131,12 +132,11 @@ def evaluate(
     shown = [0, 1, 2, 4]  # what each number is stands in the report; a terminal is narrow
     _print_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
     _print_table(*usage_table(likelihood))
-    warning = usage_warning(likelihood)
+    evaluated = Run(run)
+    warning = evaluated.write_evaluation(likelihood, bytes_per_token)
     if warning:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
-    values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
-    write_json(run / "metrics.json", {**values, "bytes_per_token": bytes_per_token, "warning": warning})
-    console.print(f"{likelihood.documents} texts, {likelihood.tokens} tokens; written to {run / 'metrics.json'}")
+    console.print(f"{likelihood.documents} texts, {likelihood.tokens} tokens; written to {evaluated.evaluation_file}")
 
 
 @app.command()

@@ -140,6 +140,10 @@ class MixedRows:
     def seq_len(self) -> int:
         return self.parts[0].seq_len
 
+    @property
+    def predicted_tokens(self) -> int:
+        return sum(part.predicted_tokens for part in self.parts)
+
     def shuffled(
         self, batch_size: int, seed: int, start: int = 0, step: int = 1, share: slice = slice(None)
     ) -> Iterator[Batch]:

@@ -49,11 +49,13 @@ def curves(runs: Mapping[str, Metrics]) -> Any:
 def _points(metrics: Metrics, name: str) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of a panel by split, where there are any."""
     key = "nll" if name == "elbo" and _is_baseline(metrics) else name
-    splits = {
-        split: [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
-        for split in ("train", "validation")
-    }
+    splits = {split: values_of(metrics, split, key) for split in ("train", "validation")}
     return {split: points for split, points in splits.items() if points}
+
+
+def values_of(metrics: Metrics, split: str, key: str) -> list[tuple[int, float]]:
+    """Steps and values of a key, from the lines of a split that have it."""
+    return [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
 
 
 def _stage_starts(metrics: Metrics) -> list[int]:

@@ -58,7 +58,19 @@ def load_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, proces
             loaded.append((stage, known or _load(stage, settings, tokenizer, processes)))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    return [data for _, data in loaded]
+    found = [data for _, data in loaded]
+    check_batches(found, settings)
+    return found
+
+
+def check_batches(data: list[TrainingData], settings: Settings) -> None:
+    """`SettingsError` where the text of a stage does not fill one of its batches."""
+    for stage, of_stage in zip(stages_of(settings), data, strict=True):
+        if not isinstance(of_stage, Stream):
+            try:
+                next(of_stage.shuffled(stage.batch_size, settings.training.seed))
+            except ValueError as error:
+                raise SettingsError(str(error)) from error
 
 
 def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainingData:
@@ -73,9 +85,7 @@ def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, 
                 )
         return stream
     parts = [build_rows(documents, tokenizer, stage.seq_len) for documents in stream.documents]
-    rows: TrainingRows = parts[0] if len(parts) == 1 else MixedRows(parts, stream.shares)
-    next(rows.shuffled(stage.batch_size, settings.training.seed))  # are there enough for a batch?
-    return rows
+    return parts[0] if len(parts) == 1 else MixedRows(parts, stream.shares)
 
 
 def _stream(sources: Sources, data: DataSettings) -> Stream:

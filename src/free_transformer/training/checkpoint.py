@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from free_transformer.files import TEMPORARY, first_line, publish_folder, write_text
+from free_transformer.files import TEMPORARY, first_line, publish_folder, write_json
 from free_transformer.training.parallel import SharedBinaryMapper, random_state
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError
@@ -141,7 +141,7 @@ class Checkpoints:
         kept = None
         if best is not None:
             kept = self.folder / f"step-{best[1]}"
-            write_text(self.folder / BEST, json.dumps({"checkpoint": kept.name, "loss": best[0]}, indent=2) + "\n")
+            write_json(self.folder / BEST, {"checkpoint": kept.name, "loss": best[0]})
         known = [each for each in list_checkpoints(self.folder) if _step(each) <= facts["step"] and each != kept]
         for old in known[: -self.keep]:  # one with a later step is not of this run, and not ours to delete
             shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}old-{old.name}")))

@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from free_transformer.data.rows import MixedRows, Rows
-from free_transformer.training.batches import TrainingData
+from free_transformer.training.batches import Stream, TrainingData
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import describe_groups
 from free_transformer.training.processes import Processes
@@ -63,7 +62,7 @@ class Display:
     def start(self, state: TrainState, data: TrainingData) -> None:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         text = f"{self.run.path.name}: {parameters / 1e6:.2f} M parameters"
-        if isinstance(data, Rows | MixedRows):
+        if not isinstance(data, Stream):
             text += f", {len(data)} rows of {data.seq_len} tokens"
         if state.step >= self.settings.training.max_steps:
             text += f"; trained to step {state.step} already (raise training.max_steps to go on)"

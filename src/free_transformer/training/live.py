@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from free_transformer.training.run import Run
+from free_transformer.evaluation.plots import values_of
+from free_transformer.training.run import Run, titles_of
 from free_transformer.training.settings import SettingsError
 from free_transformer.training.watching import Watcher
 
@@ -53,28 +54,23 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
 
 
 def _picture(runs: Sequence[Run], width: int) -> RenderableType:
-    metrics = {run.path.name: run.read_metrics() for run in runs}
+    metrics = {title: run.read_metrics() for title, run in zip(titles_of(runs), runs, strict=True)}
     columns = 2 if width >= 2 * NARROWEST else 1
     panels = [
-        _panel(title, {name: _points(lines, split, key) for name, lines in metrics.items()}, width // columns - 1)
+        _panel(title, {name: values_of(lines, split, key) for name, lines in metrics.items()}, width // columns - 1)
         for key, (split, title) in PANELS.items()
     ]
-    figures = [_figures(run, metrics[run.path.name]) for run in runs]
+    figures = [_figures(title, run, lines) for run, (title, lines) in zip(runs, metrics.items(), strict=True)]
     return Group(Columns([panel for panel in panels if panel is not None]), *figures)
 
 
-def _points(lines: Sequence[dict[str, Any]], split: str, key: str) -> tuple[list[int], list[float]]:
-    found = [(line["step"], line[key]) for line in lines if line["split"] == split and key in line]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def _panel(title: str, curves: dict[str, tuple[list[int], list[float]]], width: int) -> Text | None:
+def _panel(title: str, curves: dict[str, list[tuple[int, float]]], width: int) -> Text | None:
     """None where no run has such values."""
     try:
         from plotext import figure
     except ImportError as error:
         raise SettingsError("watch draws with plotext: pip install 'free-transformer-lm[train]'") from error
-    curves = {name: points for name, points in curves.items() if points[0]}
+    curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
     figure.clear()  # plotext has one figure
@@ -82,15 +78,15 @@ def _panel(title: str, curves: dict[str, tuple[list[int], list[float]]], width: 
     figure.plot_size(width, HEIGHT)
     figure.title(title)
     for name, points in curves.items():
-        curve = figure.signal(*points, marker="braille").lines(True)
+        curve = figure.signal(*map(list, zip(*points, strict=True)), marker="braille").lines(True)
         figure.draw(curve.label(name) if len(curves) > 1 else curve)
     return Text.from_ansi(str(figure.build()))
 
 
-def _figures(run: Run, metrics: Sequence[dict[str, Any]]) -> Table:
+def _figures(title: str, run: Run, metrics: Sequence[dict[str, Any]]) -> Table:
     watcher = Watcher(run.settings, metrics)
     state = "ended" if run.has_ended else f"of {run.settings.training.max_steps}"
-    table = Table(title=f"{run.path.name}: step {watcher.step} {state}", title_justify="left", expand=True)
+    table = Table(title=f"{title}: step {watcher.step} {state}", title_justify="left", expand=True)
     table.add_column("figure", no_wrap=True)
     table.add_column("what it means, or what to do", ratio=1)
     for reading in watcher.readings():

@@ -68,14 +68,15 @@ def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
     saved = bool(list_checkpoints(run.checkpoints))
     if saved and training.resume == "never":
         raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
-    settings = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
+    settings, loaded = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
     if settings.training.rows < processes.data_size:
         raise SettingsError(
             f"training.batch_size={settings.training.rows}: at least a row for each of the {processes.data_size} "
             "processes that share a batch"
         )
     state = new_state(settings, tokenizer, processes)
-    training_data, validation = load_training(settings, tokenizer, processes), load_validation(settings, tokenizer)
+    training_data = loaded or load_training(settings, tokenizer, processes)
+    validation = load_validation(settings, tokenizer)
     checkpoints = Checkpoints(run.checkpoints, training.save_total, processes, training.async_save)
     passed_over: list[str] = []
     goes_on = training.resume == "auto" and checkpoints.load_newest(state, passed_over.append) is not None

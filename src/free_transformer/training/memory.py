@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data.rows import Batch
 from free_transformer.losses import predicted_tokens
-from free_transformer.training.batches import Stream, TrainingData, load_training, training_batches
+from free_transformer.training.batches import Stream, TrainingData, check_batches, load_training, training_batches
 from free_transformer.training.build import new_state
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.processes import Processes
@@ -164,18 +164,18 @@ def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, process
 
 def decide_batch_size(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes, run: Run | None, quiet: bool
-) -> Settings:
+) -> tuple[Settings, list[TrainingData] | None]:
     """
     The settings with `training.batch_size=auto` as a number: the most rows that fit the memory, and no more than the
-    text has.
+    text has; and the text, where it had to be read to tell.
 
     Args:
         run: one to go on with, whose number stays.
     """
     if settings.training.batch_size != "auto":
-        return settings
+        return settings, None
     if run is not None:
-        return _with_rows(settings, run.settings.training.rows)
+        return _with_rows(settings, run.settings.training.rows), None
     one_each = _with_rows(settings, processes.data_size)
     data = load_training(one_each, tokenizer, processes)
     held = [len(each) for each in data if not isinstance(each, Stream)]
@@ -191,7 +191,9 @@ def decide_batch_size(
     if rows > least:
         text += f"; steps from {least} rows on are hardly faster by the row, and more of them learn more"
     Console(stderr=True, quiet=quiet or not processes.main).print(text, highlight=False, soft_wrap=True)
-    return _with_rows(settings, rows)
+    settings = _with_rows(settings, rows)
+    check_batches(data, settings)
+    return settings, data
 
 
 def _with_rows(settings: Settings, rows: int) -> Settings:

@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from free_transformer.data import load_tokenizer
-from free_transformer.data.rows import MixedRows, Rows
 from free_transformer.evaluation.report import Table
 from free_transformer.model import FreeTransformer
-from free_transformer.training.batches import TrainingData, load_training, load_validation
+from free_transformer.training.batches import Stream, load_training, load_validation
 from free_transformer.training.build import new_state
 from free_transformer.training.memory import GIB, StepCosts, decide_batch_size, memory_budget, try_steps
 from free_transformer.training.optimizers import describe_groups
@@ -101,15 +100,15 @@ def preview(settings: Settings, quiet: bool = False) -> Preview | None:
 def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     check_trackers(settings)
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    settings = decide_batch_size(settings, tokenizer, processes, None, quiet)
-    data = load_training(settings, tokenizer, processes)
+    settings, loaded = decide_batch_size(settings, tokenizer, processes, None, quiet)
+    data = loaded or load_training(settings, tokenizer, processes)
     load_validation(settings, tokenizer)
     rows = -(-settings.training.rows // processes.data_size)
     costs, budget = try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
     state = new_state(settings, tokenizer, processes)
     found = Preview(
         *(settings, parameters_by_part(state.model), describe_groups(state.optimizers), stages_of(settings)),
-        *([_predicted(each) for each in data], costs, budget, rows),
+        *([None if isinstance(each, Stream) else each.predicted_tokens for each in data], costs, budget, rows),
     )
     if found.bytes > budget:
         found.warnings.append(
@@ -121,12 +120,6 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     if (path := Run(settings.run_dir).checkpoints).is_dir():
         found.warnings.append(f"{path.parent} is there already: train would go on with it")
     return found
-
-
-def _predicted(data: TrainingData) -> int | None:
-    if isinstance(data, Rows):
-        return data.predicted_tokens
-    return sum(part.predicted_tokens for part in data.parts) if isinstance(data, MixedRows) else None
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:

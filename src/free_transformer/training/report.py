@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from free_transformer.evaluation.report import Report
-from free_transformer.training.run import Run
+from free_transformer.training.run import Run, titles_of
 from free_transformer.training.watching import Watcher
 
 NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
@@ -24,7 +24,7 @@ def write_run_report(*paths: Path, out: Path | None = None) -> Path:
         SettingsError: for a folder that is no run.
     """
     runs = [Run(path) for path in paths]
-    titles = _titles(runs)
+    titles = titles_of(runs)
     report = Report(f"Run {titles[0]} ({runs[0].settings.model.kind})" if len(runs) == 1 else "Runs")
     metrics = {title: run.read_metrics() for title, run in zip(titles, runs, strict=True)}
     for title, run in zip(titles, runs, strict=True):
@@ -48,22 +48,17 @@ def write_run_report(*paths: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _titles(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, or their paths where names are not enough."""
-    names = [run.path.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-
-
 def _add_figures(report: Report, title: str, run: Run, metrics: Sequence[dict[str, Any]]) -> None:
     watcher = Watcher(run.settings, metrics)
     steps = f"step {watcher.step} of {run.settings.training.max_steps}"
     report.heading(title or "What to watch")
     report.paragraph(f"{steps}, ended" if run.has_ended else f"{steps}; not at its end, the page is of now")
-    for reading in watcher.alarms():
-        report.paragraph(f"{reading.label}: {reading.advice}", warning=True)
-    rows = [[reading.label, reading.value, reading.advice] for reading in watcher.readings() if not reading.alarm]
-    alarms = [[reading.label, reading.value, "see above"] for reading in watcher.alarms()]
-    report.table(["", "last", "what it means"], [*rows, *alarms])
+    readings = sorted(watcher.readings(), key=lambda reading: reading.alarm)
+    for reading in readings:
+        if reading.alarm:
+            report.paragraph(f"{reading.label}: {reading.advice}", warning=True)
+    rows = [[each.label, each.value, "see above" if each.alarm else each.advice] for each in readings]
+    report.table(["", "last", "what it means"], rows)
 
 
 def _add_curves(report: Report, metrics: dict[str, Any]) -> None:

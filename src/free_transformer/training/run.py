@@ -1,6 +1,8 @@
 """The folder of a run, and what is in it."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents
-from free_transformer.files import first_line, write_text
+from free_transformer.evaluation.likelihood import Likelihood
+from free_transformer.evaluation.usage import usage_warning
+from free_transformer.files import first_line, write_json, write_text
 from free_transformer.training.settings import Settings, SettingsError, load_settings
 
 
@@ -19,6 +23,12 @@ def load_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder).eval()
     except (SafetensorError, OSError) as error:
         raise SettingsError(f"{folder}: the model cannot be read ({first_line(error)})") from error
+
+
+def titles_of(runs: Sequence["Run"]) -> list[str]:
+    """The folders' names, or their paths where names are not enough."""
+    names = [run.path.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 class Run:
@@ -73,6 +83,13 @@ class Run:
 
     def write_config(self, settings: Settings) -> None:
         write_text(self.config_file, settings.to_yaml())
+
+    def write_evaluation(self, likelihood: Likelihood, bytes_per_token: float) -> str | None:
+        """Writes `metrics.json`, and returns what it warns of."""
+        values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
+        warning = usage_warning(likelihood)
+        write_json(self.evaluation_file, {**values, "bytes_per_token": bytes_per_token, "warning": warning})
+        return warning
 
     def append_metrics(self, **values: Any) -> None:
         try:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from free_transformer.evaluation import evaluate_likelihood, usage_warning
+from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.files import first_line, write_json
 from free_transformer.training.checkpoint import CheckpointFailed, list_checkpoints
 from free_transformer.training.loop import TrainingFailed, train
@@ -223,8 +222,6 @@ def _evaluate(run: Run) -> dict[str, float | None]:
     likelihood = evaluate_likelihood(model, rows.in_order(ROWS_AT_ONCE), NUM_SAMPLES)
     if not math.isfinite(likelihood.nll):
         raise ValueError(f"the nll of the held-out text is {likelihood.nll}")
-    values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
-    added = {"bytes_per_token": rows.bytes_per_token, "warning": usage_warning(likelihood)}
-    write_json(run.evaluation_file, {**values, **added})
-    figures = {name: values[name] for name in ("nll", "elbo", "kl", "gap")}
+    run.write_evaluation(likelihood, rows.bytes_per_token)
+    figures = {name: getattr(likelihood, name) for name in ("nll", "elbo", "kl", "gap")}
     return {**figures, "live_bits": likelihood.usage and likelihood.usage.live_bits}
