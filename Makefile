@@ -67,7 +67,7 @@ bench-scaling: $(VENV)/.train ## one process against several, and 8B on 256 GPUs
 bench-curriculum: $(VENV)/.demo ## short texts first, or the full length from the start: docs/training.md; half an hour
 	$(BIN)/python benchmarks/curriculum.py
 
-bench-logging: $(VENV)/.dev ## memory foretold and measured, and what logging costs: docs/training.md; 8 minutes
+bench-logging: $(VENV)/.dev ## memory foretold and measured, and what logging costs: docs/training.md; 35 minutes
 	$(BIN)/python benchmarks/training_overhead.py
 
 bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape

@@ -1,9 +1,10 @@
 """
 Two promises of the training loop: the memory that a dry run foretells, and what it costs to log everything.
 
-Memory: four configurations, each foretold by one process and trained by another, whose peak is read. Logging: rounds of
-one run with TensorBoard, Weights & Biases (offline) and trackio, and one with a single line of metrics, interleaved.
-`make bench-logging`: 8 minutes on 2 cores.
+Memory: four configurations, each foretold by one process and trained by another, whose peak is read. Logging: one run
+with TensorBoard, Weights & Biases (offline) and trackio that logs in every other block of its steps, so that what else
+the machine does meets both; and rounds of whole runs, with each tracker and with a single line of metrics.
+`make bench-logging`: 35 minutes on 2 cores.
 """
 
 import json
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,20 +36,26 @@ MEMORY = {  # what differs from configs/free_transformer.yaml
         *("training.batch_size=16", *LONG_TEXT),
     ],
 }
-LOGGED = ["logging.tensorboard=true", "logging.wandb=true", "logging.trackio=true", "training.log_every=10"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+SILENT = "one line"
+LOGGED = {SILENT: (), "metrics.jsonl alone": (), **{name: (name,) for name in TRACKERS}, "everything": TRACKERS}
+BLOCK = 50  # steps; the first two blocks are not counted
+EVERY = 10  # steps between the lines of a run that logs
 RESULT = "result:"  # trackers write to standard output too
-SILENT = ["logging.tensorboard=false", "training.log_every=100000"]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="of the runs with and without logging; 0 for none")] = 7,
-    steps: Annotated[int, typer.Option(help="of such a run")] = 150,
+    pairs: Annotated[int, typer.Option(help="of blocks with and without logging in one run; 0 for none")] = 30,
+    rounds: Annotated[int, typer.Option(help="of whole runs with and without logging; 0 for none")] = 5,
+    steps: Annotated[int, typer.Option(help="of such a run")] = 300,
     memory: Annotated[bool, typer.Option(help="the four configurations too")] = True,
 ) -> None:
-    """Prints both tables."""
+    """Prints what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         if memory:
             print(memory_table(Path(folder)), flush=True)
+        if pairs:
+            print(blocks_table(Path(folder), pairs), flush=True)
         if rounds:
             print(logging_table(Path(folder), rounds, steps), flush=True)
 
@@ -63,34 +70,56 @@ def memory_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def blocks_table(folder: Path, pairs: int) -> str:
+    """Time of the blocks of one run in which everything is logged over that of their neighbours, and of the rest."""
+    logged = [f"logging.{each}=true" for each in TRACKERS]
+    steps = BLOCK * 2 * (pairs + 1)
+    found = in_a_process("blocks", [*common_settings(steps), f"run_dir={folder / 'blocks'}", *logged], str(folder))
+    ratios = [one / other for one, other in zip(found["logging"], found["silent"], strict=True)]
+    low, high = statistics.quantiles(ratios, n=4)[::2]
+    seconds = f"{found['open']:.1f} s to open the trackers, {found['close']:.1f} s to close them"
+    middle, step = statistics.median(ratios), statistics.median(found["silent"]) / BLOCK
+    return (
+        f"blocks of {BLOCK} steps of {step:.3f} s, a line every {EVERY}: logging / silent, {pairs} pairs in one run: "
+        f"median {middle:.3f} (quartiles {low:.3f} and {high:.3f}); {1000 * found['line']:.1f} ms a line; {seconds}\n"
+    )
+
+
+def common_settings(steps: int) -> list[str]:
+    return [
+        *(f"training.max_steps={steps}", "training.device=cpu", "training.prior_rows=0", "data.validation=[]"),
+        *("training.save_every=0", "training.eval_every=0", "logging.sample_every=0"),
+    ]
+
+
 def logging_table(folder: Path, rounds: int, steps: int) -> str:
-    """Time of the loop with everything logged over that with one line, round by round."""
-    common = [f"training.max_steps={steps}", "training.device=cpu", "training.prior_rows=0", "data.validation=[]"]
-    common += ["training.save_every=0", "training.eval_every=0", "logging.sample_every=0"]
-    ratios = []
+    """Time of the loop with a line every ten steps over that with one line at its end, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in LOGGED}
     for number in range(rounds):
-        order = [("logged", LOGGED), ("silent", SILENT)][:: 1 if number % 2 == 0 else -1]
-        seconds = {
-            name: in_a_process("time", [f"run_dir={folder / f'{name}-{number}'}", *common, *changes], str(folder))
-            for name, changes in order
-        }
-        ratios.append(seconds["logged"] / seconds["silent"])
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    return f"logged / silent, {rounds} rounds of {steps} steps: median {middle:.3f} ({low:.3f} to {high:.3f})"
+        for name, trackers in list(LOGGED.items())[:: 1 if number % 2 == 0 else -1]:
+            changes = [f"logging.{each}={str(each in trackers).lower()}" for each in TRACKERS]
+            changes += [f"run_dir={folder / f'{name}-{number}'.replace(' ', '-')}"]
+            changes += [f"training.log_every={steps if name == SILENT else EVERY}"]
+            seconds[name].append(in_a_process("loop", [*common_settings(steps), *changes], str(folder)))
+    lines = [f"| {rounds} rounds of {steps} steps | time / {SILENT}: median (lowest to highest) |", "|---|---|"]
+    for name in list(LOGGED)[1:]:
+        ratios = [one / other for one, other in zip(seconds[name], seconds[SILENT], strict=True)]
+        lines.append(f"| {name} | {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |")
+    return "\n".join([*lines, "", f"seconds: {seconds}"])
 
 
-def in_a_process(what: str, overrides: list[str], folder: str = ".") -> float:
-    """The number that a fresh process prints last."""
+def in_a_process(what: str, overrides: list[str], folder: str = ".") -> Any:
+    """What a fresh process finds."""
     environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": f"{folder}/trackio", "WANDB_SILENT": "true"}
     command = [sys.executable, __file__, what, json.dumps(overrides)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return float(done.stdout.rpartition(RESULT)[2].split()[0])
+    return json.loads(done.stdout.rpartition(RESULT)[2].splitlines()[0])
 
 
-def child(what: str, overrides: list[str]) -> float:
-    from free_transformer.training import load_settings, loop, train
+def child(what: str, overrides: list[str]) -> Any:
+    from free_transformer.training import load_settings, train
     from free_transformer.training.memory import peak_bytes
     from free_transformer.training.preview import preview
     from free_transformer.training.processes import find_device
@@ -100,21 +129,79 @@ def child(what: str, overrides: list[str]) -> float:
         found = preview(settings, quiet=True)
         assert found is not None
         return found.bytes
-    seconds = []
-    original = loop._Trainer.run_to_the_end
+    if what == "train":
+        train(settings, quiet=True)
+        return peak_bytes(find_device("cpu"))
+    return time_blocks(settings) if what == "blocks" else time_loop(settings)
 
-    def timed(self: loop._Trainer, *arguments: object) -> None:
-        started = time.perf_counter()
-        original(self, *arguments)  # type: ignore[arg-type]
-        seconds.append(time.perf_counter() - started)
+
+def time_loop(settings: Any) -> float:
+    """Seconds of all steps, without what comes before them."""
+    from free_transformer.training import loop, train
+
+    seconds, run_to_the_end = [], loop._Trainer.run_to_the_end
+
+    def timed(self: Any, *arguments: Any) -> None:
+        seconds.append(timed_call(run_to_the_end, self, *arguments))
 
     loop._Trainer.run_to_the_end = timed  # type: ignore[method-assign]
     train(settings, quiet=True)
-    return peak_bytes(find_device("cpu")) if what == "train" else seconds[0]
+    return seconds[0]
+
+
+def time_blocks(settings: Any) -> dict[str, Any]:
+    """Seconds of the blocks that log and of those that do not, of a line, and of opening and closing the trackers."""
+    from free_transformer.training import display, loop, train
+    from free_transformer.training.display import Display
+
+    found: dict[str, Any] = {"logging": [], "silent": [], "lines": []}
+    step, log = loop._Trainer._optimizer_step, loop._Trainer._log
+    open_trackers, leave = display.open_trackers, Display.__exit__
+    started = [0.0]
+
+    def timed_step(self: Any, totals: Any) -> int:
+        block, inside = divmod(self.state.step, BLOCK)
+        if inside == 0:
+            now = time.perf_counter()
+            if block > 2:
+                found["logging" if is_logging(block - 1) else "silent"].append(now - started[0])
+            started[0] = now
+        self.settings.training.log_every = EVERY if is_logging(block) else 10**6
+        return step(self, totals)
+
+    def timed_log(self: Any, *arguments: Any) -> None:
+        found["lines"].append(timed_call(log, self, *arguments))
+
+    def timed_open(*arguments: Any) -> Any:
+        begun = time.perf_counter()
+        trackers = open_trackers(*arguments)
+        found["open"] = time.perf_counter() - begun
+        return trackers
+
+    def timed_leave(self: Any, *arguments: Any) -> None:
+        found["close"] = timed_call(leave, self, *arguments)
+
+    loop._Trainer._optimizer_step = timed_step  # type: ignore[method-assign]
+    loop._Trainer._log = timed_log  # type: ignore[method-assign]
+    display.open_trackers, Display.__exit__ = timed_open, timed_leave  # type: ignore
+    settings.training.max_steps += 1  # a step that ends the last block
+    train(settings, quiet=True)
+    return {**found, "line": statistics.median(found["lines"])}
+
+
+def is_logging(block: int) -> bool:
+    """On, off, off, on, ..., so that neither is always the later one of a pair."""
+    return block % 4 in (0, 3)
+
+
+def timed_call(function: Any, *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ("foretell", "train", "time"):
-        print(RESULT, child(sys.argv[1], json.loads(sys.argv[2])), flush=True)
+    if sys.argv[1:2] and sys.argv[1] in ("foretell", "train", "loop", "blocks"):
+        print(RESULT, json.dumps(child(sys.argv[1], json.loads(sys.argv[2]))), flush=True)
     else:
         typer.run(main)

@@ -119,6 +119,14 @@ def test_a_preview_counts_and_writes_nothing(tiny_settings, kind):  # noqa: F811
     assert not settings.run_dir.exists()
 
 
+def test_a_preview_of_auto_tries_its_steps_once(tiny_settings, monkeypatch):  # noqa: F811
+    calls = []
+    monkeypatch.setattr(memory, "try_steps", lambda *arguments: calls.append(1) or costs(fixed=100, row=3))
+    monkeypatch.setattr("free_transformer.training.preview.try_steps", memory.try_steps)
+    found = preview(tiny_settings(training={"batch_size": "auto"}), quiet=True)
+    assert len(calls) == 1 and found.bytes == found.costs.bytes(found.rows)
+
+
 def test_a_preview_warns_of_what_will_not_fit(tiny_settings, monkeypatch):  # noqa: F811
     monkeypatch.setattr("free_transformer.training.preview.memory_budget", lambda processes: 10)
     assert "will not fit" in preview(tiny_settings(), quiet=True).warnings[0]

@@ -23,7 +23,7 @@ ADVICE = (
     "give a plan more tokens (plan_span: sequence) or fewer bits (latent_dim)"
 )
 ADVICE_COMMON = (
-    "model.aggregate_weight=1, which makes bits that all texts share cost, with model.min_bits a little under "
+    "model.aggregate_weight from 1 on, which makes bits that all texts share cost, with model.min_bits a little under "
     "model.free_bits and training.optimizer=muon"
 )
 

@@ -68,7 +68,7 @@ def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
     saved = bool(list_checkpoints(run.checkpoints))
     if saved and training.resume == "never":
         raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
-    settings, loaded = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
+    settings, loaded, _ = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
     if settings.training.rows < processes.data_size:
         raise SettingsError(
             f"training.batch_size={settings.training.rows}: at least a row for each of the {processes.data_size} "

@@ -164,18 +164,18 @@ def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, process
 
 def decide_batch_size(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes, run: Run | None, quiet: bool
-) -> tuple[Settings, list[TrainingData] | None]:
+) -> tuple[Settings, list[TrainingData] | None, StepCosts | None]:
     """
     The settings with `training.batch_size=auto` as a number: the most rows that fit the memory, and no more than the
-    text has; and the text, where it had to be read to tell.
+    text has; and where that had to be found out, the text and what steps cost.
 
     Args:
         run: one to go on with, whose number stays.
     """
     if settings.training.batch_size != "auto":
-        return settings, None
+        return settings, None, None
     if run is not None:
-        return _with_rows(settings, run.settings.training.rows), None
+        return _with_rows(settings, run.settings.training.rows), None, None
     one_each = _with_rows(settings, processes.data_size)
     data = load_training(one_each, tokenizer, processes)
     held = [len(each) for each in data if not isinstance(each, Stream)]
@@ -193,7 +193,7 @@ def decide_batch_size(
     Console(stderr=True, quiet=quiet or not processes.main).print(text, highlight=False, soft_wrap=True)
     settings = _with_rows(settings, rows)
     check_batches(data, settings)
-    return settings, data
+    return settings, data, costs
 
 
 def _with_rows(settings: Settings, rows: int) -> Settings:

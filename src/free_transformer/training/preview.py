@@ -100,11 +100,11 @@ def preview(settings: Settings, quiet: bool = False) -> Preview | None:
 def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     check_trackers(settings)
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    settings, loaded = decide_batch_size(settings, tokenizer, processes, None, quiet)
+    settings, loaded, tried = decide_batch_size(settings, tokenizer, processes, None, quiet)
     data = loaded or load_training(settings, tokenizer, processes)
     load_validation(settings, tokenizer)
     rows = -(-settings.training.rows // processes.data_size)
-    costs, budget = try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
+    costs, budget = tried or try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
     state = new_state(settings, tokenizer, processes)
     found = Preview(
         *(settings, parameters_by_part(state.model), describe_groups(state.optimizers), stages_of(settings)),
