@@ -45,7 +45,7 @@ RESULT = "result:"  # trackers write to standard output too
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="of blocks with and without logging in one run; 0 for none")] = 30,
+    pairs: Annotated[int, typer.Option(help="of blocks with and without logging in a run, from 2 on; 0: none")] = 30,
     rounds: Annotated[int, typer.Option(help="of whole runs with and without logging; 0 for none")] = 5,
     steps: Annotated[int, typer.Option(help="of such a run")] = 300,
     memory: Annotated[bool, typer.Option(help="the four configurations too")] = True,
@@ -73,7 +73,7 @@ def memory_table(folder: Path) -> str:
 def blocks_table(folder: Path, pairs: int) -> str:
     """Time of the blocks of one run in which everything is logged over that of their neighbours, and of the rest."""
     logged = [f"logging.{each}=true" for each in TRACKERS]
-    steps = BLOCK * 2 * (pairs + 1)
+    steps = BLOCK * 2 * (pairs + 1) + 1  # the last one ends the last block
     found = in_a_process("blocks", [*common_settings(steps), f"run_dir={folder / 'blocks'}", *logged], str(folder))
     ratios = [one / other for one, other in zip(found["logging"], found["silent"], strict=True)]
     low, high = statistics.quantiles(ratios, n=4)[::2]
@@ -154,7 +154,8 @@ def time_blocks(settings: Any) -> dict[str, Any]:
     from free_transformer.training import display, loop, train
     from free_transformer.training.display import Display
 
-    found: dict[str, Any] = {"logging": [], "silent": [], "lines": []}
+    found: dict[str, Any] = {"logging": [], "silent": []}
+    lines: list[float] = []
     step, log = loop._Trainer._optimizer_step, loop._Trainer._log
     open_trackers, leave = display.open_trackers, Display.__exit__
     started = [0.0]
@@ -170,7 +171,7 @@ def time_blocks(settings: Any) -> dict[str, Any]:
         return step(self, totals)
 
     def timed_log(self: Any, *arguments: Any) -> None:
-        found["lines"].append(timed_call(log, self, *arguments))
+        lines.append(timed_call(log, self, *arguments))
 
     def timed_open(*arguments: Any) -> Any:
         begun = time.perf_counter()
@@ -184,9 +185,8 @@ def time_blocks(settings: Any) -> dict[str, Any]:
     loop._Trainer._optimizer_step = timed_step  # type: ignore[method-assign]
     loop._Trainer._log = timed_log  # type: ignore[method-assign]
     display.open_trackers, Display.__exit__ = timed_open, timed_leave  # type: ignore
-    settings.training.max_steps += 1  # a step that ends the last block
     train(settings, quiet=True)
-    return {**found, "line": statistics.median(found["lines"])}
+    return {**found, "line": statistics.median(lines)}
 
 
 def is_logging(block: int) -> bool:
