@@ -1,5 +1,6 @@
 """What is said of a run while it trains, and where the numbers go."""
 
+import io
 import json
 import math
 import sqlite3
@@ -8,12 +9,14 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from free_transformer.losses import kl_bits_per_bit, predicted_tokens
 from free_transformer.training import SettingsError, train
 from free_transformer.training import step as training_step
-from free_transformer.training.live import watch
+from free_transformer.training.live import _fitting, watch
 from free_transformer.training.report import write_run_report
+from free_transformer.training.run import Run
 from free_transformer.training.settings import parse_settings
 from free_transformer.training.watching import WINDOW, Watcher
 from processes import untimed
@@ -174,6 +177,22 @@ def test_watch_draws_curves_and_every_figure(tiny_settings, capsys):  # noqa: F8
     watch([run.path])  # of a run that has ended, it returns by itself
     with pytest.raises(SettingsError, match="not a run"):
         watch([run.path.parent / "nothing"], once=True)
+
+
+@pytest.mark.parametrize(("width", "height", "rows"), [(120, 50, 2), (80, 24, 1), (60, 24, 1), (80, 12, 0)])
+def test_watch_fits_the_terminal_and_keeps_every_figure(width, height, rows, tmp_path):
+    run = Run(tmp_path)
+    run.write_config(settings_of())
+    for line in lines_of(kl_hinge=9.0):  # too much: one alarm
+        run.append_metrics(**line)
+        run.append_metrics(step=line["step"], split="validation", loss=2.0 - line["step"] / 1000, gap=0.1)
+    console = Console(width=width, height=height, file=io.StringIO())
+    console.print(_fitting([run], console))
+    drawn = console.file.getvalue().splitlines()
+    assert len(drawn) < height
+    assert sum("┌" in text for text in drawn) == rows
+    assert all(any(label in text for text in drawn) for label in FREE)
+    assert "model.free_bits" in "".join(drawn)
 
 
 def test_runs_of_one_name_in_two_folders_are_told_apart(tiny_settings, capsys):  # noqa: F811

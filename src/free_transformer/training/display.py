@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from free_transformer.training.batches import Stream, TrainingData
 from free_transformer.training.checkpoint import TrainState
@@ -41,12 +42,13 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[alarms]}{task.fields[numbers]}", table_column=Column(ratio=1)),  # wraps
             console=self.console,
+            expand=True,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="")
+        self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="", alarms="")
 
     def __enter__(self) -> "Display":
         self.progress.start()
@@ -101,8 +103,7 @@ class Display:
     def _show(self, step: int, split: str, line: dict[str, Any], news: dict[str, str], over: list[str]) -> None:
         if split == "train":
             self.progress.update(self.task, completed=step, numbers=_numbers(line, self.watcher.validation))
-        alarm = f" [red]{', '.join(self.alarms)}[/]" if self.alarms else ""
-        self.progress.update(self.task, description=self.name + alarm)
+        self.progress.update(self.task, alarms=f"[red]{', '.join(self.alarms)}![/] " if self.alarms else "")
         if split == "validation" or (split == "train" and self.progress.disable and self._milestone(step)):
             self.console.print(f"step {step} {split}: {_numbers(line)}", highlight=False)
         for label, advice in news.items():

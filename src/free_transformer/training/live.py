@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from free_transformer.training.watching import Watcher
 
 PANELS = {
     "reconstruction": ("train", "reconstruction, nats per token"),
-    "kl": ("train", "KL, bits per plan"),
     "loss": ("validation", "held-out ELBO (a baseline's NLL)"),
+    "kl": ("train", "KL, bits per plan"),
     "grad_norm": ("train", "gradient norm"),
 }
-HEIGHT = 12  # lines of a panel
+# Lines of a panel, panels, and whether figures have a single line each: from the fullest to the shortest.
+FULL = (12, 4, False)
+LAYOUTS = [FULL, *((height, 4, brief) for brief in (False, True) for height in (10, 8, 7))]
+LAYOUTS += [(12, 2, True), (9, 2, True), (7, 2, True), (7, 1, True), (0, 0, True)]
 NARROWEST = 40  # columns
 
 
@@ -42,29 +46,53 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
         _ = run.settings
     console = Console()
     if once:
-        console.print(_picture(runs, console.width))
+        console.print(_picture(_read(runs), console.width, *FULL))
         return
     try:
-        with Live(_picture(runs, console.width), console=console, auto_refresh=False) as live:
+        with Live(_fitting(runs, console), console=console, auto_refresh=False) as live:
             while not all(run.has_ended for run in runs):
                 time.sleep(every)
-                live.update(_picture(runs, console.width), refresh=True)
+                live.update(_fitting(runs, console), refresh=True)
     except KeyboardInterrupt:
         pass
 
 
-def _picture(runs: Sequence[Run], width: int) -> RenderableType:
-    metrics = {title: run.read_metrics() for title, run in zip(titles_of(runs), runs, strict=True)}
+Metrics = list[dict[str, Any]]
+
+
+def _read(runs: Sequence[Run]) -> list[tuple[str, Run, Metrics]]:
+    return [(title, run, run.read_metrics()) for title, run in zip(titles_of(runs), runs, strict=True)]
+
+
+def _fitting(runs: Sequence[Run], console: Console) -> RenderableType:
+    """The fullest picture that the terminal has room for."""
+    read = _read(runs)
+    for layout in LAYOUTS:
+        picture = _picture(read, console.width, *layout)
+        if len(console.render_lines(picture)) < console.height:
+            break
+    return picture
+
+
+def _picture(
+    read: Sequence[tuple[str, Run, Metrics]], width: int, height: int, panels: int, brief: bool
+) -> RenderableType:
     columns = 2 if width >= 2 * NARROWEST else 1
-    panels = [
-        _panel(title, {name: values_of(lines, split, key) for name, lines in metrics.items()}, width // columns - 1)
-        for key, (split, title) in PANELS.items()
+    size = (width // columns - 1, height)
+    drawn = [
+        _panel(title, {name: _settled(values_of(lines, split, key)) for name, _, lines in read}, size)
+        for key, (split, title) in islice(PANELS.items(), panels)
     ]
-    figures = [_figures(title, run, lines) for run, (title, lines) in zip(runs, metrics.items(), strict=True)]
-    return Group(Columns([panel for panel in panels if panel is not None]), *figures)
+    figures = [_figures(title, run, lines, brief) for title, run, lines in read]
+    return Group(Columns([panel for panel in drawn if panel is not None]), *figures)
 
 
-def _panel(title: str, curves: dict[str, list[tuple[int, float]]], width: int) -> Text | None:
+def _settled(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Without the first tenth of a longer curve, whose fall would press the rest flat."""
+    return points[len(points) // 10 :]
+
+
+def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[int, int]) -> Text | None:
     """None where no run has such values."""
     try:
         from plotext import figure
@@ -75,21 +103,26 @@ def _panel(title: str, curves: dict[str, list[tuple[int, float]]], width: int) -
         return None
     figure.clear()  # plotext has one figure
     figure.theme("clear")
-    figure.plot_size(width, HEIGHT)
+    figure.plot_size(*size)
     figure.title(title)
     for name, points in curves.items():
         curve = figure.signal(*map(list, zip(*points, strict=True)), marker="braille").lines(True)
         figure.draw(curve.label(name) if len(curves) > 1 else curve)
-    return Text.from_ansi(str(figure.build()))
+    return Text.from_ansi(str(figure.build()).rstrip("\n"))
 
 
-def _figures(title: str, run: Run, metrics: Sequence[dict[str, Any]]) -> Table:
+def _figures(title: str, run: Run, metrics: Metrics, brief: bool) -> RenderableType:
+    """Brief: one line for each figure, and what needs doing below."""
     watcher = Watcher(run.settings, metrics)
+    readings = watcher.readings()
     state = "ended" if run.has_ended else f"of {run.settings.training.max_steps}"
-    table = Table(title=f"{title}: step {watcher.step} {state}", title_justify="left", expand=True)
-    table.add_column("figure", no_wrap=True)
-    table.add_column("what it means, or what to do", ratio=1)
-    for reading in watcher.readings():
-        figure = "\n  ".join([reading.label, *reading.value.split(", ")])
-        table.add_row(Text(figure), Text(reading.advice), style="yellow" if reading.alarm else "")
-    return table
+    table = Table(title=f"{title}: step {watcher.step} {state}", title_justify="left", expand=True, box=None)
+    table.show_header = False
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, no_wrap=brief)
+    for reading in readings:
+        advice = "" if brief and reading.alarm else reading.advice
+        table.add_row(Text(reading.label), Text(reading.value), Text(advice), style="yellow" if reading.alarm else "")
+    alarms = [f"{reading.label}: {reading.advice}" for reading in readings if brief and reading.alarm]
+    return Group(table, *(Text(alarm, style="yellow") for alarm in alarms))

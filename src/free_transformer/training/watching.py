@@ -146,11 +146,12 @@ class Watcher:
         label = "held-out ELBO" if self._is_free else "held-out NLL"
         if self.best is None or not self.validation:
             return Reading(label, "-", "comes with the first validation (data.validation, training.eval_every)")
-        value = f"{self.validation['loss']:.4f} nats per token, best {self.best[0]:.4f} at step {self.best[1]}"
+        value = _with_unit(self.validation["loss"], "nats per token", 4)
+        best = f"best {self.best[0]:.4f} at step {self.best[1]}"
         if self.since_best >= 3:
-            advice = f"no better for {self.since_best} validations: stop (training.early_stopping), or more text"
-            return Reading(label, value, advice, alarm=True)
-        return Reading(label, value, "the number to go by; train on while it falls")
+            stop = "stop (training.early_stopping), or more text"
+            return Reading(label, value, f"{best}, no better for {self.since_best} validations: {stop}", alarm=True)
+        return Reading(label, value, f"{best}; the number to go by, train on while it falls")
 
     def _gradient(self) -> Reading:
         norm, clip = self._last("grad_norm"), self.settings.training.grad_clip
