@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import processes
+from free_transformer.training import Run
 from free_transformer.training.checkpoint import Checkpoints, list_checkpoints
 from processes import start, tiny_values, train_tiny, untimed
 
@@ -85,13 +86,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_in_one_line(tmp_path, num
     assert [line["step"] for line in untimed(tmp_path / "run")] == list(range(1, step + 1))
 
 
+ROOM = 12_000  # bytes: more than a log has, less than a checkpoint
+
+
 def train_on_a_small_disk(values: dict, from_step: int) -> None:
-    """A run whose files may not grow any more from a step on."""
+    """A run whose checkpoints and metrics may not grow any more from a step on; what it says has room."""
     save = Checkpoints.save
+    run = Run(values["run_dir"])
 
     def save_in_little_room(self, state, best=None):
         if state.step >= from_step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+            run.append_metrics(step=0, split="padding", text="-" * ROOM)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
         return save(self, state, best)
 
     Checkpoints.save = save_in_little_room
