@@ -488,7 +488,9 @@ def _read_text(path: Path) -> str:
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
     if not rows:
         return
-    table = Table(*header)
+    table = Table()
+    for title, *cells in zip(header, *rows, strict=True):  # a single word is never cut in two or short
+        table.add_column(title, no_wrap=not any(" " in text for text in [title, *cells]))
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

@@ -25,7 +25,7 @@ from free_transformer.training.settings import Settings, SettingsError
 from free_transformer.training.stages import stages_of
 from free_transformer.training.step import apply_gradients, compute_gradients
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that is free; the rest is for what a trial does not see
 BYTES_PER_PARAMETER = 16  # fp32 weight and gradient, two moments
 LONG_STEP = 2.0  # seconds, after which no larger step is tried

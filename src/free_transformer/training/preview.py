@@ -11,7 +11,7 @@ from free_transformer.evaluation.report import Table
 from free_transformer.model import FreeTransformer
 from free_transformer.training.batches import Stream, load_training, load_validation
 from free_transformer.training.build import new_state
-from free_transformer.training.memory import GIB, StepCosts, decide_batch_size, memory_budget, try_steps
+from free_transformer.training.memory import MIB, StepCosts, decide_batch_size, memory_budget, try_steps
 from free_transformer.training.optimizers import describe_groups
 from free_transformer.training.processes import Processes, join_processes
 from free_transformer.training.run import Run
@@ -75,8 +75,8 @@ class Preview:
         step = training.gradient_accumulation_steps * self.costs.seconds(self.rows)
         return ["cost", ""], [
             ["tokens of a step", f"{self.tokens_per_step:,}"],
-            ["memory of a process, about", f"{self.bytes / GIB:.2f} GiB of {self.budget / GIB:.2f} that it may use"],
-            ["of it weights, gradients, optimizer", f"{self.costs.state_bytes / GIB:.2f} GiB"],
+            ["memory of a process, about", f"{self.bytes / MIB:,.0f} MiB of {self.budget / MIB:,.0f} that it may use"],
+            ["of it weights, gradients, optimizer", f"{self.costs.state_bytes / MIB:,.0f} MiB"],
             ["time of a step, about", f"{step:.3g} s ({self.tokens_per_step / step:,.0f} tokens/s)"],
             [
                 f"time of {training.max_steps} steps, about",
