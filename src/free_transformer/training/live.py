@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -15,7 +15,7 @@ from rich.text import Text
 from free_transformer.evaluation.plots import values_of
 from free_transformer.training.run import Run, titles_of
 from free_transformer.training.settings import SettingsError
-from free_transformer.training.watching import Watcher
+from free_transformer.training.watching import Reading, Watcher
 
 PANELS = {
     "reconstruction": ("train", "reconstruction, nats per token"),
@@ -46,7 +46,7 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
         _ = run.settings
     console = Console()
     if once:
-        console.print(_picture(_read(runs), console.width, *FULL))
+        console.print(_picture(_look_at(runs), console.width, *FULL))
         return
     try:
         with Live(_fitting(runs, console), console=console, auto_refresh=False) as live:
@@ -57,34 +57,45 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
         pass
 
 
-Metrics = list[dict[str, Any]]
+@dataclass(frozen=True)
+class _Look:
+    """What there is to draw of a run, whatever the layout; `curves` by the keys of `PANELS`."""
+
+    name: str
+    state: str
+    curves: dict[str, list[tuple[int, float]]]
+    readings: list[Reading]
 
 
-def _read(runs: Sequence[Run]) -> list[tuple[str, Run, Metrics]]:
-    return [(title, run, run.read_metrics()) for title, run in zip(titles_of(runs), runs, strict=True)]
+def _look_at(runs: Sequence[Run]) -> list[_Look]:
+    looks = []
+    for name, run in zip(titles_of(runs), runs, strict=True):
+        lines = run.read_metrics()
+        watcher = Watcher(run.settings, lines)
+        end = "ended" if run.has_ended else f"of {run.settings.training.max_steps}"
+        curves = {key: _settled(values_of(lines, split, key)) for key, (split, _) in PANELS.items()}
+        looks.append(_Look(name, f"step {watcher.step} {end}", curves, watcher.readings()))
+    return looks
 
 
 def _fitting(runs: Sequence[Run], console: Console) -> RenderableType:
     """The fullest picture that the terminal has room for."""
-    read = _read(runs)
+    looks = _look_at(runs)
     for layout in LAYOUTS:
-        picture = _picture(read, console.width, *layout)
+        picture = _picture(looks, console.width, *layout)
         if len(console.render_lines(picture)) < console.height:
             break
     return picture
 
 
-def _picture(
-    read: Sequence[tuple[str, Run, Metrics]], width: int, height: int, panels: int, brief: bool
-) -> RenderableType:
+def _picture(looks: Sequence[_Look], width: int, height: int, panels: int, brief: bool) -> RenderableType:
     columns = 2 if width >= 2 * NARROWEST else 1
     size = (width // columns - 1, height)
     drawn = [
-        _panel(title, {name: _settled(values_of(lines, split, key)) for name, _, lines in read}, size)
-        for key, (split, title) in islice(PANELS.items(), panels)
+        _panel(title, {look.name: look.curves[key] for look in looks}, size)
+        for key, (_, title) in islice(PANELS.items(), panels)
     ]
-    figures = [_figures(title, run, lines, brief) for title, run, lines in read]
-    return Group(Columns([panel for panel in drawn if panel is not None]), *figures)
+    return Group(Columns([panel for panel in drawn if panel is not None]), *(_figures(look, brief) for look in looks))
 
 
 def _settled(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -111,18 +122,18 @@ def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[i
     return Text.from_ansi(str(figure.build()).rstrip("\n"))
 
 
-def _figures(title: str, run: Run, metrics: Metrics, brief: bool) -> RenderableType:
+def _figures(look: _Look, brief: bool) -> RenderableType:
     """Brief: one line for each figure, and what needs doing below."""
-    watcher = Watcher(run.settings, metrics)
-    readings = watcher.readings()
-    state = "ended" if run.has_ended else f"of {run.settings.training.max_steps}"
-    table = Table(title=f"{title}: step {watcher.step} {state}", title_justify="left", expand=True, box=None)
-    table.show_header = False
+    table = Table(title=f"{look.name}: {look.state}", title_justify="left", expand=True, box=None, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1, no_wrap=brief)
-    for reading in readings:
-        advice = "" if brief and reading.alarm else reading.advice
-        table.add_row(Text(reading.label), Text(reading.value), Text(advice), style="yellow" if reading.alarm else "")
-    alarms = [f"{reading.label}: {reading.advice}" for reading in readings if brief and reading.alarm]
-    return Group(table, *(Text(alarm, style="yellow") for alarm in alarms))
+    below = []
+    for reading in look.readings:
+        style = "yellow" if reading.alarm else ""
+        advice = reading.advice
+        if brief and reading.alarm:
+            below.append(Text(f"{reading.label}: {advice}", style))
+            advice = ""
+        table.add_row(Text(reading.label), Text(reading.value), Text(advice), style=style)
+    return Group(table, *below)
