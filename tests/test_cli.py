@@ -123,7 +123,7 @@ def test_train_goes_on_with_a_run_and_says_so(command, config, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_measures_and_writes_the_names_of_the_library(command, runs, kind):
-    outcome = command("evaluate", runs[kind], "--num-samples", 2, "--max-rows", 20)
+    outcome = command("evaluate", runs[kind], "--num-samples", 8, "--max-rows", 20)
     assert outcome.status == 0, outcome
     values = json.loads((runs[kind] / "metrics.json").read_text())
     assert {"reconstruction", "kl", "elbo", "nll", "prior", "tokens", "standard_errors", "usage"} <= values.keys()

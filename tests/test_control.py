@@ -22,8 +22,11 @@ def steered(tiny_model, tokenizer, monkeypatch):
     """Writes `a` where the plan's bit 0 is set and `b` elsewhere; reads the bit from the text."""
     model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), plan_span="sequence", bos_token_id=256)
 
-    def second_half(half, plan, plan_logits=None, logits_to_keep=0):
-        letters = torch.where(plan[:, -1, 0], ord("a"), ord("b"))
+    codes = torch.arange(len(model.plan_table.weight))
+    model.plan_table.weight.data[:, 0] = codes % 2  # bit 0
+
+    def under_plan(half, plan_states, logits_to_keep=0, labels=None):
+        letters = torch.where(plan_states[:, -1, 0] > 0.5, ord("a"), ord("b"))
         logits = torch.full((*half.hidden_states.shape[:2], len(tokenizer)), -50.0)
         return logits.scatter(2, letters[:, None, None].expand(-1, logits.shape[1], 1), 50.0)
 
@@ -32,7 +35,7 @@ def steered(tiny_model, tokenizer, monkeypatch):
         logits[:, 0, 0] = torch.where(input_ids[:, 1] == ord("a"), 50.0, -50.0)
         return logits
 
-    monkeypatch.setattr(model, "second_half", second_half)
+    monkeypatch.setattr(model, "_under_plan", under_plan)
     monkeypatch.setattr(model, "infer_plan", infer_plan)
     return model
 

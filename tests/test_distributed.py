@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing import assert_close
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import processes
+from free_transformer.layers import DecoderLayer
 from free_transformer.training import SettingsError, train
 from free_transformer.training.checkpoint import list_checkpoints
 from free_transformer.training.loop import _Trainer
@@ -101,14 +101,14 @@ def test_the_number_of_processes_changes_nothing_but_rounding(tmp_path, way):
 
 
 def train_and_tell_dtypes(values: dict, out: str) -> None:
-    forward, seen = LlamaDecoderLayer.forward, set()
+    forward, seen = DecoderLayer.forward, set()
 
     def watched(self, hidden_states, *arguments, **others):
         if self.training:
             seen.add((str(self.mlp.up_proj.weight.dtype), str(hidden_states.dtype)))
         return forward(self, hidden_states, *arguments, **others)
 
-    LlamaDecoderLayer.forward = watched
+    DecoderLayer.forward = watched
     write_model = _Trainer._write_model
 
     def tell(self) -> None:

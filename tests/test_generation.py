@@ -19,15 +19,24 @@ def seeded(model: FreeTransformer, tokens: torch.Tensor | None, **options):
 
 
 def spied_plans(model: FreeTransformer) -> list[torch.Tensor]:
-    """The plan of each step to come."""
+    """The plans of each text to come, all that it may read."""
     plans: list[torch.Tensor] = []
-    model.register_forward_hook(lambda _module, _inputs, output: plans.append(output.plan))
+    prefill = model._prefill
+
+    def watched(*arguments, **options):
+        outputs = prefill(*arguments, **options)
+        plans.append(outputs.plan)
+        return outputs
+
+    model._prefill = watched
     return plans
 
 
 def certain(model: FreeTransformer) -> FreeTransformer:
     """Takes the likeliest plan where one would be drawn: zeros from the prior."""
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0
+    bits = model.config.latent_dim
+    model.plan_prior.sample = lambda rows, plans, *_: torch.zeros(rows, plans, bits, dtype=torch.bool)
     return model
 
 
@@ -159,12 +168,19 @@ def test_no_prompt_is_a_prompt_of_bos(tiny_model):
 def test_plans_of_tokens_that_were_read_never_change(tiny_model, tokens_like, span, use_cache):
     model = tiny_model(plan_span=span)
     tokens, mask = left_padded([tokens_like(6), tokens_like(3)])
-    plans = spied_plans(model)
+    (whole, steps) = spied_plans(model), []
+    watch = lambda _module, _inputs, given, output: steps.append((given, output.plan))  # noqa: E731
+    model.register_forward_hook(watch, with_kwargs=True)
     seeded(model, tokens, attention_mask=mask, use_cache=use_cache, **SAMPLED)
-    assert len(plans) == NEW
-    for step, plan in enumerate(plans):
-        assert plan.shape == (2, num_plans(span, 6 + step), 4)
-        assert torch.equal(plans[-1][:, : plan.shape[1]], plan)
+    assert len(steps) == NEW
+    assert whole[0].shape == (2, num_plans(span, 6 + NEW - 1), 4)
+    for step, (given, plan) in enumerate(steps):
+        if step == 0:
+            assert torch.equal(plan, whole[0][:, : num_plans(span, 6)])
+        elif use_cache:
+            assert torch.equal(given["plan_states"], model.plan_table(whole[0]))
+        else:
+            assert torch.equal(plan, whole[0])
 
 
 def test_a_prompt_read_in_chunks_is_refused_since_the_encoder_reads_it_whole(tiny_model, tokens_like):

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from free_transformer import FreeTransformer, build_baseline, codes_to_bits
+from free_transformer.attention import rotary
 from free_transformer.layout import num_plans
 
 SPANS = [1, 4, "sequence"]
@@ -112,7 +113,7 @@ def test_injection_takes_queries_from_the_stream_and_keys_and_values_from_the_st
     gated = nn.functional.silu(inside @ mlp.gate_proj.weight.T) * (inside @ mlp.up_proj.weight.T)
     expected = middle + gated @ mlp.down_proj.weight.T
 
-    positions = model.model.rotary_emb(x, torch.arange(5)[None])
+    positions = rotary(model.model.rotary_emb, x, torch.arange(5)[None])
     assert_close(layer(x, plan_states=r, position_embeddings=positions), expected, **CLOSE)
 
 

@@ -3,18 +3,50 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B, T, head_dim)
+from free_transformer.products import lay_together, project, project_together
+
+Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, head_dim)
+
+
+def rotary(embedding: nn.Module, states: Tensor, position_ids: Tensor) -> Rotation:
+    """Cosines and signed sines of the angles that positions turn queries and keys by."""
+    cos, sin = embedding(states, position_ids)
+    return cos, torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     """Rotary positions of queries or of keys, (B, T, heads, head_dim)."""
-    cos, sin = (part.unsqueeze(2) for part in rotation)
-    return states * cos + rotate_half(states) * sin
+    cos, sin = rotation[0].unsqueeze(2), rotation[1].unsqueeze(2)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Rotate.apply(states, cos, sin)
+    return _turned(states, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Turns each pair of values by its angle; the gradient is turned back. Of the states it keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(states, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    other = states.roll(states.shape[-1] // 2, -1)  # of each pair
+    return torch.addcmul(states * cos, other, sin)
 
 
 class SplitAttention(LlamaAttention):
@@ -42,12 +74,16 @@ class SplitAttention(LlamaAttention):
             key_value_states = hidden_states
 
         def heads(projected: Tensor) -> Tensor:  # (B, T, D) -> (B, T, heads, head_dim)
-            return projected.unflatten(-1, (-1, self.head_dim))
+            return projected.view(*projected.shape[:2], -1, self.head_dim)
 
-        query = rotate(heads(self.q_proj(hidden_states)), position_embeddings)
-        key = rotate(heads(self.k_proj(key_value_states)), key_value_position_embeddings or position_embeddings)
-        value = heads(self.v_proj(key_value_states))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if key_value_states is hidden_states:
+            query, key, value = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        else:
+            query = project(self.q_proj, hidden_states)
+            key, value = project_together((self.k_proj, self.v_proj), key_value_states)
+        query = rotate(heads(query), position_embeddings).transpose(1, 2)
+        key = rotate(heads(key), key_value_position_embeddings or position_embeddings).transpose(1, 2)
+        value = heads(value).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -58,4 +94,8 @@ class SplitAttention(LlamaAttention):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.flatten(2)), weights
+        return project(self.o_proj, output.flatten(2)), weights
+
+    def lay_together(self) -> None:
+        """See `products.lay_together`."""
+        lay_together((self.q_proj, self.k_proj, self.v_proj))

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from free_transformer.attention import SplitAttention
+from free_transformer.attention import SplitAttention, rotary
 from free_transformer.config import FreeTransformerConfig
+from free_transformer.layers import MLP, RMSNorm
 from free_transformer.layout import PlanLayout, same_document
 
 
@@ -22,13 +23,13 @@ class PlanEncoder(nn.Module):
         self.config = config
         eps = config.rms_norm_eps
         self.query = nn.Parameter(torch.empty(config.hidden_size))  # ζ
-        self.query_norm = LlamaRMSNorm(config.hidden_size, eps)
-        self.key_value_norm = LlamaRMSNorm(config.hidden_size, eps)
+        self.query_norm = RMSNorm(config.hidden_size, eps)
+        self.key_value_norm = RMSNorm(config.hidden_size, eps)
         self.attention = SplitAttention(config, layer_idx=0)
         self.attention.is_causal = False  # SDPA with no mask falls back to this flag
-        self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps)
-        self.mlp = LlamaMLP(config)
-        self.norm = LlamaRMSNorm(config.hidden_size, eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps)
+        self.mlp = MLP(config)
+        self.norm = RMSNorm(config.hidden_size, eps)
         self.readout = nn.Linear(config.hidden_size, config.latent_dim)
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
@@ -43,10 +44,10 @@ class PlanEncoder(nn.Module):
         query = self.query.to(hidden_states.dtype).expand(1, 1, -1)  # the same for all plans, up to their rotation
         attended, _ = self.attention(
             self.query_norm(query),
-            self.rotary_emb(query, layout.plan_position),
+            rotary(self.rotary_emb, query, layout.plan_position),
             self._mask(hidden_states, layout),
             key_value_states=self.key_value_norm(hidden_states),
-            key_value_position_embeddings=self.rotary_emb(hidden_states, layout.position_ids),
+            key_value_position_embeddings=rotary(self.rotary_emb, hidden_states, layout.position_ids),
         )
         plans = query + attended
         plans = plans + self.mlp(self.mlp_norm(plans))

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 
+from free_transformer.attention import SplitAttention
+from free_transformer.cache import GrowingCache
 from free_transformer.config import FreeTransformerConfig
+from free_transformer.layers import MLP
+from free_transformer.layout import num_plans
 from free_transformer.plan import as_plan
 
 PROMPT_PLANS = ("posterior", "prior")
@@ -17,8 +22,8 @@ class PlanGenerationMixin(GenerationMixin):
     """
     `generate()` of `transformers` with plans.
 
-    The plans travel from step to step as `plan`, (B, P, H): each step draws those that its tokens lack and never
-    changes one that is there, so that cached and uncached generation read the same plans.
+    When the prompt has been read, the plans of all that may be written are drawn at once, `plan`, (B, P, H), and their
+    vectors looked up, `plan_states`, (B, P, D): a step of generation is then the plain Llama's and a row of these.
     """
 
     config: FreeTransformerConfig
@@ -62,19 +67,47 @@ class PlanGenerationMixin(GenerationMixin):
                 raise ValueError(f"{plan.shape[1]} plans a text: this model takes one (plan_span='sequence')")
         elif (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
             raise ValueError("past_key_values were written under a plan: give that plan too, plan=...")
+        for module in self.modules():
+            if isinstance(module, SplitAttention | MLP):
+                module.lay_together()
         output = super().generate(inputs, *args, plan=plan, prompt_plan=prompt_plan, prior=prior, **kwargs)
         self._warn_past_trained_length(output if isinstance(output, Tensor) else output.sequences)
         return output
 
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        """Reads the prompt, and draws the plans of what may follow."""
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        read = num_plans(self.config.plan_span, generation_config.max_length - 1)  # the last token is never read
+        missing = read - outputs.plan.shape[1]
+        # A stream of its own, plan after plan: a longer text then begins as a shorter one of the same seed does.
+        stream = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        if missing > 0:
+            drawn = self.plan_prior.sample(missing, len(outputs.plan), model_kwargs["prior"], stream)
+            outputs.plan = torch.cat([outputs.plan, drawn.transpose(0, 1)], dim=1)
+        return outputs
+
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> dict:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        model_kwargs["plan"] = outputs.plan
-        model_kwargs["prompt_plan"] = "prior"  # the prompt has been read
+        if model_kwargs.get("plan_states") is None:  # the prompt has been read just now, or all is read each time
+            model_kwargs.update(plan=outputs.plan, prompt_plan="prior")
+            if model_kwargs.get("use_cache"):
+                model_kwargs["plan_states"] = self.plan_table(outputs.plan).to(self.dtype)
         return model_kwargs
 
-    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Keeps the mask as (B, T): `forward` tells padding from it, and makes the attention masks itself."""
-        return attention_mask
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        by_default = generation_config.cache_implementation in (None, "dynamic")
+        if by_default and type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
+            model_kwargs["past_key_values"] = GrowingCache(self.config)
+
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Any:
+        """The prompt's mask stays (B, T): `forward` tells padding from it."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config") or self.generation_config

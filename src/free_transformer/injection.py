@@ -3,22 +3,16 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from free_transformer.attention import SplitAttention
+from free_transformer.layers import DecoderLayer
 
 
-class InjectedDecoderLayer(LlamaDecoderLayer):
+class InjectedDecoderLayer(DecoderLayer):
     """
-    `LlamaDecoderLayer` that receives the plan (paper, section 3.1).
+    A decoder layer that receives the plan (paper, section 3.1).
 
     The residual stream goes on from X, so that a plan of zeros is the plain Llama.
     """
-
-    def __init__(self, config: LlamaConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.self_attn = SplitAttention(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, plan_states: Tensor | None = None, **kwargs: Any) -> Tensor:
         """

@@ -40,9 +40,11 @@ class PlanLayout:
 
 
 def plan_to_token(per_plan: Tensor, token_plan: Tensor) -> Tensor:
-    """From one row a plan, (B, P, X), to one row a token, (B, T, X), by the plan of each token, (B, T)."""
+    """From one row a plan, (B, P, X), to one row a token, (B, T, X), by the plan of each token, (B, T) or (1, T)."""
     if per_plan.shape[1] == 1:
         return per_plan.expand(-1, token_plan.shape[1], -1)
+    if len(token_plan) == 1:
+        return per_plan.index_select(1, token_plan[0])
     first = torch.arange(0, per_plan.shape[:2].numel(), per_plan.shape[1], device=per_plan.device)
     rows = (first[:, None] + token_plan).flatten()  # `gather` would keep `per_plan` for its backward
     return per_plan.flatten(0, 1).index_select(0, rows).view(*token_plan.shape, -1)

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 MOST_PAIRED_PLANS = 256
+CHUNK_BYTES = 8 * 2**20  # of logits held at a time, what a processor's cache has room for
+FEWEST_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight takes longer than the products
 
 
 def kl_bits_per_bit(plan_logits: Tensor) -> Tensor:
@@ -69,9 +73,78 @@ def aggregate_divergence(plan_logits: Tensor) -> Tensor:
 
 def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the cross-entropies in nats, labels shifted inside, -100 ignored; fp32 or better."""
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # the labels, since a slice of the logits would be a copy
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(logits, shifted.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, _next_labels(labels), ignore_index=IGNORED, reduction="sum")
+
+
+def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """
+    `reconstruction_loss` of the logits `hidden_states @ weightᵀ`, a chunk of tokens at a time where they are many.
+
+    Gradients are computed on the way, so that logits need not be kept or computed twice; they cannot be differentiated
+    again. (`F.linear_cross_entropy` of torch 2.13 does the same, but rounds the sum of half-precision losses to bf16.)
+
+    Args:
+        hidden_states: (B, T, D); weight: (V, D); labels: (B, T).
+    """
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    rows = max(FEWEST_ROWS, CHUNK_BYTES // (4 * len(weight)))
+    with torch.autocast(device, enabled=False):
+        if labels.numel() <= rows or torch.compiler.is_compiling():
+            return reconstruction_loss(F.linear(hidden_states, weight), labels)
+        return _ChunkedLoss.apply(hidden_states.flatten(0, 1), weight, _next_labels(labels), rows)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of (N, D) @ (V, D)ᵀ against (N,) targets, `rows` of them at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=states.device)
+        of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        products = states.new_empty(min(rows, len(states)), len(weight))
+        for start in range(0, len(states), rows):
+            chunk, target = states[start : start + rows], targets[start : start + rows, None]
+            counts = target != IGNORED
+            target = target.clamp(min=0)
+            logits = torch.mm(chunk, weight.T, out=products[: len(chunk)]).to(wide)
+            largest, own = logits.amax(1, keepdim=True), logits.gather(1, target)
+            exponentials = logits.sub_(largest).exp_()
+            norm = exponentials.sum(1, keepdim=True)
+            total += ((norm.log() + largest - own) * counts).sum()
+            # The derivative by the logits, times the norm, which the narrower factors of the products divide by.
+            slope = exponentials.scatter_add_(1, target, -norm).to(states.dtype)
+            share = (counts / norm).to(states.dtype)
+            if of_states is not None:
+                torch.mm(slope, weight, out=of_states[start : start + rows]).mul_(share)
+            if of_weight is not None and wide == weight.dtype:
+                of_weight.addmm_(slope.T, chunk * share)
+            elif of_weight is not None:
+                of_weight += slope.T @ (chunk * share)
+        ctx.save_for_backward(of_states, of_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        of_states, of_weight = ctx.saved_tensors
+        return (
+            None if of_states is None else of_states * grad.to(of_states.dtype),
+            None if of_weight is None else (of_weight * grad).to(ctx.dtype),
+            None,
+            None,
+        )
+
+
+def _next_labels(labels: Tensor) -> Tensor:
+    """(B, T) -> (B * T,): each token's next; the labels move, since a slice of the logits would be a copy."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 def predicted_tokens(labels: Tensor) -> Tensor:
@@ -94,7 +167,7 @@ class Objective:
 
 
 def objective(
-    logits: Tensor,
+    logits: Tensor | None,
     labels: Tensor,
     plan_logits: Tensor | None = None,
     plan_mask: Tensor | None = None,
@@ -104,6 +177,7 @@ def objective(
     min_bits: float = 0.0,
     aggregate_weight: float = 0.0,
     gather_plans: Callable[[Tensor], Tensor] | None = None,
+    reconstruction: Tensor | None = None,
 ) -> Objective:
     """
     Args:
@@ -115,10 +189,14 @@ def objective(
         min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
             `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
         gather_plans: from the logits of this process' plans, (N, H), to those of all that share the batch.
+        reconstruction: the sum of the cross-entropies, where it is known without `logits`.
     """
     if num_tokens is None:
         num_tokens = predicted_tokens(labels).clamp(min=1)
-    reconstruction = reconstruction_loss(logits, labels) / num_tokens
+    if reconstruction is None:
+        assert logits is not None
+        reconstruction = reconstruction_loss(logits, labels)
+    reconstruction = reconstruction / num_tokens
     if plan_logits is None:
         return Objective(reconstruction, reconstruction)
     per_bit = kl_bits_per_bit(plan_logits)  # (B, P, H)

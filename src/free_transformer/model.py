@@ -18,16 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
 
+from free_transformer.attention import rotary
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.encoder import PlanEncoder
 from free_transformer.generation import PROMPT_PLANS, PlanGenerationMixin
 from free_transformer.initialization import init_module
 from free_transformer.injection import InjectedDecoderLayer
+from free_transformer.layers import DecoderLayer, Head, RMSNorm
 from free_transformer.layout import PlanLayout, is_packed, num_plans, plan_layout, plan_to_token, same_document
 from free_transformer.losses import objective
 from free_transformer.plan import BinaryMapper, PlanPrior, PlanTable, as_plan
@@ -74,17 +77,22 @@ class _OwnStart:
         init_module(module, self.config)  # type: ignore[attr-defined]
 
 
-class Decoder(_OwnStart, LlamaModel):
+class Decoder(_OwnStart, LlamaPreTrainedModel):
     """The embedding, the layers and the norm of a Llama, some of its layers ready to receive a plan."""
 
     config_class = FreeTransformerConfig
 
     def __init__(self, config: FreeTransformerConfig):
         super().__init__(config)
-        for layer in config.injection_layers or []:
-            self.layers[layer] = InjectedDecoderLayer(config, layer)
-        for module in self.modules():  # `LlamaModel` has started its weights in its own way
-            module._is_hf_initialized = False
+        receiving = config.injection_layers or []
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            (InjectedDecoderLayer if layer in receiving else DecoderLayer)(config, layer)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -107,7 +115,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`, where the Trainer gives it
-    _no_split_modules = ["LlamaDecoderLayer", "InjectedDecoderLayer", "PlanEncoder"]
+    _no_split_modules = ["DecoderLayer", "InjectedDecoderLayer", "PlanEncoder"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -125,7 +133,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # the Trainer then counts predicted tokens, a row's first label left out
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.plan_mapper = BinaryMapper()
         self.plan_prior = PlanPrior(config.latent_dim)
         self.plan_table = PlanTable(
@@ -172,9 +180,11 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         plan: Tensor | None = None,
         prompt_plan: str | None = None,
         prior: str = "uniform",
+        plan_states: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         kl_weight: float | Tensor | None = None,
         free_bits: float | Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> FreeTransformerOutput:
         """
@@ -190,9 +200,21 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks are drawn from in inference mode.
             prior: what plans are drawn from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
                 that training texts took, where `gather_prior` has gathered them.
+            plan_states: (B, P, D), the vectors of all plans of a text of which `past_key_values` hold the beginning:
+                what a step of `generate` gives in the place of `plan`.
             num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
             kl_weight, free_bits: instead of the configuration's, for a schedule.
+            skip_logits: returns no logits with the loss, so that those of all tokens are never held together: less
+                memory and time in training. The gradients cannot be differentiated again then.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True: without labels the logits are all there is to return")
+        if plan_states is not None:
+            half = self._next_half(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+            of_tokens = plan_to_token(plan_states, half.token_plan)
+            return FreeTransformerOutput(
+                logits=self._under_plan(half, of_tokens, logits_to_keep), past_key_values=past_key_values
+            )
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -203,10 +225,16 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             plan = self.plan_mapper(plan_logits)
         else:
             plan = self._complete_plan(plan, half, input_ids, prompt_plan, prior)
-        logits = self.second_half(half, plan, plan_logits, logits_to_keep)
+        in_chunks = skip_logits and type(self.lm_head) is Head and not self.lm_head.in_columns
+        read = self.second_half(half, plan, plan_logits, logits_to_keep, labels if in_chunks else None)
+        logits = None if in_chunks else read
+        reconstruction = read if in_chunks else None
 
         output = FreeTransformerOutput(
-            logits=logits, past_key_values=past_key_values, plan=plan, plan_logits=plan_logits
+            logits=None if skip_logits else logits,
+            past_key_values=past_key_values,
+            plan=plan,
+            plan_logits=plan_logits,
         )
         if half.layout is not None:
             output.plan_mask = half.layout.plan_mask
@@ -220,6 +248,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 min_bits=config.min_bits,
                 aggregate_weight=config.aggregate_weight,
                 gather_plans=self.gather_plans,
+                reconstruction=reconstruction,
             )
             for name, value in vars(losses).items():
                 setattr(output, name, value)
@@ -246,7 +275,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         packed = position_ids is not None and past_key_values is None and is_packed(position_ids, token_mask)
         if position_ids is None:
             position_ids = _positions(token_mask, past, hidden_states)
-        rotation = self.model.rotary_emb(hidden_states, position_ids)  # of one row where all rows are alike
+        rotation = rotary(self.model.rotary_emb, hidden_states, position_ids)  # of one row where all rows are alike
         position_ids = position_ids.expand(len(hidden_states), -1)
 
         layout, span = None, self.config.plan_span
@@ -275,6 +304,33 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         plans = num_plans(span, columns) if layout is None else layout.num_plans
         return FirstHalf(hidden_states, layout, token_plan, plans, arguments)
 
+    def _next_half(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> FirstHalf:
+        """`first_half` of tokens that go on from a cache, and nothing that asks a tensor for its values."""
+        if input_ids is None or position_ids is None or past_key_values is None:
+            raise ValueError("plan_states go with input_ids, position_ids and the past_key_values of what was read")
+        hidden_states = self.model.embed_tokens(input_ids)
+        if attention_mask is not None or hidden_states.shape[1] > 1 or past_key_values.is_compileable:
+            attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
+        span = self.config.plan_span
+        arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "position_embeddings": rotary(self.model.rotary_emb, hidden_states, position_ids),
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        for layer in self.model.layers[: self.config.plan_layer]:
+            hidden_states = layer(hidden_states, **arguments)
+        token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
+        return FirstHalf(hidden_states, None, token_plan, 0, arguments)
+
     def encode(self, half: FirstHalf) -> Tensor:
         """The posterior's logits, (B, P, H), from the output of the first half."""
         if half.layout is None:
@@ -291,13 +347,20 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         return logits
 
     def second_half(
-        self, half: FirstHalf, plan: Tensor, plan_logits: Tensor | None = None, logits_to_keep: int | Tensor = 0
+        self,
+        half: FirstHalf,
+        plan: Tensor,
+        plan_logits: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """
         Layers K to L-1, norm and head, under a plan.
 
         Args:
             plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
+
+            labels: (B, T), to get the sum of their cross-entropies in the place of the logits.
 
         Returns:
             logits, (B, T, V).
@@ -306,14 +369,22 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             plan_states = self.plan_table(plan_to_token(plan, half.token_plan))
         else:
             plan_states = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
+        return self._under_plan(half, plan_states, logits_to_keep, labels)
+
+    def _under_plan(
+        self, half: FirstHalf, plan_states: Tensor, logits_to_keep: int | Tensor = 0, labels: Tensor | None = None
+    ) -> Tensor:
+        """`second_half`, from the vector of each token's plan, (B, T, D)."""
         hidden_states = half.hidden_states
         plan_states = plan_states.to(hidden_states.dtype)
         for layer in self.model.layers[self.config.plan_layer :]:
             # by position: reentrant checkpointing follows gradients through positional arguments only
             inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
             hidden_states = layer(*inputs, **half.layer_arguments)
+        if labels is not None:
+            return self.lm_head(self.model.norm(hidden_states), labels=labels)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.lm_head(self.model.norm(hidden_states)[:, kept])
+        return self.lm_head(self.model.norm(hidden_states[:, kept]))
 
     @torch.no_grad()
     def infer_plan(

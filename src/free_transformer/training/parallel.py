@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from free_transformer.encoder import PlanEncoder
+from free_transformer.layers import DecoderLayer
 from free_transformer.model import FreeTransformer
 from free_transformer.plan import BinaryMapper
 from free_transformer.training.processes import Processes
@@ -70,7 +71,7 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
         if (heads := getattr(config, name)) % count:
             raise SettingsError(f"distributed.tensor={count}: does not divide the model's {heads} {name}")
     for block in blocks(model):
-        if isinstance(block, LlamaDecoderLayer | PlanEncoder):  # an encoder of the user's own stays whole
+        if isinstance(block, LlamaDecoderLayer | DecoderLayer | PlanEncoder):  # a user's own encoder stays whole
             names = [name for name, _ in block.named_modules()]
             columns = {name: ColwiseParallel() for name in names if name.endswith(IN_COLUMNS)}
             rows = {name: RowwiseParallel() for name in names if name.endswith(IN_ROWS)}
@@ -80,6 +81,7 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
     parallelize_module(model, mesh, ends)
+    model.lm_head.in_columns = True
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 

@@ -29,7 +29,7 @@ def training_forward(
         weights: `kl_weight` and `free_bits` of this step, default the model's.
     """
     if isinstance(model, FreeTransformer):
-        output = model(**batch, mode="training", num_items_in_batch=num_tokens, **(weights or {}))
+        output = model(**batch, mode="training", num_items_in_batch=num_tokens, skip_logits=True, **(weights or {}))
         plans = output.plan_mask.sum()
         of_plans = {name: output[name] * plans for name in ("kl", "hinge", "kl_per_bit")}
         return {"loss": output.loss, "reconstruction": output.reconstruction, "plans": plans, **of_plans}

@@ -1,0 +1,285 @@
+"""
+This library, `LlamaForCausalLM` and the public implementations, at the same shapes, in the same rounds.
+
+Every contestant is a process in an environment of its own (`make bench` prepares them) and takes one turn a round;
+ratios are of turns of the same round, and the tables show their medians and quartiles. Memory is the peak growth of a
+fresh process. Results are kept part by part in benchmarks/results/comparison.json, and docs/performance.md is written
+from them.
+"""
+
+import argparse
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison_report import RESULTS, machine, write_report
+from rich.console import Console
+from rich.progress import Progress
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
+PEERS = {"XTransformers": "x-transformers", "FreeTransformer012": "free-transformer"}
+SMALL = {"width": 256, "layers": 6, "heads": 4, "ffn": 688}
+LARGE = {"width": 512, "layers": 12, "heads": 8, "ffn": 1376}
+LENGTHS = {256: 8, 1024: 2}  # of rows, and how many: 2,048 tokens a step
+BITS = (8, 16)
+BATCHES = (1, 8, 32)
+NEW = 256
+TURN_LIMIT = 150.0  # seconds, after which a contestant is given up
+LONG_TURN = 15.0  # seconds, after which one turn has to do
+MEMORY_STEPS = 3
+PARTS = ("training", "memory", "generation", "compiled", "bf16", "machine")
+CONSOLE = Console(width=120)
+
+
+class Failed(Exception):
+    """A contestant that gave no answer; the message says why."""
+
+
+class Worker:
+    """One contestant in its process; see `contestants.py` for what it answers."""
+
+    def __init__(self, name: str, spec: dict[str, Any]):
+        self.name, self.spec = name, spec
+        python = ROOT / ".venv" / ("peers/" + PEERS[name] if name in PEERS else "") / "bin" / "python"
+        if not python.exists():
+            raise Failed("no environment: make bench prepares it")
+        self.log = (RESULTS.parent / f"{name}.log").open("w+")
+        self.process = subprocess.Popen(
+            [python, FOLDER / "contestants.py", name, json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if spec.get("memory") else None,
+        )
+        self._read(TURN_LIMIT)
+
+    def ask(self, limit: float = TURN_LIMIT, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self._read(limit)
+
+    def _read(self, limit: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], limit)[0]:
+            self.close()
+            raise Failed(f"no answer in {limit:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            said = [each.strip() for each in self.log if each.strip()]
+            killed = self.process.returncode == -9
+            raise Failed("killed: out of memory" if killed else said[-1][:160] if said else "ended without a word")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+@dataclass
+class Group:
+    """Contestants that take turns together."""
+
+    title: str
+    specs: dict[str, tuple[str, dict[str, Any]]]  # by label: contestant, spec
+    request: dict[str, Any]
+    rounds: int
+    seconds: dict[str, list[float | None]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def run(self, progress: Progress) -> None:
+        task = progress.add_task(self.title, total=(self.rounds + 1) * len(self.specs))
+        workers: dict[str, Worker] = {}
+        for label, (name, spec) in self.specs.items():
+            try:
+                workers[label] = Worker(name, spec)
+            except Failed as failure:
+                self.failed[label] = str(failure)
+        self.seconds = {label: [] for label in workers}
+        for turn in range(self.rounds + 1):  # the first warms up
+            for label in list(workers):
+                self._take_turn(workers, label, turn)
+                progress.advance(task)
+        for worker in workers.values():
+            worker.close()
+
+    def _take_turn(self, workers: dict[str, Worker], label: str, turn: int) -> None:
+        worker, taken = workers[label], self.seconds[label]
+        if turn > 1 and taken and taken[0] is not None and taken[0] > LONG_TURN:
+            taken.append(None)  # one turn has to do
+            return
+        try:
+            limit = 6 * TURN_LIMIT if worker.spec.get("compiled") and not turn else TURN_LIMIT
+            seconds = worker.ask(limit, **self.request)["seconds"]
+        except Failed as failure:
+            self.failed[label] = str(failure)
+            workers.pop(label)
+            self.seconds.pop(label)
+            return
+        if turn:
+            taken.append(seconds)
+        elif seconds > LONG_TURN:
+            taken.append(seconds)  # what took so long needs no warming up
+
+
+def spec(shape: dict[str, int], bits: int, length: int = 256, **more: Any) -> dict[str, Any]:
+    return {**shape, "bits": bits, "length": length, "batch": LENGTHS[length], **more}
+
+
+def everyone(base: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {
+        "Llama": ("Llama", base),
+        "Free Transformer, a plan a token": ("Free", base),
+        "Free Transformer, a plan a sequence": ("Free", {**base, "span": "sequence"}),
+        "x-transformers": ("XTransformers", base),
+        "free-transformer 0.1.2": ("FreeTransformer012", base),
+    }
+
+
+def shapes() -> list[tuple[dict[str, int], int, int]]:
+    return [(shape, length, bits) for shape in (SMALL, LARGE) for bits in BITS for length in LENGTHS]
+
+
+def name_of(shape: dict[str, int]) -> str:
+    return f"{shape['layers']} layers of width {shape['width']}"
+
+
+def training(quick: bool) -> list[Group]:
+    groups = []
+    for shape, length, bits in shapes()[: 1 if quick else None]:
+        rounds = 2 if quick else (15 if (shape, length, bits) == (SMALL, 256, 8) else 5 if shape is SMALL else 3)
+        title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
+        groups.append(Group(title, everyone(spec(shape, bits, length)), {"do": "train"}, rounds))
+    return groups
+
+
+def generation(quick: bool) -> list[Group]:
+    groups = []
+    for shape in (SMALL, LARGE)[: 1 if quick else None]:
+        for bits in BITS[: 1 if quick else None]:
+            contestants = everyone(spec(shape, bits))
+            contestants.pop("Free Transformer, a plan a sequence")
+            for batch in BATCHES[: 1 if quick else None]:
+                title = f"{name_of(shape)}, H = {bits}, batch {batch}"
+                rounds = 1 if quick else (7 if shape is SMALL and bits == 8 else 2)
+                request = {"do": "generate", "batch": batch, "new": 32 if quick else NEW}
+                groups.append(Group(title, contestants, request, rounds))
+            title = f"{name_of(shape)}, H = {bits}, first token after 1,024"
+            request = {"do": "generate", "batch": 1, "new": 1, "prompt": 64 if quick else 1024}
+            groups.append(Group(title, contestants, request, 1 if quick else 5))
+    return groups
+
+
+def compiled(quick: bool) -> list[Group]:
+    base = {**spec(SMALL, 8), "compiled": True}
+    names = {"Llama": ("Llama", base), "Free Transformer, a plan a token": ("Free", base)}
+    request = {"do": "generate", "new": 16 if quick else NEW}
+    return [
+        Group(f"{name_of(SMALL)}, H = 8, batch {batch}", names, {**request, "batch": batch}, 1 if quick else 5)
+        for batch in BATCHES[: 1 if quick else None]
+    ]
+
+
+def bf16(quick: bool) -> list[Group]:
+    return [
+        Group(f"{name_of(shape)}, 8 x 256 tokens, H = 8", everyone(spec(shape, 8, bf16=True)), {"do": "train"}, rounds)
+        for shape, rounds in ((SMALL, 2 if quick else 7), (LARGE, 3))[: 1 if quick else None]
+    ]
+
+
+def memory(quick: bool) -> list[dict[str, Any]]:
+    """Peaks of fresh processes: training at every shape, generation at batch 1 and 32."""
+    found = []
+    for shape, length, bits in shapes()[: 1 if quick else None]:
+        title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
+        requests = [{"do": "train"}] * MEMORY_STEPS
+        found.append({"title": title, **peaks(everyone(spec(shape, bits, length, memory=True)), requests)})
+    for batch in (1, 32)[: 0 if quick else None]:
+        contestants = everyone(spec(SMALL, 8, memory=True))
+        contestants.pop("Free Transformer, a plan a sequence")
+        title = f"{name_of(SMALL)}, H = 8, writing {NEW} tokens at batch {batch}"
+        found.append({"title": title, **peaks(contestants, [{"do": "generate", "batch": batch, "new": NEW}])})
+    return found
+
+
+def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dict[str, Any]]) -> dict[str, Any]:
+    bytes_of: dict[str, dict[str, int]] = {}
+    failed: dict[str, str] = {}
+    for label, (name, of_contestant) in contestants.items():
+        try:
+            worker = Worker(name, of_contestant)
+            for request in requests:
+                worker.ask(**request)
+            counted = worker.ask(do="count")
+            kept = 4 * (3 if requests[0]["do"] == "train" else 1)  # a weight, and in training what Adam keeps of it
+            bytes_of[label] = {"peak": worker.ask(do="peak")["bytes"], "table": kept * counted["table"]}
+            worker.close()
+        except Failed as failure:
+            failed[label] = str(failure)
+        CONSOLE.print(f"[dim]{label}: {failed.get(label) or bytes_of[label]}")
+    return {"bytes": bytes_of, "failed": failed}
+
+
+def bare_rates() -> dict[str, float]:
+    """Operations a second of a bare product, the rows of a step times a matrix of the shape, median of 15."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+        taken = []
+        for _ in range(16):
+            started = time.perf_counter()
+            left @ right
+            taken.append(time.perf_counter() - started)
+        rates[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / statistics.median(taken[1:])
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure, default all")
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds: does it run? writes no report")
+    options = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.quick else {}
+    makers = {"training": training, "generation": generation, "compiled": compiled, "bf16": bf16}
+    for part in options.parts:
+        CONSOLE.rule(part)
+        if part == "memory":
+            results[part] = memory(options.quick)
+        elif part == "machine":
+            results[part] = machine()
+        else:
+            groups = makers[part](options.quick)
+            rates = [bare_rates()]
+            with Progress(console=CONSOLE) as progress:
+                for group in groups:
+                    group.run(progress)
+            rates.append(bare_rates())
+            results[part] = [{key: value for key, value in asdict(group).items() if key != "specs"} for group in groups]
+            results.setdefault("rates", {})[part] = rates
+        if not options.quick:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    if options.quick:
+        json.dump(results, sys.stdout, indent=1)
+    else:
+        write_report(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Tables and plots of docs/performance.md, from the results of `comparison.py` and `scaling_curves.py`."""
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "comparison.json"
+PAGE = ROOT / "docs" / "performance.md"
+PLOTS = ROOT / "docs" / "plots"
+LLAMA = "Llama"
+COLORS = {LLAMA: "#888888", "x-transformers": "#d08c2f", "free-transformer 0.1.2": "#a34a4a"}
+OURS = ("#1f6f8b", "#64b5c8")
+
+
+def machine() -> dict[str, Any]:
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    peers = {}
+    for name in ("x-transformers", "free-transformer"):
+        pip = ROOT / ".venv" / "peers" / name / "bin" / "pip"
+        shown = subprocess.run([pip, "show", name], capture_output=True, text=True).stdout if pip.exists() else ""
+        version = re.search(r"^Version: (.+)$", shown, re.MULTILINE)
+        peers[name] = version[1] if version else "not installed"
+    return {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **peers,
+    }
+
+
+def write_report(results: dict[str, Any]) -> None:
+    """Replaces what stands between `<!-- bench NAME -->` and `<!-- end -->` on the page, and draws the plots."""
+    sections = {
+        "machine": _machine,
+        "training": _training,
+        "memory": _memory,
+        "generation": _generation,
+        "compiled": _generation,
+        "bf16": _training,
+        "curves": _curves,
+    }
+    page = PAGE.read_text()
+    for name, write in sections.items():
+        if name in results:
+            text = write(results, name)
+            mark = f"<!-- bench {name} -->"
+            page = re.sub(
+                f"{mark}.*?<!-- end -->", lambda _, t=text, m=mark: f"{m}\n{t}\n<!-- end -->", page, flags=re.S
+            )
+    PAGE.write_text(page)
+
+
+def ratios(group: dict[str, Any], label: str, faster_is_more: bool = False) -> list[float]:
+    """Of turns of the same round to Llama's, times, or where asked speeds."""
+    found = []
+    for own, llama in zip(group["seconds"][label], group["seconds"][LLAMA], strict=True):
+        if own is not None and llama is not None:
+            found.append(llama / own if faster_is_more else own / llama)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Median and, of several, quartiles."""
+    median = f"**{statistics.median(values):.2f}**"
+    if len(values) < 4:
+        return median + ("" if len(values) == 1 else f" ({min(values):.2f}–{max(values):.2f})")
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{median} ({low:.2f}–{high:.2f})"
+
+
+def operations(title: str, free: bool, plans: int) -> float:
+    """Of a training step: products of weights and of attention; the table's are left out, whoever has one."""
+    layers, width, rows, length = (int(each) for each in re.findall(r"\d+", title)[:4])
+    ffn, vocabulary, tokens = {256: 688, 512: 1376}[width], 4096, rows * length
+    block = 4 * width**2 + 3 * width * ffn
+    total = 6 * tokens * (layers * block + width * vocabulary) + 7 * layers * rows * length**2 * width
+    if free:  # keys and values of all tokens, the rest for each plan
+        total += 6 * (tokens * 2 * width**2 + plans * (width**2 + 3 * width * ffn)) + 14 * plans * length * width
+    return float(total)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _machine(results: dict[str, Any], name: str) -> str:
+    found = results[name]
+    versions = ", ".join(
+        f"{each} {found[each]}" for each in ("torch", "transformers", "x-transformers", "free-transformer")
+    )
+    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, Python {found['python']}, {versions}."
+
+
+def _training(results: dict[str, Any], name: str) -> str:
+    rates = results["rates"][name]
+    dtype = "bfloat16" if name == "bf16" else "float32"
+    rate = statistics.mean(each[dtype] for each in rates)
+    rows = []
+    for group in results[name]:
+        rows.append([f"*{group['title']}*", "", "", ""])
+        for label, seconds in group["seconds"].items():
+            own, tokens = [each for each in seconds if each is not None], _tokens(group["title"])
+            free, plans = label != LLAMA, 8 if "sequence" in label else tokens
+            share = operations(group["title"], free, plans) / statistics.median(own) / rate
+            ratio = "1" if label == LLAMA else spread(ratios(group, label))
+            rows.append([label, ratio, f"{tokens / statistics.median(own):,.0f}", f"{100 * share:.0f} %"])
+        rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
+    _plot(results[name], f"{name}.svg", "time of a training step, Llama = 1", faster_is_more=False)
+    text = table(["", "step time, Llama = 1", "tokens/s", f"share of a bare {dtype} product"], rows)
+    bare = ", ".join(f"{each[dtype] / 1e9:.0f}" for each in rates)
+    return f"{text}\n\nThe bare product, before and after: {bare} GFLOP a second.\n\n![](plots/{name}.svg)"
+
+
+def _tokens(title: str) -> int:
+    rows, length = (int(each) for each in re.findall(r"\d+", title)[2:4])
+    return rows * length
+
+
+def _memory(results: dict[str, Any], name: str) -> str:
+    rows = []
+    for group in results[name]:
+        rows.append([f"*{group['title']}*", "", "", ""])
+        llama = group["bytes"][LLAMA]["peak"]
+        for label, found in group["bytes"].items():
+            peak, kept = found["peak"], found["table"]
+            without = f"{(peak - kept) / llama:.2f}" if label != LLAMA else "1"
+            rows.append([label, f"{peak / 1e6:,.0f}", f"{peak / llama:.2f}", f"**{without}**"])
+        rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
+    return table(["", "peak MB", "Llama = 1", "without the table"], rows)
+
+
+def _generation(results: dict[str, Any], name: str) -> str:
+    rows = []
+    for group in results[name]:
+        rows.append([f"*{group['title']}*", "", ""])
+        batch = re.search(r"batch (\d+)", group["title"])
+        for label, seconds in group["seconds"].items():
+            own = statistics.median(each for each in seconds if each is not None)
+            speed = f"{int(batch[1]) * 256 / own:,.0f} tokens/s" if batch else f"{own * 1e3:.0f} ms"
+            rows.append([label, speed, "1" if label == LLAMA else spread(ratios(group, label, True))])
+        rows += [[label, f"failed: {reason}", ""] for label, reason in group["failed"].items()]
+    _plot(results[name], f"{name}.svg", "speed of generation, Llama = 1", faster_is_more=True)
+    return table(["", "", "speed, Llama = 1"], rows) + f"\n\n![](plots/{name}.svg)"
+
+
+def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bool) -> None:
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.85 * len(groups)), layout="constrained")
+    labels: dict[str, Any] = {}
+    for row, group in enumerate(groups):
+        others = [label for label in group["seconds"] if label != LLAMA]
+        for place, label in enumerate(others):
+            values = ratios(group, label, faster_is_more)
+            median = statistics.median(values)
+            color = COLORS.get(label, OURS["sequence" in label])
+            bar = axes.barh(row + 0.2 * (place - len(others) / 2 + 0.5), median, 0.18, color=color)
+            error = [[median - min(values)], [max(values) - median]]
+            axes.errorbar(median, bar[0].get_y() + 0.09, xerr=error, color="#333333", linewidth=0.8)
+            labels.setdefault(label, bar)
+    axes.axvline(1, color=COLORS[LLAMA], linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(groups)), [group["title"] for group in groups], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{what}; bars are medians, lines reach from the least to the most")
+    if not faster_is_more:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=2, fontsize=7, frameon=False)
+    _save(figure, file)
+
+
+def _curves(results: dict[str, Any], name: str) -> str:
+    rows = []
+    figure, panels = plt.subplots(1, len(results[name]), figsize=(10, 3), layout="constrained")
+    for panel, curve in zip(panels, results[name], strict=True):
+        points = curve["points"]
+        measured = [point["seconds"] for point in points]
+        scale = measured[-1] / points[-1]["operations"]
+        x = [point["x"] for point in points]
+        panel.loglog(x, measured, "o-", color=OURS[0], label="measured")
+        panel.loglog(x, [scale * point["operations"] for point in points], "--", color="#888888", label="operations")
+        panel.set_title(curve["title"], fontsize=8)
+        panel.set_xlabel(curve["x"], fontsize=8)
+        panel.tick_params(labelsize=7)
+        each = ", ".join(f"{point['x']}: {1e3 * point['seconds']:.3g}" for point in points)
+        rows.append([curve["title"], f"**{curve['exponent']:.2f}**", f"{curve['theory']:.2f}", each])
+    panels[0].set_ylabel("seconds", fontsize=8)
+    panels[0].legend(fontsize=7, frameon=False)
+    _save(figure, "curves.svg")
+    return table(["", "exponent", "of operations", "ms"], rows) + "\n\n![](plots/curves.svg)"
+
+
+def _save(figure: Any, file: str) -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same plot, the same file
+    figure.savefig(PLOTS / file, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,151 @@
+"""
+How the cost grows: a training step with the length of its text, the plan with its bits, the encoder with its plans.
+
+Each curve's exponent is the slope of a straight line through the logarithms; beside it that of the counted operations
+over the same points. Turns are interleaved, times are medians. The section of docs/performance.md: make bench-curves
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from comparison_report import RESULTS, operations, write_report
+from plan_cost import PLANS, WIDTH, Variant, plan_part
+from rich.console import Console
+from rich.progress import track
+
+from free_transformer import FreeTransformer, FreeTransformerConfig
+from free_transformer.training.optimizers import build_optimizers
+from free_transformer.training.settings import TrainingSettings
+
+SHAPE = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4, "ffn_hidden_dim": 688, "latent_dim": 8}
+LENGTHS = [2**power for power in range(7, 14)]
+EXACT_BITS = [1, 2, 4, 6, 8, 10, 12, 14]
+SAMPLED_BITS = [1, 2, 4, 8, 12, 16]
+GROUPED_BITS = [8, 16, 32, 48, 64]
+SPANS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+ROWS, LENGTH = 8, 256
+
+
+def step_of_length(length: int) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = FreeTransformer(FreeTransformerConfig(**SHAPE, max_seq_len=length))
+    optimizers = build_optimizers(model, TrainingSettings())
+    tokens = torch.randint(3, 4096, (1, length))
+
+    def run() -> None:
+        model(tokens, labels=tokens, mode="training", skip_logits=True).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def encoder_of_span(span: int) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = FreeTransformer(FreeTransformerConfig(**SHAPE, max_seq_len=LENGTH, plan_span=span))
+    with torch.no_grad():
+        half = model.first_half(torch.randint(3, 4096, (ROWS, LENGTH)))
+    half.hidden_states.requires_grad_()
+    grad = torch.randn(ROWS, -(-LENGTH // span), 8)
+
+    def run() -> None:
+        model.encode(half).backward(grad)
+        half.hidden_states.grad = None
+        model.encoder.zero_grad()
+
+    return run
+
+
+def encoder_operations(span: int) -> float:
+    """Keys and values of all tokens; output, inner width and attention of the plans alone; forward and backward."""
+    tokens, plans = ROWS * LENGTH, ROWS * LENGTH // span
+    return 6.0 * (tokens * 2 * WIDTH**2 + plans * (WIDTH**2 + 3 * WIDTH * 688)) + 14.0 * plans * LENGTH * WIDTH
+
+
+def plan_operations(bits: int, method: str) -> float:
+    """Of the straight-through gradient: all rows of each table, or those drawn and those one bit away."""
+    groups = Variant("", bits).config.group_bits if method == "grouped" else [bits]
+    rows = bits + len(groups) if method == "sampled" else sum(2**each for each in groups)
+    return 2.0 * PLANS * WIDTH * rows
+
+
+def curves() -> list[dict[str, Any]]:
+    title = "6 layers of width 256, 1 x {} tokens"
+    return [
+        {
+            "title": "training step, by tokens of a text",
+            "x": LENGTHS,
+            "turn": step_of_length,
+            "operations": lambda length: operations(title.format(length), True, length),
+        },
+        *(
+            {
+                "title": f"plan part, {method}, by {'rows of its table' if method == 'exact' else 'bits'}",
+                "x": bits,
+                "turn": lambda each, m=method: plan_part(Variant("", each, "exact" if m == "grouped" else m)),
+                "operations": lambda each, m=method: plan_operations(each, m),
+                "scale": (lambda each: 2**each) if method == "exact" else (lambda each: each),
+            }
+            for method, bits in (("exact", EXACT_BITS), ("sampled", SAMPLED_BITS), ("grouped", GROUPED_BITS))
+        ),
+        {
+            "title": "encoder, forward and backward, by plans of a text",
+            "x": SPANS,
+            "turn": encoder_of_span,
+            "operations": encoder_operations,
+            "scale": lambda span: LENGTH // span,
+        },
+    ]
+
+
+def measure(curve: dict[str, Any], rounds: int) -> dict[str, Any]:
+    turns = {x: curve["turn"](x) for x in curve["x"]}
+    seconds: dict[int, list[float]] = {x: [] for x in turns}
+    for turn in track(range(rounds + 1), curve["title"]):
+        for x, run in turns.items():
+            started = time.perf_counter()
+            run()
+            if turn:
+                seconds[x].append(time.perf_counter() - started)
+    scale = curve.get("scale", lambda x: x)
+    points = [
+        {"x": scale(x), "seconds": statistics.median(taken), "operations": curve["operations"](x)}
+        for x, taken in seconds.items()
+    ]
+    points.sort(key=lambda point: point["x"])
+    return {
+        "title": curve["title"],
+        "points": points,
+        "exponent": exponent(points, "seconds"),
+        "theory": exponent(points, "operations"),
+    }
+
+
+def exponent(points: list[dict[str, float]], of: str) -> float:
+    x, y = ([math.log(point[name]) for point in points] for name in ("x", of))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each point, after one to warm up")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results["curves"] = [measure(curve, options.rounds) for curve in curves()]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_report(results)
+    for curve in results["curves"]:
+        Console().print(f"{curve['title']}: exponent {curve['exponent']:.2f}, of operations {curve['theory']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
