@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-paper clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +54,10 @@ plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share i
 topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
 	$(BIN)/python benchmarks/topics.py
 
+bench: $(VENV)/.train $(VENV)/peers/x-transformers/.ready $(VENV)/peers/free-transformer/.ready ## beside a Llama and the public implementations: docs/performance.md; an hour
+	$(BIN)/python benchmarks/comparison.py $(PARTS)
+	$(BIN)/python benchmarks/cost_curves.py
+
 bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same shape: docs/performance.md
 	$(BIN)/python benchmarks/plan_cost.py
 
@@ -83,6 +87,14 @@ $(VENV)/bin/pip:
 # Only changes to the package's metadata ask for another installation: the install is editable.
 $(VENV)/.train $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# The public implementations, one of which has the name of this package: each in an environment of its own.
+$(VENV)/peers/x-transformers/.ready: PEER = x-transformers==2.31.10
+$(VENV)/peers/free-transformer/.ready: PEER = free-transformer==0.1.2
+$(VENV)/peers/%/.ready: constraints.txt | $(VENV)/bin/pip
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt '$(PEER)' torch
 	@touch $@
 
 # Only their texts are wanted, not what they would bring along.

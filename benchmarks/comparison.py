@@ -33,9 +33,9 @@ LENGTHS = {256: 8, 1024: 2}  # of rows, and how many: 2,048 tokens a step
 BITS = (8, 16)
 BATCHES = (1, 8, 32)
 NEW = 256
-TURN_LIMIT = 150.0  # seconds, after which a contestant is given up
-LONG_TURN = 15.0  # seconds, after which one turn has to do
-MEMORY_STEPS = 3
+TURN_LIMIT = 90.0  # seconds, after which a contestant is given up
+LONG_TURN = 10.0  # seconds, of a turn that needs no warming up; of one four times as long there is no other
+MEMORY_STEPS = 2
 PARTS = ("training", "memory", "generation", "compiled", "bf16", "machine")
 CONSOLE = Console(width=120)
 
@@ -100,7 +100,7 @@ class Group:
     specs: dict[str, tuple[str, dict[str, Any]]]  # by label: contestant, spec
     request: dict[str, Any]
     rounds: int
-    seconds: dict[str, list[float | None]] = field(default_factory=dict)
+    seconds: dict[str, list[float | None]] = field(default_factory=dict)  # by label, of each round
     failed: dict[str, str] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> None:
@@ -121,8 +121,8 @@ class Group:
 
     def _take_turn(self, workers: dict[str, Worker], label: str, turn: int) -> None:
         worker, taken = workers[label], self.seconds[label]
-        if turn > 1 and taken and taken[0] is not None and taken[0] > LONG_TURN:
-            taken.append(None)  # one turn has to do
+        if turn and taken[0] is not None and taken[0] > 4 * LONG_TURN:
+            taken.append(None)
             return
         try:
             limit = 6 * TURN_LIMIT if worker.spec.get("compiled") and not turn else TURN_LIMIT
@@ -132,10 +132,7 @@ class Group:
             workers.pop(label)
             self.seconds.pop(label)
             return
-        if turn:
-            taken.append(seconds)
-        elif seconds > LONG_TURN:
-            taken.append(seconds)  # what took so long needs no warming up
+        taken.append(seconds if turn or seconds > LONG_TURN else None)
 
 
 def spec(shape: dict[str, int], bits: int, length: int = 256, **more: Any) -> dict[str, Any]:
@@ -163,7 +160,7 @@ def name_of(shape: dict[str, int]) -> str:
 def training(quick: bool) -> list[Group]:
     groups = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
-        rounds = 2 if quick else (15 if (shape, length, bits) == (SMALL, 256, 8) else 5 if shape is SMALL else 3)
+        rounds = 2 if quick else (15 if (shape, length, bits) == (SMALL, 256, 8) else 4 if shape is SMALL else 3)
         title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
         groups.append(Group(title, everyone(spec(shape, bits, length)), {"do": "train"}, rounds))
     return groups
@@ -177,7 +174,7 @@ def generation(quick: bool) -> list[Group]:
             contestants.pop("Free Transformer, a plan a sequence")
             for batch in BATCHES[: 1 if quick else None]:
                 title = f"{name_of(shape)}, H = {bits}, batch {batch}"
-                rounds = 1 if quick else (7 if shape is SMALL and bits == 8 else 2)
+                rounds = 1 if quick else (7 if (shape, bits) == (SMALL, 8) else 3 if shape is SMALL else 1)
                 request = {"do": "generate", "batch": batch, "new": 32 if quick else NEW}
                 groups.append(Group(title, contestants, request, rounds))
             title = f"{name_of(shape)}, H = {bits}, first token after 1,024"

@@ -71,7 +71,14 @@ def ratios(group: dict[str, Any], label: str, faster_is_more: bool = False) -> l
     for own, llama in zip(group["seconds"][label], group["seconds"][LLAMA], strict=True):
         if own is not None and llama is not None:
             found.append(llama / own if faster_is_more else own / llama)
+    if not found:  # one of them took a single turn, too long for more
+        own, llama = (median_of(group["seconds"][each]) for each in (label, LLAMA))
+        found = [llama / own if faster_is_more else own / llama]
     return found
+
+
+def median_of(seconds: list[float | None]) -> float:
+    return statistics.median(each for each in seconds if each is not None)
 
 
 def spread(values: list[float]) -> str:
@@ -115,11 +122,11 @@ def _training(results: dict[str, Any], name: str) -> str:
     for group in results[name]:
         rows.append([f"*{group['title']}*", "", "", ""])
         for label, seconds in group["seconds"].items():
-            own, tokens = [each for each in seconds if each is not None], _tokens(group["title"])
+            own, tokens = median_of(seconds), _tokens(group["title"])
             free, plans = label != LLAMA, 8 if "sequence" in label else tokens
-            share = operations(group["title"], free, plans) / statistics.median(own) / rate
+            share = operations(group["title"], free, plans) / own / rate
             ratio = "1" if label == LLAMA else spread(ratios(group, label))
-            rows.append([label, ratio, f"{tokens / statistics.median(own):,.0f}", f"{100 * share:.0f} %"])
+            rows.append([label, ratio, f"{tokens / own:,.0f}", f"{100 * share:.0f} %"])
         rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
     _plot(results[name], f"{name}.svg", "time of a training step, Llama = 1", faster_is_more=False)
     text = table(["", "step time, Llama = 1", "tokens/s", f"share of a bare {dtype} product"], rows)
@@ -151,7 +158,7 @@ def _generation(results: dict[str, Any], name: str) -> str:
         rows.append([f"*{group['title']}*", "", ""])
         batch = re.search(r"batch (\d+)", group["title"])
         for label, seconds in group["seconds"].items():
-            own = statistics.median(each for each in seconds if each is not None)
+            own = median_of(seconds)
             speed = f"{int(batch[1]) * 256 / own:,.0f} tokens/s" if batch else f"{own * 1e3:.0f} ms"
             rows.append([label, speed, "1" if label == LLAMA else spread(ratios(group, label, True))])
         rows += [[label, f"failed: {reason}", ""] for label, reason in group["failed"].items()]

@@ -2,7 +2,7 @@
 How the cost grows: a training step with the length of its text, the plan with its bits, the encoder with its plans.
 
 Each curve's exponent is the slope of a straight line through the logarithms; beside it that of the counted operations
-over the same points. Turns are interleaved, times are medians. The section of docs/performance.md: make bench-curves
+over the same points. Turns are interleaved, times are medians. A section of docs/performance.md: make bench
 """
 
 import argparse
