@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-paper clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,7 +58,10 @@ bench: $(VENV)/.train $(VENV)/peers/x-transformers/.ready $(VENV)/peers/free-tra
 	$(BIN)/python benchmarks/comparison.py $(PARTS)
 	$(BIN)/python benchmarks/cost_curves.py
 
-bench-plan: $(VENV)/.train ## what the plan costs beside a Llama of the same shape: docs/performance.md
+profile: $(VENV)/.train ## where a training step's time goes: docs/performance.md
+	$(BIN)/python benchmarks/profile_step.py
+
+bench-plan: $(VENV)/.train ## what the plan costs by bits and gradients: docs/plan-cost.md
 	$(BIN)/python benchmarks/plan_cost.py
 
 bench-plan-training: $(VENV)/.demo ## does the sampled gradient train as well as the exact one? half an hour

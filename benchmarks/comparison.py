@@ -200,17 +200,21 @@ def bf16(quick: bool) -> list[Group]:
     ]
 
 
-def memory(quick: bool) -> list[dict[str, Any]]:
+def memory(quick: bool, only: str) -> list[dict[str, Any]]:
     """Peaks of fresh processes: training at every shape, generation at batch 1 and 32."""
     found = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
         title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
         requests = [{"do": "train"}] * MEMORY_STEPS
+        if only not in title:
+            continue
         found.append({"title": title, **peaks(everyone(spec(shape, bits, length, memory=True)), requests)})
     for batch in (1, 32)[: 0 if quick else None]:
         contestants = everyone(spec(SMALL, 8, memory=True))
         contestants.pop("Free Transformer, a plan a sequence")
         title = f"{name_of(SMALL)}, H = 8, writing {NEW} tokens at batch {batch}"
+        if only not in title:
+            continue
         found.append({"title": title, **peaks(contestants, [{"do": "generate", "batch": batch, "new": NEW}])})
     return found
 
@@ -233,6 +237,11 @@ def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dic
     return {"bytes": bytes_of, "failed": failed}
 
 
+def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By title, new in the place of old."""
+    return list({group["title"]: group for group in [*before, *found]}.values())
+
+
 def bare_rates() -> dict[str, float]:
     """Operations a second of a bare product, the rows of a step times a matrix of the shape, median of 15."""
     rates = {}
@@ -251,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure, default all")
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds: does it run? writes no report")
+    parser.add_argument("--only", default="", help="groups whose title has this in it; the others keep their results")
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.quick else {}
@@ -258,17 +268,19 @@ def main() -> None:
     for part in options.parts:
         CONSOLE.rule(part)
         if part == "memory":
-            results[part] = memory(options.quick)
+            found = memory(options.quick, options.only)
+            results[part] = merged(results.get(part, []), found)
         elif part == "machine":
             results[part] = machine()
         else:
-            groups = makers[part](options.quick)
+            groups = [group for group in makers[part](options.quick) if options.only in group.title]
             rates = [bare_rates()]
             with Progress(console=CONSOLE) as progress:
                 for group in groups:
                     group.run(progress)
             rates.append(bare_rates())
-            results[part] = [{key: value for key, value in asdict(group).items() if key != "specs"} for group in groups]
+            found = [{key: value for key, value in asdict(group).items() if key != "specs"} for group in groups]
+            results[part] = merged(results.get(part, []), found)
             results.setdefault("rates", {})[part] = rates
         if not options.quick:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")

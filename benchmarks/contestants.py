@@ -33,7 +33,7 @@ class Contestant:
         self.spec = spec
         torch.manual_seed(0)
         self.model: Any = self.build()
-        self.optimizers = self.build_optimizers()
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.tokens = torch.randint(3, VOCABULARY, (spec["batch"], spec["length"]))
 
     @staticmethod
@@ -58,6 +58,7 @@ class Contestant:
 
     def train_step(self) -> None:
         self.model.train()
+        self.optimizers = self.optimizers or self.build_optimizers()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.spec.get("bf16", False)):
             loss = self.loss(self.tokens)
         loss.backward()

@@ -3,7 +3,7 @@ What the plan costs: time and memory of a training step beside `LlamaForCausalLM
 
 Times are medians over rounds, in each of which every contestant takes one turn. Memory is the peak growth of a fresh
 process over three steps (Linux, glibc), each larger tensor mapped by itself: what the heap's fragments add differs by a
-tenth from run to run. The tables of docs/performance.md: make bench-plan
+tenth from run to run. The tables of docs/plan-cost.md: make bench-plan
 """
 
 import argparse

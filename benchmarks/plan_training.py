@@ -2,7 +2,7 @@
 Does the sampled gradient of the plan train as well as the exact one? Letters and three voices, several seeds each.
 
 One process a core. Every run is a folder under --out, and a run that is there already is not repeated: stop and start
-as you like. The table of docs/performance.md: make bench-plan-training
+as you like. The table of docs/plan-cost.md: make bench-plan-training
 """
 
 import argparse

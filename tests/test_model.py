@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from free_transformer import FreeTransformer, build_baseline, codes_to_bits
 from free_transformer.attention import rotary
@@ -463,6 +464,74 @@ def test_eager_attention_equals_sdpa(tiny_model, tokens_like, span, padding):
         out = model(tokens, attention_mask=mask, mode="training")
         outputs.append((out.logits[mask.bool()], out.plan_logits[out.plan_mask]))
     assert_close(*outputs, **CLOSE)
+
+
+def flash_reference(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **_):
+    """Flash Attention as `transformers` calls it: (B, T) of padding or boundaries of documents, and no other mask."""
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    allowed = torch.ones(batch, queries, keys, dtype=torch.bool)
+    if cu_seq_lens_q is not None:
+        places = torch.arange(batch * keys).view(batch, keys)
+        document = torch.bucketize(places, cu_seq_lens_q.long(), right=True)
+        allowed &= document[:, :, None] == document[:, None]
+    elif attention_mask is not None:
+        assert attention_mask.ndim == 2
+        assert queries == keys, "the padding of queries would be taken from that of keys"
+        allowed &= attention_mask.bool()[:, None]
+    if module.is_causal:
+        allowed &= torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results nobody reads
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, allowed[:, None], scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("rows", ["whole", "left", "right", "packed", "packed and padded"])
+@pytest.mark.parametrize("span", SPANS)
+def test_flash_attention_is_told_of_padding_and_documents(tiny_model, tokens_like, span, rows, monkeypatch):
+    model, tokens = certain(tiny_model(torch.float32, plan_span=span)), tokens_like(2, 9)
+    mask, positions = torch.ones(2, 9, dtype=torch.long), None
+    if rows in ("left", "right"):
+        mask = padding_mask(rows, [9, 5], 9)
+    elif rows != "whole":
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1, 2]])
+    if rows == "packed and padded":
+        mask[1, 6:] = 0
+        positions[1, 6:] = 0
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash_reference)
+    outputs = []
+    for attention in ("sdpa", "flash_attention_2"):
+        model.config._attn_implementation_internal = attention
+        out = model(tokens, attention_mask=mask, position_ids=positions, mode="training")
+        outputs.append((out.logits[mask.bool()], out.plan_logits[out.plan_mask]))
+    assert_close(*outputs, **CLOSE)
+
+
+GPU_ATTENTION = ["flex_attention", "flash_attention_2", "flash_attention_3"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of a GPU")
+@pytest.mark.parametrize("attention", GPU_ATTENTION)
+@pytest.mark.parametrize("rows", ["whole", "left", "packed"])
+@pytest.mark.parametrize("span", SPANS)
+def test_attention_of_a_gpu_equals_sdpa(tiny_model, tokens_like, span, rows, attention):
+    width = {"hidden_dim": 128, "num_heads": 2, "num_kv_heads": 2}
+    model = certain(tiny_model(torch.bfloat16, plan_span=span, **width)).cuda()
+    tokens, mask = tokens_like(2, 48).cuda(), torch.ones(2, 48, dtype=torch.long, device="cuda")
+    positions = (torch.arange(48, device="cuda") % 16).expand(2, -1) if rows == "packed" else None
+    if rows == "left":
+        mask[0, :20] = 0
+    outputs = []
+    for each in ("sdpa", attention):
+        try:
+            model.set_attn_implementation(each)
+        except ImportError as missing:
+            pytest.skip(str(missing))
+        out = model(tokens, attention_mask=mask, position_ids=positions, mode="training")
+        outputs.append((out.logits[mask.bool()], out.plan_logits[out.plan_mask]))
+    assert_close(*outputs, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("padding", [None, "left"])

@@ -61,6 +61,7 @@ class SplitAttention(LlamaAttention):
         *,
         key_value_states: Tensor | None = None,
         key_value_position_embeddings: Rotation | None = None,
+        implementation: str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """
@@ -69,6 +70,7 @@ class SplitAttention(LlamaAttention):
                 position.
             key_value_states: (B, T, D), default `hidden_states`.
             key_value_position_embeddings: positions of the keys, default those of the queries.
+            implementation: of attention, default the configuration's.
         """
         if key_value_states is None:
             key_value_states = hidden_states
@@ -88,7 +90,7 @@ class SplitAttention(LlamaAttention):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            implementation or self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(

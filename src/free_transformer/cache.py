@@ -7,12 +7,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-LEAST_ROOM = 64  # tokens
+LEAST_ROOM = 256  # tokens
 
 
 class GrowingLayer(DynamicLayer):
     """
     `DynamicLayer` with room for tokens to come, an eighth of those it holds: a new one is written behind the others.
+
+    Args:
+        most: tokens that it will ever hold, as far as is known.
 
     Attributes:
         rooms: the memory that `keys` and `values` are the beginnings of, and some more.
@@ -21,8 +24,9 @@ class GrowingLayer(DynamicLayer):
     keys: Any  # tensors, once there are any
     values: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, most: int | None = None):
+        super().__init__()
+        self.most = most
         self.rooms: list[Tensor | None] = [None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -42,7 +46,10 @@ class GrowingLayer(DynamicLayer):
         # Whoever reorders or selects rows of a cache puts other tensors in the place of ours.
         ours = room is not None and (held == 0 or old.data_ptr() == room.data_ptr()) and new.shape[:2] == room.shape[:2]
         if room is None or not ours or total > room.shape[-2]:
-            room = new.new_empty(*new.shape[:2], total + max(LEAST_ROOM, total // 8), new.shape[-1])
+            roomy = total + max(LEAST_ROOM, total // 8)
+            if self.most is not None:
+                roomy = max(total, min(roomy, self.most))
+            room = new.new_empty(*new.shape[:2], roomy, new.shape[-1])
             if held:
                 room[:, :, :held] = old
             self.rooms[which] = room
@@ -53,8 +60,8 @@ class GrowingLayer(DynamicLayer):
 class GrowingCache(DynamicCache):
     """`DynamicCache` of `GrowingLayer`s."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, most: int | None = None):
         super().__init__(config=config)
         for place, layer in enumerate(self.layers):  # type: ignore[has-type]
             if type(layer) is DynamicLayer:
-                self.layers[place] = GrowingLayer()  # type: ignore[has-type]
+                self.layers[place] = GrowingLayer(most)  # type: ignore[has-type]

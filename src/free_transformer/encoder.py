@@ -1,9 +1,12 @@
 """The encoder: reads the whole text and says, bit by bit, which plan it came from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import is_flash_attention_requested
 
 from free_transformer.attention import SplitAttention, rotary
 from free_transformer.config import FreeTransformerConfig
@@ -42,25 +45,32 @@ class PlanEncoder(nn.Module):
             (B, P, H), the logit of each bit of each plan.
         """
         query = self.query.to(hidden_states.dtype).expand(1, 1, -1)  # the same for all plans, up to their rotation
+        mask, attention = self._mask(hidden_states, layout)
         attended, _ = self.attention(
             self.query_norm(query),
             rotary(self.rotary_emb, query, layout.plan_position),
-            self._mask(hidden_states, layout),
+            mask,
             key_value_states=self.key_value_norm(hidden_states),
             key_value_position_embeddings=rotary(self.rotary_emb, hidden_states, layout.position_ids),
+            implementation=attention,
         )
         plans = query + attended
         plans = plans + self.mlp(self.mlp_norm(plans))
         return self.readout(self.norm(plans))
 
-    def _mask(self, hidden_states: Tensor, layout: PlanLayout) -> Tensor | None:
+    def _mask(self, hidden_states: Tensor, layout: PlanLayout) -> tuple[Any, str | None]:
+        """What plans may read, in the form that the attention takes it, and which one that is, None for the model's."""
         inside = None
         if layout.token_document is not None and layout.plan_document is not None:
             inside = same_document(layout.plan_document, layout.token_document)
-        return create_bidirectional_mask(
+        if is_flash_attention_requested(self.config):  # which would take the tokens' padding for that of the plans
+            masked = inside is not None or layout.token_mask is not None
+            return (layout.mask[:, None], "sdpa") if masked else (None, None)
+        mask = create_bidirectional_mask(
             self.config,
             hidden_states[:, :1].expand(-1, layout.num_plans, -1),  # its shape tells the queries'
             layout.token_mask,
             encoder_hidden_states=hidden_states,
             and_mask_function=inside,
         )
+        return mask, None

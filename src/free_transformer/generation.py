@@ -22,8 +22,9 @@ class PlanGenerationMixin(GenerationMixin):
     """
     `generate()` of `transformers` with plans.
 
-    When the prompt has been read, the plans of all that may be written are drawn at once, `plan`, (B, P, H), and their
-    vectors looked up, `plan_states`, (B, P, D): a step of generation is then the plain Llama's and a row of these.
+    When the prompt has been read, the plans of all that may be written are drawn at once, `plan`, (B, P, H), and the
+    rows of the table that they point to, `plan_rows`, (B, P, groups): a step of generation is then the plain Llama's
+    and a lookup. (The vectors of all plans would take a twelfth of the memory of a cache of 6 layers.)
     """
 
     config: FreeTransformerConfig
@@ -88,18 +89,21 @@ class PlanGenerationMixin(GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> dict:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("plan_states") is None:  # the prompt has been read just now, or all is read each time
+        if model_kwargs.get("plan_rows") is None:  # the prompt has been read just now, or all is read each time
             model_kwargs.update(plan=outputs.plan, prompt_plan="prior")
             if model_kwargs.get("use_cache"):
-                model_kwargs["plan_states"] = self.plan_table(outputs.plan).to(self.dtype)
+                model_kwargs["plan_rows"] = self.plan_table.group_codes(outputs.plan)
         return model_kwargs
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        sizes = (batch_size, max_cache_length)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *sizes)
         cache = model_kwargs.get("past_key_values")
         by_default = generation_config.cache_implementation in (None, "dynamic")
         if by_default and type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
-            model_kwargs["past_key_values"] = GrowingCache(self.config)
+            model_kwargs["past_key_values"] = GrowingCache(self.config, max_cache_length)
 
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any

@@ -59,6 +59,20 @@ def same_document(of_query: Tensor, of_key: Tensor) -> Callable[..., Tensor]:
     return mask
 
 
+def flash_boundaries(documents: Tensor, token_mask: Tensor | None) -> dict[str, Tensor | int]:
+    """
+    Where the documents of a batch end, (B, T) their numbers, in the arguments by which `transformers` tells Flash
+    Attention, which takes no mask; padding is made a document of its own.
+    """
+    ends = torch.ones_like(documents, dtype=torch.bool)
+    ends[:, :-1] = documents[:, 1:] != documents[:, :-1]
+    if token_mask is not None:
+        ends[:, :-1] |= token_mask[:, 1:] != token_mask[:, :-1]
+    places = torch.nn.functional.pad(ends.flatten().nonzero().flatten() + 1, (1, 0)).int()
+    longest = int(places.diff().max())
+    return {"cu_seq_lens_q": places, "cu_seq_lens_k": places, "max_length_q": longest, "max_length_k": longest}
+
+
 def num_plans(plan_span: int | str, num_tokens: int) -> int:
     """Plans of one document of `num_tokens` tokens: `ceil(num_tokens / plan_span)`, or 1."""
     return 1 if plan_span == "sequence" else -(-num_tokens // int(plan_span))

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
+from transformers.utils.generic import is_flash_attention_requested
 
 from free_transformer.attention import rotary
 from free_transformer.config import FreeTransformerConfig
@@ -31,7 +32,15 @@ from free_transformer.generation import PROMPT_PLANS, PlanGenerationMixin
 from free_transformer.initialization import init_module
 from free_transformer.injection import InjectedDecoderLayer
 from free_transformer.layers import DecoderLayer, Head, RMSNorm
-from free_transformer.layout import PlanLayout, is_packed, num_plans, plan_layout, plan_to_token, same_document
+from free_transformer.layout import (
+    PlanLayout,
+    flash_boundaries,
+    is_packed,
+    num_plans,
+    plan_layout,
+    plan_to_token,
+    same_document,
+)
 from free_transformer.losses import objective
 from free_transformer.plan import BinaryMapper, PlanPrior, PlanTable, as_plan
 
@@ -180,7 +189,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         plan: Tensor | None = None,
         prompt_plan: str | None = None,
         prior: str = "uniform",
-        plan_states: Tensor | None = None,
+        plan_rows: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         kl_weight: float | Tensor | None = None,
         free_bits: float | Tensor | None = None,
@@ -200,8 +209,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks are drawn from in inference mode.
             prior: what plans are drawn from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
                 that training texts took, where `gather_prior` has gathered them.
-            plan_states: (B, P, D), the vectors of all plans of a text of which `past_key_values` hold the beginning:
-                what a step of `generate` gives in the place of `plan`.
+            plan_rows: (B, P, groups), the table's rows of all plans of a text of which `past_key_values` hold the
+                beginning: what a step of `generate` gives in the place of `plan`.
             num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
             kl_weight, free_bits: instead of the configuration's, for a schedule.
             skip_logits: returns no logits with the loss, so that those of all tokens are never held together: less
@@ -209,11 +218,11 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits=True: without labels the logits are all there is to return")
-        if plan_states is not None:
+        if plan_rows is not None:
             half = self._next_half(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
-            of_tokens = plan_to_token(plan_states, half.token_plan)
+            plan_states = self.plan_table.look_up(plan_to_token(plan_rows, half.token_plan))
             return FreeTransformerOutput(
-                logits=self._under_plan(half, of_tokens, logits_to_keep), past_key_values=past_key_values
+                logits=self._under_plan(half, plan_states, logits_to_keep), past_key_values=past_key_values
             )
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
         if use_cache and past_key_values is None:
@@ -285,15 +294,20 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         else:
             token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
         documents = layout.token_document if layout is not None else None
-        arguments = {
-            "attention_mask": create_causal_mask(
+        if documents is not None and is_flash_attention_requested(self.config):
+            attention_mask = None
+            kwargs |= flash_boundaries(documents, token_mask)
+        else:
+            attention_mask = create_causal_mask(
                 self.config,
                 hidden_states,
                 token_mask,
                 past_key_values,
                 position_ids=None,  # documents are told apart here, padding or not
                 and_mask_function=None if documents is None else same_document(documents, documents),
-            ),
+            )
+        arguments = {
+            "attention_mask": attention_mask,
             "position_ids": position_ids,
             "position_embeddings": rotation,
             "past_key_values": past_key_values,
@@ -314,7 +328,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     ) -> FirstHalf:
         """`first_half` of tokens that go on from a cache, and nothing that asks a tensor for its values."""
         if input_ids is None or position_ids is None or past_key_values is None:
-            raise ValueError("plan_states go with input_ids, position_ids and the past_key_values of what was read")
+            raise ValueError("plan_rows go with input_ids, position_ids and the past_key_values of what was read")
         hidden_states = self.model.embed_tokens(input_ids)
         if attention_mask is not None or hidden_states.shape[1] > 1 or past_key_values.is_compileable:
             attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
@@ -359,7 +373,6 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
 
         Args:
             plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
-
             labels: (B, T), to get the sum of their cross-entropies in the place of the logits.
 
         Returns:

@@ -221,6 +221,14 @@ class PlanTable(nn.Module):
             first_row += 2**bits * groups
         return torch.cat(codes, dim=-1)
 
+    def look_up(self, codes: Tensor) -> Tensor:
+        """R of plans whose `group_codes` are known: (..., groups) -> (..., D)."""
+        return self._sum_rows(codes)  # `fully_shard` gathers the weight for this method, and would inside `forward`
+
+    def _sum_rows(self, codes: Tensor) -> Tensor:
+        states = F.embedding_bag(codes.flatten(0, -2), self.weight, mode="sum", sparse=self.sparse)
+        return states.view(*codes.shape[:-1], -1)
+
     def forward(self, plan: Tensor, plan_logits: Tensor | None = None) -> Tensor:
         """
         Args:
@@ -232,8 +240,7 @@ class PlanTable(nn.Module):
             R, (B, P, D).
         """
         codes = self.group_codes(plan)
-        states = F.embedding_bag(codes.flatten(0, -2), self.weight, mode="sum", sparse=self.sparse)
-        states = states.view(*plan.shape[:-1], -1)
+        states = self._sum_rows(codes)
         if plan_logits is None or not plan_logits.requires_grad:
             return states
         settings = (self.group_bits, self.gradient, self.chunk_bytes)

@@ -81,7 +81,7 @@ class PlanTrainer(Trainer):
     ) -> Any:
         if self._free_transformer() is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model.training and not return_outputs:
+        if model.training and not return_outputs and "labels" in inputs:
             inputs = {**inputs, "skip_logits": True}
         # Not `super()`: TRL's loss comes from `model.model`, a Llama that neither has a plan nor trains the encoder.
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
