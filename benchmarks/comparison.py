@@ -242,6 +242,11 @@ def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[di
     return list({group["title"]: group for group in [*before, *found]}.values())
 
 
+def keep(results: dict[str, Any], quick: bool) -> None:
+    if not quick:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def bare_rates() -> dict[str, float]:
     """Operations a second of a bare product, the rows of a step times a matrix of the shape, median of 15."""
     rates = {}
@@ -274,16 +279,16 @@ def main() -> None:
             results[part] = machine()
         else:
             groups = [group for group in makers[part](options.quick) if options.only in group.title]
-            rates = [bare_rates()]
+            rates = results.setdefault("rates", {})
+            rates[part] = [bare_rates()]
             with Progress(console=CONSOLE) as progress:
                 for group in groups:
                     group.run(progress)
-            rates.append(bare_rates())
-            found = [{key: value for key, value in asdict(group).items() if key != "specs"} for group in groups]
-            results[part] = merged(results.get(part, []), found)
-            results.setdefault("rates", {})[part] = rates
-        if not options.quick:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                    found = {key: value for key, value in asdict(group).items() if key != "specs"}
+                    results[part] = merged(results.get(part, []), [found])
+                    keep(results, options.quick)
+            rates[part].append(bare_rates())
+        keep(results, options.quick)
     if options.quick:
         json.dump(results, sys.stdout, indent=1)
     else:
