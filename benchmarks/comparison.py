@@ -14,6 +14,7 @@ import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Worker:
         python = ROOT / ".venv" / ("peers/" + PEERS[name] if name in PEERS else "") / "bin" / "python"
         if not python.exists():
             raise Failed("no environment: make bench prepares it")
-        self.log = (RESULTS.parent / f"{name}.log").open("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the worker
         self.process = subprocess.Popen(
             [python, FOLDER / "contestants.py", name, json.dumps(spec)],
             stdin=subprocess.PIPE,
@@ -200,23 +201,18 @@ def bf16(quick: bool) -> list[Group]:
     ]
 
 
-def memory(quick: bool, only: str) -> list[dict[str, Any]]:
-    """Peaks of fresh processes: training at every shape, generation at batch 1 and 32."""
-    found = []
+def memory(quick: bool) -> list[tuple[str, dict[str, tuple[str, dict[str, Any]]], list[dict[str, Any]]]]:
+    """Titles, contestants, and what is asked of each before its peak: training at every shape, writing at two."""
+    cases = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
         title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
-        requests = [{"do": "train"}] * MEMORY_STEPS
-        if only not in title:
-            continue
-        found.append({"title": title, **peaks(everyone(spec(shape, bits, length, memory=True)), requests)})
+        cases.append((title, everyone(spec(shape, bits, length, memory=True)), [{"do": "train"}] * MEMORY_STEPS))
     for batch in (1, 32)[: 0 if quick else None]:
         contestants = everyone(spec(SMALL, 8, memory=True))
         contestants.pop("Free Transformer, a plan a sequence")
         title = f"{name_of(SMALL)}, H = 8, writing {NEW} tokens at batch {batch}"
-        if only not in title:
-            continue
-        found.append({"title": title, **peaks(contestants, [{"do": "generate", "batch": batch, "new": NEW}])})
-    return found
+        cases.append((title, contestants, [{"do": "generate", "batch": batch, "new": NEW}]))
+    return cases
 
 
 def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -237,9 +233,9 @@ def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dic
     return {"bytes": bytes_of, "failed": failed}
 
 
-def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By title, new in the place of old."""
-    return list({group["title"]: group for group in [*before, *found]}.values())
+def merged(before: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """With what was found, in the place of what has its title."""
+    return list({group["title"]: group for group in [*before, found]}.values())
 
 
 def keep(results: dict[str, Any], quick: bool) -> None:
@@ -273,8 +269,11 @@ def main() -> None:
     for part in options.parts:
         CONSOLE.rule(part)
         if part == "memory":
-            found = memory(options.quick, options.only)
-            results[part] = merged(results.get(part, []), found)
+            for title, contestants, requests in memory(options.quick):
+                if options.only in title:
+                    found = {"title": title, **peaks(contestants, requests)}
+                    results[part] = merged(results.get(part, []), found)
+                    keep(results, options.quick)
         elif part == "machine":
             results[part] = machine()
         else:
@@ -285,7 +284,7 @@ def main() -> None:
                 for group in groups:
                     group.run(progress)
                     found = {key: value for key, value in asdict(group).items() if key != "specs"}
-                    results[part] = merged(results.get(part, []), [found])
+                    results[part] = merged(results.get(part, []), found)
                     keep(results, options.quick)
             rates[part].append(bare_rates())
         keep(results, options.quick)

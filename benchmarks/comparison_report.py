@@ -1,4 +1,4 @@
-"""Tables and plots of docs/performance.md, from the results of `comparison.py` and `scaling_curves.py`."""
+"""Tables and plots of docs/performance.md, from the results of `comparison.py` and `cost_curves.py`."""
 
 import os
 import platform

@@ -79,6 +79,8 @@ class Llama(Contestant):
     def load() -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
+        import free_transformer.training.optimizers  # noqa: F401
+
     def build(self) -> Any:
         from free_transformer.model import build_baseline
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison_report import RESULTS, operations, write_report
-from plan_cost import PLANS, WIDTH, Variant, plan_part
+from plan_cost import PLANS, WIDTH, Variant, plan_part, step_on
 from rich.console import Console
 from rich.progress import track
 
@@ -36,16 +36,7 @@ ROWS, LENGTH = 8, 256
 def step_of_length(length: int) -> Callable[[], None]:
     torch.manual_seed(0)
     model = FreeTransformer(FreeTransformerConfig(**SHAPE, max_seq_len=length))
-    optimizers = build_optimizers(model, TrainingSettings())
-    tokens = torch.randint(3, 4096, (1, length))
-
-    def run() -> None:
-        model(tokens, labels=tokens, mode="training", skip_logits=True).loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run
+    return step_on(model, build_optimizers(model, TrainingSettings()), torch.randint(3, 4096, (1, length)))
 
 
 def encoder_of_span(span: int) -> Callable[[], None]:

@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contestants import status
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -126,10 +126,13 @@ def measure_times(rounds: int) -> dict[str, float]:
 
 
 def training_step(variant: Variant) -> Callable[[], None]:
-    """Forward, backward and optimizers on random bytes, as the training loop does it."""
     torch.manual_seed(0)
     model, optimizers = variant.build()
-    tokens = torch.randint(0, 256, (BATCH, LENGTH))
+    return step_on(model, optimizers, torch.randint(0, 256, (BATCH, LENGTH)))
+
+
+def step_on(model: Any, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> Callable[[], None]:
+    """Forward, backward and optimizers, as the training loop does it."""
     batch = {"input_ids": tokens, "labels": tokens}
 
     def step() -> None:
@@ -205,12 +208,6 @@ def measure_memory(variant: Variant) -> dict[str, int]:
         weights = sum(2**bits for bits in variant.config.group_bits) * WIDTH * 4
         table = 3 * weights  # Adam, sparse or not, keeps two values a weight
     return {"peak": status("VmHWM") - before, "table": table}
-
-
-def status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def memory_in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, float]:

@@ -24,6 +24,7 @@ def benchmark_module(monkeypatch):
     for name in set(sys.modules) - before:
         if name in (
             "plan_cost",
+            "contestants",
             "plan_training",
             "collapse",
             "letters_settings",
