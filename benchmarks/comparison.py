@@ -37,7 +37,12 @@ NEW = 256
 TURN_LIMIT = 90.0  # seconds, after which a contestant is given up
 LONG_TURN = 10.0  # seconds, of a turn that needs no warming up; of one four times as long there is no other
 MEMORY_STEPS = 2
-PARTS = ("training", "memory", "generation", "compiled", "bf16", "machine")
+ALLOCATORS: dict[str | None, dict[str, str]] = {  # settings of glibc's
+    None: {},
+    "exact": {"MALLOC_MMAP_THRESHOLD_": "65536"},  # gives all that is freed back at once
+    "keeps": {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"},
+}
+PARTS = ("training", "allocator", "memory", "generation", "compiled", "bf16", "machine")
 CONSOLE = Console(width=120)
 
 
@@ -60,7 +65,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if spec.get("memory") else None,
+            env={**os.environ, **ALLOCATORS[spec.get("allocator")]},
         )
         self._read(TURN_LIMIT)
 
@@ -197,7 +202,20 @@ def compiled(quick: bool) -> list[Group]:
 def bf16(quick: bool) -> list[Group]:
     return [
         Group(f"{name_of(shape)}, 8 x 256 tokens, H = 8", everyone(spec(shape, 8, bf16=True)), {"do": "train"}, rounds)
-        for shape, rounds in ((SMALL, 2 if quick else 7), (LARGE, 3))[: 1 if quick else None]
+        for shape, rounds in ((SMALL, 2 if quick else 7), (LARGE, 6))[: 1 if quick else None]
+    ]
+
+
+def allocator(quick: bool) -> list[Group]:
+    """The step once more where no memory is ever given back, so that none is touched for the first time."""
+    return [
+        Group(
+            f"{name_of(shape)}, 8 x 256 tokens, H = 8",
+            everyone(spec(shape, 8, allocator="keeps")),
+            {"do": "train"},
+            2 if quick else rounds,
+        )
+        for shape, rounds in ((SMALL, 9), (LARGE, 4))[: 1 if quick else None]
     ]
 
 
@@ -206,9 +224,9 @@ def memory(quick: bool) -> list[tuple[str, dict[str, tuple[str, dict[str, Any]]]
     cases = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
         title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
-        cases.append((title, everyone(spec(shape, bits, length, memory=True)), [{"do": "train"}] * MEMORY_STEPS))
+        cases.append((title, everyone(spec(shape, bits, length, allocator="exact")), [{"do": "train"}] * MEMORY_STEPS))
     for batch in (1, 32)[: 0 if quick else None]:
-        contestants = everyone(spec(SMALL, 8, memory=True))
+        contestants = everyone(spec(SMALL, 8, allocator="exact"))
         contestants.pop("Free Transformer, a plan a sequence")
         title = f"{name_of(SMALL)}, H = 8, writing {NEW} tokens at batch {batch}"
         cases.append((title, contestants, [{"do": "generate", "batch": batch, "new": NEW}]))
@@ -265,7 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.quick else {}
-    makers = {"training": training, "generation": generation, "compiled": compiled, "bf16": bf16}
+    makers = {"training": training, "allocator": allocator, "generation": generation, "compiled": compiled, "bf16": bf16}
     for part in options.parts:
         CONSOLE.rule(part)
         if part == "memory":

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
 import transformers
@@ -48,6 +48,7 @@ def write_report(results: dict[str, Any]) -> None:
     sections = {
         "machine": _machine,
         "training": _training,
+        "allocator": _training,
         "memory": _memory,
         "generation": _generation,
         "compiled": _generation,
@@ -128,10 +129,10 @@ def _training(results: dict[str, Any], name: str) -> str:
             ratio = "1" if label == LLAMA else spread(ratios(group, label))
             rows.append([label, ratio, f"{tokens / own:,.0f}", f"{100 * share:.0f} %"])
         rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
-    _plot(results[name], f"{name}.svg", "time of a training step, Llama = 1", faster_is_more=False)
+    _plot(results[name], f"{name}.png", "time of a training step, Llama = 1", faster_is_more=False)
     text = table(["", "step time, Llama = 1", "tokens/s", f"share of a bare {dtype} product"], rows)
     bare = ", ".join(f"{each[dtype] / 1e9:.0f}" for each in rates)
-    return f"{text}\n\nThe bare product, before and after: {bare} GFLOP a second.\n\n![](plots/{name}.svg)"
+    return f"{text}\n\nThe bare product, before and after: {bare} GFLOP a second.\n\n![](plots/{name}.png)"
 
 
 def _tokens(title: str) -> int:
@@ -162,8 +163,8 @@ def _generation(results: dict[str, Any], name: str) -> str:
             speed = f"{int(batch[1]) * 256 / own:,.0f} tokens/s" if batch else f"{own * 1e3:.0f} ms"
             rows.append([label, speed, "1" if label == LLAMA else spread(ratios(group, label, True))])
         rows += [[label, f"failed: {reason}", ""] for label, reason in group["failed"].items()]
-    _plot(results[name], f"{name}.svg", "speed of generation, Llama = 1", faster_is_more=True)
-    return table(["", "", "speed, Llama = 1"], rows) + f"\n\n![](plots/{name}.svg)"
+    _plot(results[name], f"{name}.png", "speed of generation, Llama = 1", faster_is_more=True)
+    return table(["", "", "speed, Llama = 1"], rows) + f"\n\n![](plots/{name}.png)"
 
 
 def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bool) -> None:
@@ -182,7 +183,7 @@ def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bo
     axes.axvline(1, color=COLORS[LLAMA], linestyle="--", linewidth=1)
     axes.set_yticks(range(len(groups)), [group["title"] for group in groups], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{what}; bars are medians, lines reach from the least to the most")
+    axes.set_xlabel(f"{what} (medians, least to most)")
     if not faster_is_more:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -207,11 +208,10 @@ def _curves(results: dict[str, Any], name: str) -> str:
         rows.append([curve["title"], f"**{curve['exponent']:.2f}**", f"{curve['theory']:.2f}", each])
     panels[0].set_ylabel("seconds", fontsize=8)
     panels[0].legend(fontsize=7, frameon=False)
-    _save(figure, "curves.svg")
-    return table(["", "exponent", "of operations", "ms"], rows) + "\n\n![](plots/curves.svg)"
+    _save(figure, "curves.png")
+    return table(["", "exponent", "of operations", "ms"], rows) + "\n\n![](plots/curves.png)"
 
 
 def _save(figure: Any, file: str) -> None:
-    matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same plot, the same file
-    figure.savefig(PLOTS / file, metadata={"Date": None})
+    figure.savefig(PLOTS / file, dpi=150)
     plt.close(figure)

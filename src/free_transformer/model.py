@@ -284,15 +284,11 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         packed = position_ids is not None and past_key_values is None and is_packed(position_ids, token_mask)
         if position_ids is None:
             position_ids = _positions(token_mask, past, hidden_states)
-        rotation = rotary(self.model.rotary_emb, hidden_states, position_ids)  # of one row where all rows are alike
-        position_ids = position_ids.expand(len(hidden_states), -1)
-
-        layout, span = None, self.config.plan_span
+        layout, plans = None, num_plans(self.config.plan_span, columns)
         if past == 0:
-            layout = plan_layout(span, position_ids, token_mask, packed)
-            token_plan = layout.token_plan
-        else:
-            token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
+            every_row = position_ids.expand(len(hidden_states), -1)
+            layout = plan_layout(self.config.plan_span, every_row, token_mask, packed)
+            plans = layout.num_plans
         documents = layout.token_document if layout is not None else None
         if documents is not None and is_flash_attention_requested(self.config):
             attention_mask = None
@@ -306,17 +302,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 position_ids=None,  # documents are told apart here, padding or not
                 and_mask_function=None if documents is None else same_document(documents, documents),
             )
-        arguments = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "position_embeddings": rotation,
-            "past_key_values": past_key_values,
-            **kwargs,
-        }
-        for layer in self.model.layers[: self.config.plan_layer]:
-            hidden_states = layer(hidden_states, **arguments)
-        plans = num_plans(span, columns) if layout is None else layout.num_plans
-        return FirstHalf(hidden_states, layout, token_plan, plans, arguments)
+        return self._below_plan(hidden_states, attention_mask, position_ids, past_key_values, layout, plans, **kwargs)
 
     def _next_half(
         self,
@@ -332,18 +318,36 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         hidden_states = self.model.embed_tokens(input_ids)
         if attention_mask is not None or hidden_states.shape[1] > 1 or past_key_values.is_compileable:
             attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
-        span = self.config.plan_span
+        return self._below_plan(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+
+    def _below_plan(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        layout: PlanLayout | None = None,
+        plans: int = 0,
+        **kwargs: Any,
+    ) -> FirstHalf:
+        """Layers 0 to K-1; positions are (B, T), or (1, T) where all rows have the same."""
+        rotation = rotary(self.model.rotary_emb, hidden_states, position_ids)
+        position_ids = position_ids.expand(len(hidden_states), -1)
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "position_embeddings": rotary(self.model.rotary_emb, hidden_states, position_ids),
+            "position_embeddings": rotation,
             "past_key_values": past_key_values,
             **kwargs,
         }
         for layer in self.model.layers[: self.config.plan_layer]:
             hidden_states = layer(hidden_states, **arguments)
-        token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
-        return FirstHalf(hidden_states, None, token_plan, 0, arguments)
+        span = self.config.plan_span
+        if layout is not None:
+            token_plan = layout.token_plan
+        else:
+            token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
+        return FirstHalf(hidden_states, layout, token_plan, plans, arguments)
 
     def encode(self, half: FirstHalf) -> Tensor:
         """The posterior's logits, (B, P, H), from the output of the first half."""
