@@ -185,7 +185,8 @@ def generation(quick: bool) -> list[Group]:
                 groups.append(Group(title, contestants, request, rounds))
             title = f"{name_of(shape)}, H = {bits}, first token after 1,024"
             request = {"do": "generate", "batch": 1, "new": 1, "prompt": 64 if quick else 1024}
-            groups.append(Group(title, contestants, request, 1 if quick else 5))
+            by_prior = {"Free Transformer, prompt's plans drawn": ("Free", spec(shape, bits, prompt_plan="prior"))}
+            groups.append(Group(title, contestants | by_prior, request, 1 if quick else 9))
     return groups
 
 
@@ -199,24 +200,30 @@ def compiled(quick: bool) -> list[Group]:
     ]
 
 
+def step_at(shape: dict[str, int], rounds: int, **more: Any) -> Group:
+    precision = ", bf16" if more.get("bf16") else ""
+    title = f"{name_of(shape)}, 8 x 256 tokens, H = 8{precision}"
+    return Group(title, everyone(spec(shape, 8, **more)), {"do": "train"}, rounds)
+
+
 def bf16(quick: bool) -> list[Group]:
-    return [
-        Group(f"{name_of(shape)}, 8 x 256 tokens, H = 8", everyone(spec(shape, 8, bf16=True)), {"do": "train"}, rounds)
-        for shape, rounds in ((SMALL, 2 if quick else 7), (LARGE, 6))[: 1 if quick else None]
-    ]
+    if quick:
+        return [step_at(SMALL, 2, bf16=True)]
+    return [step_at(SMALL, 7, bf16=True), step_at(LARGE, 6, bf16=True)]
 
 
 def allocator(quick: bool) -> list[Group]:
-    """The step once more where no memory is ever given back, so that none is touched for the first time."""
+    """The step where no memory is ever given back, so that none is touched for the first time."""
+    if quick:
+        return [step_at(SMALL, 2, allocator="keeps")]
     return [
-        Group(
-            f"{name_of(shape)}, 8 x 256 tokens, H = 8",
-            everyone(spec(shape, 8, allocator="keeps")),
-            {"do": "train"},
-            2 if quick else rounds,
-        )
-        for shape, rounds in ((SMALL, 9), (LARGE, 4))[: 1 if quick else None]
+        step_at(SMALL, 9, allocator="keeps"),
+        step_at(LARGE, 4, allocator="keeps"),
+        step_at(LARGE, 6, allocator="keeps", bf16=True),
     ]
+
+
+MAKERS = {"training": training, "allocator": allocator, "generation": generation, "compiled": compiled, "bf16": bf16}
 
 
 def memory(quick: bool) -> list[tuple[str, dict[str, tuple[str, dict[str, Any]]], list[dict[str, Any]]]]:
@@ -283,7 +290,6 @@ def main() -> None:
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.quick else {}
-    makers = {"training": training, "allocator": allocator, "generation": generation, "compiled": compiled, "bf16": bf16}
     for part in options.parts:
         CONSOLE.rule(part)
         if part == "memory":
@@ -295,7 +301,7 @@ def main() -> None:
         elif part == "machine":
             results[part] = machine()
         else:
-            groups = [group for group in makers[part](options.quick) if options.only in group.title]
+            groups = [group for group in MAKERS[part](options.quick) if options.only in group.title]
             rates = results.setdefault("rates", {})
             rates[part] = [bare_rates()]
             with Progress(console=CONSOLE) as progress:

@@ -1,5 +1,6 @@
 """Tables and plots of docs/performance.md, from the results of `comparison.py` and `cost_curves.py`."""
 
+import math
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import transformers
 
@@ -117,10 +119,10 @@ def _machine(results: dict[str, Any], name: str) -> str:
 
 def _training(results: dict[str, Any], name: str) -> str:
     rates = results["rates"][name]
-    dtype = "bfloat16" if name == "bf16" else "float32"
-    rate = statistics.mean(each[dtype] for each in rates)
     rows = []
     for group in results[name]:
+        dtype = dtype_of(group)
+        rate = statistics.mean(each[dtype] for each in rates)
         rows.append([f"*{group['title']}*", "", "", ""])
         for label, seconds in group["seconds"].items():
             own, tokens = median_of(seconds), _tokens(group["title"])
@@ -130,9 +132,16 @@ def _training(results: dict[str, Any], name: str) -> str:
             rows.append([label, ratio, f"{tokens / own:,.0f}", f"{100 * share:.0f} %"])
         rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
     _plot(results[name], f"{name}.png", "time of a training step, Llama = 1", faster_is_more=False)
-    text = table(["", "step time, Llama = 1", "tokens/s", f"share of a bare {dtype} product"], rows)
-    bare = ", ".join(f"{each[dtype] / 1e9:.0f}" for each in rates)
-    return f"{text}\n\nThe bare product, before and after: {bare} GFLOP a second.\n\n![](plots/{name}.png)"
+    text = table(["", "step time, Llama = 1", "tokens/s", "share of a bare product"], rows)
+    bare = "; ".join(
+        f"{dtype} {' and '.join(f'{each[dtype] / 1e9:.0f}' for each in rates)}"
+        for dtype in sorted({dtype_of(group) for group in results[name]}, reverse=True)
+    )
+    return f"{text}\n\nThe bare product, GFLOP a second before and after: {bare}.\n\n![](plots/{name}.png)"
+
+
+def dtype_of(group: dict[str, Any]) -> str:
+    return "bfloat16" if "bf16" in group["title"] else "float32"
 
 
 def _tokens(title: str) -> int:
@@ -175,7 +184,7 @@ def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bo
         for place, label in enumerate(others):
             values = ratios(group, label, faster_is_more)
             median = statistics.median(values)
-            color = COLORS.get(label, OURS["sequence" in label])
+            color = COLORS.get(label, OURS["a plan a token" not in label])
             bar = axes.barh(row + 0.2 * (place - len(others) / 2 + 0.5), median, 0.18, color=color)
             error = [[median - min(values)], [max(values) - median]]
             axes.errorbar(median, bar[0].get_y() + 0.09, xerr=error, color="#333333", linewidth=0.8)
@@ -201,15 +210,26 @@ def _curves(results: dict[str, Any], name: str) -> str:
         x = [point["x"] for point in points]
         panel.loglog(x, measured, "o-", color=OURS[0], label="measured")
         panel.loglog(x, [scale * point["operations"] for point in points], "--", color="#888888", label="operations")
-        panel.set_title(curve["title"], fontsize=8)
-        panel.set_xlabel(curve["x"], fontsize=8)
+        what, by = curve["title"].split(", by ")
+        panel.set_title(what, fontsize=8)
+        panel.set_xlabel(by, fontsize=8)
         panel.tick_params(labelsize=7)
-        each = ", ".join(f"{point['x']}: {1e3 * point['seconds']:.3g}" for point in points)
-        rows.append([curve["title"], f"**{curve['exponent']:.2f}**", f"{curve['theory']:.2f}", each])
+        each = ", ".join(f"{point['x']}: {1e3 * point['seconds']:,.1f}" for point in points)
+        cells = []
+        for part in (points, points[-2:]):
+            cells += [f"**{exponent(part, 'seconds'):.2f}**", f"{exponent(part, 'operations'):.2f}"]
+        rows.append([curve["title"], *cells, each])
     panels[0].set_ylabel("seconds", fontsize=8)
     panels[0].legend(fontsize=7, frameon=False)
     _save(figure, "curves.png")
-    return table(["", "exponent", "of operations", "ms"], rows) + "\n\n![](plots/curves.png)"
+    head = ["", "exponent", "of operations", "at the end", "of operations", "ms"]
+    return table(head, rows) + "\n\n![](plots/curves.png)"
+
+
+def exponent(points: list[dict[str, float]], of: str) -> float:
+    """The slope of a straight line through the logarithms."""
+    x, y = ([math.log(point[name]) for point in points] for name in ("x", of))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def _save(figure: Any, file: str) -> None:

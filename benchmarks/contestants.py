@@ -107,12 +107,16 @@ class Llama(Contestant):
     def generate(self, prompt: Tensor, new: int) -> None:
         from transformers import CompileConfig
 
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "pad_token_id": 0}
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "pad_token_id": 0, **self.options()}
         if self.spec.get("compiled"):
             compiling = CompileConfig(mode="default")
             compiling._compile_all_devices = True
             options |= {"cache_implementation": "static", "compile_config": compiling}
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    def options(self) -> dict[str, Any]:
+        """More of them, for `generate`."""
+        return {}
 
 
 class Free(Llama):
@@ -131,6 +135,9 @@ class Free(Llama):
 
     def loss(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, labels=tokens, mode="training", skip_logits=True).loss
+
+    def options(self) -> dict[str, Any]:
+        return {"prompt_plan": self.spec.get("prompt_plan", "posterior")}
 
     def table_values(self) -> int:
         return self.model.plan_table.weight.numel()

@@ -7,15 +7,13 @@ over the same points. Turns are interleaved, times are medians. A section of doc
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from comparison_report import RESULTS, operations, write_report
+from comparison_report import RESULTS, exponent, operations, write_report
 from plan_cost import PLANS, WIDTH, Variant, plan_part, step_on
 from rich.console import Console
 from rich.progress import track
@@ -28,7 +26,7 @@ SHAPE = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4,
 LENGTHS = [2**power for power in range(7, 14)]
 EXACT_BITS = [1, 2, 4, 6, 8, 10, 12, 14]
 SAMPLED_BITS = [1, 2, 4, 8, 12, 16]
-GROUPED_BITS = [8, 16, 32, 48, 64]
+GROUPED_BITS = [8, 24, 32, 40, 48, 64]  # in groups of 8, as from 17 bits on by default
 SPANS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 ROWS, LENGTH = 8, 256
 
@@ -112,17 +110,7 @@ def measure(curve: dict[str, Any], rounds: int) -> dict[str, Any]:
         for x, taken in seconds.items()
     ]
     points.sort(key=lambda point: point["x"])
-    return {
-        "title": curve["title"],
-        "points": points,
-        "exponent": exponent(points, "seconds"),
-        "theory": exponent(points, "operations"),
-    }
-
-
-def exponent(points: list[dict[str, float]], of: str) -> float:
-    x, y = ([math.log(point[name]) for point in points] for name in ("x", of))
-    return float(np.polyfit(x, y, 1)[0])
+    return {"title": curve["title"], "points": points}
 
 
 def main() -> None:
@@ -135,7 +123,8 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_report(results)
     for curve in results["curves"]:
-        Console().print(f"{curve['title']}: exponent {curve['exponent']:.2f}, of operations {curve['theory']:.2f}")
+        found, counted = (exponent(curve["points"], of) for of in ("seconds", "operations"))
+        Console().print(f"{curve['title']}: exponent {found:.2f}, of operations {counted:.2f}")
 
 
 if __name__ == "__main__":

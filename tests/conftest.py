@@ -1,7 +1,10 @@
 """One thread (two busy threads on two shared cores were seen six times slower), one seed, and a tiny model."""
 
+import importlib
 import os
 import re
+import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -76,3 +79,16 @@ def outside_references():
         return [found for part in parts for found in re.findall(asked, part)]
 
     return find
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """A benchmark by its plain name; what it imports of its folder is forgotten again."""
+    root = Path(__file__).parents[1]
+    folders = [root / "benchmarks", root / "examples" / "three_voices"]
+    for folder in folders:
+        monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent in folders:
+            del sys.modules[name]

@@ -14,33 +14,6 @@ from free_transformer.training.settings import TrainingSettings, parse_settings
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def benchmark_module(monkeypatch):
-    """A benchmark by its plain name; what it imports is forgotten again."""
-    for folder in (ROOT / "benchmarks", ROOT / "examples" / "three_voices"):
-        monkeypatch.syspath_prepend(folder)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if name in (
-            "plan_cost",
-            "contestants",
-            "plan_training",
-            "collapse",
-            "letters_settings",
-            "plan_size",
-            "plan_span",
-            "topics",
-            "scaling",
-            "scaling_on_paper",
-            "paper_model",
-            "voices",
-            "judge",
-            "demo",
-        ):
-            del sys.modules[name]
-
-
 def test_plan_cost_measures_every_variant(benchmark_module, monkeypatch, capsys):
     bench = benchmark_module("plan_cost")
     small = {"WIDTH": 8, "LAYERS": 2, "HEADS": 2, "BATCH": 1, "LENGTH": 8, "PLANS": 8}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from free_transformer import FreeTransformer
@@ -178,6 +178,32 @@ def test_a_step_of_generation_asks_no_tensor_for_its_value(tiny_model, tokens_li
 def test_plan_rows_without_a_cache_are_refused(tiny_model, tokens_like):
     with pytest.raises(ValueError, match="plan_rows go with"):
         tiny_model()(tokens_like(1, 5), plan_rows=torch.zeros(1, 5, 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [2, 4])  # of two the last one receives the plan
+@pytest.mark.parametrize("text", ["whole", "padded", "packed"])
+def test_where_one_token_is_asked_for_the_last_layer_works_on_one(tiny_model, tokens_like, attention, layers, text):
+    model = tiny_model(torch.float32, num_layers=layers, attn_implementation=attention)
+    given = {"input_ids": tokens_like(3, 9), "plan": model.sample_plan(3, 9)}
+    if text == "padded":
+        given["attention_mask"] = torch.ones(3, 9, dtype=torch.long)
+        given["attention_mask"][1, :4] = 0
+    if text == "packed":
+        given["position_ids"] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])[None].expand(3, -1)
+    rows = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        every = model(**given).logits
+        assert_close(model(**given, logits_to_keep=1).logits, every[:, -1:], atol=1e-6, rtol=1e-5)
+        assert_close(model(**given, logits_to_keep=2).logits, every[:, -2:], atol=1e-6, rtol=1e-5)
+        kept = torch.tensor([1, 5])
+        assert_close(model(**given, logits_to_keep=kept).logits, every[:, kept], atol=1e-6, rtol=1e-5)
+        if text != "packed":
+            for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
+                last = model(**given, logits_to_keep=1, past_key_values=cache).logits
+                assert_close(last, every[:, -1:], atol=1e-6, rtol=1e-5)
+    assert rows[:4] == [9, 1, 9, 9]
 
 
 def test_the_encoder_works_on_plans_not_on_tokens(tiny_model, tokens_like):

@@ -22,6 +22,4 @@ class InjectedDecoderLayer(DecoderLayer):
         """
         queries = self.input_layernorm(hidden_states)
         key_values = queries if plan_states is None else self.input_layernorm(hidden_states + plan_states)
-        attended, _ = self.self_attn(queries, key_value_states=key_values, **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.attend(hidden_states, queries, key_values, **kwargs)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from free_transformer.attention import SplitAttention
+from free_transformer.attention import Rotation, SplitAttention
 from free_transformer.losses import chunked_reconstruction_loss
 from free_transformer.products import lay_together, multiply, project, project_together
 
@@ -66,10 +66,37 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        """(B, T, D) -> (B, T, D), or (B, 1, D) with `last_only`."""
+        queries = self.input_layernorm(hidden_states)
+        return self.attend(hidden_states, queries, queries, **kwargs)
+
+    def attend(
+        self, hidden_states: Tensor, queries: Tensor, key_values: Tensor, last_only: bool = False, **kwargs: Any
+    ) -> Tensor:
+        """
+        What the layer makes of its normed inputs.
+
+        Args:
+            last_only: only of the last token: all give their keys and values, and it alone asks.
+        """
+        if last_only:
+            hidden_states, queries = hidden_states[:, -1:], queries[:, -1:]
+            kwargs |= _of_last_token(**kwargs)
+        attended, _ = self.self_attn(queries, key_value_states=key_values, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _of_last_token(
+    position_embeddings: Rotation, attention_mask: Tensor | None, position_ids: Tensor, **_: Any
+) -> dict[str, Any]:
+    cos, sin = position_embeddings
+    return {
+        "position_embeddings": (cos[:, -1:], sin[:, -1:]),
+        "key_value_position_embeddings": position_embeddings,
+        "attention_mask": None if attention_mask is None else attention_mask[:, :, -1:],
+        "position_ids": position_ids[:, -1:],
+    }
 
 
 class Head(nn.Linear):

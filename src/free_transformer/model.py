@@ -73,6 +73,16 @@ class FirstHalf:
     num_plans: int
     layer_arguments: dict[str, Any]
 
+    @property
+    def lets_one_ask(self) -> bool:
+        """Whether attention of the last token alone can be told by the last row of the mask."""
+        if "cu_seq_lens_q" in self.layer_arguments:  # Flash Attention's documents
+            return False
+        mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["past_key_values"]
+        if mask is None:  # a causal one, which also hides what a static cache has not written yet
+            return cache is None or not cache.is_compileable
+        return isinstance(mask, Tensor) and mask.dim() == 4
+
 
 class _OwnStart:
     """Starts weights by `init_module`, in every part that `transformers` takes for a model of its own."""
@@ -394,10 +404,14 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         """`second_half`, from the vector of each token's plan, (B, T, D)."""
         hidden_states = half.hidden_states
         plan_states = plan_states.to(hidden_states.dtype)
+        arguments = half.layer_arguments
+        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and half.lets_one_ask
         for layer in self.model.layers[self.config.plan_layer :]:
+            if last_only and layer is self.model.layers[-1]:
+                arguments = {**arguments, "last_only": True}
             # by position: reentrant checkpointing follows gradients through positional arguments only
             inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
-            hidden_states = layer(*inputs, **half.layer_arguments)
+            hidden_states = layer(*inputs, **arguments)
         if labels is not None:
             return self.lm_head(self.model.norm(hidden_states), labels=labels)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
