@@ -258,9 +258,10 @@ def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dic
     return {"bytes": bytes_of, "failed": failed}
 
 
-def merged(before: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """With what was found, in the place of what has its title."""
-    return list({group["title"]: group for group in [*before, found]}.values())
+def merged(before: list[dict[str, Any]], found: dict[str, Any], titles: list[str]) -> list[dict[str, Any]]:
+    """With what was found, in the place of what has its title, and in the order of the titles."""
+    groups = {group["title"]: group for group in [*before, found]}
+    return [groups[title] for title in titles if title in groups]
 
 
 def keep(results: dict[str, Any], quick: bool) -> None:
@@ -293,22 +294,26 @@ def main() -> None:
     for part in options.parts:
         CONSOLE.rule(part)
         if part == "memory":
-            for title, contestants, requests in memory(options.quick):
+            cases = memory(options.quick)
+            for title, contestants, requests in cases:
                 if options.only in title:
                     found = {"title": title, **peaks(contestants, requests)}
-                    results[part] = merged(results.get(part, []), found)
+                    results[part] = merged(results.get(part, []), found, [case[0] for case in cases])
                     keep(results, options.quick)
         elif part == "machine":
             results[part] = machine()
         else:
-            groups = [group for group in MAKERS[part](options.quick) if options.only in group.title]
+            groups = MAKERS[part](options.quick)
+            titles = [group.title for group in groups]
             rates = results.setdefault("rates", {})
             rates[part] = [bare_rates()]
             with Progress(console=CONSOLE) as progress:
                 for group in groups:
+                    if options.only not in group.title:
+                        continue
                     group.run(progress)
                     found = {key: value for key, value in asdict(group).items() if key != "specs"}
-                    results[part] = merged(results.get(part, []), found)
+                    results[part] = merged(results.get(part, []), found, titles)
                     keep(results, options.quick)
             rates[part].append(bare_rates())
         keep(results, options.quick)

@@ -177,7 +177,7 @@ def _generation(results: dict[str, Any], name: str) -> str:
 
 
 def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bool) -> None:
-    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.85 * len(groups)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.6 * len(groups)), layout="constrained")
     labels: dict[str, Any] = {}
     for row, group in enumerate(groups):
         others = [label for label in group["seconds"] if label != LLAMA]
@@ -191,7 +191,7 @@ def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bo
             labels.setdefault(label, bar)
     axes.axvline(1, color=COLORS[LLAMA], linestyle="--", linewidth=1)
     axes.set_yticks(range(len(groups)), [group["title"] for group in groups], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlabel(f"{what} (medians, least to most)")
     if not faster_is_more:
         axes.set_xscale("log", base=2)
@@ -205,25 +205,33 @@ def _curves(results: dict[str, Any], name: str) -> str:
     figure, panels = plt.subplots(1, len(results[name]), figsize=(10, 3), layout="constrained")
     for panel, curve in zip(panels, results[name], strict=True):
         points = curve["points"]
-        measured = [point["seconds"] for point in points]
-        scale = measured[-1] / points[-1]["operations"]
-        x = [point["x"] for point in points]
-        panel.loglog(x, measured, "o-", color=OURS[0], label="measured")
-        panel.loglog(x, [scale * point["operations"] for point in points], "--", color="#888888", label="operations")
-        what, by = curve["title"].split(", by ")
-        panel.set_title(what, fontsize=8)
-        panel.set_xlabel(by, fontsize=8)
-        panel.tick_params(labelsize=7)
-        each = ", ".join(f"{point['x']}: {1e3 * point['seconds']:,.1f}" for point in points)
+        _draw_curve(panel, curve["title"], points)
         cells = []
         for part in (points, points[-2:]):
             cells += [f"**{exponent(part, 'seconds'):.2f}**", f"{exponent(part, 'operations'):.2f}"]
+        each = ", ".join(f"{point['x']}: {1e3 * point['seconds']:,.1f}" for point in points)
         rows.append([curve["title"], *cells, each])
     panels[0].set_ylabel("seconds", fontsize=8)
     panels[0].legend(fontsize=7, frameon=False)
     _save(figure, "curves.png")
     head = ["", "exponent", "of operations", "at the end", "of operations", "ms"]
     return table(head, rows) + "\n\n![](plots/curves.png)"
+
+
+def _draw_curve(panel: Any, title: str, points: list[dict[str, float]]) -> None:
+    """Seconds, and the operations on a scale on which they end at the same point."""
+    x, seconds, counted = ([point[name] for point in points] for name in ("x", "seconds", "operations"))
+    panel.loglog(x, seconds, "o-", color=OURS[0], label="measured")
+    panel.loglog(x, [each * seconds[-1] / counted[-1] for each in counted], "--", color="#888888", label="operations")
+    what, by = title.split(", by ")
+    panel.set_title(what.replace(", ", ",\n"), fontsize=8)
+    panel.set_xlabel(by, fontsize=8)
+    panel.tick_params(labelsize=7)
+    for axis in (panel.xaxis, panel.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,) if high > 50 * low else (1, 2, 5)))
+        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def exponent(points: list[dict[str, float]], of: str) -> float:

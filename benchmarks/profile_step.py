@@ -1,7 +1,7 @@
 """
 Where the time of a training step goes: in `LlamaForCausalLM`, in a Free Transformer with its layers, and in ours.
 
-6 layers of width 256, 8 x 256 tokens, H = 8, fp32; milliseconds a step by kind of operation, of three profiled steps,
+6 layers of width 256, 8 x 256 tokens, H = 8, fp32; milliseconds a step by kind of operation, medians of profiled steps
 in turns. The table of docs/performance.md: make profile
 """
 

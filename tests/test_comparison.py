@@ -85,6 +85,12 @@ def test_a_worker_answers_and_says_why_it_cannot(bench, monkeypatch, tmp_path):
         worker.ask(0.01, do="train")
 
 
+def test_a_part_that_is_measured_again_takes_its_place_in_order(bench):
+    before = [{"title": "c"}, {"title": "b", "old": 1}, {"title": "no longer measured"}]
+    found = bench.merged(bench.merged(before, {"title": "b"}, list("abc")), {"title": "a"}, list("abc"))
+    assert found == [{"title": "a"}, {"title": "b"}, {"title": "c"}]
+
+
 @pytest.mark.parametrize("name", ["Llama", "Free"])
 def test_a_contestant_trains_writes_and_counts(contestants, name):
     contestant = contestants.CONTESTANTS[name](TINY)
