@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.testing import assert_close
 
@@ -20,7 +21,7 @@ from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import Rows
 from free_transformer.model import build_baseline
 from free_transformer.plan import BinaryMapper, PlanTable
-from free_transformer.training import Run, SettingsError, loop, train
+from free_transformer.training import Run, SettingsError, checkpoint, loop, train
 from free_transformer.training import step as training_step
 from free_transformer.training.build import build_model
 from free_transformer.training.checkpoint import (
@@ -523,6 +524,24 @@ def test_workers_bring_the_same_batches(tiny_settings):
         train(tiny_settings(f"{n}-workers", model={"dropout": 0.2}, data={"workers": n}), quiet=True) for n in (0, 2)
     )
     assert_same_weights(one, other)
+
+
+def test_a_checkpoint_is_in_files_of_which_each_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LEAST_FILE", 2000)
+    state = tiny_state()
+    path = Checkpoints(tmp_path, keep=1).save(state)
+    files = [load_file(file) for file in path.glob("*.safetensors")]
+    assert len(files) > 2
+    for tensors in files:  # no tensor is cut to fit
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 2000
+    monkeypatch.setattr(checkpoint, "MOST_FILES", 1)
+    assert len(list(Checkpoints(tmp_path / "one", keep=1).save(state).glob("*.safetensors"))) == 1
+    fresh = tiny_state()
+    for parameter in fresh.model.parameters():
+        nn.init.zeros_(parameter)
+    load_checkpoint(path, fresh)
+    for parameter, expected in zip(fresh.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):

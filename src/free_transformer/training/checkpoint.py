@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 BEST = "best.json"
+LEAST_FILE, MOST_FILES = 64 * 2**20, 32  # bytes of a file of a checkpoint, unless there would be more files
 COUNTS = ("step", "batches", "stage_batches", "skipped")
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 OF_MUON = {"momentum_buffer"}
@@ -101,8 +102,9 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             self.processes.barrier()
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             tensors, alone = _tensors(state, self.processes), self.processes.size == 1
+            files = _file_numbers(tensors, self.processes.size)
+            writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
             facts = {**{name: getattr(state, name) for name in COUNTS}, "processes": self.processes.size}
             facts["scaler"] = state.scaler.state_dict()
             if self.background:
@@ -251,6 +253,19 @@ def _tensors(state: TrainState, processes: Processes) -> dict[str, Tensor]:
         },
         **_random_states(state, processes),
     }
+
+
+def _file_numbers(tensors: dict[str, Tensor], processes: int) -> dict[str, int]:
+    """Which file each tensor goes to. Small ones, since the writer holds a whole file in memory, twice."""
+    most = max(LEAST_FILE, sum(tensor.nbytes for tensor in tensors.values()) // MOST_FILES)
+    number, held = 1, 0
+    numbers = {f"random.{rank}.{device}": 1 for rank in range(processes) for device in ("cpu", "cuda")}  # of others too
+    for name, tensor in tensors.items():
+        if held and held + tensor.nbytes > most:
+            number, held = number + 1, 0
+        numbers[name] = number
+        held += tensor.nbytes
+    return numbers
 
 
 def _random_states(state: TrainState, processes: Processes) -> dict[str, Tensor]:
