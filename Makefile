@@ -54,7 +54,7 @@ plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share i
 topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
 	$(BIN)/python benchmarks/topics.py
 
-bench: $(VENV)/.train $(VENV)/peers/x-transformers/.ready $(VENV)/peers/free-transformer/.ready ## beside a Llama and the public implementations: docs/performance.md; an hour
+bench: $(VENV)/.train $(VENV)/peers/x-transformers/.ready $(VENV)/peers/free-transformer/.ready ## beside a Llama and the public implementations: docs/performance.md; an hour and a half
 	$(BIN)/python benchmarks/comparison.py $(PARTS)
 	$(BIN)/python benchmarks/cost_curves.py
 
