@@ -203,6 +203,8 @@ def test_where_one_token_is_asked_for_the_last_layer_works_on_one(tiny_model, to
             for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
                 last = model(**given, logits_to_keep=1, past_key_values=cache).logits
                 assert_close(last, every[:, -1:], atol=1e-6, rtol=1e-5)
+        with_labels = {**given, "labels": given["input_ids"], "skip_logits": True}
+        assert_close(model(**with_labels, logits_to_keep=1).loss, model(**with_labels).loss)
     assert rows[:4] == [9, 1, 9, 9]
 
 

@@ -405,9 +405,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         hidden_states = half.hidden_states
         plan_states = plan_states.to(hidden_states.dtype)
         arguments = half.layer_arguments
-        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and half.lets_one_ask
+        one_asks = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
         for layer in self.model.layers[self.config.plan_layer :]:
-            if last_only and layer is self.model.layers[-1]:
+            if one_asks and layer is self.model.layers[-1] and half.lets_one_ask:
                 arguments = {**arguments, "last_only": True}
             # by position: reentrant checkpointing follows gradients through positional arguments only
             inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
