@@ -163,11 +163,15 @@ def name_of(shape: dict[str, int]) -> str:
     return f"{shape['layers']} layers of width {shape['width']}"
 
 
+def title_of_step(shape: dict[str, int], bits: int, length: int = 256) -> str:
+    return f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
+
+
 def training(quick: bool) -> list[Group]:
     groups = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
         rounds = 2 if quick else (15 if (shape, length, bits) == (SMALL, 256, 8) else 4 if shape is SMALL else 3)
-        title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
+        title = title_of_step(shape, bits, length)
         groups.append(Group(title, everyone(spec(shape, bits, length)), {"do": "train"}, rounds))
     return groups
 
@@ -201,8 +205,7 @@ def compiled(quick: bool) -> list[Group]:
 
 
 def step_at(shape: dict[str, int], rounds: int, **more: Any) -> Group:
-    precision = ", bf16" if more.get("bf16") else ""
-    title = f"{name_of(shape)}, 8 x 256 tokens, H = 8{precision}"
+    title = title_of_step(shape, 8) + (", bf16" if more.get("bf16") else "")
     return Group(title, everyone(spec(shape, 8, **more)), {"do": "train"}, rounds)
 
 
@@ -230,7 +233,7 @@ def memory(quick: bool) -> list[tuple[str, dict[str, tuple[str, dict[str, Any]]]
     """Titles, contestants, and what is asked of each before its peak: training at every shape, writing at two."""
     cases = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
-        title = f"{name_of(shape)}, {LENGTHS[length]} x {length} tokens, H = {bits}"
+        title = title_of_step(shape, bits, length)
         cases.append((title, everyone(spec(shape, bits, length, allocator="exact")), [{"do": "train"}] * MEMORY_STEPS))
     for batch in (1, 32)[: 0 if quick else None]:
         contestants = everyone(spec(SMALL, 8, allocator="exact"))

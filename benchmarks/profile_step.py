@@ -7,10 +7,12 @@ in turns. The table of docs/performance.md: make profile
 
 import argparse
 import contextlib
+import statistics
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from comparison import SMALL, spec
 from contestants import Free, Llama
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rot
 from free_transformer import attention
 from free_transformer.layers import MLP, RMSNorm
 
-SPEC = {"width": 256, "layers": 6, "heads": 4, "ffn": 688, "length": 256, "batch": 8, "bits": 8}
+SPEC = spec(SMALL, 8)
 KINDS = {
     "matrix products": ("mm", "addmm", "addmm_", "bmm", "linear"),
     "attention": (
@@ -87,7 +89,7 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     for kind in [*KINDS, "other", "all"]:
         of_kind = {
-            name: sorted(sum(each.values()) if kind == "all" else each[kind] for each in steps)[len(steps) // 2]
+            name: statistics.median(sum(each.values()) if kind == "all" else each[kind] for each in steps)
             for name, steps in taken.items()
         }
         table.add_row(kind, *(f"{value:.0f}" for value in of_kind.values()))
