@@ -35,7 +35,7 @@ def steered(tiny_model, tokenizer, monkeypatch):
         logits[:, 0, 0] = torch.where(input_ids[:, 1] == ord("a"), 50.0, -50.0)
         return logits
 
-    monkeypatch.setattr(model, "_under_plan", under_plan)
+    monkeypatch.setattr(model, "under_plan", under_plan)
     monkeypatch.setattr(model, "infer_plan", infer_plan)
     return model
 

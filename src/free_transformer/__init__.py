@@ -1,16 +1,17 @@
 """Free Transformer: a Llama that draws a plan before it writes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from free_transformer.config import FreeTransformerConfig
-from free_transformer.encoder import PlanEncoder
-from free_transformer.model import FreeTransformer, FreeTransformerOutput, build_baseline
-from free_transformer.plan import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
+from free_transformer.auto_classes import register_soon
+
+if TYPE_CHECKING:
+    from free_transformer.config import FreeTransformerConfig
+    from free_transformer.encoder import PlanEncoder
+    from free_transformer.model import FreeTransformer, FreeTransformerOutput, build_baseline
+    from free_transformer.plan import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
 
 __version__ = "0.1.0"
-
-AutoConfig.register(FreeTransformerConfig.model_type, FreeTransformerConfig, exist_ok=True)
-AutoModelForCausalLM.register(FreeTransformerConfig, FreeTransformer, exist_ok=True)
 
 __all__ = [
     "BinaryMapper",
@@ -23,3 +24,22 @@ __all__ = [
     "build_baseline",
     "codes_to_bits",
 ]
+_HOMES = {
+    "config": ("FreeTransformerConfig",),
+    "encoder": ("PlanEncoder",),
+    "model": ("FreeTransformer", "FreeTransformerOutput", "build_baseline"),
+    "plan": ("BinaryMapper", "PlanTable", "bits_to_codes", "codes_to_bits"),
+}
+
+register_soon()
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -75,7 +75,9 @@ def flash_boundaries(documents: Tensor, token_mask: Tensor | None) -> dict[str, 
 
 def num_plans(plan_span: int | str, num_tokens: int) -> int:
     """Plans of one document of `num_tokens` tokens: `ceil(num_tokens / plan_span)`, or 1."""
-    return 1 if plan_span == "sequence" else -(-num_tokens // int(plan_span))
+    if plan_span == "sequence":
+        return 1
+    return (num_tokens + int(plan_span) - 1) // int(plan_span)  # ONNX would round a negative quotient upwards
 
 
 def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor | None, packed: bool) -> PlanLayout:

@@ -232,7 +232,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             half = self._next_half(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
             plan_states = self.plan_table.look_up(plan_to_token(plan_rows, half.token_plan))
             return FreeTransformerOutput(
-                logits=self._under_plan(half, plan_states, logits_to_keep), past_key_values=past_key_values
+                logits=self.under_plan(half, plan_states, logits_to_keep), past_key_values=past_key_values
             )
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
         if use_cache and past_key_values is None:
@@ -312,7 +312,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 position_ids=None,  # documents are told apart here, padding or not
                 and_mask_function=None if documents is None else same_document(documents, documents),
             )
-        return self._below_plan(hidden_states, attention_mask, position_ids, past_key_values, layout, plans, **kwargs)
+        return self.below_plan(hidden_states, attention_mask, position_ids, past_key_values, layout, plans, **kwargs)
 
     def _next_half(
         self,
@@ -328,9 +328,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         hidden_states = self.model.embed_tokens(input_ids)
         if attention_mask is not None or hidden_states.shape[1] > 1 or past_key_values.is_compileable:
             attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
-        return self._below_plan(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        return self.below_plan(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
 
-    def _below_plan(
+    def below_plan(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
@@ -342,7 +342,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     ) -> FirstHalf:
         """Layers 0 to K-1; positions are (B, T), or (1, T) where all rows have the same."""
         rotation = rotary(self.model.rotary_emb, hidden_states, position_ids)
-        position_ids = position_ids.expand(len(hidden_states), -1)
+        position_ids = position_ids.expand(hidden_states.shape[0], -1)
         arguments = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -396,9 +396,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
             plan_states = self.plan_table(plan_to_token(plan, half.token_plan))
         else:
             plan_states = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
-        return self._under_plan(half, plan_states, logits_to_keep, labels)
+        return self.under_plan(half, plan_states, logits_to_keep, labels)
 
-    def _under_plan(
+    def under_plan(
         self, half: FirstHalf, plan_states: Tensor, logits_to_keep: int | Tensor = 0, labels: Tensor | None = None
     ) -> Tensor:
         """`second_half`, from the vector of each token's plan, (B, T, D)."""

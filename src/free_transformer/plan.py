@@ -226,6 +226,8 @@ class PlanTable(nn.Module):
         return self._sum_rows(codes)  # `fully_shard` gathers the weight for this method, and would inside `forward`
 
     def _sum_rows(self, codes: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():  # ONNX has no bags
+            return F.embedding(codes, self.weight).sum(-2)
         states = F.embedding_bag(codes.flatten(0, -2), self.weight, mode="sum", sparse=self.sparse)
         return states.view(*codes.shape[:-1], -1)
 

@@ -1,0 +1,65 @@
+"""
+Makes our classes known to the Auto classes of `transformers`, without importing those before somebody needs them.
+
+`import free_transformer` takes milliseconds, and an exported model runs where neither torch nor `transformers` is
+imported, or even installed (`free_transformer.deploy`). Registration comes right behind the first import of
+`transformers`, or of the first of our own modules that stand on it: later would be in the midst of its circular
+imports.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+WITHOUT_TORCH = {"auto_classes", "deploy", "files"}  # parts of this package
+
+
+def register_soon() -> None:
+    """Registers now where `transformers` has been imported, else as soon as it is."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    if "transformers" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _Registrar())  # type: ignore[arg-type]
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from free_transformer.config import FreeTransformerConfig
+    from free_transformer.model import FreeTransformer
+
+    AutoConfig.register(FreeTransformerConfig.model_type, FreeTransformerConfig, exist_ok=True)
+    AutoModelForCausalLM.register(FreeTransformerConfig, FreeTransformer, exist_ok=True)
+
+
+class _Registrar:
+    """An import finder that finds nothing by itself: it puts `_register` behind the one import that it waits for."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, module = name.partition(".")
+        if name != "transformers" and (package != __package__ or module.split(".")[0] in WITHOUT_TORCH):
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # type: ignore[arg-type]  # whoever asks for a module need not import it
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                registers = self in sys.meta_path
+                if registers:
+                    sys.meta_path.remove(self)  # type: ignore[arg-type]
+                execute(module)
+                if registers:
+                    _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

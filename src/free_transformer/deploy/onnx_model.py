@@ -1,0 +1,394 @@
+"""An exported model: plans and text by onnxruntime and NumPy alone."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXPORT_FILE, PRIOR_FILE = "export.json", "plan_prior.npy"
+PROMPT_PLANS, PRIORS = ("posterior", "prior"), ("uniform", "aggregate")
+ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+Provider = str | tuple[str, dict[str, Any]]
+
+
+class OnnxFreeTransformer:
+    """
+    Args:
+        folder: what `free-transformer export --to onnx` has written.
+        providers: of onnxruntime, the first that can run an operation does, as in `["CUDAExecutionProvider",
+            "CPUExecutionProvider"]`; one with options is a pair, name and dictionary. Default: the CPU.
+        threads: that one operation may use, default all cores.
+
+    Raises:
+        ValueError: for a folder that is no export, or a provider that this onnxruntime has not.
+        ImportError: without onnxruntime.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        providers: Sequence[Provider] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ):
+        self.folder = Path(folder)
+        if not (self.folder / EXPORT_FILE).is_file():
+            raise ValueError(f"{folder}: no export (it has no {EXPORT_FILE}); free-transformer export writes one")
+        self.export = json.loads((self.folder / EXPORT_FILE).read_text())
+        self.config = json.loads((self.folder / "config.json").read_text())
+        generation = self.folder / "generation_config.json"
+        self.generation_config = json.loads(generation.read_text()) if generation.is_file() else {}
+        self.latent_dim: int = self.config["latent_dim"]
+        self.plan_span: int | str = self.config["plan_span"]
+        self.static: tuple[int, int] | None = tuple(self.export["static"]) if self.export["static"] else None
+        self._providers = _checked_providers(providers)
+        self._threads = threads
+        self._sessions: dict[str, Any] = {}
+
+    def infer_plan(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
+        """The posterior's logits, (B, P, H), of the plans of texts of (B, T) tokens; `> 0` is the likeliest plan."""
+        tokens, mask = _as_tokens(input_ids, attention_mask)
+        batch, length = tokens.shape
+        tokens, mask = self.fit(tokens, mask, length)
+        logits = self.run("encode", input_ids=tokens, attention_mask=mask)[0].numpy()
+        return logits[:batch, : self.num_plans(length)]
+
+    def sample_plan(
+        self,
+        batch_size: int,
+        num_plans: int = 1,
+        rng: np.random.Generator | None = None,
+        prior: str = "uniform",
+    ) -> np.ndarray:
+        """Plans from the prior, (B, P, H) bool: fair coins, or `"aggregate"`, as training texts took them."""
+        rng = rng or np.random.default_rng()
+        shape = (batch_size, num_plans, self.latent_dim)
+        if prior not in PRIORS:
+            raise ValueError(f"prior={prior!r}: one of {PRIORS}")
+        if prior == "uniform":
+            return rng.random(shape) < 0.5
+        if self._log_aggregate is None:
+            raise ValueError("prior='aggregate': the exported model had gathered none")
+        chances = np.exp(self._log_aggregate.astype(np.float64))
+        if chances.ndim == 2:  # of each bit's values 0 and 1
+            return rng.random(shape) < chances[1]
+        codes = rng.choice(len(chances), size=shape[:2], p=chances / chances.sum())
+        return (codes[..., None] >> np.arange(self.latent_dim)) % 2 == 1
+
+    def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
+        """
+        Prompts and what follows them, (B, T + N) tokens; a text that has ended is followed by padding.
+
+        Args:
+            input_ids: (B, T) tokens, of one length or padded on the left.
+            attention_mask: (B, T), 0 on padding.
+            options: of `stream`.
+        """
+        tokens, mask = _as_tokens(input_ids, attention_mask)
+        new = list(self.stream(tokens, mask, **options))
+        return np.concatenate([tokens, np.stack(new, axis=1)], axis=1)
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        plan: Any = None,
+        prompt_plan: str = "posterior",
+        prior: str = "uniform",
+        max_new_tokens: int = 200,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """
+        The same, token by token: each time (B,).
+
+        Args:
+            plan: (P, H) or (B, P, H) bits, as `FreeTransformer.generate` takes them; missing ones come from the prompt
+                and, for new text, from the prior.
+            prompt_plan: where plans of the prompt come from, `"posterior"` (the encoder) or `"prior"`.
+            do_sample: draws tokens; without it the likeliest is taken.
+            top_k: draws among so many tokens, 0 for all.
+            eos_token_id: ends a text, default the model's; `()` for none.
+            seed: of plans and tokens.
+
+        Raises:
+            ValueError: for options out of range, and a text longer than a static export holds.
+        """
+        if prompt_plan not in PROMPT_PLANS:
+            raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
+        _check_range("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
+        _check_range("top_k", top_k, top_k >= 0, "at least 0, which is all tokens")
+        _check_range("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1")
+        _check_range("temperature", temperature, temperature > 0, "above 0; do_sample=False takes the likeliest token")
+        tokens, mask = _as_tokens(input_ids, attention_mask)
+        rng = np.random.default_rng(seed)
+        longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
+        bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
+        texts = _Texts(self, mask, bits, longest)
+        end = self._ends(eos_token_id)
+        ended = np.zeros(len(tokens), dtype=bool)
+        for _ in range(max_new_tokens):
+            logits = texts.read(tokens)
+            chosen = _draw(logits / temperature, top_k, top_p, rng) if do_sample else logits.argmax(-1)
+            if ended.any():
+                chosen = np.where(ended, self._padding(end), chosen)
+            yield chosen
+            ended |= np.isin(chosen, end)
+            if ended.all():
+                return
+            tokens = chosen[:, None]
+
+    def write(self, prompt: str = "", num_samples: int = 1, **options: Any) -> list[str]:
+        """Texts that begin with `prompt`; options of `stream`. Needs the package `tokenizers`."""
+        begin = self.generation_config.get("bos_token_id", self.config.get("bos_token_id"))
+        if begin is None:  # as in training: a tokenizer without begin-of-text begins texts with its end
+            begin = self._ends(None)[0]
+        ids = [begin, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        written = self.generate(np.tile(ids, (num_samples, 1)), **options)
+        return self.tokenizer.decode_batch(written.tolist(), skip_special_tokens=True)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` that was exported with the model."""
+        from tokenizers import Tokenizer
+
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{self.folder}: no tokenizer was exported; use generate with tokens")
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.encode_special_tokens = True  # what looks like a special token is text like any other
+        return tokenizer
+
+    def run(self, graph: str, past: Sequence[Any] = (), **inputs: np.ndarray) -> list[Any]:
+        """
+        One of the exported graphs.
+
+        Args:
+            past: keys and values, as the graph has returned them after its first output.
+            inputs: its other inputs by name.
+
+        Returns:
+            its outputs, each an `onnxruntime.OrtValue`; the cache stays on the provider's device.
+        """
+        session = self._session(graph)
+        device = "cuda" if _name(self._providers[0]) in ON_CUDA else "cpu"
+        binding = session.io_binding()
+        for argument in session.get_inputs():
+            if argument.name in inputs:
+                binding.bind_cpu_input(argument.name, np.ascontiguousarray(inputs[argument.name]))
+        for name, value in zip(_starting(session.get_inputs(), "past."), past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, device if output.name.startswith("present.") else "cpu")
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()
+
+    def read_in_pieces(self, input_ids: np.ndarray, attention_mask: np.ndarray, plan: np.ndarray) -> np.ndarray:
+        """Logits of the last three tokens, (B, 3, V): two were read one by one, the others before them at once."""
+        longest = input_ids.shape[1]
+        texts = _Texts(self, attention_mask[:, : longest - 2], plan, longest)
+        pieces = [input_ids[:, : longest - 2], input_ids[:, -2:-1], input_ids[:, -1:]]
+        return np.stack([texts.read(piece) for piece in pieces], axis=1)
+
+    def no_past(self, batch: int) -> list[Any]:
+        """Keys and values of no tokens."""
+        from onnxruntime import OrtValue
+
+        names = _starting(self._session("decode").get_inputs(), "past.")
+        shape = (batch, self.config["num_key_value_heads"], 0, self.config["head_dim"])
+        return [OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in names]
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # errors
+            if self._threads is not None:
+                options.intra_op_num_threads = self._threads
+            self._sessions[graph] = onnxruntime.InferenceSession(
+                self.folder / f"{graph}.onnx", options, providers=self._providers
+            )
+        return self._sessions[graph]
+
+    def _complete_plan(
+        self,
+        plan: Any,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        longest: int,
+        prompt_plan: str,
+        prior: str,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """The caller's plans and drawn ones for the rest of a text of `longest` tokens, (B, P, H) bool."""
+        batch, wanted = len(tokens), self.num_plans(longest)
+        given = np.zeros((batch, 0, self.latent_dim), dtype=bool)
+        if plan is not None:
+            given = _as_plan(plan, batch, self.latent_dim)
+            if self.plan_span == "sequence" and given.shape[1] > 1:
+                raise ValueError(f"{given.shape[1]} plans a text: this model takes one (plan_span='sequence')")
+        if given.shape[1] >= wanted:
+            return given[:, :wanted]
+        drawn = self.sample_plan(batch, wanted, rng, prior)
+        if prompt_plan == "posterior" and given.shape[1] < self.num_plans(tokens.shape[1]):
+            logits = self.infer_plan(tokens, mask)
+            read = rng.random(logits.shape) * (1 + np.exp(-logits.astype(np.float64))) < 1
+            plans = -(-mask.sum(1) // (longest if self.plan_span == "sequence" else int(self.plan_span)))
+            written = np.arange(logits.shape[1]) < plans[:, None]
+            # a prompt of nothing but begin-of-text has no text to read a plan from
+            written &= ((tokens != self.config.get("bos_token_id")) & (mask == 1)).any(1, keepdims=True)
+            drawn[:, : logits.shape[1]] = np.where(written[..., None], read, drawn[:, : logits.shape[1]])
+        return np.concatenate([given, drawn[:, given.shape[1] :]], axis=1)
+
+    def num_plans(self, num_tokens: int) -> int:
+        """Plans of a text of so many tokens."""
+        return 1 if self.plan_span == "sequence" else -(-num_tokens // int(self.plan_span))
+
+    def fit(self, tokens: np.ndarray, mask: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask padded to what a static export takes, where this is one; `longest` is all that follows."""
+        if self.static is None:
+            return tokens, mask
+        batch, length = self.static
+        if len(tokens) > batch or longest > length:
+            raise ValueError(
+                f"{len(tokens)} texts of {longest} tokens: this export was made for {batch} of {length} (--static)"
+            )
+        padding = ((0, 0), (length - tokens.shape[1], 0))
+        return _rows_to(np.pad(tokens, padding), batch), _rows_to(np.pad(mask, padding), batch)
+
+    @cached_property
+    def _log_aggregate(self) -> np.ndarray | None:
+        file = self.folder / PRIOR_FILE
+        return np.load(file, allow_pickle=False) if file.is_file() else None
+
+    def _ends(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
+        if eos_token_id is None:
+            eos_token_id = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
+        if eos_token_id is None:
+            return []
+        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+    def _padding(self, end: list[int]) -> int:
+        padding = self.generation_config.get("pad_token_id", self.config.get("pad_token_id"))
+        return end[0] if padding is None else padding
+
+
+class _Texts:
+    """Texts that are being written under their plans: the cache, and which of its columns are padding."""
+
+    def __init__(self, model: OnnxFreeTransformer, mask: np.ndarray, plan: np.ndarray, longest: int):
+        self.model, self.mask, self.longest = model, mask, longest
+        self.batch = len(mask)
+        self.past: list[Any] | None = None
+        if model.static is not None:
+            batch, length = model.static
+            plan = np.pad(plan, ((0, 0), (0, max(0, model.num_plans(length) - plan.shape[1])), (0, 0)))
+            plan = _rows_to(plan, batch)
+        self.plan = plan
+
+    def read(self, tokens: np.ndarray) -> np.ndarray:
+        """(B, T) tokens that follow, the logits of the next one, (B, V)."""
+        model, graph = self.model, "decode"
+        if self.past is None:
+            tokens, self.mask = model.fit(tokens, self.mask, self.longest)
+            if model.static is None:
+                self.past = model.no_past(len(tokens))
+            else:
+                self.past, graph = [], "prefill"
+        else:
+            tokens = _rows_to(tokens, len(self.mask))
+            self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=1)
+        logits, *self.past = model.run(
+            graph,
+            self.past,
+            input_ids=tokens,
+            attention_mask=self.mask,
+            columns=np.array([tokens.shape[1] - 1]),
+            plan=self.plan,
+        )
+        if model.static is not None:  # the oldest column, which is padding, gives way
+            self.mask = self.mask[:, -model.static[1] :]
+        return logits.numpy()[: self.batch, -1]
+
+
+def _checked_providers(providers: Sequence[Provider]) -> list[Provider]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("an exported model is run by onnxruntime: pip install onnxruntime") from error
+    available = onnxruntime.get_available_providers()
+    for provider in providers:
+        if _name(provider) not in available:
+            raise ValueError(f"provider {_name(provider)!r}: this onnxruntime has {', '.join(available)}")
+    return list(providers)
+
+
+def _name(provider: Provider) -> str:
+    return provider if isinstance(provider, str) else provider[0]
+
+
+def _starting(arguments: Sequence[Any], prefix: str) -> list[str]:
+    return [argument.name for argument in arguments if argument.name.startswith(prefix)]
+
+
+def _as_tokens(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.asarray(input_ids)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens of shape {tokens.shape}, {tokens.dtype}: (B, T) integers are needed, at least one")
+    mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask of shape {mask.shape} for tokens of shape {tokens.shape}")
+    return tokens.astype(np.int64), mask.astype(np.int64)
+
+
+def _as_plan(plan: Any, batch: int, latent_dim: int) -> np.ndarray:
+    bits = np.asarray(plan)
+    if bits.ndim == 2:
+        bits = np.broadcast_to(bits, (batch, *bits.shape))
+    if bits.ndim != 3 or bits.shape[0] != batch or bits.shape[2] != latent_dim or bits.shape[1] == 0:
+        raise ValueError(
+            f"plan of shape {bits.shape}: (P, {latent_dim}) or ({batch}, P, {latent_dim}) is needed, P plans of "
+            f"{latent_dim} bits for {batch} texts"
+        )
+    if not np.isin(bits, (0, 1)).all():
+        raise ValueError("a plan is made of bits, bool or 0/1; this one holds other values")
+    return bits.astype(bool)
+
+
+def _rows_to(values: np.ndarray, rows: int) -> np.ndarray:
+    """The same with its last row again and again, up to so many rows."""
+    return (
+        values
+        if len(values) == rows
+        else np.pad(values, ((0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)), "edge")
+    )
+
+
+def _draw(logits: np.ndarray, top_k: int, top_p: float, rng: np.random.Generator) -> np.ndarray:
+    """One token of each row of logits, (B, V), among its `top_k` likeliest and the fewest that make up `top_p`."""
+    logits = logits.astype(np.float64)
+    if 0 < top_k < logits.shape[1]:
+        least = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
+        logits = np.where(logits < least, -np.inf, logits)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    chances = np.take_along_axis(logits, order, -1)
+    chances = np.exp(chances - chances[:, :1])
+    reached = chances.cumsum(-1)
+    if top_p < 1:
+        chances = np.where(reached - chances >= top_p * reached[:, -1:], 0, chances)
+        reached = chances.cumsum(-1)
+    drawn = (reached < rng.random((len(logits), 1)) * reached[:, -1:]).sum(-1)
+    return np.take_along_axis(order, drawn[:, None], -1)[:, 0]
+
+
+def _check_range(name: str, value: float, allowed: bool, what: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name}={value}: {what}")

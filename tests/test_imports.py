@@ -1,0 +1,61 @@
+"""`import free_transformer` imports neither torch nor `transformers`, and still the Auto classes know our classes."""
+
+import subprocess
+import sys
+
+import pytest
+from free_transformer import FreeTransformer, FreeTransformerConfig
+
+LOAD = "from transformers import AutoModelForCausalLM\nprint(type(AutoModelForCausalLM.from_pretrained({folder!r})))"
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    FreeTransformer(FreeTransformerConfig(hidden_dim=32, num_layers=2, latent_dim=4)).save_pretrained(path)
+    return str(path)
+
+
+def test_the_package_imports_no_torch():
+    code = "import sys, free_transformer, free_transformer.deploy, free_transformer.files\n"
+    assert run_python(code + "print([m for m in ('torch', 'transformers') if m in sys.modules])") == "[]\n"
+
+
+def test_the_package_imports_where_torch_is_not_installed():
+    code = "import sys\nsys.modules['torch'] = None\nimport transformers, free_transformer, free_transformer.deploy"
+    run_python(code)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import free_transformer",
+        "import transformers\nimport free_transformer",
+        "import free_transformer.deploy",
+        "from free_transformer.config import FreeTransformerConfig",
+        "from free_transformer.plan import bits_to_codes",
+        "import free_transformer\nfrom trl import SFTTrainer",
+    ],
+)
+def test_the_auto_classes_know_a_free_transformer(before, folder):
+    assert "FreeTransformer'" in run_python(before + "\n" + LOAD.format(folder=folder))
+
+
+def test_the_auto_configuration_knows_it(folder):
+    code = f"import free_transformer\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained({folder!r}))"
+    assert "FreeTransformerConfig" in run_python(code)
+
+
+def test_unknown_names_are_told():
+    import free_transformer
+
+    assert set(free_transformer.__all__) <= set(dir(free_transformer))
+    assert all(hasattr(free_transformer, name) for name in free_transformer.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'FreeTransformr'"):
+        _ = free_transformer.FreeTransformr
