@@ -588,3 +588,46 @@ def test_a_sweep_prints_its_table_and_is_status_1_where_a_run_fails(command, con
     monkeypatch.setattr(step, "training_forward", forward)
     outcome = command(*arguments[:-1], f"run_dir={tmp_path / 'failing'}")
     assert outcome.status == 1 and "4 of 4 runs failed" in outcome.err
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight", "int8-dynamic"])
+def test_export_quantizes_and_generate_writes_with_it(command, run, scheme):
+    done = command("export", run, "--to", "torch", "--quantize", scheme)
+    folder = run / f"torch-{scheme}"
+    assert done.status == 0 and f"MB, written to {folder}" in done.out
+    written = command("generate", folder, "--prompt", "the ", "--max-new-tokens", 5)
+    assert written.status == 0 and "the " in written.out
+
+
+def test_export_writes_graphs_that_generate_takes(command, run):
+    done = command("export", run, "--static", 1, 24, "--out", run / "graphs")
+    assert done.status == 0
+    for line in ("training │ plan_logits", "decode   │ logits", "1 x 24"):
+        assert line in done.out
+    options = ("--prompt", "the ", "--max-new-tokens", 5, "--temperature", 0, "--plan", "1" * BITS)
+    assert (
+        command("generate", run / "graphs", *options).out.splitlines()[1:]
+        == (command("generate", run, *options).out.splitlines()[1:])
+    )
+    long = command("generate", run / "graphs", "--max-new-tokens", 100)
+    assert long.status == 2 and "this export was made for 1 of 24" in long.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "tensorflow"], "--to tensorflow: onnx, torch or aot"),
+        (["--to", "torch"], "--to torch is for --quantize"),
+        (["--to", "aot"], "--to aot needs --static BATCH LENGTH"),
+        (["--quantize", "int3"], "quantize='int3': one of"),
+        (["--static", "0", "8"], "at least 1 text of 4 tokens"),
+    ],
+)
+def test_export_refuses_what_it_cannot_write(command, run, options, message):
+    done = command("export", run, *options)
+    assert done.status == 2 and message in done.err
+
+
+def test_export_refuses_a_baseline(command, runs):
+    done = command("export", runs["baseline"])
+    assert done.status == 2 and "LlamaForCausalLM has no plan" in done.err

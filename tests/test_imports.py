@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from free_transformer import FreeTransformer, FreeTransformerConfig
 
 LOAD = "from transformers import AutoModelForCausalLM\nprint(type(AutoModelForCausalLM.from_pretrained({folder!r})))"
@@ -48,7 +49,9 @@ def test_the_auto_classes_know_a_free_transformer(before, folder):
 
 
 def test_the_auto_configuration_knows_it(folder):
-    code = f"import free_transformer\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained({folder!r}))"
+    code = (
+        f"import free_transformer\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained({folder!r}))"
+    )
     assert "FreeTransformerConfig" in run_python(code)
 
 

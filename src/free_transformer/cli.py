@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.files import write_json
 from free_transformer.training.settings import SettingsError, describe_settings, load_settings
 
@@ -220,6 +221,14 @@ def generate(
         raise SettingsError("give --plan or --plan-from, not both")
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
+    if (run / "export.json").is_file():
+        if stream or plan_from is not None:
+            raise SettingsError("an ONNX export writes without --stream and --plan-from; use its RUN")
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_plan": prompt_plan, "prior": prior}
+        if temperature > 0:
+            options.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+        _write_by_onnx(run, prompt, plan, num_samples, {**options, "seed": seed})
+        return
     with _joined(tensor=True) as processes:
         model, tokenizer = _load(run)
         _spread(model, processes)
@@ -256,6 +265,46 @@ def generate(
         title = f"sample {index + 1}" if plans is None else f"sample {index + 1}, plan {format_plan(plans[index])}"
         console.rule(title, align="left")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="onnx: graphs for onnxruntime and TensorRT; torch: a model folder, with --quantize; aot: packages of "
+            "machine code for C++, with --static"
+        ),
+    ] = "onnx",
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="int8-weight (matrices in 8 bits) or int8-dynamic (products of integers)"),
+    ] = None,
+    static: Annotated[
+        Optional[tuple[int, int]],  # noqa: UP045
+        typer.Option(help="fix the number of texts and of tokens, for TensorRT", metavar="BATCH LENGTH"),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="the folder to write, default RUN/TO-QUANTIZE-BATCHxLENGTH"),
+    ] = None,
+) -> None:
+    """Write a trained model for use elsewhere: ONNX graphs, 8-bit weights, compiled packages; checked against it."""
+    if to not in ("onnx", "torch", "aot"):
+        raise SettingsError(f"--to {to}: onnx, torch or aot")
+    if to == "torch" and (quantize is None or static is not None):
+        raise SettingsError("--to torch is for --quantize, and takes no --static")
+    if to == "aot" and (static is None or quantize is not None):
+        raise SettingsError("--to aot needs --static BATCH LENGTH, and takes no --quantize")
+    model, text_tokenizer = _load(run)
+    sizes = "x".join(map(str, static or ()))
+    folder = out or run / "-".join(part for part in (to, quantize, sizes) if part)
+    with console.status(f"writing {folder}"):
+        differences = _write_export(model, text_tokenizer, to, quantize, static, folder)
+    _print_table(*_difference_table(differences))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    console.print(f"{size / 1e6:.1f} MB, written to {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="plan")
@@ -390,14 +439,48 @@ def _preview(settings: Any) -> None:
 
 
 def _load(path: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a run, or of a folder that save_pretrained has written."""
+    """Model and tokenizer of a run, or of a folder that save_pretrained or export --to torch has written."""
     from free_transformer.data import load_tokenizer
+    from free_transformer.deploy.quantize import is_quantized, load_quantized
     from free_transformer.training.run import Run, load_model
 
+    if is_quantized(path):
+        return load_quantized(path), load_tokenizer(str(path))
     if (path / "config.json").is_file():
         return load_model(path), load_tokenizer(str(path))
     run = Run(path)
     return run.load_model(), run.load_tokenizer()
+
+
+def _write_export(
+    model: Any, text_tokenizer: Any, to: str, quantize: str | None, static: tuple[int, int] | None, folder: Path
+) -> list[Any]:
+    """Returns the differences from the model that were found, if any were looked for."""
+    if to == "torch":
+        from free_transformer.deploy.quantize import quantize as quantize_model
+
+        quantize_model(model, quantize, folder, text_tokenizer)
+        return []
+    if to == "aot":
+        from free_transformer.deploy.aot_export import export_aot
+
+        assert static is not None
+        return export_aot(model, folder, static, text_tokenizer).differences
+    from free_transformer.deploy.onnx_export import export_onnx
+
+    return export_onnx(model, folder, text_tokenizer, static, quantize).differences
+
+
+def _difference_table(differences: list[Any]) -> tuple[list[str], list[list[str]]]:
+    """How far each graph is from the model, at its worst over the shapes that were tried."""
+    worst: dict[tuple[str, str], float] = {}
+    for each in differences:
+        if not each.output.startswith("present"):
+            place = (each.graph, each.output)
+            worst[place] = max(each.difference, worst.get(place, 0.0))
+    shapes = sorted({f"{each.texts} x {each.tokens}" for each in differences})
+    header = ["graph", "output", "largest difference", "texts x tokens, with and without padding"]
+    return header, [[*place, f"{value:.2g}", ", ".join(shapes)] for place, value in worst.items()]
 
 
 def _evaluate(
@@ -471,6 +554,18 @@ def _write_under(
     return text_tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+def _write_by_onnx(path: Path, prompt: str, plan: str | None, num_samples: int, options: dict[str, Any]) -> None:
+    from free_transformer.deploy import OnnxFreeTransformer
+    from free_transformer.plan_text import parse_plan
+
+    model = OnnxFreeTransformer(path)
+    if plan is not None:
+        options["plan"] = parse_plan(plan, model.latent_dim).numpy()
+    for index, text in enumerate(model.write(prompt, num_samples, **options)):
+        console.rule(f"sample {index + 1}", align="left")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _prompt_tokens(text_tokenizer: Any, prompt: str) -> Any:
     import torch
 
@@ -515,7 +610,7 @@ def as_command(debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         _fail(str(error), 2)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         if debug:
             raise
         _fail(str(error) or type(error).__name__, 1)

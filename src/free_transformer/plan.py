@@ -25,7 +25,7 @@ def bits_to_codes(bits: Tensor) -> Tensor:
     """(..., H) bool or 0/1 -> (...) int64, bit 0 the least significant. `ValueError` above 63 bits."""
     if bits.shape[-1] > MAX_CODE_BITS_INT64:
         raise ValueError(f"{bits.shape[-1]} bits do not fit an int64 code: at most {MAX_CODE_BITS_INT64}")
-    powers = 2 ** torch.arange(bits.shape[-1], device=bits.device)
+    powers = 1 << torch.arange(bits.shape[-1], device=bits.device)  # AOTInductor gets `2 **` wrong (PyTorch 2.13)
     return (bits.long() * powers).sum(-1)
 
 

@@ -74,9 +74,8 @@ class Graph(nn.Module):
 
     def second_half(self, half: FirstHalf, plan: Tensor, columns: Tensor | int = 0) -> Tensor:
         """Logits of all tokens, or of those in `columns`, under a plan of (B, P, H) bits."""
-        codes = self.model.plan_table.group_codes(plan)
-        of_token = half.token_plan[:, :, None].expand(-1, -1, codes.shape[2])
-        states = self.model.plan_table.look_up(codes.gather(1, of_token))
+        of_token = half.token_plan[:, :, None].expand(-1, -1, plan.shape[2])
+        states = self.model.plan_table(plan.gather(1, of_token))
         return self.model.under_plan(half, states, columns)
 
 

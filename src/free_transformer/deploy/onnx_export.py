@@ -1,22 +1,18 @@
 """Writes a model as ONNX graphs, and holds each of them against the model that it came from."""
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer import __version__
+from free_transformer.deploy.export import Difference, check_export, quiet, within, write_rest
 from free_transformer.deploy.graphs import Argument, Graph, dynamic_graphs, static_graphs, traced_sizes
-from free_transformer.deploy.onnx_model import EXPORT_FILE, PRIOR_FILE, OnnxFreeTransformer
+from free_transformer.deploy.onnx_model import EXPORT_FILE, OnnxFreeTransformer
 from free_transformer.deploy.onnx_quantize import SCHEMES, quantize_graph
 from free_transformer.files import new_folder, write_json
 from free_transformer.model import FreeTransformer
@@ -24,26 +20,15 @@ from free_transformer.model import FreeTransformer
 OPSET = 23  # the newest that PyTorch writes: attention and RMS norm are one operation each
 STATIC_OPSET = 18  # plain operations, which every TensorRT since 8.5 knows
 MOST_IN_ONE_FILE = 2**31 - 2**26  # bytes; a protocol buffer holds 2 GiB, and the graph needs some
-TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1
 
 # Those of TensorRT's parser, release 8.5, that graphs of `STATIC_OPSET` are made of (onnx-tensorrt, docs/operators.md).
-TENSORRT_OPERATORS = frozenset(
-    "Add And Cast Clip Concat Constant ConstantOfShape Cos CumSum Div Equal Expand Gather GatherElements GatherND "
-    "IsNaN Less LessOrEqual MatMul Max Min Mod Mul Neg Not Or Pow Range Reciprocal ReduceMean ReduceSum Reshape "
-    "ScatterElements ScatterND Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
-)
-
-
-@dataclass
-class Difference:
-    """The largest difference of an output of a graph from the model's, over all tokens that are no padding."""
-
-    graph: str
-    output: str
-    texts: int
-    tokens: int
-    padded: bool
-    difference: float
+TENSORRT_OPERATORS = {
+    *("Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "Div", "Equal"),
+    *("Expand", "Gather", "GatherElements", "GatherND", "IsNaN", "Less", "LessOrEqual", "MatMul", "Max", "Min"),
+    *("Mod", "Mul", "Neg", "Not", "Or", "Pow", "Range", "Reciprocal", "ReduceMean", "ReduceSum", "Reshape"),
+    *("ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt"),
+    *("Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+}
 
 
 @dataclass
@@ -103,11 +88,11 @@ def export_onnx(
             if quantize is not None:
                 quantize_graph(file, quantize)
             export.sizes[graph.name] = sum(each.stat().st_size for each in temporary.glob(f"{graph.name}.onnx*"))
-        _write_rest(model, tokenizer, temporary)
+        write_rest(model, tokenizer, temporary)
         _write_summary(export, temporary)
         export.differences = compare(model, OnnxFreeTransformer(temporary))
         if quantize is None:
-            export.tolerance = _checked(export.differences)
+            export.tolerance = within(export.differences)
         _write_summary(export, temporary)
     return export
 
@@ -127,8 +112,7 @@ def compare(model: FreeTransformer, exported: OnnxFreeTransformer) -> list[Diffe
                 mask[torch.arange(tokens) <= torch.arange(batch)[:, None] % (tokens - 3)] = 0
             for graph, outputs in _both(model, exported, ids, mask, generator).items():
                 for output, (ours, theirs) in outputs.items():
-                    difference = float((ours.double() - theirs.double()).abs().max())
-                    differences.append(Difference(graph, output, batch, tokens, padded, difference))
+                    differences.append(Difference.of(graph, output, ids, padded, ours, theirs))
     return differences
 
 
@@ -154,10 +138,9 @@ def check_static(file: Path) -> None:
 
 
 def _check_arguments(model: PreTrainedModel, static: tuple[int, int] | None, quantize: str | None) -> None:
-    if not isinstance(model, FreeTransformer):
-        raise ValueError(f"{type(model).__name__} has no plan: export takes a Free Transformer")
-    if static is not None and (static[0] < 1 or static[1] < 4):
-        raise ValueError(f"static={static}: at least 1 text of 4 tokens")
+    check_export(model, static)
+    if quantize is not None and static is not None:
+        raise ValueError("static graphs are for compilers that quantize by themselves: leave quantize out")
     if quantize is not None and quantize not in SCHEMES:
         raise ValueError(f"quantize={quantize!r}: one of {SCHEMES}")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -170,7 +153,7 @@ def _check_arguments(model: PreTrainedModel, static: tuple[int, int] | None, qua
 def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int) -> None:
     sizes = traced_sizes(graph, graph.model.config.plan_span, export.static)
     examples = tuple(argument.example(sizes) for argument in graph.arguments)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             graph,
             examples,
@@ -184,7 +167,8 @@ def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int
     assert program is not None
     if export.static is None:
         _name_dimensions(program.model.graph, graph.arguments)
-    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    held = [value.const_value for value in program.model.graph.initializers.values()]
+    weights = sum(tensor.nbytes for tensor in held if tensor is not None)
     program.save(file, external_data=weights > most_in_one_file)
 
 
@@ -222,28 +206,9 @@ def _name_dimensions(graph: Any, arguments: list[Argument]) -> None:
             )
 
 
-def _write_rest(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if model.plan_prior.gathered:
-        np.save(folder / PRIOR_FILE, model.plan_prior.log_aggregate.numpy(), allow_pickle=False)
-
-
 def _write_summary(export: Export, folder: Path) -> None:
     values = {name: value for name, value in asdict(export).items() if name != "folder"}
     write_json(folder / EXPORT_FILE, {"free_transformer": __version__, **values})
-
-
-def _checked(differences: list[Difference]) -> float:
-    worst = max(differences, key=lambda each: each.difference)
-    if not worst.difference <= TOLERANCE:
-        raise RuntimeError(
-            f"{worst.graph}.onnx: {worst.output} differs from the model by {worst.difference:.2g} at {worst.texts} "
-            f"texts of {worst.tokens} tokens; at most {TOLERANCE} is allowed, and nothing was written"
-        )
-    return TOLERANCE
 
 
 def _both(
@@ -259,8 +224,8 @@ def _both(
     plan = noise < plan_logits.sigmoid()
     logits = model(ids, attention_mask=mask, plan=plan).logits
     inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-    trained = [_tensor(value) for value in exported.run("training", noise=noise.numpy(), **inputs)]
-    encoded = _tensor(exported.run("encode", **inputs)[0])
+    trained = [_tensor(value) for value in exported.run("training", {**inputs, "noise": noise.numpy()})]
+    encoded = _tensor(exported.run("encode", inputs)[0])
     decoded = torch.from_numpy(exported.read_in_pieces(**inputs, plan=plan.numpy()))
     asked = slice(-decoded.shape[1], None)
     return {
@@ -276,17 +241,3 @@ def _both(
 
 def _tensor(value: Any) -> Tensor:
     return torch.from_numpy(value.numpy())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracer's remarks on its own code, nor on packages that it could use but need not."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        exporter.setLevel(level)

@@ -1,7 +1,7 @@
 """An exported model: plans and text by onnxruntime and NumPy alone."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class OnnxFreeTransformer:
         tokens, mask = _as_tokens(input_ids, attention_mask)
         batch, length = tokens.shape
         tokens, mask = self.fit(tokens, mask, length)
-        logits = self.run("encode", input_ids=tokens, attention_mask=mask)[0].numpy()
+        logits = self.run("encode", {"input_ids": tokens, "attention_mask": mask})[0].numpy()
         return logits[:batch, : self.num_plans(length)]
 
     def sample_plan(
@@ -166,13 +166,13 @@ class OnnxFreeTransformer:
         tokenizer.encode_special_tokens = True  # what looks like a special token is text like any other
         return tokenizer
 
-    def run(self, graph: str, past: Sequence[Any] = (), **inputs: np.ndarray) -> list[Any]:
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], past: Sequence[Any] = ()) -> list[Any]:
         """
         One of the exported graphs.
 
         Args:
+            inputs: by name, but for the cache.
             past: keys and values, as the graph has returned them after its first output.
-            inputs: its other inputs by name.
 
         Returns:
             its outputs, each an `onnxruntime.OrtValue`; the cache stays on the provider's device.
@@ -306,14 +306,9 @@ class _Texts:
         else:
             tokens = _rows_to(tokens, len(self.mask))
             self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=1)
-        logits, *self.past = model.run(
-            graph,
-            self.past,
-            input_ids=tokens,
-            attention_mask=self.mask,
-            columns=np.array([tokens.shape[1] - 1]),
-            plan=self.plan,
-        )
+        columns = np.array([tokens.shape[1] - 1])
+        inputs = {"input_ids": tokens, "attention_mask": self.mask, "columns": columns, "plan": self.plan}
+        logits, *self.past = model.run(graph, inputs, self.past)
         if model.static is not None:  # the oldest column, which is padding, gives way
             self.mask = self.mask[:, -model.static[1] :]
         return logits.numpy()[: self.batch, -1]

@@ -1,0 +1,90 @@
+"""What exports of every kind have in common: what they refuse, what they are held against, what lies beside them."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from free_transformer.deploy.onnx_model import PRIOR_FILE
+from free_transformer.model import FreeTransformer
+
+TOLERANCE = 1e-4  # of logits, in float32; relative where they are above 1
+
+
+@dataclass
+class Difference:
+    """
+    The largest difference of an output of a graph from the model's, over all tokens that are no padding.
+
+    Attributes:
+        largest: absolute value of the model's output.
+    """
+
+    graph: str
+    output: str
+    texts: int
+    tokens: int
+    padded: bool
+    difference: float
+    largest: float
+
+    @classmethod
+    def of(cls, graph: str, output: str, tokens: Tensor, padded: bool, ours: Tensor, theirs: Tensor) -> "Difference":
+        """Of what the model and the graph make of the same tokens, (B, T)."""
+        difference = float((ours.double() - theirs.double()).abs().max())
+        return cls(graph, output, len(tokens), tokens.shape[1], padded, difference, float(ours.double().abs().max()))
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed."""
+        return self.difference / (TOLERANCE * max(1.0, self.largest))
+
+
+def within(differences: Sequence[Difference]) -> float:
+    """The tolerance, where all differences keep within it. `RuntimeError` where one does not."""
+    for worst in differences:
+        if not worst.share <= 1:  # nor where it is no number
+            raise RuntimeError(
+                f"{worst.graph}: {worst.output} differs from the model by {worst.difference:.2g} at {worst.texts} "
+                f"texts of {worst.tokens} tokens; at most {worst.difference / worst.share:.2g} is allowed, and "
+                "nothing was written"
+            )
+    return TOLERANCE
+
+
+def check_export(model: PreTrainedModel, static: tuple[int, int] | None) -> None:
+    """`ValueError` for a model without a plan, or sizes too small to be tried out."""
+    if not isinstance(model, FreeTransformer):
+        raise ValueError(f"{type(model).__name__} has no plan: export takes a Free Transformer")
+    if static is not None and (static[0] < 1 or static[1] < 4):
+        raise ValueError(f"static={static}: at least 1 text of 4 tokens")
+
+
+def write_rest(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Configuration, tokenizer, and the prior that was gathered, if any."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if model.plan_prior.gathered:
+        np.save(folder / PRIOR_FILE, model.plan_prior.log_aggregate.numpy(), allow_pickle=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without a tracer's remarks on its own code, nor on packages that it could use but need not."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
