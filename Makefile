@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-paper clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -76,6 +76,10 @@ bench-curriculum: $(VENV)/.demo ## short texts first, or the full length from th
 
 bench-logging: $(VENV)/.dev ## memory foretold and measured, and what logging costs: docs/training.md; 35 minutes
 	$(BIN)/python benchmarks/training_overhead.py
+
+bench-deployment: $(VENV)/.dev ## exports and 8-bit weights of the demo's model: docs/deployment.md; 15 minutes
+	@test -d runs/three_voices/free/model || $(MAKE) demo
+	$(BIN)/python benchmarks/deployment.py
 
 bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape
 	$(BIN)/python benchmarks/paper_model.py

@@ -1,5 +1,8 @@
 """Integers in the place of a graph's matrices, by the tools of onnxruntime."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 SCHEMES = ("int8-weight", "int8-dynamic")
@@ -15,10 +18,11 @@ def quantize_graph(file: Path, scheme: str) -> None:
             `"int8-dynamic"`, products of integers, the scale of the activations being found while it runs.
     """
     external = file.with_name(f"{file.name}.data").exists()
-    if scheme == "int8-weight":
-        _weights_alone(file, external)
-    else:
-        _with_activations(file, external)
+    with _root_logger_kept():
+        if scheme == "int8-weight":
+            _weights_alone(file, external)
+        else:
+            _with_activations(file, external)
 
 
 def _weights_alone(file: Path, external: bool) -> None:
@@ -44,3 +48,17 @@ def _with_activations(file: Path, external: bool) -> None:
         use_external_data_format=external,
         extra_options={"MatMulConstBOnly": True},
     )
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """onnxruntime's quantizers set the root logger up for themselves, and tell it of every tensor."""
+    root = logging.getLogger()
+    handlers, level, silenced = root.handlers[:], root.level, root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(silenced)
+        root.handlers[:] = handlers
+        root.setLevel(level)
