@@ -7,6 +7,7 @@ only bytes and time mean anything. `make bench-deployment`; docs/deployment.md.
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import tempfile
@@ -23,9 +24,9 @@ from transformers.utils import logging
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.deploy import OnnxFreeTransformer
-from free_transformer.deploy.export import within
+from free_transformer.deploy.export import SCHEMES, within
 from free_transformer.deploy.onnx_export import export_onnx
-from free_transformer.deploy.quantize import SCHEMES, quantize
+from free_transformer.deploy.quantize import quantize
 from free_transformer.evaluation import evaluate_likelihood, measure_control
 from free_transformer.evaluation.likelihood import ratio_standard_error
 from free_transformer.files import write_json
@@ -64,6 +65,7 @@ class ByOnnx(FreeTransformer):
 
     def generate(self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:  # type: ignore[override]
         options["plan"] = options["plan"].numpy()
+        options.pop("pad_token_id", None)
         return torch.from_numpy(self.exported.generate(inputs.numpy(), seed=int(torch.randint(2**31, ())), **options))
 
 
@@ -112,6 +114,7 @@ def time_per_token(found: list[Variant], batch: int) -> dict[str, list[float]]:
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 eos_token_id=(),
+                pad_token_id=0,
             )
             if turn:  # the first warms up
                 times[variant.name].append(1000 * (time.perf_counter() - started) / NEW_TOKENS)
@@ -185,15 +188,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/three_voices"), help="what make demo has written")
     parser.add_argument("--out", type=Path, default=Path("runs/deployment.json"))
+    parser.add_argument("parts", nargs="*", help="demo and large, default both")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     builders: dict[str, tuple[Callable[[], FreeTransformer], bool]] = {
         "demo": (lambda: Run(options.run / "free").load_model(), True),
-        "12 x 512": (lambda: FreeTransformer(FreeTransformerConfig(**LARGE, plan_span="sequence")).eval(), False),
+        "large": (lambda: FreeTransformer(FreeTransformerConfig(**LARGE, plan_span="sequence")).eval(), False),
     }
-    results = {}
-    for name, (build, trained) in builders.items():
+    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    for name in options.parts or builders:
+        build, trained = builders[name]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.no_grad():
             found = variants(build(), Path(folder))
             results[name] = table(found, judge(found, options.run) if trained else None)

@@ -16,10 +16,11 @@ from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy import OnnxFreeTransformer
 from free_transformer.deploy import onnx_export as exporting
-from free_transformer.deploy.export import TOLERANCE
+from free_transformer.deploy.arrays import draw
+from free_transformer.deploy.export import SCHEMES, TOLERANCE
 from free_transformer.deploy.onnx_export import check_static, export_onnx
-from free_transformer.deploy.onnx_model import _draw
-from free_transformer.deploy.onnx_quantize import SCHEMES, quantize_graph
+from free_transformer.deploy.onnx_quantize import quantize_graph
+from free_transformer.plan_text import plan_of_text
 
 SPAN, BITS = 3, 4
 
@@ -138,7 +139,8 @@ def test_shapes_are_named_and_large_weights_lie_beside_their_graph(exports):
     operators = Counter(node.op_type for node in graph.graph.node)
     assert operators["Attention"] == 2
     assert operators["RMSNormalization"] == 2 * 2 + 1 + 1  # of two layers, of X + R, and the last
-    assert (folder / "decode.onnx.data").stat().st_size > (folder / "decode.onnx").stat().st_size / 2
+    outside = [each.name for each in graph.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]
+    assert len(outside) > 10 and (folder / "decode.onnx.data").stat().st_size > 10_000
     assert not list(exports["static"].folder.glob("*.data"))
 
 
@@ -157,6 +159,8 @@ def test_a_static_export_says_what_it_holds(exports):
     model = OnnxFreeTransformer(exports["static"].folder)
     with pytest.raises(ValueError, match=r"1 texts of 13 tokens: this export was made for 2 of 12"):
         model.generate([[1, 2, 3, 4]], max_new_tokens=10)
+    with pytest.raises(ValueError, match="3 texts of 2 tokens"):
+        model.generate([[1, 2]] * 3, plan=np.ones((1, BITS)), max_new_tokens=1)
     assert model.generate([[1, 2, 3, 4]], max_new_tokens=9).shape == (1, 13)
 
 
@@ -195,7 +199,7 @@ def test_draws_have_the_chances_of_what_is_left():
     rng = np.random.default_rng(0)
 
     def shares(top_k: int, top_p: float) -> list[float]:
-        return [float(share) for share in np.bincount(_draw(logits, top_k, top_p, rng), minlength=4) / len(logits)]
+        return [float(share) for share in np.bincount(draw(logits, top_k, top_p, rng), minlength=4) / len(logits)]
 
     assert shares(0, 1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
     assert shares(2, 1.0) == pytest.approx([0.625, 0.375, 0, 0], abs=0.015)
@@ -238,6 +242,11 @@ def test_missing_plans_come_from_the_prompt_and_the_prior(models, exports):
 def test_bad_options_are_told(exports, options, message):
     with pytest.raises(ValueError, match=message):
         OnnxFreeTransformer(exports["dynamic"].folder).generate([[1, 2]], **options)
+
+
+def test_the_plan_of_an_example_is_read_as_by_the_command_line(models, exports):
+    plan = OnnxFreeTransformer(exports["dynamic"].folder).plan_of_text("an example")
+    assert np.array_equal(plan, plan_of_text(models["dynamic"], byte_tokenizer(), "an example").numpy())
 
 
 def test_bad_exports_are_told(models, exports, tmp_path):

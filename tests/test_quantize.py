@@ -6,8 +6,8 @@ import torch
 from free_transformer import FreeTransformer
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy.aot_export import export_aot
-from free_transformer.deploy.export import TOLERANCE
-from free_transformer.deploy.quantize import SCHEMES, load_quantized, quantize
+from free_transformer.deploy.export import SCHEMES, TOLERANCE
+from free_transformer.deploy.quantize import load_quantized, quantize
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.layout import num_plans
 
@@ -49,6 +49,12 @@ def test_a_quantized_model_writes_and_is_judged(model, tokens_like, tmp_path, sc
     assert theirs.nll == pytest.approx(ours.nll, abs=0.05)
 
 
+def test_a_model_in_half_precision_stays_so(tiny_model, tmp_path):
+    model = tiny_model(torch.bfloat16)
+    quantize(model, "int8-dynamic", tmp_path / "quantized")
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
 def test_int8_weight_is_read_by_from_pretrained(model, tokens_like, tmp_path):
     quantized = quantize(model, "int8-weight", tmp_path / "quantized")
     loaded = FreeTransformer.from_pretrained(tmp_path / "quantized").eval()
@@ -79,7 +85,12 @@ def test_what_cannot_be_quantized_is_told(tiny_model, tmp_path, monkeypatch):
     quantize(model, "int8-dynamic", tmp_path / "y")
     other = tiny_model(torch.float32, num_layers=2)
     other.config.save_pretrained(tmp_path / "y")
-    with pytest.raises(ValueError, match="weights of another model"):
+    with pytest.raises(ValueError, match="the weights are of another model"):
+        load_quantized(tmp_path / "y")
+    model.config.save_pretrained(tmp_path / "y")
+    load_quantized(tmp_path / "y")
+    (tmp_path / "y" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="the model cannot be read"):
         load_quantized(tmp_path / "y")
 
 

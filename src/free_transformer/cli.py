@@ -222,12 +222,12 @@ def generate(
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
     if (run / "export.json").is_file():
-        if stream or plan_from is not None:
-            raise SettingsError("an ONNX export writes without --stream and --plan-from; use its RUN")
+        if stream:
+            raise SettingsError("an ONNX export writes without --stream; OnnxFreeTransformer.stream gives the tokens")
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_plan": prompt_plan, "prior": prior}
         if temperature > 0:
             options.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-        _write_by_onnx(run, prompt, plan, num_samples, {**options, "seed": seed})
+        _write_by_onnx(run, prompt, plan, plan_from, num_samples, {**options, "seed": seed})
         return
     with _joined(tensor=True) as processes:
         model, tokenizer = _load(run)
@@ -554,13 +554,17 @@ def _write_under(
     return text_tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def _write_by_onnx(path: Path, prompt: str, plan: str | None, num_samples: int, options: dict[str, Any]) -> None:
+def _write_by_onnx(
+    path: Path, prompt: str, plan: str | None, plan_from: Path | None, num_samples: int, options: dict[str, Any]
+) -> None:
     from free_transformer.deploy import OnnxFreeTransformer
     from free_transformer.plan_text import parse_plan
 
     model = OnnxFreeTransformer(path)
     if plan is not None:
         options["plan"] = parse_plan(plan, model.latent_dim).numpy()
+    if plan_from is not None:
+        options["plan"] = model.plan_of_text(_read_text(plan_from))
     for index, text in enumerate(model.write(prompt, num_samples, **options)):
         console.rule(f"sample {index + 1}", align="left")
         console.print(text, markup=False, highlight=False, soft_wrap=True)

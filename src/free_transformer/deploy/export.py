@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from free_transformer.deploy.onnx_model import PRIOR_FILE
 from free_transformer.model import FreeTransformer
 
+SCHEMES = ("int8-weight", "int8-dynamic")
 TOLERANCE = 1e-4  # of logits, in float32; relative where they are above 1
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer import __version__
-from free_transformer.deploy.export import Difference, check_export, quiet, within, write_rest
+from free_transformer.deploy.export import SCHEMES, Difference, check_export, quiet, within, write_rest
 from free_transformer.deploy.graphs import Argument, Graph, dynamic_graphs, static_graphs, traced_sizes
 from free_transformer.deploy.onnx_model import EXPORT_FILE, OnnxFreeTransformer
-from free_transformer.deploy.onnx_quantize import SCHEMES, quantize_graph
+from free_transformer.deploy.onnx_quantize import quantize_graph
 from free_transformer.files import new_folder, write_json
 from free_transformer.model import FreeTransformer
 
@@ -144,10 +145,8 @@ def _check_arguments(model: PreTrainedModel, static: tuple[int, int] | None, qua
     if quantize is not None and quantize not in SCHEMES:
         raise ValueError(f"quantize={quantize!r}: one of {SCHEMES}")
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise ImportError(f"export needs {package}: pip install 'free-transformer-lm[export]'") from error
+        if find_spec(package) is None:
+            raise ImportError(f"export needs {package}: pip install 'free-transformer-lm[export]'")
 
 
 def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from free_transformer.deploy.arrays import as_plan, as_tokens, check_range, draw, rows_to
+
 EXPORT_FILE, PRIOR_FILE = "export.json", "plan_prior.npy"
 PROMPT_PLANS, PRIORS = ("posterior", "prior"), ("uniform", "aggregate")
 ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
@@ -49,7 +51,7 @@ class OnnxFreeTransformer:
 
     def infer_plan(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """The posterior's logits, (B, P, H), of the plans of texts of (B, T) tokens; `> 0` is the likeliest plan."""
-        tokens, mask = _as_tokens(input_ids, attention_mask)
+        tokens, mask = as_tokens(input_ids, attention_mask)
         batch, length = tokens.shape
         tokens, mask = self.fit(tokens, mask, length)
         logits = self.run("encode", {"input_ids": tokens, "attention_mask": mask})[0].numpy()
@@ -86,7 +88,7 @@ class OnnxFreeTransformer:
             attention_mask: (B, T), 0 on padding.
             options: of `stream`.
         """
-        tokens, mask = _as_tokens(input_ids, attention_mask)
+        tokens, mask = as_tokens(input_ids, attention_mask)
         new = list(self.stream(tokens, mask, **options))
         return np.concatenate([tokens, np.stack(new, axis=1)], axis=1)
 
@@ -123,11 +125,11 @@ class OnnxFreeTransformer:
         """
         if prompt_plan not in PROMPT_PLANS:
             raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
-        _check_range("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
-        _check_range("top_k", top_k, top_k >= 0, "at least 0, which is all tokens")
-        _check_range("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1")
-        _check_range("temperature", temperature, temperature > 0, "above 0; do_sample=False takes the likeliest token")
-        tokens, mask = _as_tokens(input_ids, attention_mask)
+        check_range("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
+        check_range("top_k", top_k, top_k >= 0, "at least 0, which is all tokens")
+        check_range("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1")
+        check_range("temperature", temperature, temperature > 0, "above 0; do_sample=False takes the likeliest token")
+        tokens, mask = as_tokens(input_ids, attention_mask)
         rng = np.random.default_rng(seed)
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
         bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
@@ -136,7 +138,7 @@ class OnnxFreeTransformer:
         ended = np.zeros(len(tokens), dtype=bool)
         for _ in range(max_new_tokens):
             logits = texts.read(tokens)
-            chosen = _draw(logits / temperature, top_k, top_p, rng) if do_sample else logits.argmax(-1)
+            chosen = draw(logits / temperature, top_k, top_p, rng) if do_sample else logits.argmax(-1)
             if ended.any():
                 chosen = np.where(ended, self._padding(end), chosen)
             yield chosen
@@ -147,12 +149,14 @@ class OnnxFreeTransformer:
 
     def write(self, prompt: str = "", num_samples: int = 1, **options: Any) -> list[str]:
         """Texts that begin with `prompt`; options of `stream`. Needs the package `tokenizers`."""
-        begin = self.generation_config.get("bos_token_id", self.config.get("bos_token_id"))
-        if begin is None:  # as in training: a tokenizer without begin-of-text begins texts with its end
-            begin = self._ends(None)[0]
-        ids = [begin, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        ids = self._encode(prompt)
         written = self.generate(np.tile(ids, (num_samples, 1)), **options)
         return self.tokenizer.decode_batch(written.tolist(), skip_special_tokens=True)
+
+    def plan_of_text(self, text: str) -> np.ndarray:
+        """The likeliest plans of a text, (P, H) bool, read from as much of it as the model was built for."""
+        length = self.config["max_position_embeddings"] if self.static is None else self.static[1]
+        return self.infer_plan([self._encode(text)[:length]])[0] > 0
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -232,7 +236,7 @@ class OnnxFreeTransformer:
         batch, wanted = len(tokens), self.num_plans(longest)
         given = np.zeros((batch, 0, self.latent_dim), dtype=bool)
         if plan is not None:
-            given = _as_plan(plan, batch, self.latent_dim)
+            given = as_plan(plan, batch, self.latent_dim)
             if self.plan_span == "sequence" and given.shape[1] > 1:
                 raise ValueError(f"{given.shape[1]} plans a text: this model takes one (plan_span='sequence')")
         if given.shape[1] >= wanted:
@@ -244,7 +248,7 @@ class OnnxFreeTransformer:
             plans = -(-mask.sum(1) // (longest if self.plan_span == "sequence" else int(self.plan_span)))
             written = np.arange(logits.shape[1]) < plans[:, None]
             # a prompt of nothing but begin-of-text has no text to read a plan from
-            written &= ((tokens != self.config.get("bos_token_id")) & (mask == 1)).any(1, keepdims=True)
+            written &= ((tokens != self._special("bos_token_id")) & (mask == 1)).any(1, keepdims=True)
             drawn[:, : logits.shape[1]] = np.where(written[..., None], read, drawn[:, : logits.shape[1]])
         return np.concatenate([given, drawn[:, given.shape[1] :]], axis=1)
 
@@ -262,37 +266,42 @@ class OnnxFreeTransformer:
                 f"{len(tokens)} texts of {longest} tokens: this export was made for {batch} of {length} (--static)"
             )
         padding = ((0, 0), (length - tokens.shape[1], 0))
-        return _rows_to(np.pad(tokens, padding), batch), _rows_to(np.pad(mask, padding), batch)
+        return rows_to(np.pad(tokens, padding), batch), rows_to(np.pad(mask, padding), batch)
 
     @cached_property
     def _log_aggregate(self) -> np.ndarray | None:
         file = self.folder / PRIOR_FILE
         return np.load(file, allow_pickle=False) if file.is_file() else None
 
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of a text from its beginning; as in training, where none begins it, the one that ends texts does."""
+        begin = self._special("bos_token_id")
+        begin = [begin] if begin is not None else self._ends(None)[:1]
+        if not begin:
+            raise ValueError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
+        return [*begin, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
     def _ends(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
-        if eos_token_id is None:
-            eos_token_id = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
-        if eos_token_id is None:
+        ends = self._special("eos_token_id") if eos_token_id is None else eos_token_id
+        if ends is None:
             return []
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        return [ends] if isinstance(ends, int) else list(ends)
 
     def _padding(self, end: list[int]) -> int:
-        padding = self.generation_config.get("pad_token_id", self.config.get("pad_token_id"))
+        padding = self._special("pad_token_id")
         return end[0] if padding is None else padding
+
+    def _special(self, name: str) -> Any:
+        return self.generation_config.get(name, self.config.get(name))
 
 
 class _Texts:
     """Texts that are being written under their plans: the cache, and which of its columns are padding."""
 
     def __init__(self, model: OnnxFreeTransformer, mask: np.ndarray, plan: np.ndarray, longest: int):
-        self.model, self.mask, self.longest = model, mask, longest
+        self.model, self.mask, self.plan, self.longest = model, mask, plan, longest
         self.batch = len(mask)
         self.past: list[Any] | None = None
-        if model.static is not None:
-            batch, length = model.static
-            plan = np.pad(plan, ((0, 0), (0, max(0, model.num_plans(length) - plan.shape[1])), (0, 0)))
-            plan = _rows_to(plan, batch)
-        self.plan = plan
 
     def read(self, tokens: np.ndarray) -> np.ndarray:
         """(B, T) tokens that follow, the logits of the next one, (B, V)."""
@@ -303,8 +312,10 @@ class _Texts:
                 self.past = model.no_past(len(tokens))
             else:
                 self.past, graph = [], "prefill"
+                missing = model.num_plans(model.static[1]) - self.plan.shape[1]
+                self.plan = rows_to(np.pad(self.plan, ((0, 0), (0, missing), (0, 0))), len(tokens))
         else:
-            tokens = _rows_to(tokens, len(self.mask))
+            tokens = rows_to(tokens, len(self.mask))
             self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=1)
         columns = np.array([tokens.shape[1] - 1])
         inputs = {"input_ids": tokens, "attention_mask": self.mask, "columns": columns, "plan": self.plan}
@@ -332,58 +343,3 @@ def _name(provider: Provider) -> str:
 
 def _starting(arguments: Sequence[Any], prefix: str) -> list[str]:
     return [argument.name for argument in arguments if argument.name.startswith(prefix)]
-
-
-def _as_tokens(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.asarray(input_ids)
-    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens of shape {tokens.shape}, {tokens.dtype}: (B, T) integers are needed, at least one")
-    mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask of shape {mask.shape} for tokens of shape {tokens.shape}")
-    return tokens.astype(np.int64), mask.astype(np.int64)
-
-
-def _as_plan(plan: Any, batch: int, latent_dim: int) -> np.ndarray:
-    bits = np.asarray(plan)
-    if bits.ndim == 2:
-        bits = np.broadcast_to(bits, (batch, *bits.shape))
-    if bits.ndim != 3 or bits.shape[0] != batch or bits.shape[2] != latent_dim or bits.shape[1] == 0:
-        raise ValueError(
-            f"plan of shape {bits.shape}: (P, {latent_dim}) or ({batch}, P, {latent_dim}) is needed, P plans of "
-            f"{latent_dim} bits for {batch} texts"
-        )
-    if not np.isin(bits, (0, 1)).all():
-        raise ValueError("a plan is made of bits, bool or 0/1; this one holds other values")
-    return bits.astype(bool)
-
-
-def _rows_to(values: np.ndarray, rows: int) -> np.ndarray:
-    """The same with its last row again and again, up to so many rows."""
-    return (
-        values
-        if len(values) == rows
-        else np.pad(values, ((0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)), "edge")
-    )
-
-
-def _draw(logits: np.ndarray, top_k: int, top_p: float, rng: np.random.Generator) -> np.ndarray:
-    """One token of each row of logits, (B, V), among its `top_k` likeliest and the fewest that make up `top_p`."""
-    logits = logits.astype(np.float64)
-    if 0 < top_k < logits.shape[1]:
-        least = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
-        logits = np.where(logits < least, -np.inf, logits)
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    chances = np.take_along_axis(logits, order, -1)
-    chances = np.exp(chances - chances[:, :1])
-    reached = chances.cumsum(-1)
-    if top_p < 1:
-        chances = np.where(reached - chances >= top_p * reached[:, -1:], 0, chances)
-        reached = chances.cumsum(-1)
-    drawn = (reached < rng.random((len(logits), 1)) * reached[:, -1:]).sum(-1)
-    return np.take_along_axis(order, drawn[:, None], -1)[:, 0]
-
-
-def _check_range(name: str, value: float, allowed: bool, what: str) -> None:
-    if not allowed:
-        raise ValueError(f"{name}={value}: {what}")

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-SCHEMES = ("int8-weight", "int8-dynamic")
 BLOCK = 64  # weights that share a scale
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.config import FreeTransformerConfig
-from free_transformer.files import new_folder, write_json
+from free_transformer.deploy.export import SCHEMES, check_export
+from free_transformer.files import first_line, new_folder, write_json
 from free_transformer.model import FreeTransformer
 
-SCHEMES = ("int8-weight", "int8-dynamic")
 DYNAMIC_FILE, WEIGHTS_FILE = "int8_dynamic.json", "model.safetensors"
 
 
@@ -44,12 +45,12 @@ def quantize(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize={scheme!r}: one of {SCHEMES}")
-    if not isinstance(model, FreeTransformer):
-        raise ValueError(f"{type(model).__name__} has no plan: quantize takes a Free Transformer")
-    folder = Path(folder)
-    write = _write_weight_only if scheme == "int8-weight" else _write_dynamic
+    check_export(model, None)
     with new_folder(Path(folder)) as temporary:
-        write(model, temporary)
+        if scheme == "int8-weight":
+            _write_weight_only(model, temporary)
+        else:
+            _write_dynamic(model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return load_quantized(folder)
@@ -61,24 +62,35 @@ def is_quantized(folder: Path) -> bool:
 
 
 def load_quantized(folder: str | Path) -> PreTrainedModel:
-    """A model that `quantize` has written, in eval mode; of int8-weight `from_pretrained` gives the same."""
+    """
+    A model that `quantize` has written, in eval mode; of int8-weight `from_pretrained` gives the same.
+
+    Raises:
+        ValueError: where the weights cannot be read, or are of another model.
+    """
     folder = Path(folder)
     if not is_quantized(folder):
         return FreeTransformer.from_pretrained(folder).eval()
     _check_device(torch.device("cpu"))
     model = _with_dynamic_layers(FreeTransformer(FreeTransformerConfig.from_pretrained(folder)))
-    tensors = load_file(folder / WEIGHTS_FILE)
-    for name, layer in _dynamic_layers(model):
-        values, scales = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.scale")
-        packed = torch._make_per_channel_quantized_tensor(values, scales, torch.zeros_like(scales).long(), 0)
-        layer.set_weight_bias(packed, tensors.pop(f"{name}.bias", None))
-    places = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    if set(tensors) - set(places):
-        raise ValueError(f"{folder}: weights of another model ({', '.join(sorted(set(tensors) - set(places))[:3])})")
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder}: the model cannot be read ({first_line(error)})") from error
+    places = _plain_tensors(model)
+    layers = dict(_dynamic_layers(model))
+    expected = {**places, **{f"{name}.weight": layer.weight() for name, layer in layers.items()}}
+    of_layers = {f"{name}.{part}" for name in layers for part in ("scale", "bias")}
+    wrong = [name for name, place in expected.items() if name not in tensors or tensors[name].shape != place.shape]
+    if wrong := [*wrong, *sorted(set(tensors) - set(expected) - of_layers)]:
+        raise ValueError(f"{folder}: the weights are of another model ({', '.join(wrong[:3])})")
     with torch.no_grad():
-        for name, values in tensors.items():
-            places[name].copy_(values)
-    model.tie_weights()
+        for name, place in places.items():
+            place.copy_(tensors[name])
+    for name, layer in layers.items():
+        values, scales = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
+        packed = torch._make_per_channel_quantized_tensor(values, scales, torch.zeros_like(scales).long(), 0)
+        layer.set_weight_bias(packed, tensors.get(f"{name}.bias"))
     return model.eval()
 
 
@@ -99,21 +111,28 @@ def _write_weight_only(model: FreeTransformer, folder: Path) -> None:
 def _write_dynamic(model: FreeTransformer, folder: Path) -> None:
     _check_device(model.device)
     quantized = _with_dynamic_layers(copy.deepcopy(model).float().eval())
-    layers = dict(_dynamic_layers(quantized))
-    tensors = {
-        name: value
-        for name, value in model.float().state_dict().items()
-        if name.rpartition(".")[0] not in layers and name not in model.all_tied_weights_keys
-    }
-    for name, layer in layers.items():
+    tensors = {name: value.detach().contiguous() for name, value in _plain_tensors(quantized).items()}
+    for name, layer in _dynamic_layers(quantized):
         weight, bias = layer._weight_bias()
         tensors |= {f"{name}.weight": weight.int_repr(), f"{name}.scale": weight.q_per_channel_scales()}
         if bias is not None:
             tensors[f"{name}.bias"] = bias.detach()
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / WEIGHTS_FILE)
     write_json(folder / DYNAMIC_FILE, {"engine": torch.backends.quantized.engine})
+
+
+def _plain_tensors(model: FreeTransformer) -> dict[str, Tensor]:
+    """What a model with dynamic layers keeps besides them; of tied weights the one that others are tied to."""
+    layers = dict(_dynamic_layers(model))
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+        and not any(name.startswith(f"{layer}.") for layer in layers)
+        and name not in model.all_tied_weights_keys
+    }
 
 
 def _with_dynamic_layers(model: FreeTransformer) -> FreeTransformer:
