@@ -473,14 +473,15 @@ def _write_export(
 
 def _difference_table(differences: list[Any]) -> tuple[list[str], list[list[str]]]:
     """How far each graph is from the model, at its worst over the shapes that were tried."""
-    worst: dict[tuple[str, str], float] = {}
+    found: dict[tuple[str, str], list[Any]] = {}
     for each in differences:
         if not each.output.startswith("present"):
-            place = (each.graph, each.output)
-            worst[place] = max(each.difference, worst.get(place, 0.0))
-    shapes = sorted({f"{each.texts} x {each.tokens}" for each in differences})
-    header = ["graph", "output", "largest difference", "texts x tokens, with and without padding"]
-    return header, [[*place, f"{value:.2g}", ", ".join(shapes)] for place, value in worst.items()]
+            found.setdefault((each.graph, each.output), []).append(each)
+    rows = []
+    for place, tried in found.items():
+        shapes = ", ".join(dict.fromkeys(f"{each.texts} x {each.tokens}" for each in tried))
+        rows.append([*place, f"{max(each.difference for each in tried):.2g}", shapes])
+    return ["graph", "output", "largest difference", "texts x tokens, with and without padding"], rows
 
 
 def _evaluate(
