@@ -102,3 +102,10 @@ def test_packages_of_machine_code_go_on_from_their_cache(tiny_model, tmp_path):
     assert kinds == {"logits", "present"}
     assert all(each.difference <= TOLERANCE for each in export.differences)
     assert (tmp_path / "aot" / "decode.pt2").is_file() and (tmp_path / "aot" / "config.json").is_file()
+
+
+def test_without_a_compiler_there_are_no_packages(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(RuntimeError, match="compiled by no-compiler, which is not here"):
+        export_aot(tiny_model(torch.float32), tmp_path / "aot", (1, 8))
+    assert not (tmp_path / "aot").exists()

@@ -1,6 +1,8 @@
 """Packages of machine code, compiled ahead of time by PyTorch (AOTInductor), that C++ programs run without Python."""
 
 import copy
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +39,12 @@ def export_aot(
     Packages for any number were tried: the encoder's refuses texts of no more than `plan_span` tokens.
 
     Raises:
-        ValueError, RuntimeError: as `onnx_export.export_onnx`.
+        ValueError, RuntimeError: as `onnx_export.export_onnx`, and without a compiler.
     """
     check_export(model, static)
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"packages are compiled by {compiler}, which is not here: install it, or name another in CXX")
     model = copy.deepcopy(model).float().cpu().eval()
     model.set_attn_implementation("sdpa")
     export = AotExport(Path(folder))
