@@ -44,7 +44,7 @@ def export_aot(
     check_export(model, static)
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"packages are compiled by {compiler}, which is not here: install it, or name another in CXX")
+        raise RuntimeError(f"packages are compiled by {compiler}, which is not here; CXX can name another")
     model = copy.deepcopy(model).float().cpu().eval()
     model.set_attn_implementation("sdpa")
     export = AotExport(Path(folder))
