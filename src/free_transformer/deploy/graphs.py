@@ -49,7 +49,7 @@ class Graph(nn.Module):
 
     name: str
     arguments: list[Argument]
-    outputs: dict[str, Shape]
+    outputs: list[str]
 
     def __init__(self, model: FreeTransformer):
         super().__init__()
@@ -94,10 +94,9 @@ class Training(Graph):
     def __init__(self, model: FreeTransformer):
         super().__init__(model)
         config = model.config
-        plans = _plans(config.plan_span)
-        bits: Shape = ("batch", plans, config.latent_dim)
+        bits: Shape = ("batch", _plans(config.plan_span), config.latent_dim)
         self.arguments = [*_tokens(), Argument("noise", bits, torch.float32)]
-        self.outputs = {"logits": ("batch", "tokens", config.vocab_size), "plan_logits": bits, "plan": bits}
+        self.outputs = ["logits", "plan_logits", "plan"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         half = self.first_half(input_ids, attention_mask)
@@ -114,7 +113,7 @@ class Encode(Graph):
     def __init__(self, model: FreeTransformer):
         super().__init__(model)
         self.arguments = _tokens()
-        self.outputs = {"plan_logits": ("batch", _plans(model.config.plan_span), model.config.latent_dim)}
+        self.outputs = ["plan_logits"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.model.encode(self.first_half(input_ids, attention_mask))
@@ -143,9 +142,7 @@ class Decode(Graph):
         ]
         if past != 0:
             self.arguments += [Argument(f"past.{name}", kept, torch.float32) for name in cache_names(config)]
-        left: Shape = (*kept[:2], past if isinstance(past, int) and past else "total", kept[3])
-        self.outputs = {"logits": ("batch", "asked", config.vocab_size)}
-        self.outputs |= {f"present.{name}": left for name in cache_names(config)}
+        self.outputs = ["logits", *(f"present.{name}" for name in cache_names(config))]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, plan: Tensor, *past: Tensor

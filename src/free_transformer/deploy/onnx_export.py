@@ -157,7 +157,7 @@ def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int
             graph,
             examples,
             input_names=[argument.name for argument in graph.arguments],
-            output_names=list(graph.outputs),
+            output_names=graph.outputs,
             dynamic_shapes=None if export.static else _dynamic_shapes(graph),
             opset_version=export.opset,
             dynamo=True,
