@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from comparison_report import table
 from torch import Tensor
 from transformers.utils import logging
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.deploy import OnnxFreeTransformer
-from free_transformer.deploy.export import SCHEMES, within
+from free_transformer.deploy.export import SCHEMES
 from free_transformer.deploy.onnx_export import export_onnx
 from free_transformer.deploy.quantize import quantize
-from free_transformer.evaluation import evaluate_likelihood, measure_control
-from free_transformer.evaluation.likelihood import ratio_standard_error
+from free_transformer.evaluation import Likelihood, compare, evaluate_likelihood, measure_control
 from free_transformer.files import write_json
 from free_transformer.model import FirstHalf
 from free_transformer.training import Run
@@ -87,7 +86,6 @@ def variants(model: FreeTransformer, folder: Path) -> list[Variant]:
     for scheme in (None, *SCHEMES):
         export = export_onnx(model, folder / f"onnx-{scheme}", quantize=scheme)
         if scheme is None:
-            within(export.differences)
             logits = max(each.difference for each in export.differences if each.output == "logits")
             print(f"ONNX against PyTorch, float32: logits differ by at most {logits:.1e}")
         by_onnx = copy.copy(model)
@@ -131,22 +129,21 @@ def judge(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
     classify, _ = train_judge(text / "train.jsonl", tokenizer, held_out)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     results: dict[str, dict[str, Any]] = {}
-    reference: dict[str, Any] | None = None
+    reference: Likelihood | None = None
     for variant in found:
         torch.manual_seed(0)
         batches = [{"input_ids": batch["input_ids"]} for batch in rows.in_order(32)]
         likelihood = evaluate_likelihood(variant.model, batches, LIKELIHOOD_SAMPLES)
-        reference = reference or likelihood.per_document
-        sizes = np.asarray(likelihood.per_document["tokens"], dtype=float)
-        rise = np.asarray(likelihood.per_document["nll"]) - np.asarray(reference["nll"])
+        reference = reference or likelihood
+        rise = compare(likelihood, reference)
         torch.manual_seed(0)
         control = measure_control(
             variant.model, None, tokenizer, classify, tokens, held_out.voices, examples_per_label=EXAMPLES_PER_VOICE
         )
         results[variant.name] = {
             "nll": likelihood.nll,
-            "rise": float(rise.sum() / sizes.sum()),
-            "rise_error": ratio_standard_error(rise, sizes),
+            "rise": rise.difference,
+            "rise_error": rise.standard_error,
             "agreement": control.agreement,
             "transfer": control.transfer,
             "mutual_information": control.mutual_information,
@@ -155,15 +152,14 @@ def judge(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def table(found: list[Variant], judged: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+def measure(found: list[Variant], judged: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     """Measures times, prints everything as a table, and returns it."""
     times = {batch: time_per_token(found, batch) for batch in BATCHES}
     first = found[0]
     header = ["", "MB", *(f"ms a token, batch {batch}" for batch in BATCHES)]
     if judged is not None:
         header += ["nll", "rise", "agreement", "transfer", "mutual information"]
-    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    rows = {}
+    lines, rows = [], {}
     for variant in found:
         medians = {batch: statistics.median(times[batch][variant.name]) for batch in BATCHES}
         against = {batch: medians[batch] / statistics.median(times[batch][first.name]) for batch in BATCHES}
@@ -176,7 +172,8 @@ def table(found: list[Variant], judged: dict[str, dict[str, Any]] | None) -> dic
             cells += [f"{values['nll']:.4f}", f"{values['rise']:+.4f} ± {values['rise_error']:.4f}"]
             cells += [f"{values[name][0]:.3f} ± {values[name][1]:.3f}" for name in ("agreement", "transfer")]
             cells.append(f"{values['mutual_information']:.3f}")
-        print("| " + " | ".join(cells) + " |", flush=True)
+        lines.append(cells)
+    print(f"\n{table(header, lines)}", flush=True)
     return rows
 
 
@@ -199,9 +196,9 @@ def main() -> None:
     results = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for name in options.parts or builders:
         build, trained = builders[name]
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             found = variants(build(), Path(folder))
-            results[name] = table(found, judge(found, options.run) if trained else None)
+            results[name] = measure(found, judge(found, options.run) if trained else None)
             write_json(options.out, results)
 
 

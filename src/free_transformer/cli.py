@@ -215,19 +215,21 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from free_transformer.deploy.onnx_model import EXPORT_FILE
     from free_transformer.plan_text import format_plan, parse_plan, plan_of_text
 
     if plan is not None and plan_from is not None:
         raise SettingsError("give --plan or --plan-from, not both")
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
-    if (run / "export.json").is_file():
+    sampling: dict[str, Any] = {}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if (run / EXPORT_FILE).is_file():
         if stream:
             raise SettingsError("an ONNX export writes without --stream; OnnxFreeTransformer.stream gives the tokens")
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_plan": prompt_plan, "prior": prior}
-        if temperature > 0:
-            options.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-        _write_by_onnx(run, prompt, plan, plan_from, num_samples, {**options, "seed": seed})
+        options = {"max_new_tokens": max_new_tokens, "prompt_plan": prompt_plan, "prior": prior, "seed": seed}
+        _write_by_onnx(run, prompt, plan, plan_from, num_samples, {**options, **sampling})
         return
     with _joined(tensor=True) as processes:
         model, tokenizer = _load(run)
@@ -249,8 +251,7 @@ def generate(
                     tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan, prior=prior
                 ).plan
             arguments.update(plan=plans, prompt_plan=prompt_plan, prior=prior)
-        if temperature > 0:
-            arguments.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+        arguments.update(sampling)
         if stream and processes.main:
             arguments["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
         output = model.generate(

@@ -1,6 +1,5 @@
 """Packages of machine code, compiled ahead of time by PyTorch (AOTInductor), that C++ programs run without Python."""
 
-import copy
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.deploy.export import Difference, check_export, quiet, within, write_rest
+from free_transformer.deploy.export import Difference, check_export, quiet, traceable, within, write_rest
 from free_transformer.deploy.graphs import Graph, static_graphs, traced_sizes
 from free_transformer.files import new_folder
 
@@ -45,8 +44,7 @@ def export_aot(
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise RuntimeError(f"packages are compiled by {compiler}, which is not here; CXX can name another")
-    model = copy.deepcopy(model).float().cpu().eval()
-    model.set_attn_implementation("sdpa")
+    model = traceable(model)
     export = AotExport(Path(folder))
     with new_folder(export.folder) as temporary, torch.no_grad(), quiet():
         for graph in static_graphs(model, static[1]):

@@ -33,11 +33,9 @@ def as_plan(plan: Any, batch: int, latent_dim: int) -> np.ndarray:
 
 def rows_to(values: np.ndarray, rows: int) -> np.ndarray:
     """The same with its last row again and again, up to so many rows."""
-    return (
-        values
-        if len(values) == rows
-        else np.pad(values, ((0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)), "edge")
-    )
+    if len(values) == rows:  # at every step of most exports
+        return values
+    return np.pad(values, ((0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)), "edge")
 
 
 def draw(logits: np.ndarray, top_k: int, top_p: float, rng: np.random.Generator) -> np.ndarray:

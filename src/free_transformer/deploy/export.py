@@ -1,6 +1,7 @@
 """What exports of every kind have in common: what they refuse, what they are held against, what lies beside them."""
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,13 @@ def check_export(model: PreTrainedModel, static: tuple[int, int] | None) -> None
         raise ValueError(f"{type(model).__name__} has no plan: export takes a Free Transformer")
     if static is not None and (static[0] < 1 or static[1] < 4):
         raise ValueError(f"static={static}: at least 1 text of 4 tokens")
+
+
+def traceable(model: FreeTransformer) -> FreeTransformer:
+    """A copy for tracers: in float32 on the CPU, in eval mode, with attention that they know."""
+    model = copy.deepcopy(model).float().cpu().eval()
+    model.set_attn_implementation("sdpa")
+    return model
 
 
 def write_rest(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from free_transformer.config import FreeTransformerConfig
 from free_transformer.layout import num_plans, plan_layout
 from free_transformer.model import FirstHalf, FreeTransformer
 
@@ -79,10 +80,11 @@ class Graph(nn.Module):
         return self.model.under_plan(half, states, columns)
 
 
-def _tokens() -> list[Argument]:
+def _tokens(masked: str = "tokens") -> list[Argument]:
+    """Tokens, and the mask of these or of `masked` ones."""
     return [
         Argument("input_ids", ("batch", "tokens"), torch.int64),
-        Argument("attention_mask", ("batch", "tokens"), torch.int64),
+        Argument("attention_mask", ("batch", masked), torch.int64),
     ]
 
 
@@ -135,8 +137,7 @@ class Decode(Graph):
         kept: Shape = ("batch", config.num_key_value_heads, past, config.head_dim)
         plans = 1 if config.plan_span == "sequence" else "plans"
         self.arguments = [
-            Argument("input_ids", ("batch", "tokens"), torch.int64),
-            Argument("attention_mask", ("batch", "total"), torch.int64),
+            *_tokens("total"),
             Argument("columns", ("asked",), torch.int64),
             Argument("plan", ("batch", plans, config.latent_dim), torch.bool),
         ]
@@ -176,9 +177,9 @@ class _Past:
         return key, value
 
 
-def cache_names(config: object) -> list[str]:
+def cache_names(config: FreeTransformerConfig) -> list[str]:
     """Of keys and values of all layers, as the inputs `past.…` and the outputs `present.…` are named."""
-    return [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]  # type: ignore[attr-defined]
+    return [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
 
 
 def _plans(plan_span: int | str) -> int | str:

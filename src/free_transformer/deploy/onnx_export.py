@@ -1,6 +1,5 @@
 """Writes a model as ONNX graphs, and holds each of them against the model that it came from."""
 
-import copy
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer import __version__
-from free_transformer.deploy.export import SCHEMES, Difference, check_export, quiet, within, write_rest
+from free_transformer.deploy.export import SCHEMES, Difference, check_export, quiet, traceable, within, write_rest
 from free_transformer.deploy.graphs import Argument, Graph, dynamic_graphs, static_graphs, traced_sizes
 from free_transformer.deploy.onnx_model import EXPORT_FILE, OnnxFreeTransformer
 from free_transformer.deploy.onnx_quantize import quantize_graph
@@ -71,13 +70,12 @@ def export_onnx(
         most_in_one_file: bytes of weights above which they are written beside their graph, as `NAME.onnx.data`.
 
     Raises:
-        ValueError: for a model without a plan, sizes below 2 tokens, an unknown scheme.
+        ValueError: for a model without a plan, static sizes too small, an unknown scheme.
         ImportError: without onnx, onnxscript or onnxruntime.
         RuntimeError: where a graph differs from the model by more than `TOLERANCE`.
     """
     _check_arguments(model, static, quantize)
-    model = copy.deepcopy(model).float().cpu().eval()
-    model.set_attn_implementation("sdpa")
+    model = traceable(model)
     export = Export(Path(folder), OPSET if static is None else STATIC_OPSET, static, quantize)
     graphs = dynamic_graphs(model) if static is None else static_graphs(model, static[1])
     with new_folder(export.folder) as temporary, torch.no_grad():

@@ -245,15 +245,14 @@ class OnnxFreeTransformer:
         if prompt_plan == "posterior" and given.shape[1] < self.num_plans(tokens.shape[1]):
             logits = self.infer_plan(tokens, mask)
             read = rng.random(logits.shape) * (1 + np.exp(-logits.astype(np.float64))) < 1
-            plans = -(-mask.sum(1) // (longest if self.plan_span == "sequence" else int(self.plan_span)))
-            written = np.arange(logits.shape[1]) < plans[:, None]
+            written = np.arange(logits.shape[1]) < np.reshape(self.num_plans(mask.sum(1)), (-1, 1))
             # a prompt of nothing but begin-of-text has no text to read a plan from
-            written &= ((tokens != self._special("bos_token_id")) & (mask == 1)).any(1, keepdims=True)
+            written = written & ((tokens != self._special("bos_token_id")) & (mask == 1)).any(1, keepdims=True)
             drawn[:, : logits.shape[1]] = np.where(written[..., None], read, drawn[:, : logits.shape[1]])
         return np.concatenate([given, drawn[:, given.shape[1] :]], axis=1)
 
-    def num_plans(self, num_tokens: int) -> int:
-        """Plans of a text of so many tokens."""
+    def num_plans(self, num_tokens: Any) -> Any:
+        """Plans of a text of so many tokens, or of texts, (B,)."""
         return 1 if self.plan_span == "sequence" else -(-num_tokens // int(self.plan_span))
 
     def fit(self, tokens: np.ndarray, mask: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
