@@ -1,10 +1,15 @@
-"""The command line: thin, so that whatever it does can be done from Python too."""
+"""
+The command line: thin, so that whatever it does can be done from Python too.
+
+Each command imports what it needs: `--help` waits for nothing, and `serve --onnx` runs where torch is not installed.
+"""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -12,10 +17,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
+from free_transformer.errors import SettingsError
 from free_transformer.files import write_json
-from free_transformer.training.settings import SettingsError, describe_settings, load_settings
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
@@ -56,7 +62,17 @@ BatchOption = Annotated[int, typer.Option(min=1, help="rows at a time")]
 SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text")]
 
 
-@app.command(epilog="Settings, as section.name=value:\n\n" + describe_settings())
+class _TrainCommand(TyperCommand):
+    """Describes the settings only to those who ask."""
+
+    def format_help(self, *args: Any) -> None:
+        from free_transformer.training.settings import describe_settings
+
+        self.epilog = "Settings, as section.name=value:\n\n" + describe_settings()
+        super().format_help(*args)
+
+
+@app.command(cls=_TrainCommand)
 def train(
     config: ConfigArgument,
     overrides: Annotated[
@@ -68,6 +84,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a Free Transformer (model.kind=free) or its baseline, or go on with a run that was stopped."""
+    from free_transformer.training import load_settings
     from free_transformer.training import train as train_run
 
     settings = load_settings(config, overrides)
@@ -306,6 +323,71 @@ def export(
     _print_table(*_difference_table(differences))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     console.print(f"{size / 1e6:.1f} MB, written to {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def serve(
+    run: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="folder that train has written, or of a model", metavar="RUN"),
+    ] = None,
+    onnx: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="serve this ONNX export instead, with no torch", metavar="FOLDER"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is all, for others to reach")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    token: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(envvar="FREE_TRANSFORMER_TOKEN", help="requests have to show it; the variable keeps it from ps"),
+    ] = None,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="of the model in requests, default the folder's"),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="texts that are written together")] = 32,
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="tokens of a prompt and what is written to it; default the model's, at most 2048"),
+    ] = None,
+    max_prompt: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="tokens of a prompt, default what max-length leaves"),
+    ] = None,
+    max_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="tokens that are written to a prompt, default what max-length leaves"),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="texts that may wait; beyond that a request gets 429")] = 512,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="of the processor, for one product; default all cores"),
+    ] = None,
+) -> None:
+    """Serve completions over HTTP, as OpenAI's clients ask for them, with plan, plan_from and prompt_plan."""
+    from free_transformer.serving.app import create_app, listen
+    from free_transformer.serving.app import run as run_server
+
+    folder = onnx or run
+    if folder is None or (run is not None and onnx is not None):
+        raise SettingsError("name a RUN, or an export with --onnx FOLDER, and not both")
+    bound = listen(host, port)
+    if onnx is not None:
+        batch = _onnx_batch(onnx, max_batch, max_length, threads)
+    else:
+        batch = _torch_batch(folder, max_batch, max_length, threads)
+    name = name or folder.resolve().name
+    server = create_app(batch, name, max_prompt, max_tokens, max_waiting, token)
+    address, port = bound.getsockname()[:2]
+    address = f"[{address}]" if ":" in address else address
+    console.print(
+        f"{name} at http://{address}:{port}/v1, {max_batch} texts at a time of up to {batch.max_length} tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if token is None and not ip_address(host).is_loopback:
+        console.print("warning: whoever reaches this address may use it; --token asks for one", style="yellow")
+    run_server(server, bound)
 
 
 @app.command(name="plan")
@@ -560,16 +642,37 @@ def _write_by_onnx(
     path: Path, prompt: str, plan: str | None, plan_from: Path | None, num_samples: int, options: dict[str, Any]
 ) -> None:
     from free_transformer.deploy import OnnxFreeTransformer
-    from free_transformer.plan_text import parse_plan
+    from free_transformer.plan_text import parse_bits
 
     model = OnnxFreeTransformer(path)
     if plan is not None:
-        options["plan"] = parse_plan(plan, model.latent_dim).numpy()
+        options["plan"] = parse_bits(plan, model.latent_dim)
     if plan_from is not None:
         options["plan"] = model.plan_of_text(_read_text(plan_from))
     for index, text in enumerate(model.write(prompt, num_samples, **options)):
         console.rule(f"sample {index + 1}", align="left")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _torch_batch(path: Path, rows: int, length: int | None, threads: int | None) -> Any:
+    import torch
+
+    from free_transformer.serving.torch_batch import TorchBatch
+    from free_transformer.training.processes import find_device
+
+    model, text_tokenizer = _load(path)
+    if not hasattr(model.config, "latent_dim"):
+        raise SettingsError(f"{path}: a baseline has no plan to steer by; serve takes a Free Transformer")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchBatch(model.to(find_device("auto")), text_tokenizer, rows, length)
+
+
+def _onnx_batch(path: Path, rows: int, length: int | None, threads: int | None) -> Any:
+    from free_transformer.deploy import OnnxFreeTransformer
+    from free_transformer.serving.onnx_batch import OnnxBatch
+
+    return OnnxBatch(OnnxFreeTransformer(path, threads=threads), rows, length)
 
 
 def _prompt_tokens(text_tokenizer: Any, prompt: str) -> Any:
@@ -604,10 +707,11 @@ def as_command(debug: bool = False) -> Iterator[None]:
 
     Exit status: 1 for a failed run, 2 for bad usage; a run that was stopped ends with 128 + the signal's number.
     """
-    from transformers.utils import logging as transformers_logging
+    if "transformers" in sys.modules:  # whoever imports it later finds what `quiet` has set
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     try:
         yield
     except UsageError as error:

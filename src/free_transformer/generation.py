@@ -68,12 +68,16 @@ class PlanGenerationMixin(GenerationMixin):
                 raise ValueError(f"{plan.shape[1]} plans a text: this model takes one (plan_span='sequence')")
         elif (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
             raise ValueError("past_key_values were written under a plan: give that plan too, plan=...")
-        for module in self.modules():
-            if isinstance(module, SplitAttention | MLP):
-                module.lay_together()
+        self.lay_together()
         output = super().generate(inputs, *args, plan=plan, prompt_plan=prompt_plan, prior=prior, **kwargs)
         self._warn_past_trained_length(output if isinstance(output, Tensor) else output.sequences)
         return output
+
+    def lay_together(self) -> None:
+        """Prepares the matrices for products with few rows, see `products`: what `generate` does first."""
+        for module in self.modules():
+            if isinstance(module, SplitAttention | MLP):
+                module.lay_together()
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
         """Reads the prompt, and draws the plans of what may follow."""

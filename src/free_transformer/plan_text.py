@@ -1,14 +1,17 @@
 """Plans as people write them, and plans read from an example's text."""
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
-from free_transformer.data import begin_token, encode
-from free_transformer.model import FreeTransformer
+import numpy as np
+
+if TYPE_CHECKING:  # plans are read and written where torch is not installed, too
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from free_transformer.model import FreeTransformer
 
 
-def parse_plan(text: str, latent_dim: int) -> Tensor:
+def parse_bits(text: str, latent_dim: int) -> np.ndarray:
     """
     `"01101001"`, bit 0 first, spaces and commas ignored -> (P, H) bool; a longer text holds several plans.
 
@@ -20,18 +23,34 @@ def parse_plan(text: str, latent_dim: int) -> Tensor:
         raise ValueError(f"plan {text!r}: write its bits as 0 and 1, bit 0 first")
     if len(digits) % latent_dim:
         raise ValueError(f"plan {text!r} has {len(digits)} bits: a plan of this model has {latent_dim}")
-    return torch.tensor([digit == "1" for digit in digits]).view(-1, latent_dim)
+    return np.array([digit == "1" for digit in digits]).reshape(-1, latent_dim)
 
 
-def format_plan(plan: Tensor) -> str:
-    """(P, H) or (H,) -> its bits, bit 0 first, plans apart by a space; of many plans the first four."""
+def parse_plan(text: str, latent_dim: int) -> "Tensor":
+    """`parse_bits`, as a tensor."""
+    import torch
+
+    return torch.from_numpy(parse_bits(text, latent_dim))
+
+
+def format_bits(plan: Any) -> str:
+    """(P, H) bits -> what `parse_bits` reads: each plan's bits, bit 0 first, plans apart by a space."""
+    return " ".join("".join("1" if bit else "0" for bit in row) for row in plan.tolist())
+
+
+def format_plan(plan: "Tensor") -> str:
+    """`format_bits` of (P, H) or (H,), of many plans the first four."""
     rows = plan.view(-1, plan.shape[-1])
-    text = " ".join("".join("1" if bit else "0" for bit in row.tolist()) for row in rows[:4])
+    text = format_bits(rows[:4])
     return text if len(rows) <= 4 else f"{text} … ({len(rows)} plans)"
 
 
-def plan_of_text(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def plan_of_text(model: "FreeTransformer", tokenizer: "PreTrainedTokenizerBase", text: str) -> "Tensor":
     """The likeliest plans of a text, (P, H) bool, read from as much of it as the model was built for."""
+    import torch
+
+    from free_transformer.data import begin_token, encode
+
     ids = [begin_token(tokenizer), *encode(tokenizer, [text])[0]]
     tokens = torch.tensor([ids[: model.config.max_position_embeddings]], device=model.device)
     return model.infer_plan(tokens)[0] > 0

@@ -1,7 +1,11 @@
-"""Silences what packages say while they are imported, on every start of the command line."""
+"""Silences what packages say while they are imported and at work, on every start of the command line."""
 
 import logging
+import os
 
 # torchao names each kernel that it has for GPUs alone, and PyTorch how torchao registers its types.
 for package in ("torchao", "torch.utils._pytree"):
     logging.getLogger(package).setLevel(logging.ERROR)
+# read by `transformers` when it is imported, which takes seconds; here it may not be needed, or not be there
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

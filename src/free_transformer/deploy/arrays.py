@@ -38,21 +38,62 @@ def rows_to(values: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(values, ((0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)), "edge")
 
 
-def draw(logits: np.ndarray, top_k: int, top_p: float, rng: np.random.Generator) -> np.ndarray:
-    """One token of each row of logits, (B, V), among its `top_k` likeliest and the fewest that make up `top_p`."""
-    logits = logits.astype(np.float64)
-    if 0 < top_k < logits.shape[1]:
-        least = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
-        logits = np.where(logits < least, -np.inf, logits)
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    chances = np.take_along_axis(logits, order, -1)
-    chances = np.exp(chances - chances[:, :1])
+def draw(
+    logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
+) -> np.ndarray:
+    """
+    One token of each row of logits, (B, V), by that row's own settings, each (B,).
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_k: draws among so many likeliest tokens, 0 among all.
+        top_p: draws among the fewest likeliest tokens that make up this mass.
+        uniform: random numbers in [0, 1), of which the tokens are a function.
+    """
+    chosen = logits.argmax(-1)
+    drawn = temperature > 0
+    cut = drawn & ((top_k > 0) | (top_p < 1))
+    if (rows := drawn & ~cut).any():
+        chosen[rows] = _pick(_chances(logits[rows], temperature[rows]), uniform[rows])
+    if cut.any():  # by themselves: what a number picks depends on the tokens' order
+        chances = _chances(logits[cut], temperature[cut])
+        order = np.argsort(-chances, axis=-1, kind="stable")
+        chances = np.take_along_axis(chances, order, -1)
+        most = np.where(top_k[cut] > 0, top_k[cut], chances.shape[1])[:, None]
+        chances[np.arange(chances.shape[1]) >= most] = 0
+        before = chances.cumsum(-1) - chances
+        chances[before >= top_p[cut][:, None] * chances.sum(-1, keepdims=True)] = 0
+        chosen[cut] = np.take_along_axis(order, _pick(chances, uniform[cut])[:, None], -1)[:, 0]
+    return chosen
+
+
+def _chances(logits: np.ndarray, temperature: np.ndarray) -> np.ndarray:
+    """Up to a factor, (B, V), the likeliest token's being 1."""
+    scaled = logits.astype(np.float64) / temperature[:, None]
+    return np.exp(scaled - scaled.max(-1, keepdims=True))
+
+
+def _pick(chances: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     reached = chances.cumsum(-1)
-    if top_p < 1:
-        chances = np.where(reached - chances >= top_p * reached[:, -1:], 0, chances)
-        reached = chances.cumsum(-1)
-    drawn = (reached < rng.random((len(logits), 1)) * reached[:, -1:]).sum(-1)
-    return np.take_along_axis(order, drawn[:, None], -1)[:, 0]
+    return (reached < uniform[:, None] * reached[:, -1:]).sum(-1)
+
+
+def sample_prior(
+    shape: tuple[int, ...], latent_dim: int, log_aggregate: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """
+    Plans, (*shape, H) bool: fair coins, or as training texts took them.
+
+    Args:
+        log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values, (2, H); None for fair coins.
+    """
+    if log_aggregate is None:
+        return rng.random((*shape, latent_dim)) < 0.5
+    chances = np.exp(log_aggregate.astype(np.float64))
+    if chances.ndim == 2:
+        return rng.random((*shape, latent_dim)) < chances[1]
+    codes = rng.choice(len(chances), size=shape, p=chances / chances.sum())
+    return (codes[..., None] >> np.arange(latent_dim)) % 2 == 1
 
 
 def check_range(name: str, value: float, allowed: bool, what: str) -> None:

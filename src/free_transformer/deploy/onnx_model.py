@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.deploy.arrays import as_plan, as_tokens, check_range, draw, rows_to
+from free_transformer.deploy.arrays import as_plan, as_tokens, check_range, draw, rows_to, sample_prior
 
 EXPORT_FILE, PRIOR_FILE = "export.json", "plan_prior.npy"
 PROMPT_PLANS, PRIORS = ("posterior", "prior"), ("uniform", "aggregate")
@@ -65,19 +65,18 @@ class OnnxFreeTransformer:
         prior: str = "uniform",
     ) -> np.ndarray:
         """Plans from the prior, (B, P, H) bool: fair coins, or `"aggregate"`, as training texts took them."""
-        rng = rng or np.random.default_rng()
-        shape = (batch_size, num_plans, self.latent_dim)
-        if prior not in PRIORS:
-            raise ValueError(f"prior={prior!r}: one of {PRIORS}")
-        if prior == "uniform":
-            return rng.random(shape) < 0.5
+        shape = (batch_size, num_plans)
+        return sample_prior(shape, self.latent_dim, self.prior(prior), rng or np.random.default_rng())
+
+    def prior(self, name: str) -> np.ndarray | None:
+        """What `sample_prior` takes for `"uniform"` or `"aggregate"`. `ValueError` where the model has none."""
+        if name not in PRIORS:
+            raise ValueError(f"prior={name!r}: one of {PRIORS}")
+        if name == "uniform":
+            return None
         if self._log_aggregate is None:
             raise ValueError("prior='aggregate': the exported model had gathered none")
-        chances = np.exp(self._log_aggregate.astype(np.float64))
-        if chances.ndim == 2:  # of each bit's values 0 and 1
-            return rng.random(shape) < chances[1]
-        codes = rng.choice(len(chances), size=shape[:2], p=chances / chances.sum())
-        return (codes[..., None] >> np.arange(self.latent_dim)) % 2 == 1
+        return self._log_aggregate
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
         """
@@ -134,11 +133,12 @@ class OnnxFreeTransformer:
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
         bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
         texts = _Texts(self, mask, bits, longest)
-        end = self._ends(eos_token_id)
+        end = self.ends(eos_token_id)
         ended = np.zeros(len(tokens), dtype=bool)
+        sampling = [np.full(len(tokens), each) for each in (temperature if do_sample else 0.0, top_k, top_p)]
         for _ in range(max_new_tokens):
             logits = texts.read(tokens)
-            chosen = draw(logits / temperature, top_k, top_p, rng) if do_sample else logits.argmax(-1)
+            chosen = draw(logits, *sampling, rng.random(len(logits)))
             if ended.any():
                 chosen = np.where(ended, self._padding(end), chosen)
             yield chosen
@@ -203,11 +203,15 @@ class OnnxFreeTransformer:
 
     def no_past(self, batch: int) -> list[Any]:
         """Keys and values of no tokens."""
-        from onnxruntime import OrtValue
-
         names = _starting(self._session("decode").get_inputs(), "past.")
         shape = (batch, self.config["num_key_value_heads"], 0, self.config["head_dim"])
-        return [OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in names]
+        return self.ort_values([np.zeros(shape, np.float32) for _ in names])
+
+    def ort_values(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """What `run` takes for keys and values."""
+        from onnxruntime import OrtValue
+
+        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each)) for each in arrays]
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
@@ -273,14 +277,20 @@ class OnnxFreeTransformer:
         return np.load(file, allow_pickle=False) if file.is_file() else None
 
     def _encode(self, text: str) -> list[int]:
-        """Tokens of a text from its beginning; as in training, where none begins it, the one that ends texts does."""
+        """Tokens of a text from its beginning."""
+        return [self.begin_token, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    @property
+    def begin_token(self) -> int:
+        """That a text begins with: as in training, where the model has none, the one that ends texts."""
         begin = self._special("bos_token_id")
-        begin = [begin] if begin is not None else self._ends(None)[:1]
+        begin = [begin] if begin is not None else self.ends()[:1]
         if not begin:
             raise ValueError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
-        return [*begin, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return begin[0]
 
-    def _ends(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    def ends(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
+        """The tokens that end a text: those given, default the model's."""
         ends = self._special("eos_token_id") if eos_token_id is None else eos_token_id
         if ends is None:
             return []

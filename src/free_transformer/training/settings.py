@@ -9,6 +9,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from free_transformer.config import FreeTransformerConfig
+from free_transformer.errors import SettingsError
 
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Schedule = Literal["constant", "linear", "cosine", "cyclical"]
@@ -24,10 +25,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
 )
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be used; the message says which, what is allowed and what to do."""
 
 
 class Section(BaseModel):
