@@ -4,9 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SEEDS ?= 1
+# Containers: any program that speaks docker's words, as podman does. RUN names a run to serve, TARGET an image.
+DOCKER ?= docker
+PORT ?= 8000
+TARGET ?= full
+IMAGE_CPU := free-transformer:cpu-$(TARGET)
+IMAGE := free-transformer:gpu
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-paper clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -83,6 +89,30 @@ bench-deployment: $(VENV)/.dev ## exports and 8-bit weights of the demo's model:
 
 bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape
 	$(BIN)/python benchmarks/paper_model.py
+
+bench-serving: $(VENV)/.dev ## 200 requests at once, latency, memory: docs/deployment.md; 12 minutes
+	@test -d runs/three_voices/free/model || $(MAKE) demo
+	$(BIN)/python benchmarks/serving.py
+
+docker-build-cpu: ## the image without a GPU; TARGET=serve serves only, TARGET=onnx without PyTorch
+	$(DOCKER) build -f Dockerfile.cpu --target $(TARGET) -t $(IMAGE_CPU) $(DOCKER_BUILD_OPTIONS) .
+
+docker-run-cpu: ## run it: the demo, or serve RUN=runs/my-run (TARGET=onnx: an export) on PORT=8000
+	@$(DOCKER) image inspect $(IMAGE_CPU) >/dev/null 2>&1 || $(MAKE) docker-build-cpu
+ifdef RUN
+	$(DOCKER) run --rm --init --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+	  -p 127.0.0.1:$(PORT):$(PORT) -v $(abspath $(RUN)):/model:ro -e FREE_TRANSFORMER_TOKEN $(IMAGE_CPU) \
+	  free-transformer serve $(if $(filter onnx,$(TARGET)),--onnx) /model --name $(notdir $(RUN)) --host 0.0.0.0 --port $(PORT)
+else
+	@mkdir -p runs
+	$(DOCKER) run --rm --init --no-healthcheck --user $$(id -u):$$(id -g) -v $(CURDIR)/runs:/work/runs $(IMAGE_CPU)
+endif
+
+docker-build: ## the image for NVIDIA GPUs
+	$(DOCKER) build -t $(IMAGE) $(DOCKER_BUILD_OPTIONS) .
+
+docker-check: $(VENV)/.dev ## build the images by buildah, serve from each, ask, show sizes (as root); 15 minutes
+	$(BIN)/python tests/containers/check.py
 
 clean: ## remove the set-up and all runs
 	rm -rf $(VENV) runs

@@ -120,7 +120,9 @@ async def measure(address: str, requests: list[dict[str, Any]], rounds: int, lon
             await send(client, requests, AT_A_TIME)
             resident.append(memory(address))
     different = sum(
-        one != other for load in [*alone[1:], *together] for one, other in zip(alone[0].answers, load.answers, strict=True)
+        one != other
+        for load in [*alone[1:], *together]
+        for one, other in zip(alone[0].answers, load.answers, strict=True)
     )
     latencies = sorted(each for load in together for each in load.latencies)
     return {

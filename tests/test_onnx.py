@@ -1,9 +1,11 @@
 """Exports beside the model in PyTorch: an export compares itself before it is written, here others compare again."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
 
 import numpy as np
@@ -21,6 +23,8 @@ from free_transformer.deploy.export import SCHEMES, TOLERANCE
 from free_transformer.deploy.onnx_export import check_static, export_onnx
 from free_transformer.deploy.onnx_quantize import quantize_graph
 from free_transformer.plan_text import plan_of_text
+from free_transformer.serving.onnx_batch import OnnxBatch
+from rows import write_in_rows
 
 SPAN, BITS = 3, 4
 
@@ -123,6 +127,45 @@ print(len(model.write("abc", 2, max_new_tokens=5, do_sample=True, seed=1)))
     assert done.stdout.splitlines() == [str(ours.tolist()), "2"]
 
 
+def test_a_server_writes_texts_that_come_and_go_as_each_alone(exports):
+    exported = OnnxFreeTransformer(exports["dynamic"].folder)
+    batch = OnnxBatch(exported, most_rows=3)
+    lengths, counts = (5, 12, 3, 17, 1), (20, 6, 30, 4, 12)
+    rng = np.random.default_rng(0)
+    prompts = [[256, *rng.integers(3, 250, length - 1).tolist()] for length in lengths]
+    plans = [
+        rng.random((batch.num_plans(length + count), BITS)) < 0.5 for length, count in zip(lengths, counts, strict=True)
+    ]
+    written = write_in_rows(batch, prompts, plans, list(counts))
+    for prompt, plan, text, count in zip(prompts, plans, written, counts, strict=True):
+        alone = exported.generate([prompt], plan=plan, max_new_tokens=count, eos_token_id=())
+        assert alone[0, len(prompt) :].tolist() == text
+    with pytest.raises(ValueError, match="made for fixed sizes"):
+        OnnxBatch(OnnxFreeTransformer(exports["static"].folder))
+
+
+def test_a_server_runs_where_torch_cannot_be_imported(models, exports):
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+sys.argv = ["free-transformer", "serve", "--onnx", {str(exports["dynamic"].folder)!r}, "--port", "0", "--name", "tiny"]
+from free_transformer.cli import main
+main()
+"""
+    plan = models["dynamic"].sample_plan(1, 8)
+    ours = models["dynamic"].generate(torch.tensor([[256, *b"abc"]]), plan=plan, max_new_tokens=20, do_sample=False)
+    body = {"prompt": "abc", "temperature": 0, "max_tokens": 20, "plan": plan[0].int().tolist()}
+    with subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = re.findall(r"http://\S+/v1", server.stdout.readline())[0]
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
+            text = json.loads(urllib.request.urlopen(request).read())["choices"][0]["text"]
+        finally:
+            server.terminate()
+    assert text == byte_tokenizer().decode(ours[0, 4:], skip_special_tokens=True)
+
+
 def test_shapes_are_named_and_large_weights_lie_beside_their_graph(exports):
     folder = exports["dynamic"].folder
     graph = onnx.load(folder / "decode.onnx", load_external_data=False)
@@ -199,7 +242,9 @@ def test_draws_have_the_chances_of_what_is_left():
     rng = np.random.default_rng(0)
 
     def shares(top_k: int, top_p: float) -> list[float]:
-        return [float(share) for share in np.bincount(draw(logits, top_k, top_p, rng), minlength=4) / len(logits)]
+        settings = (np.full(len(logits), each) for each in (1.0, top_k, top_p))
+        drawn = draw(logits, *settings, rng.random(len(logits)))
+        return [float(share) for share in np.bincount(drawn, minlength=4) / len(logits)]
 
     assert shares(0, 1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
     assert shares(2, 1.0) == pytest.approx([0.625, 0.375, 0, 0], abs=0.015)

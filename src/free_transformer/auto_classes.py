@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-WITHOUT_TORCH = {"auto_classes", "cli", "deploy", "errors", "files", "plan_text", "quiet", "serving"}  # parts of this package
+WITHOUT_TORCH = {
+    "auto_classes",
+    "cli",
+    "deploy",
+    "errors",
+    "files",
+    "plan_text",
+    "quiet",
+    "serving",
+}  # parts of this package
 
 
 def register_soon() -> None:

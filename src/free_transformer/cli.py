@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -345,7 +346,10 @@ def serve(
         Optional[str],  # noqa: UP045
         typer.Option(help="of the model in requests, default the folder's"),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="texts that are written together")] = 32,
+    max_batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="texts that are written together; default 32, of an ONNX export 8"),
+    ] = None,
     max_length: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=2, help="tokens of a prompt and what is written to it; default the model's, at most 2048"),
@@ -372,16 +376,14 @@ def serve(
     if folder is None or (run is not None and onnx is not None):
         raise SettingsError("name a RUN, or an export with --onnx FOLDER, and not both")
     bound = listen(host, port)
-    if onnx is not None:
-        batch = _onnx_batch(onnx, max_batch, max_length, threads)
-    else:
-        batch = _torch_batch(folder, max_batch, max_length, threads)
+    build = partial(_torch_batch if onnx is None else _onnx_batch, folder, max_batch, max_length, threads)
     name = name or folder.resolve().name
-    server = create_app(batch, name, max_prompt, max_tokens, max_waiting, token)
+    server = create_app(build, name, max_prompt, max_tokens, max_waiting, token)
+    batch = server.state.engine.batch
     address, port = bound.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
     console.print(
-        f"{name} at http://{address}:{port}/v1, {max_batch} texts at a time of up to {batch.max_length} tokens",
+        f"{name} at http://{address}:{port}/v1, {batch.most_rows} texts at a time of up to {batch.max_length} tokens",
         highlight=False,
         soft_wrap=True,
     )
@@ -654,7 +656,7 @@ def _write_by_onnx(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _torch_batch(path: Path, rows: int, length: int | None, threads: int | None) -> Any:
+def _torch_batch(path: Path, rows: int | None, length: int | None, threads: int | None) -> Any:
     import torch
 
     from free_transformer.serving.torch_batch import TorchBatch
@@ -665,14 +667,14 @@ def _torch_batch(path: Path, rows: int, length: int | None, threads: int | None)
         raise SettingsError(f"{path}: a baseline has no plan to steer by; serve takes a Free Transformer")
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchBatch(model.to(find_device("auto")), text_tokenizer, rows, length)
+    return TorchBatch(model.to(find_device("auto")), text_tokenizer, rows or 32, length)
 
 
-def _onnx_batch(path: Path, rows: int, length: int | None, threads: int | None) -> Any:
+def _onnx_batch(path: Path, rows: int | None, length: int | None, threads: int | None) -> Any:
     from free_transformer.deploy import OnnxFreeTransformer
     from free_transformer.serving.onnx_batch import OnnxBatch
 
-    return OnnxBatch(OnnxFreeTransformer(path, threads=threads), rows, length)
+    return OnnxBatch(OnnxFreeTransformer(path, threads=threads), rows or 8, length)
 
 
 def _prompt_tokens(text_tokenizer: Any, prompt: str) -> Any:
@@ -707,7 +709,7 @@ def as_command(debug: bool = False) -> Iterator[None]:
 
     Exit status: 1 for a failed run, 2 for bad usage; a run that was stopped ends with 128 + the signal's number.
     """
-    if "transformers" in sys.modules:  # whoever imports it later finds what `quiet` has set
+    if sys.modules.get("transformers"):  # whoever imports it later finds what `quiet` has set
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()

@@ -135,10 +135,11 @@ class OnnxFreeTransformer:
         texts = _Texts(self, mask, bits, longest)
         end = self.ends(eos_token_id)
         ended = np.zeros(len(tokens), dtype=bool)
-        sampling = [np.full(len(tokens), each) for each in (temperature if do_sample else 0.0, top_k, top_p)]
+        settings = (temperature if do_sample else 0.0, top_k, top_p)
+        temperatures, top_ks, top_ps = (np.full(len(tokens), each) for each in settings)
         for _ in range(max_new_tokens):
             logits = texts.read(tokens)
-            chosen = draw(logits, *sampling, rng.random(len(logits)))
+            chosen = draw(logits, temperatures, top_ks, top_ps, rng.random(len(logits)))
             if ended.any():
                 chosen = np.where(ended, self._padding(end), chosen)
             yield chosen

@@ -7,7 +7,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from free_transformer import __version__
 from free_transformer.serving.batch import Batch
@@ -27,12 +28,13 @@ from free_transformer.serving.metrics import Metrics
 MOST_BYTES = 4 * 2**20  # of a request
 GONE = 499  # the status, in logs and metrics, of a request whose client did not wait
 RETRY_SECONDS = 1
+BACKLOG = 1024  # connections that may wait to be accepted
 SHUTDOWN_SECONDS = 30  # for texts that are being written
 FAILED = "the text could not be written; the server's log says why"
 
 
 def create_app(
-    batch: Batch,
+    build: Callable[[], Batch],
     name: str,
     max_prompt: int | None = None,
     max_tokens: int | None = None,
@@ -40,23 +42,24 @@ def create_app(
     token: str | None = None,
 ) -> FastAPI:
     """
-    A server's ASGI application; its thread starts and stops with it.
+    A server's ASGI application, whose engine runs from now until the application shuts down.
 
     Args:
+        build: makes the batch, as in `lambda: TorchBatch(model, tokenizer)`; called at once, see `Engine`.
         name: of the model, by which requests ask for it.
         max_prompt: tokens of a prompt, default all that a text may have but one.
         max_tokens: that are written to it, default the same.
         max_waiting: texts that may wait for their turn; beyond that a request is answered 429.
         token: that requests have to show, `Authorization: Bearer TOKEN`; None asks for none.
     """
+    metrics = Metrics()
+    engine = Engine(build, max_waiting, metrics)
+    batch = engine.batch
     longest = batch.max_length - 1
     limits = Limits(max_prompt or longest, max_tokens or longest, batch.max_length)
-    metrics = Metrics()
-    engine = Engine(batch, max_waiting, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
         yield
         await asyncio.to_thread(engine.stop)
 
@@ -64,10 +67,10 @@ def create_app(
         title="Free Transformer",
         version=__version__,
         lifespan=lifespan,
-        max_body_size=MOST_BYTES,
         docs_url=None,  # pages that load scripts from elsewhere
         redoc_url=None,
     )
+    app.add_middleware(_LimitedBody)
     _answer_errors(app, metrics)
 
     def authorized(request: Request) -> None:
@@ -123,6 +126,7 @@ def create_app(
     async def metrics_page() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    app.state.engine = engine
     return app
 
 
@@ -146,6 +150,23 @@ async def _cancel_when_gone(request: Request, writing: Writing) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     writing.cancel()
+
+
+class _LimitedBody:
+    """Refuses a request whose body is too large, or of a size that it does not tell, before it is read."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: ASGIApp = self.app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            length = dict(scope["headers"]).get(b"content-length")
+            if length is None:
+                answer = _error(411, "send the size of the body, Content-Length")
+            elif int(length) > MOST_BYTES:
+                answer = _error(413, f"a body of {int(length)} bytes: this server reads at most {MOST_BYTES}")
+        await answer(scope, receive, send)
 
 
 def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
@@ -193,12 +214,13 @@ def _error_body(status: int, message: str) -> dict[str, Any]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound before anything is loaded; port 0 takes a free one. `OSError` in one line."""
+    """A socket, before anything is loaded: who connects already waits. Port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise OSError(f"{host}:{port}: {error.strerror}; choose others with --host and --port") from error
@@ -208,7 +230,12 @@ def listen(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, bound: socket.socket) -> None:
     """Serves until it is told to stop, by SIGINT or SIGTERM; texts that are being written have 30 seconds left."""
     config = uvicorn.Config(
-        app, log_level="info", timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False, lifespan="on"
+        app,
+        log_level="info",
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        server_header=False,
+        lifespan="on",
     )
     logging.getLogger("free_transformer").addHandler(logging.StreamHandler())
     uvicorn.Server(config).run(sockets=[bound])

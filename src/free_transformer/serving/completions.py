@@ -141,7 +141,9 @@ def _prompts(prompt: str | Sequence[Any], batch: Batch) -> list[list[int]]:
         if not tokens:
             raise ValueError("prompt: no tokens; begin with the one that begins a text")
         if min(tokens) < 0 or max(tokens) >= batch.vocab_size:
-            raise ValueError(f"prompt: tokens from {min(tokens)} to {max(tokens)}, there are 0 to {batch.vocab_size - 1}")
+            raise ValueError(
+                f"prompt: tokens from {min(tokens)} to {max(tokens)}, there are 0 to {batch.vocab_size - 1}"
+            )
     return prompts
 
 

@@ -11,7 +11,8 @@ from free_transformer.serving.batch import Batch, Complete, Sampling, checked_le
 
 class OnnxBatch(Batch):
     """
-    The cache is as wide as the longest text; shorter ones have padding on their left.
+    The cache is as wide as the longest text; shorter ones have padding on their left. The graph copies it at every
+    step, so that more than a few rows at a time gain little.
 
     Args:
         model: an export of free sizes.
@@ -22,7 +23,7 @@ class OnnxBatch(Batch):
         ValueError: for an export of fixed sizes or without a tokenizer, and a `max_length` beyond the model's.
     """
 
-    def __init__(self, model: OnnxFreeTransformer, most_rows: int = 32, max_length: int | None = None):
+    def __init__(self, model: OnnxFreeTransformer, most_rows: int = 8, max_length: int | None = None):
         if model.static is not None:
             raise ValueError(f"{model.folder}: made for fixed sizes; a server needs an export without --static")
         config = model.config
@@ -37,10 +38,11 @@ class OnnxBatch(Batch):
             checked_length(max_length, config["max_position_embeddings"]),
         )
         self.model = model
-        plans = self.num_plans(self.max_length)
-        self.plan = np.zeros((0, plans, self.latent_dim), dtype=bool)
-        self.mask = np.zeros((0, 0), dtype=np.int64)  # of the columns of the cache
-        self.past: list[Any] = []  # `OrtValue`s of the last step, (rows, heads, columns, head_dim)
+        self.plan = np.zeros((most_rows, self.num_plans(self.max_length), self.latent_dim), dtype=bool)
+        self.lengths = np.zeros(most_rows, dtype=np.int64)
+        self.places: list[
+            tuple[list[Any], int]
+        ] = []  # keys and values that hold a row in their last columns, and where
 
     def prior(self, name: str) -> np.ndarray | None:
         return self.model.prior(name)
@@ -50,39 +52,46 @@ class OnnxBatch(Batch):
 
     def add(self, tokens: list[int], complete: Complete, sampling: Sampling, uniform: float) -> int:
         plan = complete(lambda: self.infer_plan(tokens))
-        plan = np.pad(plan, ((0, self.plan.shape[1] - len(plan)), (0, 0)))[None]
+        row = self.rows
+        self.plan[row, : len(plan)] = plan
         mask = np.ones((1, len(tokens)), dtype=np.int64)
-        logits, past = self._read(np.array([tokens]), mask, plan, self.model.no_past(1))
+        logits, past = self._read(np.array([tokens]), mask, self.plan[row : row + 1], self.model.no_past(1))
         token = _draw(logits, [sampling], np.array([uniform]))[0]
-        if self.rows:
-            columns = max(self.mask.shape[1], len(tokens))
-            past = [
-                np.concatenate([_wider(old.numpy(), columns, 2), _wider(new.numpy(), columns, 2)])
-                for old, new in zip(self.past, past, strict=True)
-            ]
-            mask = np.concatenate([_wider(self.mask, columns, 1), _wider(mask, columns, 1)])
-            plan = np.concatenate([self.plan, plan])
-            past = self.model.ort_values(past)
-        self.past, self.mask, self.plan = past, mask, plan
+        self.places.append((past, 0))
+        self.lengths[row] = len(tokens)
         self.rows += 1
         return token
 
     def step(self, tokens: list[int], sampling: list[Sampling], uniform: np.ndarray) -> list[int]:
-        mask = np.concatenate([self.mask, np.ones((self.rows, 1), dtype=np.int64)], axis=1)
-        logits, self.past = self._read(np.array(tokens)[:, None], mask, self.plan, self.past)
-        self.mask = mask
+        past = self._gathered()
+        columns = past[0].shape()[2]
+        self.lengths[: self.rows] += 1
+        mask = np.arange(columns + 1) >= columns + 1 - self.lengths[: self.rows, None]
+        logits, present = self._read(np.array(tokens)[:, None], mask.astype(np.int64), self.plan[: self.rows], past)
+        self.places = [(present, row) for row in range(self.rows)]
         return _draw(logits, sampling, uniform)
 
     def remove(self, row: int) -> None:
         last = self.rows = self.rows - 1
-        if last == 0:
-            self.past, self.mask, self.plan = [], self.mask[:0, :0], self.plan[:0]
-            return
-        rows = np.array([*range(row), last, *range(row + 1, last)])[:last]
-        mask = self.mask[rows]
-        first = int(mask.any(0).argmax())  # columns before are padding in all that are left
-        self.mask, self.plan = mask[:, first:], self.plan[rows]
-        self.past = self.model.ort_values([each.numpy()[rows, :, first:] for each in self.past])
+        self.plan[row], self.lengths[row], self.places[row] = self.plan[last], self.lengths[last], self.places[last]
+        self.places.pop()
+
+    def _gathered(self) -> list[Any]:
+        """Keys and values of all rows: those of the last step, or where rows have come or gone, copies of them."""
+        first = self.places[0][0]
+        if first[0].shape()[0] == self.rows and all(place == (first, row) for row, place in enumerate(self.places)):
+            return first
+        columns = self.lengths[: self.rows].max()
+        gathered = []
+        arrays = {id(past): [each.numpy() for each in past] for past, _ in self.places}
+        for which, example in enumerate(first):
+            _, heads, _, head_dim = example.shape()
+            states = np.zeros((self.rows, heads, columns, head_dim), np.float32)
+            for row, (past, place) in enumerate(self.places):
+                length = self.lengths[row]
+                states[row, :, columns - length :] = arrays[id(past)][which][place, :, -length:]
+            gathered.append(states)
+        return self.model.ort_values(gathered)
 
     def _read(
         self, tokens: np.ndarray, mask: np.ndarray, plan: np.ndarray, past: list[Any]
@@ -93,13 +102,6 @@ class OnnxBatch(Batch):
         return logits.numpy()[:, -1], present
 
 
-def _wider(values: np.ndarray, columns: int, axis: int) -> np.ndarray:
-    """Padded on the left."""
-    width = [(0, 0)] * values.ndim
-    width[axis] = (columns - values.shape[axis], 0)
-    return np.pad(values, width)
-
-
 def _draw(logits: np.ndarray, sampling: list[Sampling], uniform: np.ndarray) -> list[int]:
-    settings = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
-    return draw(logits, *settings, uniform).tolist()
+    temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
+    return draw(logits, temperature, top_k, top_p, uniform).tolist()

@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from free_transformer.cache import LEAST_ROOM
 from free_transformer.data import begin_token
-from free_transformer.layout import num_plans
 from free_transformer.model import FreeTransformer
 from free_transformer.serving.batch import Batch, Complete, Sampling, checked_length
 
@@ -193,7 +192,7 @@ def draw(logits: Tensor, sampling: list[Sampling], uniform: np.ndarray) -> list[
         chances = (scaled - scaled.amax(-1, keepdim=True)).exp()
         order = None
         if rows is cut:
-            chances, order = chances.sort(-1, descending=True, stable=True)
+            chances, order = torch.sort(chances, dim=-1, descending=True, stable=True)
             rank = torch.arange(chances.shape[1], device=logits.device)
             top_k = setting("top_k")
             chances = chances.where((rank < top_k) | (top_k == 0), 0)

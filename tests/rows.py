@@ -1,0 +1,31 @@
+"""Texts that come and go in the rows of a server's batch."""
+
+import numpy as np
+
+from free_transformer.serving.batch import Batch, Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+def write_in_rows(
+    batch: Batch, prompts: list[list[int]], plans: list[np.ndarray], counts: list[int]
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, so many each; a text begins as soon as a row is free."""
+    written: list[list[int]] = [[] for _ in prompts]
+    rows: list[int] = []
+    left = list(range(len(prompts)))
+    while left or rows:
+        while left and len(rows) < batch.most_rows:
+            number = left.pop(0)
+            rows.append(number)
+            written[number].append(batch.add(prompts[number], lambda read, n=number: plans[n], GREEDY, 0.0))
+        chosen = batch.step([written[number][-1] for number in rows], [GREEDY] * len(rows), np.zeros(len(rows)))
+        for row in reversed(range(len(rows))):
+            number = rows[row]
+            written[number].append(chosen[row])
+            if len(written[number]) >= counts[number]:
+                batch.remove(row)
+                last = rows.pop()
+                if row < len(rows):
+                    rows[row] = last
+    return [text[:count] for text, count in zip(written, counts, strict=True)]
