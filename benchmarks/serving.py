@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--long-run", type=int, default=LONG_RUN, help="requests over which memory is watched")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/serving.json"))
     options = parser.parse_args()
     requests = build_requests(options.run, options.requests)
     export = options.run / "free" / "onnx"

@@ -47,6 +47,13 @@ def test_text_can_be_read_by_others(tmp_path):
     assert (tmp_path / "file.txt").stat().st_mode & 0o777 == 0o644
 
 
+def test_a_folder_can_be_read_by_others(tmp_path):
+    with new_folder(tmp_path / "new") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "weights").touch(0o600)
+    assert (tmp_path / "new" / "inner" / "weights").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_folder_is_there_only_when_it_is_whole(tmp_path):
     with new_folder(tmp_path / "a" / "new") as folder:
         (folder / "inner").mkdir()

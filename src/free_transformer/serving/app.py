@@ -1,6 +1,7 @@
 """HTTP: OpenAI's completions with plans, health, metrics."""
 
 import asyncio
+import contextlib
 import difflib
 import json
 import logging
@@ -8,7 +9,6 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -58,7 +58,7 @@ def create_app(
     longest = batch.max_length - 1
     limits = Limits(max_prompt or longest, max_tokens or longest, batch.max_length)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(engine.stop)
@@ -238,4 +238,5 @@ def run(app: FastAPI, bound: socket.socket) -> None:
         lifespan="on",
     )
     logging.getLogger("free_transformer").addHandler(logging.StreamHandler())
-    uvicorn.Server(config).run(sockets=[bound])
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
+        uvicorn.Server(config).run(sockets=[bound])

@@ -1,6 +1,7 @@
 """The folder of a run, and what is in it."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -19,6 +20,9 @@ from free_transformer.training.settings import Settings, SettingsError, load_set
 
 def load_model(folder: Path) -> PreTrainedModel:
     """A model in eval mode. `SettingsError` where the folder's weights cannot be read."""
+    locked = [file.name for file in folder.iterdir() if not os.access(file, os.R_OK)]
+    if locked:
+        raise SettingsError(f"{folder}: {', '.join(locked)}: no permission to read")
     try:
         return AutoModelForCausalLM.from_pretrained(folder).eval()
     except (SafetensorError, OSError) as error:
