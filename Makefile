@@ -10,6 +10,8 @@ PORT ?= 8000
 TARGET ?= full
 IMAGE_CPU := free-transformer:cpu-$(TARGET)
 IMAGE := free-transformer:gpu
+# The files of a run may be its owner's alone to read; but no server is root.
+AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
 .PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check clean
@@ -100,7 +102,7 @@ docker-build-cpu: ## the image without a GPU; TARGET=serve serves only, TARGET=o
 docker-run-cpu: ## run it: the demo, or serve RUN=runs/my-run (TARGET=onnx: an export) on PORT=8000
 	@$(DOCKER) image inspect $(IMAGE_CPU) >/dev/null 2>&1 || $(MAKE) docker-build-cpu
 ifdef RUN
-	$(DOCKER) run --rm --init --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+	$(DOCKER) run --rm --init --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(AS_CALLER) \
 	  -p 127.0.0.1:$(PORT):$(PORT) -v $(abspath $(RUN)):/model:ro -e FREE_TRANSFORMER_TOKEN $(IMAGE_CPU) \
 	  free-transformer serve $(if $(filter onnx,$(TARGET)),--onnx) /model --name $(notdir $(RUN)) --host 0.0.0.0 --port $(PORT)
 else

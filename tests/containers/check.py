@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -68,14 +67,14 @@ def build_base(folder: Path) -> None:
 def write_models(folder: Path) -> dict[str, Path]:
     """A small model as a folder of its own, and as an ONNX export."""
     torch.manual_seed(0)
-    config = FreeTransformerConfig(
-        vocab_size=259, hidden_dim=32, num_layers=2, num_heads=2, latent_dim=4, max_seq_len=64, eos_token_id=None
-    )
+    sizes = {"vocab_size": 259, "hidden_dim": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64}
+    config = FreeTransformerConfig(**sizes, latent_dim=4, plan_span="sequence", eos_token_id=None)
     model = FreeTransformer(config).eval()
     model.save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     export_onnx(model, folder / "export", byte_tokenizer())
-    folder.chmod(0o755)
+    folder.chmod(0o755)  # for the images' user
+    (folder / "model" / "model.safetensors").chmod(0o644)
     return {"torch": folder / "model", "onnx": folder / "export"}
 
 
@@ -86,28 +85,31 @@ def check_server(target: str, model: Path) -> None:
         find = "import importlib.util; print(importlib.util.find_spec('torch'))"
         assert run("free-transformer:cpu-onnx", "python", "-c", find).strip() == "None"
     started = time.monotonic()
-    with server("docker-run-cpu", f"TARGET={target}", f"RUN={model}", f"PORT={PORT}"):
-        wait_for_health()
+    with server("docker-run-cpu", f"TARGET={target}", f"RUN={model}", f"PORT={PORT}") as process:
+        wait_for_health(process)
         seconds = time.monotonic() - started
         client = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none")
         answer = client.completions.create(model=model.name, prompt="Hello", max_tokens=8, extra_body={"plan": "0110"})
     choice = answer.choices[0]
-    assert choice.plan == "0110" and answer.usage.completion_tokens == 8
+    assert choice.plan == "0110" and choice.finish_reason == "length" and answer.usage.completion_tokens == 8, answer
     print(f"{target}: answers {seconds:.0f} s after its start: {json.dumps(choice.text)}", flush=True)
 
 
 @contextlib.contextmanager
-def server(*arguments: str) -> Iterator[None]:
-    process = subprocess.Popen(["make", f"DOCKER={DOCKER}", *arguments], cwd=ROOT, start_new_session=True)
+def server(*arguments: str) -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen(["make", f"DOCKER={DOCKER}", *arguments], cwd=ROOT)
     try:
-        yield
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # the server itself, as an engine would: buildah makes a long story of its own end
+        subprocess.run(["pkill", "-TERM", "-f", rf"^/opt/venv/bin/python\S* .*serve .*--port {PORT}"])
         process.wait()
 
 
-def wait_for_health() -> None:
+def wait_for_health(process: subprocess.Popen) -> None:
     for _ in range(START_SECONDS):
+        if process.poll() is not None:
+            sys.exit("the server has ended")
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
             urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health").read()
             return
