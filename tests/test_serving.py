@@ -24,6 +24,7 @@ from free_transformer.cli import main
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy import arrays
 from free_transformer.plan_text import format_bits, plan_of_text
+from free_transformer.serving import torch_batch
 from free_transformer.serving.app import MOST_BYTES, create_app, listen
 from free_transformer.serving.batch import Sampling
 from free_transformer.serving.engine import Busy, Engine, Job
@@ -205,6 +206,24 @@ def test_rows_come_and_go_and_each_is_written_as_by_generate(span):
             torch.tensor([prompt]), plan=torch.from_numpy(plan), max_new_tokens=count, do_sample=False, eos_token_id=-1
         )
         assert expected[0, len(prompt) :].tolist() == text
+
+
+def test_logits_of_a_text_are_the_same_to_the_bit_beside_however_many_others(monkeypatch):
+    wide = build_model(hidden_dim=512, num_heads=8, num_kv_heads=2, ffn_hidden_dim=1024, plan_span="sequence")
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch_batch, "draw", lambda logits, *_: seen.append(logits[0].clone()) or [65] * len(logits))
+
+    def first_text(others: int) -> torch.Tensor:
+        batch = TorchBatch(wide, byte_tokenizer(), most_rows=40)
+        seen.clear()
+        for length in [7, *(3 + other for other in range(others))]:
+            batch.add([256] + [70] * length, lambda read: np.ones((1, 4), dtype=bool), Sampling(), 0.5)
+        for _ in range(3):
+            batch.step([65] * batch.rows, [Sampling()] * batch.rows, np.full(batch.rows, 0.5))
+        return torch.stack(seen[-3:])
+
+    alone = first_text(0)
+    assert all(torch.equal(first_text(others), alone) for others in (3, 20, 39))
 
 
 @given(st.integers(0, 2**32 - 1))

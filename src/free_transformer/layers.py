@@ -30,7 +30,8 @@ class RMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != self.weight.dtype or (hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu):
             return super().forward(hidden_states)
-        small = hidden_states.numel() < SMALL and not torch.is_grad_enabled()
+        # a step of generation too, whatever its rows: they round alike then, however many are written together
+        small = not torch.is_grad_enabled() and (hidden_states.numel() < SMALL or hidden_states.shape[-2] == 1)
         if not hidden_states.is_cpu or small or torch.compiler.is_compiling():
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
