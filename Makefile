@@ -92,7 +92,7 @@ bench-deployment: $(VENV)/.dev ## exports and 8-bit weights of the demo's model:
 bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape
 	$(BIN)/python benchmarks/paper_model.py
 
-bench-serving: $(VENV)/.dev ## 200 requests at once, latency, memory: docs/deployment.md; 12 minutes
+bench-serving: $(VENV)/.dev ## 200 requests at once, latency, memory: docs/serving.md; 7 minutes
 	@test -d runs/three_voices/free/model || $(MAKE) demo
 	$(BIN)/python benchmarks/serving.py
 
@@ -113,7 +113,7 @@ endif
 docker-build: ## the image for NVIDIA GPUs
 	$(DOCKER) build -t $(IMAGE) $(DOCKER_BUILD_OPTIONS) .
 
-docker-check: $(VENV)/.dev ## build the images by buildah, serve from each, ask, show sizes (as root); 15 minutes
+docker-check: $(VENV)/.dev ## build the images by buildah, serve from each, ask, show sizes (as root); 12 minutes
 	$(BIN)/python tests/containers/check.py
 
 clean: ## remove the set-up and all runs

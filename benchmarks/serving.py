@@ -1,6 +1,6 @@
 """
 A server under load: 200 requests at once against one by one, whether each answer is the one that the request gets
-alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/deployment.md.
+alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/serving.md.
 """
 
 import argparse
@@ -12,12 +12,13 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from comparison_report import table
@@ -69,16 +70,22 @@ def build_requests(run_folder: Path, count: int) -> list[dict[str, Any]]:
 def server(arguments: list[str]) -> Iterator[str]:
     """The address of a server of its own process."""
     command = [sys.executable, "-u", "-m", "free_transformer", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+/v1", process.stdout.readline())
-        if found is None:
-            raise RuntimeError(f"{' '.join(command)}: it did not start")
-        yield found[0]
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryFile("a+") as log:  # not a pipe, which fills up if nobody reads it
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield _address(process, log)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _address(process: subprocess.Popen, log: IO[str]) -> str:
+    while process.poll() is None:
+        log.seek(0)
+        if found := re.search(r"http://\S+/v1", log.read()):
+            return found[0]
+        time.sleep(0.1)
+    raise RuntimeError("the server did not start")
 
 
 async def ask(client: AsyncOpenAI, request: dict[str, Any]) -> tuple[float, dict[str, Any]]:

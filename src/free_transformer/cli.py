@@ -369,8 +369,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve completions over HTTP, as OpenAI's clients ask for them, with plan, plan_from and prompt_plan."""
-    from free_transformer.serving.app import create_app, listen
-    from free_transformer.serving.app import run as run_server
+    try:
+        from free_transformer.serving.app import create_app, listen
+        from free_transformer.serving.app import run as run_server
+    except ImportError as error:
+        raise ImportError(f"a server needs {error.name}: pip install 'free-transformer-lm[serve]'") from error
 
     folder = onnx or run
     if folder is None or (run is not None and onnx is not None):
@@ -378,16 +381,16 @@ def serve(
     bound = listen(host, port)
     build = partial(_torch_batch if onnx is None else _onnx_batch, folder, max_batch, max_length, threads)
     name = name or folder.resolve().name
-    server = create_app(build, name, max_prompt, max_tokens, max_waiting, token)
+    server = create_app(build, name, max_prompt, max_tokens, max_waiting, token or None)
     batch = server.state.engine.batch
     address, port = bound.getsockname()[:2]
-    address = f"[{address}]" if ":" in address else address
+    shown = f"[{address}]" if ":" in address else address
     console.print(
-        f"{name} at http://{address}:{port}/v1, {batch.most_rows} texts at a time of up to {batch.max_length} tokens",
+        f"{name} at http://{shown}:{port}/v1, {batch.most_rows} texts at a time of up to {batch.max_length} tokens",
         highlight=False,
         soft_wrap=True,
     )
-    if token is None and not ip_address(host).is_loopback:
+    if not token and not ip_address(address).is_loopback:
         console.print("warning: whoever reaches this address may use it; --token asks for one", style="yellow")
     run_server(server, bound)
 
