@@ -21,12 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from free_transformer import __version__
 from free_transformer.serving.batch import Batch
-from free_transformer.serving.completions import Answer, CompletionRequest, Limits, build_jobs
+from free_transformer.serving.completions import GONE, Answer, CompletionRequest, Limits, build_jobs
 from free_transformer.serving.engine import Busy, Engine, Writing
 from free_transformer.serving.metrics import Metrics
 
 MOST_BYTES = 4 * 2**20  # of a request
-GONE = 499  # the status, in logs and metrics, of a request whose client did not wait
 RETRY_SECONDS = 1
 BACKLOG = 1024  # connections that may wait to be accepted
 SHUTDOWN_SECONDS = 30  # for texts that are being written
@@ -56,7 +55,7 @@ def create_app(
     engine = Engine(build, max_waiting, metrics)
     batch = engine.batch
     longest = batch.max_length - 1
-    limits = Limits(max_prompt or longest, max_tokens or longest, batch.max_length)
+    limits = Limits(max_prompt or longest, max_tokens or longest)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -14,6 +14,7 @@ from free_transformer.serving.batch import Batch, Sampling
 from free_transformer.serving.engine import Job, Piece
 
 MOST_STOPS = 16
+GONE = 499  # the status, in logs and metrics, of a request whose client did not wait
 Bit = Literal[0, 1]
 
 
@@ -74,7 +75,6 @@ class Limits:
 
     prompt: int
     new: int
-    both: int
 
 
 def build_jobs(request: CompletionRequest, batch: Batch, limits: Limits) -> list[Job]:
@@ -96,7 +96,7 @@ def build_jobs(request: CompletionRequest, batch: Batch, limits: Limits) -> list
     example = None if request.plan_from is None else batch.encode(request.plan_from)[: batch.max_length]
     prompts = _prompts(request.prompt, batch)
     for tokens in prompts:
-        _check_length(len(tokens), request.max_tokens, limits)
+        _check_length(len(tokens), request.max_tokens, limits, batch.max_length)
     return [
         Job(
             tokens=tokens,
@@ -147,14 +147,14 @@ def _prompts(prompt: str | Sequence[Any], batch: Batch) -> list[list[int]]:
     return prompts
 
 
-def _check_length(prompt: int, new: int, limits: Limits) -> None:
+def _check_length(prompt: int, new: int, limits: Limits, both: int) -> None:
     if prompt > limits.prompt:
         raise ValueError(f"prompt: {prompt} tokens, this server reads at most {limits.prompt}")
     if new > limits.new:
         raise ValueError(f"max_tokens={new}: this server writes at most {limits.new}")
-    if prompt + new > limits.both:
+    if prompt + new > both:
         raise ValueError(
-            f"max_tokens={new} after a prompt of {prompt} tokens: together this server holds at most {limits.both}"
+            f"max_tokens={new} after a prompt of {prompt} tokens: together this server holds at most {both}"
         )
 
 
@@ -163,7 +163,7 @@ class Answer:
 
     def __init__(self, request: CompletionRequest, jobs: Sequence[Job], model: str, batch: Batch):
         self.request, self.batch = request, batch
-        self.index = {id(job): index for index, job in enumerate(jobs)}
+        self.index = {job: index for index, job in enumerate(jobs)}
         self.jobs = jobs
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -196,15 +196,15 @@ class Answer:
 
     @property
     def status(self) -> int:
-        """Of HTTP: 499, which nobody reads, where the texts were given up."""
+        """Of HTTP."""
         ends = {choice["finish_reason"] for choice in self.choices}
-        return 500 if "error" in ends else 499 if "cancelled" in ends else 200
+        return 500 if "error" in ends else GONE if "cancelled" in ends else 200
 
     def whole(self) -> dict[str, Any]:
         return {**self.head, "choices": self.choices, "usage": self._usage()}
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        index = self.index[id(piece.job)]
+        index = self.index[piece.job]
         choice = self.choices[index]
         choice["finish_reason"] = piece.end
         if piece.plan is not None:
