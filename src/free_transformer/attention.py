@@ -50,7 +50,21 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SplitAttention(LlamaAttention):
-    """`LlamaAttention` whose queries and whose keys and values come from two places; same weights, same names."""
+    """
+    `LlamaAttention` whose queries and whose keys and values come from two places; same weights, same names.
+
+    With `query_key_norm` it is Qwen 3's, and without `attention_output_bias` Qwen 2's.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.attention_output_bias is not None and config.attention_output_bias != config.attention_bias:
+            width = config.num_attention_heads * self.head_dim
+            self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        self.norms_heads = config.query_key_norm
+        if self.norms_heads:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -83,9 +97,12 @@ class SplitAttention(LlamaAttention):
         else:
             query = project(self.q_proj, hidden_states)
             key, value = project_together((self.k_proj, self.v_proj), key_value_states)
-        query = rotate(heads(query), position_embeddings).transpose(1, 2)
-        key = rotate(heads(key), key_value_position_embeddings or position_embeddings).transpose(1, 2)
-        value = heads(value).transpose(1, 2)
+        query, key, value = heads(query), heads(key), heads(value)
+        if self.norms_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, position_embeddings).transpose(1, 2)
+        key = rotate(key, key_value_position_embeddings or position_embeddings).transpose(1, 2)
+        value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

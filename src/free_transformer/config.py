@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
+
+from free_transformer.pretrained import adopt, plain_config
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ class FreeTransformerConfig(LlamaConfig):
         table_init: start of the table: `"bit_linear"` (each bit adds or subtracts its own vector), `"normal"`
             (independent rows) or `"zero"` (a plan that changes nothing, for pretrained models).
         readout_init_scale: scale of the encoder's readout at the start, relative to `fan_in^-1/2`.
+        stream_scale: root mean square of X where it was measured, as in a pretrained model; the start of the table
+            and its learning rate follow it. None: 1, or `hidden_dim^-1/2` with tied embeddings.
+        query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
+        attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
         encoder_class: written by a model with an encoder of your own, so that loading can ask for it.
 
     Raises:
@@ -101,6 +107,9 @@ class FreeTransformerConfig(LlamaConfig):
     plan_chunk_bytes: int = 24 * 2**20
     table_init: str = "bit_linear"
     readout_init_scale: float | int = 0.1
+    stream_scale: float | int | None = None
+    query_key_norm: bool = False
+    attention_output_bias: bool | None = None
     encoder_class: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -140,23 +149,23 @@ class FreeTransformerConfig(LlamaConfig):
         full, rest = divmod(self.latent_dim, self.code_bits)
         return [self.code_bits] * full + [rest] * (rest > 0)
 
-    def to_llama(self) -> LlamaConfig:
-        """The same Llama without a plan: the configuration of the baseline."""
-        kept = {name: value for name, value in self.to_dict().items() if name in LlamaConfig.__dataclass_fields__}
-        return LlamaConfig(**{name: kept[name] for name in kept if name not in ("architectures", "model_type")})
+    def to_llama(self) -> PreTrainedConfig:
+        """The same Llama (or Qwen) without a plan: the configuration of the baseline."""
+        return plain_config(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in `transformers`; a name in a *file* that this version does not know is dropped with a warning."""
         known = cls._known_names() | _ALSO_ACCEPTED
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = adopt(config_dict, known)
         unknown = {name for name in config_dict if name not in known and not name.startswith("_")}
         if unknown:
             logger.warning("config.json: ignored %s", ", ".join(sorted(unknown)))
+        # What the caller changes counts before anything follows from it; types of weights are the loader's business.
+        changes = {name: kwargs.pop(name) for name in cls._known_names() & kwargs.keys() - {"dtype"}}
         config_dict = {k: v for k, v in config_dict.items() if k not in unknown and not k.startswith("_")}
-        if config_dict.get("model_type") == "llama":
-            # A pretrained Llama becomes a Free Transformer whose plan changes nothing, until it is trained.
-            config_dict = {**config_dict, "model_type": cls.model_type, "table_init": "zero"}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict({**config_dict, **changes}, **kwargs)
 
     @classmethod
     def _known_names(cls) -> set[str]:

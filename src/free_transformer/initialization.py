@@ -12,7 +12,10 @@ from free_transformer.plan import PlanPrior, PlanTable
 
 
 def stream_scale(config: LlamaConfig) -> float:
-    """Scale of the residual stream X: 1, or with tied embeddings what gives logits of scale 1."""
+    """Scale of the residual stream X: as measured, else 1, or with tied embeddings what gives logits of scale 1."""
+    measured = getattr(config, "stream_scale", None)
+    if measured is not None:
+        return measured
     return config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
@@ -43,6 +43,7 @@ from free_transformer.layout import (
 )
 from free_transformer.losses import objective
 from free_transformer.plan import BinaryMapper, PlanPrior, PlanTable, as_plan
+from free_transformer.pretrained import warm_start
 
 MODES = ("training", "inference")
 
@@ -172,18 +173,27 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     def from_pretrained(
         cls, path: str | os.PathLike, *args: Any, encoder: nn.Module | None = None, **kwargs: Any
     ) -> Any:
-        """`PreTrainedModel.from_pretrained`; a plain Llama's folder gives a model with the logits of that Llama."""
-        if encoder is None:
-            return super().from_pretrained(path, *args, **kwargs)
-        # `transformers` replaces buffers that no checkpoint holds by uninitialised memory: keep the encoder's own.
-        own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-        loaded = super().from_pretrained(path, *args, encoder=encoder, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        stored = model.encoder.state_dict()
-        for name, buffer in model.encoder.named_buffers():
+        """
+        `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
+
+        Such a one keeps its logits: the table starts at zero, the encoder as a copy of the layer that receives the plan.
+
+        Raises:
+            ValueError: for the folder of another kind of model.
+        """
+        tells = kwargs.pop("output_loading_info", False)
+        own = {}
+        if encoder is not None:  # `transformers` replaces buffers that no checkpoint holds by uninitialised memory
+            own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+            kwargs["encoder"] = encoder
+        model, loading = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        stored = model.encoder.state_dict() if own else {}
+        for name, buffer in own.items():
             if name not in stored:
-                buffer.copy_(own[name])
-        return loaded
+                model.encoder.get_buffer(name).copy_(buffer)
+        if encoder is None and "encoder.query" in loading["missing_keys"]:
+            warm_start(model)
+        return (model, loading) if tells else model
 
     def forward(
         self,
@@ -497,9 +507,9 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         return mode
 
 
-def build_baseline(config: FreeTransformerConfig) -> LlamaForCausalLM:
+def build_baseline(config: FreeTransformerConfig) -> PreTrainedModel:
     """The Llama of the same configuration, started in the same way: the model to compare with."""
-    model = LlamaForCausalLM(config.to_llama())
+    model = AutoModelForCausalLM.from_config(config.to_llama())
     model.apply(lambda module: init_module(module, model.config))
     return model
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import begin_token
+from free_transformer.files import first_line
 from free_transformer.model import FreeTransformer, build_baseline
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import build_optimizers, table_optimizer
@@ -15,21 +17,52 @@ from free_transformer.training.step import computing_dtype
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that the settings describe, free or baseline, for this tokenizer."""
-    config = settings.model.build(
-        vocab_size=len(tokenizer),
-        kl_weight=settings.training.kl_weight,
-        bos_token_id=begin_token(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **({} if _names_length(settings) else {"max_seq_len": settings.training.seq_len}),
-    )
-    if config.max_position_embeddings < settings.training.seq_len:
+    """The model that the settings describe, free or baseline, new or pretrained, for this tokenizer."""
+    if settings.model.pretrained is not None:
+        model = _pretrained(settings)
+    else:
+        config = settings.model.build(
+            vocab_size=len(tokenizer),
+            kl_weight=settings.training.kl_weight,
+            bos_token_id=begin_token(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **({} if _names_length(settings) else {"max_seq_len": settings.training.seq_len}),
+        )
+        model = build_baseline(config) if settings.model.kind == "baseline" else FreeTransformer(config)
+    if model.config.max_position_embeddings < settings.training.seq_len:
         raise SettingsError(
             f"training.seq_len={settings.training.seq_len} is longer than model.max_seq_len="
-            f"{config.max_position_embeddings}"
+            f"{model.config.max_position_embeddings}"
         )
-    return build_baseline(config) if settings.model.kind == "baseline" else FreeTransformer(config)
+    if model.config.vocab_size < len(tokenizer):
+        raise SettingsError(
+            f"data.tokenizer={settings.data.tokenizer} has {len(tokenizer)} tokens, {settings.model.pretrained} knows "
+            f"{model.config.vocab_size}: take its own"
+        )
+    return model
+
+
+def _pretrained(settings: Settings) -> PreTrainedModel:
+    """A pretrained model in single precision, ready to train: what `training.precision` says is how it computes."""
+    model, folder = settings.model, settings.model.pretrained
+    assert folder is not None
+    try:
+        if model.kind == "free":
+            config = model.build(kl_weight=settings.training.kl_weight)
+            loaded = FreeTransformer.from_pretrained(folder, config=config, dtype=torch.float32)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise SettingsError(f"model.pretrained={folder}: cannot be read ({first_line(error)})") from error
+    if model.kind == "baseline" and isinstance(loaded, FreeTransformer):
+        raise SettingsError(
+            f"model.pretrained={folder}: a Free Transformer; a baseline starts from a model without plan"
+        )
+    if settings.training.freeze_first_half:
+        loaded.get_input_embeddings().requires_grad_(False)
+        loaded.model.layers[: loaded.config.num_hidden_layers // 2].requires_grad_(False)
+    return loaded.train()
 
 
 def _names_length(settings: Settings) -> bool:

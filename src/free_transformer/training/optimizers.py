@@ -16,6 +16,7 @@ LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that wer
 
 NOT_HIDDEN = ("embed_tokens", "lm_head", "encoder.readout")  # matrices that AdamW keeps under Muon
 BETAS = (0.9, 0.99)
+NEW_PARTS = 10  # times the rate of what is pretrained
 
 
 def build_optimizers(
@@ -25,32 +26,55 @@ def build_optimizers(
     AdamW, with weight decay on matrices alone; with `muon`, Muon for the matrices inside the blocks.
 
     The plan's table has no decay: a row moves only when its code is drawn, and decay would erase the rare ones. With
-    `sparse_adam` the other rows are not even read, and the table's gradient becomes a sparse one.
+    `sparse_adam` the other rows are not even read, and the table's gradient becomes a sparse one. Each group keeps its
+    peak rate as `peak_lr`.
     """
     muon: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    of_adam: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     table: list[nn.Parameter] = []
     sparse = table_optimizer(model, settings, sparse_tables) == "sparse_adam"
     if isinstance(model, FreeTransformer):
         model.plan_table.sparse = sparse
+    rate, plan_rate, table_rate = settings.learning_rate, *plan_rates(model, settings)
     for name, parameter in model.named_parameters():
-        if "plan_table" in name:
-            (table if sparse else plain).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if "plan_table" in name and sparse:
+            table.append(parameter)
+        elif "plan_table" in name:
+            of_adam.setdefault((table_rate, 0.0), []).append(parameter)
         elif settings.optimizer == "muon" and parameter.ndim == 2 and not any(part in name for part in NOT_HIDDEN):
             muon.append(parameter)
         else:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [{"params": each, "weight_decay": settings.weight_decay} for each in _by_mesh(decayed)]
-    groups += [{"params": each, "weight_decay": 0.0} for each in _by_mesh(plain)]
-    rate = settings.learning_rate
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)]
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            of_adam.setdefault((plan_rate if name.startswith("encoder.") else rate, decay), []).append(parameter)
+    groups = [
+        {"params": alike, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in of_adam.items()
+        for alike in _by_mesh(parameters)
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=BETAS, fused=True)]
     if muon:
         kind = SharedMuon if any(isinstance(each, DTensor) for each in muon) else torch.optim.Muon
         optimizers.append(kind(muon, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
     if table:
-        optimizers.append(torch.optim.SparseAdam(table, lr=rate, betas=BETAS))
+        optimizers.append(torch.optim.SparseAdam(table, lr=table_rate, betas=BETAS))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def plan_rates(model: nn.Module, settings: TrainingSettings) -> tuple[float, float]:
+    """
+    Peak learning rates of the encoder and of the table.
+
+    What a pretrained model does not bring has to learn faster than what it brings. Its table starts at zero and has to
+    come to the scale of X, which Adam's steps do not know: the table's rate is per unit of that scale.
+    """
+    scale = getattr(model.config, "stream_scale", None)
+    rate = settings.plan_learning_rate or settings.learning_rate * (1 if scale is None else NEW_PARTS)
+    return rate, rate * (scale or 1.0)
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
@@ -179,10 +203,9 @@ def learning_rate_scale(step: int, settings: TrainingSettings) -> float:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, settings: TrainingSettings) -> float:
-    """Sets the rate of a step in all optimizers and returns AdamW's."""
+    """Sets the rate of a step in all groups of all optimizers, and returns `learning_rate`'s."""
     scale = learning_rate_scale(step, settings)
     for optimizer in optimizers:
-        muon = isinstance(optimizer, torch.optim.Muon)
         for group in optimizer.param_groups:
-            group["lr"] = (settings.muon_learning_rate if muon else settings.learning_rate) * scale
+            group["lr"] = group["peak_lr"] * scale
     return settings.learning_rate * scale

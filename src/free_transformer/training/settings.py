@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import LlamaConfig
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.errors import SettingsError
+from free_transformer.files import first_line
 
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Schedule = Literal["constant", "linear", "cosine", "cyclical"]
 TableOptimizer = Literal["auto", "adamw", "sparse_adam"]
+LLAMA_NAMES = {*LlamaConfig.__dataclass_fields__, *FreeTransformerConfig.attribute_map}
+SHAPE = {"hidden_dim", "num_layers", "num_heads"}
+OF_THE_PLAN = {"latent_dim", "plan_span", "free_bits", "min_bits", "aggregate_weight"}
+MAY_CHANGE = {"max_seq_len", "max_position_embeddings", "dropout", "attention_dropout"}  # whatever the weights are
 Sources = list[str] | dict[str, Annotated[float, Field(gt=0)]]  # all texts of several, or shares of a mixture
 MEMBER = re.compile(r"(constrained-)?int|(literal|function|list|dict).*\[.*")  # of a union, in pydantic's words
 
@@ -37,6 +43,11 @@ class ModelSettings(Section):
     model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
 
     kind: Literal["free", "baseline"] = Field("free", description="free, or baseline: the same Llama without a plan")
+    pretrained: str | None = Field(
+        None,
+        description="folder, or name on the hub, of a Llama, Mistral, Qwen 2 or 3 to start from, or of a Free "
+        "Transformer; its shape is then the model's",
+    )
     hidden_dim: int = Field(256, ge=2, description="width of the residual stream")
     num_layers: int = Field(6, ge=1, description="decoder layers; the plan enters at half depth")
     num_heads: int = Field(4, ge=1, description="attention heads; hidden_dim / num_heads must be even")
@@ -54,10 +65,28 @@ class ModelSettings(Section):
 
     def build(self, **changes: Any) -> FreeTransformerConfig:
         """The model's configuration. `SettingsError` for a name or value that it refuses."""
+        values = {**self.model_dump(exclude={"kind", "pretrained"}), **changes}
         try:
-            return FreeTransformerConfig(**{**self.model_dump(exclude={"kind"}), **changes})
-        except ValueError as error:
+            if self.pretrained is None:
+                return FreeTransformerConfig(**values)
+            return FreeTransformerConfig.from_pretrained(self.pretrained, **values)
+        except (ValueError, OSError) as error:
             raise SettingsError(f"model: {error}") from error
+
+    def adopt(self) -> None:
+        """Takes over what a pretrained model decides. `SettingsError` where it differs from what was asked for."""
+        try:
+            values, _ = FreeTransformerConfig.get_config_dict(self.pretrained)
+            config = FreeTransformerConfig.from_dict(values)
+        except (ValueError, OSError) as error:
+            raise SettingsError(f"model.pretrained={self.pretrained}: {first_line(error)}") from error
+        brings_plan = values["model_type"] == config.model_type
+        fixed = LLAMA_NAMES - MAY_CHANGE | ({"latent_dim"} if brings_plan else set())
+        for name in sorted(self.model_fields_set & fixed):
+            if (asked := getattr(self, name)) != (known := getattr(config, name)):
+                raise SettingsError(f"model.{name}={asked}: {self.pretrained} has {known}; leave it out")
+        for name in SHAPE | (OF_THE_PLAN - self.model_fields_set if brings_plan else set()):
+            setattr(self, name, getattr(config, name))
 
 
 def _one_or_many(value: Any) -> Any:
@@ -89,6 +118,18 @@ class TrainingSettings(Section):
     )
     seq_len: int = Field(256, ge=2, description="tokens of a row, begin-of-text included")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    plan_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="that of the encoder and the plan's table; default learning_rate, or ten times it where "
+        "model.pretrained brings the rest",
+    )
+    freeze_first_half: bool = Field(
+        False, description="leave the embeddings and layers before the plan as model.pretrained brings them: less time"
+    )
+    lora_rank: int = Field(
+        0, ge=0, description="rank of LoRA adapters in place of the decoder's own weights; 0 trains those"
+    )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="what the cosine ends at, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="decay of weight matrices; norms, biases and tables have none")
@@ -175,7 +216,11 @@ class DataSettings(Section):
         "mixture, {a.jsonl: 3, b.jsonl: 1}, whose rows are drawn in these shares",
     )
     validation: list[str] = Field(default_factory=list, description="held-out text, of the same kinds")
-    tokenizer: str = Field("bytes", description="bytes, the folder of any AutoTokenizer, or its name on the hub")
+    tokenizer: str = Field(
+        "auto",
+        description="bytes, the folder of any AutoTokenizer, or its name on the hub; auto: model.pretrained's, "
+        "without one bytes",
+    )
     column: str = Field("text", description="column of the text in .jsonl, .parquet and data sets")
     streaming: bool = Field(False, description="read while training, for text that does not fit in memory")
     shuffle_buffer: int = Field(10_000, ge=1, description="rows that streaming shuffles among")
@@ -219,6 +264,12 @@ class Settings(Section):
     logging: LoggingSettings = LoggingSettings()
     distributed: DistributedSettings = DistributedSettings()
 
+    @model_validator(mode="after")
+    def _known_tokenizer(self) -> "Settings":
+        if self.data.tokenizer == "auto":
+            self.data.tokenizer = self.model.pretrained or "bytes"
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
@@ -254,8 +305,10 @@ def parse_settings(values: dict[str, Any], source: str = "settings") -> Settings
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(f"{source}: " + "; ".join(map(_explain, _nearest(error.errors())))) from error
-    settings.model.build()
     try:
+        if settings.model.pretrained is not None:
+            settings.model.adopt()
+        settings.model.build()
         _check_together(settings)
     except SettingsError as error:
         raise SettingsError(f"{source}: {error}") from error
@@ -265,6 +318,9 @@ def parse_settings(values: dict[str, Any], source: str = "settings") -> Settings
 def _check_together(settings: Settings) -> None:
     """What no setting can tell by itself."""
     training, least = settings.training, settings.model.min_bits
+    for name in ("freeze_first_half", "lora_rank"):
+        if getattr(training, name) and settings.model.pretrained is None:
+            raise SettingsError(f"training.{name}={getattr(training, name)}: only with model.pretrained")
     starts = {"training.free_bits_start": training.free_bits_start} if training.free_bits_schedule != "constant" else {}
     for number, stage in enumerate(training.stages):
         name = f"training.stages.{number}"
