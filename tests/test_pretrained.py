@@ -1,12 +1,16 @@
 """Pretrained models that grow a plan: same logits before training, and every kind that the documentation names."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -15,7 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from free_transformer import FreeTransformer
+from free_transformer import FreeTransformer, cli
+from free_transformer.data import byte_tokenizer
 
 SHAPE = {
     "vocab_size": 48,
@@ -158,3 +163,77 @@ def test_the_scale_of_the_stream_is_that_of_a_typical_token(donor, tokens):
     model = FreeTransformer.from_pretrained(folder, latent_dim=4)
     states = model.first_half(tokens).hidden_states
     assert_close(model.config.stream_scale, states.square().mean(-1).sqrt().median().item(), atol=0, rtol=0.3)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs the command line; its status and what it printed."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["free-transformer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ending:
+            cli.main()
+        return ending.value.code, capsys.readouterr()
+
+    return run
+
+
+def test_the_command_converts_and_lists_what_is_new(donor, tokens, tmp_path, command):
+    pretrained, folder = donor(DONORS["tied"])
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(temperature=0.3, do_sample=True, eos_token_id=[2, 3]).save_pretrained(folder)
+    status, shown = command("convert", folder, tmp_path / "free", "--latent-dim", 5, "--plan-span", 7)
+    assert status == 0, shown.err
+    model = FreeTransformer.from_pretrained(tmp_path / "free")
+    assert (model.config.latent_dim, model.config.plan_span) == (5, 7)
+    with torch.no_grad():
+        assert_close(model(tokens).logits, pretrained(tokens).logits)
+    fresh = {"encoder", "encoder.query", "encoder.readout", "plan_table"}
+    parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in pretrained.parameters())
+    listed = dict(re.findall(r"│ (\S+) +│ ([\d,]+) +│", shown.out))
+    assert listed.keys() == fresh
+    assert sum(int(count.replace(",", "")) for count in listed.values()) == parameters
+    assert re.search(r"largest difference from the logits of \S+: [\d.]+e-0[6-9]", shown.out)
+    again = AutoTokenizer.from_pretrained(tmp_path / "free")
+    assert (again.chat_template, again.get_vocab()) == (tokenizer.chat_template, tokenizer.get_vocab())
+    assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.3, [2, 3])
+
+
+def test_a_plan_of_zeros_is_merged_to_the_bit_and_another_refused_with_the_reason(donor, tmp_path, command):
+    for name in ("llama", "qwen2", "qwen3"):
+        pretrained, folder = donor(DONORS[name])
+        out = tmp_path / name
+        assert command("convert", folder, out / "free", "--latent-dim", 3)[0] == 0
+        assert command("convert", out / "free", out / "back", "--merge-plan", "010")[0] == 0
+        back = AutoModelForCausalLM.from_pretrained(out / "back")
+        assert type(back) is type(pretrained)
+        assert_close(back.state_dict(), pretrained.state_dict(), atol=0, rtol=0)
+    model = FreeTransformer.from_pretrained(out / "free")
+    torch.nn.init.ones_(model.plan_table.weight[2])  # the row of 010
+    model.save_pretrained(out / "trained")
+    status, shown = command("convert", out / "trained", out / "refused", "--merge-plan", "010")
+    assert status == 2
+    assert "plan 010 cannot be merged" in shown.err and "layer 2" in shown.err
+    assert not (out / "refused").exists()
+    assert command("convert", out / "trained", out / "other", "--merge-plan", "000")[0] == 0  # its row is still zero
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nowhere", "out"], 1, "nowhere: cannot be read as a model"),
+        (["donor", "donor"], 1, "exists already"),
+        (["donor", "out", "--latent-dim", "0"], 2, "greater than or equal to 1"),
+        (["donor", "out", "--plan-span", "long"], 2, "plan_span='long'"),
+        (["donor", "out", "--merge-plan", "01"], 2, "no Free Transformer"),
+    ],
+)
+def test_bad_usage_of_convert_is_one_line(donor, tmp_path, command, monkeypatch, arguments, status, message):
+    donor(DONORS["llama"])
+    monkeypatch.chdir(tmp_path)
+    found, shown = command("convert", *arguments)
+    assert (found, len(shown.err.splitlines())) == (status, 1)
+    assert message in shown.err

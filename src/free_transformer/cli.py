@@ -287,6 +287,43 @@ def generate(
 
 
 @app.command()
+def convert(
+    pretrained: Annotated[
+        str, typer.Argument(help="folder, or name on the hub, of a Llama, Mistral, Qwen 2 or Qwen 3", metavar="LLAMA")
+    ],
+    out: Annotated[Path, typer.Argument(help="the folder to write", metavar="OUT")],
+    latent_dim: Annotated[int, typer.Option(min=1, help="bits of one plan")] = 8,
+    plan_span: Annotated[str, typer.Option(help="tokens that a plan covers: a number, or sequence")] = "sequence",
+    code_bits: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="bits of a group with a table of its own, default all up to 16, else 8"),
+    ] = None,
+    check: Annotated[bool, typer.Option(help="compare the logits with LLAMA's")] = True,
+    merge_plan: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="the other way: LLAMA is a Free Transformer, OUT the plain model under this plan", metavar="BITS"
+        ),
+    ] = None,
+) -> None:
+    """Turn a pretrained Llama into a Free Transformer with the same logits, whose plan is yet to be trained."""
+    from free_transformer import conversion
+
+    if merge_plan is not None:
+        conversion.merge_plan(Path(pretrained), out, merge_plan)
+        console.print(f"written to {out}, without a plan", highlight=False, soft_wrap=True)
+        return
+    span = int(plan_span) if plan_span.isdigit() else plan_span
+    settings = {"latent_dim": latent_dim, "plan_span": span, "code_bits": code_bits}
+    with console.status(f"reading {pretrained}"):
+        done = conversion.convert(pretrained, out, check=check, **settings)
+    _print_table(["new", "parameters", "starts as"], [[p.name, f"{p.parameters:,}", p.start] for p in done.parts])
+    if done.difference is not None:
+        console.print(f"largest difference from the logits of {pretrained}: {done.difference:.2g}", highlight=False)
+    console.print(f"written to {out}; train it with model.pretrained={out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def export(
     run: RunArgument,
     to: Annotated[

@@ -176,7 +176,7 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         """
         `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
 
-        Such a one keeps its logits: the table starts at zero, the encoder as a copy of the layer that receives the plan.
+        Such a one keeps its logits: the table starts at zero, the encoder as a copy of the layer that takes the plan.
 
         Raises:
             ValueError: for the folder of another kind of model.

@@ -6,10 +6,11 @@ or a norm of their queries and keys. A plan of zeros leaves each of them as it w
 """
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -94,10 +95,26 @@ def measured_scale(model: "FreeTransformer") -> float:
     return float(f"{states.float().square().mean(-1).sqrt().median().item():.2g}")
 
 
-def new_parts(model: "FreeTransformer") -> list[tuple[str, nn.Module, str]]:
-    """What a pretrained model did not bring: name, module, and how it starts."""
-    started = "zero: the plan changes nothing yet" if model.config.table_init == "zero" else model.config.table_init
-    return [
-        ("encoder", model.encoder, f"a copy of layer {model.config.plan_layer}; its query and readout are new"),
-        ("plan_table", model.plan_table, started),
-    ]
+@dataclass
+class NewPart:
+    """A part that a pretrained model did not bring, its parameters, and how it starts."""
+
+    name: str
+    parameters: int
+    start: str
+
+
+def new_parts(model: "FreeTransformer") -> list[NewPart]:
+    """What training has to teach."""
+    starts = {
+        "encoder.query": "random",
+        "encoder": f"a copy of layer {model.config.plan_layer}, attention and MLP, with its norms",
+        "encoder.readout": "random and small",
+        "plan_table": f"zero, {len(model.plan_table.weight):,} vectors: no plan changes anything yet",
+    }
+    counts = dict.fromkeys(starts, 0)
+    for name, parameter in model.named_parameters():
+        part = max((part for part in starts if f"{name}.".startswith(f"{part}.")), key=len, default=None)
+        if part is not None:
+            counts[part] += parameter.numel()
+    return [NewPart(part, counts[part], start) for part, start in starts.items()]
