@@ -42,7 +42,7 @@ def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     if kind not in KIN:
         raise ValueError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(KIN)}")
     own = CONFIG_MAPPING[kind].from_dict(dict(values))
-    adopted = {name: value for name, value in own.to_dict().items() if name in known and name != "architectures"}
+    adopted = {name: value for name, value in own.to_dict().items() if name in known - {"architectures", "model_type"}}
     window = getattr(own, "sliding_window", None)
     if window is not None and window < own.max_position_embeddings:
         logger.warning("texts of up to %d tokens: beyond, %s attends within a sliding window", window, kind)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from free_transformer.data import begin_token
 from free_transformer.files import first_line
 from free_transformer.model import FreeTransformer, build_baseline
+from free_transformer.training.adapters import add_adapters
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import build_optimizers, table_optimizer
 from free_transformer.training.parallel import parallelize
@@ -57,7 +58,7 @@ def _pretrained(settings: Settings) -> PreTrainedModel:
         raise SettingsError(f"model.pretrained={folder}: cannot be read ({first_line(error)})") from error
     if model.kind == "baseline" and isinstance(loaded, FreeTransformer):
         raise SettingsError(
-            f"model.pretrained={folder}: a Free Transformer; a baseline starts from a model without plan"
+            f"model.pretrained={folder}: a Free Transformer; a baseline starts from a model without a plan"
         )
     if settings.training.freeze_first_half:
         loaded.get_input_embeddings().requires_grad_(False)
@@ -75,12 +76,18 @@ def new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes:
     dtype = computing_dtype(training.precision, processes)
     torch.manual_seed(training.seed)
     model = build_model(settings, tokenizer)
+    adapters = None
+    if training.lora_rank:
+        if not alone:
+            raise SettingsError(f"training.lora_rank={training.lora_rank}: one process alone has adapters")
+        first_layer = model.config.num_hidden_layers // 2 if training.freeze_first_half else 0
+        adapters = add_adapters(model, training.lora_rank, first_layer)
     parallelize(model, processes, training.gradient_checkpointing, training.compile, dtype)
     model.to(processes.device)  # type: ignore[arg-type]
     if not alone:  # dropout: another one in each process
         torch.manual_seed(int(np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)[0]))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
-    return TrainState(model, build_optimizers(model, training, sparse_tables=alone), scaler)
+    return TrainState(model, build_optimizers(model, training, sparse_tables=alone), scaler, adapters)
 
 
 def resolved(settings: Settings, model: PreTrainedModel, alone: bool) -> Settings:

@@ -52,6 +52,7 @@ class TrainState:
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    adapters: Any = None  # PEFT's tuner, where adapters learn in the place of the decoder's weights
     step: int = 0
     batches: int = 0  # micro-batches read: the data's position
     stage_batches: int = 0  # of them, those that stages with other data had read before

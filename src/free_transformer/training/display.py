@@ -129,7 +129,7 @@ class Display:
         self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def sample(self, step: int, text: str) -> None:
-        self.console.print(f"[dim]step {step} writes:[/] {escape(text)!r}", highlight=False)
+        self.console.print(f"[dim]step {step} writes:[/] {escape(repr(text))}", highlight=False)
 
     def _milestone(self, step: int) -> bool:
         every = max(1, self.settings.training.max_steps // LINES_WITHOUT_A_TERMINAL)

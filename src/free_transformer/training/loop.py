@@ -19,6 +19,7 @@ from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer
+from free_transformer.training.adapters import merge_adapters, write_adapters
 from free_transformer.training.batches import TrainingData, load_training, load_validation, training_batches
 from free_transformer.training.build import new_state, resolved
 from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints, load_checkpoint
@@ -342,6 +343,10 @@ class _Trainer:
 
     def _write_model(self) -> None:
         model: Any = self.state.model
+        if self.state.adapters is not None:
+            with new_folder(self.run.adapter_folder) as folder:
+                write_adapters(self.state.adapters, folder)
+            model = merge_adapters(self.state.adapters)
         weights = {} if self.processes.size == 1 else {"state_dict": whole_state_dict(model)}
         if self.processes.main:
             with new_folder(self.run.model_folder) as folder:

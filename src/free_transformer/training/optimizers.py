@@ -17,6 +17,7 @@ LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that wer
 NOT_HIDDEN = ("embed_tokens", "lm_head", "encoder.readout")  # matrices that AdamW keeps under Muon
 BETAS = (0.9, 0.99)
 NEW_PARTS = 10  # times the rate of what is pretrained
+FROM_ZERO = 10  # times more for a table that has all its way to go
 
 
 def build_optimizers(
@@ -70,11 +71,15 @@ def plan_rates(model: nn.Module, settings: TrainingSettings) -> tuple[float, flo
     Peak learning rates of the encoder and of the table.
 
     What a pretrained model does not bring has to learn faster than what it brings. Its table starts at zero and has to
-    come to the scale of X, which Adam's steps do not know: the table's rate is per unit of that scale.
+    come to the scale of X, which Adam's steps do not know: its rate is per unit of that scale, and larger still, or the
+    text is learned before the plan is of use.
     """
     scale = getattr(model.config, "stream_scale", None)
-    rate = settings.plan_learning_rate or settings.learning_rate * (1 if scale is None else NEW_PARTS)
-    return rate, rate * (scale or 1.0)
+    if scale is None:
+        rate = settings.plan_learning_rate or settings.learning_rate
+        return rate, rate
+    rate = settings.plan_learning_rate or settings.learning_rate * NEW_PARTS
+    return rate, rate * FROM_ZERO * scale
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:

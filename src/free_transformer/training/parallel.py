@@ -14,10 +14,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from free_transformer.encoder import PlanEncoder
-from free_transformer.layers import DecoderLayer
 from free_transformer.model import FreeTransformer
 from free_transformer.plan import BinaryMapper
 from free_transformer.training.processes import Processes
@@ -71,7 +70,7 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
         if (heads := getattr(config, name)) % count:
             raise SettingsError(f"distributed.tensor={count}: does not divide the model's {heads} {name}")
     for block in blocks(model):
-        if isinstance(block, LlamaDecoderLayer | DecoderLayer | PlanEncoder):  # a user's own encoder stays whole
+        if isinstance(block, GradientCheckpointingLayer | PlanEncoder):  # a user's own encoder stays whole
             names = [name for name, _ in block.named_modules()]
             columns = {name: ColwiseParallel() for name in names if name.endswith(IN_COLUMNS)}
             rows = {name: RowwiseParallel() for name in names if name.endswith(IN_ROWS)}

@@ -51,6 +51,7 @@ class Run:
         self.report_file = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.model_folder = self.path / "model"
+        self.adapter_folder = self.path / "adapter"  # of a run with training.lora_rank; model/ has it merged
 
     @cached_property
     def settings(self) -> Settings:

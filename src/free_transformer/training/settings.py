@@ -16,7 +16,8 @@ from free_transformer.files import first_line
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Schedule = Literal["constant", "linear", "cosine", "cyclical"]
 TableOptimizer = Literal["auto", "adamw", "sparse_adam"]
-LLAMA_NAMES = {*LlamaConfig.__dataclass_fields__, *FreeTransformerConfig.attribute_map}
+ROPE = {"rope_theta", "rope_scaling"}  # older names of what `rope_parameters` holds
+LLAMA_NAMES = {*LlamaConfig.__dataclass_fields__, *FreeTransformerConfig.attribute_map, *ROPE}
 SHAPE = {"hidden_dim", "num_layers", "num_heads"}
 OF_THE_PLAN = {"latent_dim", "plan_span", "free_bits", "min_bits", "aggregate_weight"}
 MAY_CHANGE = {"max_seq_len", "max_position_embeddings", "dropout", "attention_dropout"}  # whatever the weights are
@@ -83,7 +84,7 @@ class ModelSettings(Section):
         brings_plan = values["model_type"] == config.model_type
         fixed = LLAMA_NAMES - MAY_CHANGE | ({"latent_dim"} if brings_plan else set())
         for name in sorted(self.model_fields_set & fixed):
-            if (asked := getattr(self, name)) != (known := getattr(config, name)):
+            if (asked := getattr(self, name)) != (known := getattr(config, name, config.rope_parameters)):
                 raise SettingsError(f"model.{name}={asked}: {self.pretrained} has {known}; leave it out")
         for name in SHAPE | (OF_THE_PLAN - self.model_fields_set if brings_plan else set()):
             setattr(self, name, getattr(config, name))
