@@ -4,11 +4,15 @@ import difflib
 import functools
 import inspect
 import logging
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig
+
+from .sharing import write_code
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +160,20 @@ class FreeTransformerConfig(LlamaConfig):
         if config_dict.get("model_type") == "llama":
             # A pretrained Llama becomes a Free Transformer whose plan changes nothing, until it is trained.
             config_dict = {**config_dict, "model_type": cls.model_type, "table_init": "zero"}
+            config_dict.pop("auto_map", None)  # of the Llama's own code
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`; where `auto_map` names the model's code, that is written too, see `sharing`."""
+        if hasattr(self, "auto_map") and not write_code(Path(save_directory)):
+            del self.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """As in `transformers`, for a class of your own: this one's code is named and written with its model's."""
+        if cls is not FreeTransformerConfig:
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def _known_names(cls) -> set[str]:
