@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import hub as transformers_hub
 
 from free_transformer import FreeTransformer, build_baseline
+from free_transformer.cli import app
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy.export import write_rest
 from free_transformer.evaluation import compare, evaluate_likelihood
@@ -233,6 +234,17 @@ def test_a_llama_keeps_its_generation_settings_and_chat_template(tmp_path):
     assert kept.to_diff_dict() == llama.generation_config.to_diff_dict()
     assert AutoTokenizer.from_pretrained(tmp_path / "free").chat_template == tokenizer.chat_template
     assert auto_map(tmp_path / "free") == AUTO_MAP
+
+
+def test_temperature_0_does_not_sample_whatever_the_folder_says(run, capsys):
+    file = run.model_folder / "generation_config.json"
+    write_json(file, {**json.loads(file.read_text()), "do_sample": True, "temperature": 5.0})
+    written = []
+    for seed in ("1", "2"):
+        arguments = ["--temperature", "0", "--plan", "101101", "--max-new-tokens", "12", "--seed", seed]
+        app(["generate", str(run.path), *arguments], standalone_mode=False)
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
 
 
 # Pushing
