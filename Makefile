@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check clean
+.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -115,6 +115,9 @@ docker-build: ## the image for NVIDIA GPUs
 
 docker-check: $(VENV)/.dev ## build the images by buildah, serve from each, ask, show sizes (as root); 12 minutes
 	$(BIN)/python tests/containers/check.py
+
+hub-check: $(VENV)/.train ## load a model (of RUN, or one of seconds) where only torch and transformers are installed; 2 minutes
+	$(BIN)/python tests/hub/check.py $(RUN)
 
 clean: ## remove the set-up and all runs
 	rm -rf $(VENV) runs

@@ -141,7 +141,9 @@ def test_another_kind_of_model_is_refused_by_name(tmp_path):
 def test_settings_of_the_plan_follow_from_each_other(donor):
     _, folder = donor(DONORS["llama"])
     config = FreeTransformer.from_pretrained(folder, latent_dim=32).config
-    assert (config.code_bits, config.plan_gradient) == (8, "exact")
+    assert (config.group_bits, config.plan_gradient, config.table_init) == ([1] * 32, "exact", "zero")
+    config = FreeTransformer.from_pretrained(folder, latent_dim=18, code_bits=12).config
+    assert (config.group_bits, config.plan_gradient) == ([12, 6], "sampled")
     with pytest.raises(ValueError, match="free_bits=-1"):
         FreeTransformer.from_pretrained(folder, free_bits=-1)
 

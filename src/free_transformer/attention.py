@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from free_transformer.products import lay_together, project, project_together
+from .products import lay_together, project, project_together
 
 Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, head_dim)
 

@@ -8,7 +8,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,7 +21,6 @@ from typer.core import TyperCommand
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.errors import SettingsError
-from free_transformer.files import write_json
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
@@ -152,7 +150,7 @@ def evaluate(
     _print_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
     _print_table(*usage_table(likelihood))
     evaluated = Run(run)
-    warning = evaluated.write_evaluation(likelihood, bytes_per_token)
+    warning = evaluated.write_evaluation(likelihood, bytes_per_token, data)
     if warning:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     console.print(f"{likelihood.documents} texts, {likelihood.tokens} tokens; written to {evaluated.evaluation_file}")
@@ -202,7 +200,7 @@ def compare(
         ],
     ]
     _print_table(["", "nats per token", "nats per byte"], rows)
-    write_json(run / "comparison.json", {**asdict(result), "bytes_per_token": bytes_per_token})
+    Run(run).write_comparison(result, bytes_per_token)
 
 
 @app.command()
@@ -240,7 +238,7 @@ def generate(
         raise SettingsError("give --plan or --plan-from, not both")
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = {"do_sample": False}  # whatever the generation_config.json of a converted Llama says
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     if (run / EXPORT_FILE).is_file():
@@ -295,9 +293,8 @@ def convert(
     latent_dim: Annotated[int, typer.Option(min=1, help="bits of one plan")] = 8,
     plan_span: Annotated[str, typer.Option(help="tokens that a plan covers: a number, or sequence")] = "sequence",
     code_bits: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="bits of a group with a table of its own, default all up to 16, else 8"),
-    ] = None,
+        int, typer.Option(min=1, help="bits of a group with a table of its own; 1 learns fastest from zero")
+    ] = 1,
     check: Annotated[bool, typer.Option(help="compare the logits with LLAMA's")] = True,
     merge_plan: Annotated[
         Optional[str],  # noqa: UP045
@@ -673,7 +670,7 @@ def _write_under(
     """One text under a plan, which holds as far as it goes; later plans come from the prior."""
     import torch
 
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), plan=plan, max_new_tokens=max_new_tokens, **sampling
     )

@@ -4,13 +4,16 @@ import difflib
 import functools
 import inspect
 import logging
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
-from free_transformer.pretrained import adopt, plain_config
+from .pretrained import adopt, plain_config
+from .sharing import write_code
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +169,18 @@ class FreeTransformerConfig(LlamaConfig):
         changes = {name: kwargs.pop(name) for name in cls._known_names() & kwargs.keys() - {"dtype"}}
         config_dict = {k: v for k, v in config_dict.items() if k not in unknown and not k.startswith("_")}
         return super().from_dict({**config_dict, **changes}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`; where `auto_map` names the model's code, that is written too, see `sharing`."""
+        if hasattr(self, "auto_map") and not write_code(Path(save_directory)):
+            del self.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """As in `transformers`, for a class of your own: this one's code is named and written with its model's."""
+        if cls is not FreeTransformerConfig:
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def _known_names(cls) -> set[str]:

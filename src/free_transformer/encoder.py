@@ -8,10 +8,10 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
 
-from free_transformer.attention import SplitAttention, rotary
-from free_transformer.config import FreeTransformerConfig
-from free_transformer.layers import MLP, RMSNorm
-from free_transformer.layout import PlanLayout, same_document
+from .attention import SplitAttention, rotary
+from .config import FreeTransformerConfig
+from .layers import MLP, RMSNorm
+from .layout import PlanLayout, same_document
 
 
 class PlanEncoder(nn.Module):

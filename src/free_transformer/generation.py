@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
-from free_transformer.attention import SplitAttention
-from free_transformer.cache import GrowingCache
-from free_transformer.config import FreeTransformerConfig
-from free_transformer.layers import MLP
-from free_transformer.layout import num_plans
-from free_transformer.plan import as_plan
+from .attention import SplitAttention
+from .cache import GrowingCache
+from .config import FreeTransformerConfig
+from .layers import MLP
+from .layout import num_plans
+from .plan import as_plan
 
 PROMPT_PLANS = ("posterior", "prior")
 

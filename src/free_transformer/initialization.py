@@ -6,9 +6,8 @@ from transformers import LlamaConfig
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
-from free_transformer.config import FreeTransformerConfig
-from free_transformer.encoder import PlanEncoder
-from free_transformer.plan import PlanPrior, PlanTable
+from .encoder import PlanEncoder
+from .plan import PlanPrior, PlanTable
 
 
 def stream_scale(config: LlamaConfig) -> float:
@@ -44,6 +43,5 @@ def init_module(module: nn.Module, config: LlamaConfig) -> None:
     elif isinstance(module, PlanPrior):
         init.zeros_(module.log_aggregate)
     elif isinstance(module, PlanEncoder):
-        assert isinstance(config, FreeTransformerConfig)
         init.normal_(module.query, std=scale)
         init.normal_(module.readout.weight, std=config.readout_init_scale * config.hidden_size**-0.5)

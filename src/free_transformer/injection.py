@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from free_transformer.layers import DecoderLayer
+from .layers import DecoderLayer
 
 
 class InjectedDecoderLayer(DecoderLayer):

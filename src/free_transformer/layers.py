@@ -17,9 +17,9 @@ from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from free_transformer.attention import Rotation, SplitAttention
-from free_transformer.losses import chunked_reconstruction_loss
-from free_transformer.products import lay_together, multiply, project, project_together
+from .attention import Rotation, SplitAttention
+from .losses import chunked_reconstruction_loss
+from .products import lay_together, multiply, project, project_together
 
 SMALL = 2**14  # values, under which an operation's call costs more than its work
 

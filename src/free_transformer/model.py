@@ -25,14 +25,14 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
 
-from free_transformer.attention import rotary
-from free_transformer.config import FreeTransformerConfig
-from free_transformer.encoder import PlanEncoder
-from free_transformer.generation import PROMPT_PLANS, PlanGenerationMixin
-from free_transformer.initialization import init_module
-from free_transformer.injection import InjectedDecoderLayer
-from free_transformer.layers import DecoderLayer, Head, RMSNorm
-from free_transformer.layout import (
+from .attention import rotary
+from .config import FreeTransformerConfig
+from .encoder import PlanEncoder
+from .generation import PROMPT_PLANS, PlanGenerationMixin
+from .initialization import init_module
+from .injection import InjectedDecoderLayer
+from .layers import DecoderLayer, Head, RMSNorm
+from .layout import (
     PlanLayout,
     flash_boundaries,
     is_packed,
@@ -41,9 +41,10 @@ from free_transformer.layout import (
     plan_to_token,
     same_document,
 )
-from free_transformer.losses import objective
-from free_transformer.plan import BinaryMapper, PlanPrior, PlanTable, as_plan
-from free_transformer.pretrained import warm_start
+from .losses import objective
+from .plan import BinaryMapper, PlanPrior, PlanTable, as_plan
+from .pretrained import warm_start
+from .sharing import name_code
 
 MODES = ("training", "inference")
 
@@ -194,6 +195,12 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         if encoder is None and "encoder.query" in loading["missing_keys"]:
             warm_start(model)
         return (model, loading) if tells else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, and the code of the model beside its weights, unless a part of it is your own."""
+        name = type(self).__name__.removeprefix("FSDP")  # the class that sharding makes of this one
+        name_code(self.config, wanted=name == FreeTransformer.__name__ and self.config.encoder_class is None)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,

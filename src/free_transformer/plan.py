@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from free_transformer.losses import kl_bits
-from free_transformer.straight_through import StraightThrough, group_runs
+from .losses import kl_bits
+from .straight_through import StraightThrough, group_runs
 
 MAX_CODE_BITS_INT64 = 63
 MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted each by itself, longer plans bit by bit

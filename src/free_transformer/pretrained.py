@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 if TYPE_CHECKING:
-    from free_transformer.model import FreeTransformer
+    from .model import FreeTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,9 @@ KIN: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"query_key_norm": True},
 }
+# How a plan is added to what knows how to write already (docs/pretrained.md): it changes nothing at first; its vectors
+# are sums over bits, so that half of all texts move each of them away from zero; and its bits tell texts apart.
+START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
 PROBE_TOKENS = 64  # of a text of random tokens, on which the scale of X is measured
 
 
@@ -42,12 +45,16 @@ def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     if kind not in KIN:
         raise ValueError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(KIN)}")
     own = CONFIG_MAPPING[kind].from_dict(dict(values))
-    adopted = {name: value for name, value in own.to_dict().items() if name in known - {"architectures", "model_type"}}
+    adopted = {
+        name: value
+        for name, value in own.to_dict().items()
+        if name in known - {"architectures", "auto_map", "model_type"}
+    }
     window = getattr(own, "sliding_window", None)
     if window is not None and window < own.max_position_embeddings:
         logger.warning("texts of up to %d tokens: beyond, %s attends within a sliding window", window, kind)
         adopted["max_position_embeddings"] = window
-    return {**adopted, **KIN[kind], "table_init": "zero"}
+    return {**adopted, **KIN[kind], **START}
 
 
 def plain_config(config: Any) -> PreTrainedConfig:

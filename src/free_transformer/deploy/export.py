@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.deploy.onnx_model import PRIOR_FILE
 from free_transformer.model import FreeTransformer
+from free_transformer.sharing import name_code
 
 SCHEMES = ("int8-weight", "int8-dynamic")
 TOLERANCE = 1e-4  # of logits, in float32; relative where they are above 1
@@ -77,7 +78,9 @@ def traceable(model: FreeTransformer) -> FreeTransformer:
 
 def write_rest(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Configuration, tokenizer, and the prior that was gathered, if any."""
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    name_code(config, wanted=False)  # it could not read what is written here
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

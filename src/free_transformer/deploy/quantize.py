@@ -20,6 +20,7 @@ from free_transformer.config import FreeTransformerConfig
 from free_transformer.deploy.export import SCHEMES, check_export
 from free_transformer.files import first_line, new_folder, write_json
 from free_transformer.model import FreeTransformer
+from free_transformer.sharing import name_code
 
 DYNAMIC_FILE, WEIGHTS_FILE = "int8_dynamic.json", "model.safetensors"
 
@@ -117,7 +118,9 @@ def _write_dynamic(model: FreeTransformer, folder: Path) -> None:
         tensors |= {f"{name}.weight": weight.int_repr(), f"{name}.scale": weight.q_per_channel_scales()}
         if bias is not None:
             tensors[f"{name}.bias"] = bias.detach()
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    name_code(config, wanted=False)  # it could not read what is written here
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     save_file(tensors, folder / WEIGHTS_FILE)
     write_json(folder / DYNAMIC_FILE, {"engine": torch.backends.quantized.engine})

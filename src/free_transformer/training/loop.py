@@ -25,7 +25,8 @@ from free_transformer.training.build import new_state, resolved
 from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints, load_checkpoint
 from free_transformer.training.display import Display
 from free_transformer.training.memory import decide_batch_size
-from free_transformer.training.metrics import Entries, Totals
+from free_transformer.training.metrics import VALIDATION_SAMPLES, Entries, Totals
+from free_transformer.training.model_card import write_model_card
 from free_transformer.training.optimizers import set_learning_rate
 from free_transformer.training.parallel import reshard, whole_state_dict
 from free_transformer.training.processes import Processes, join_processes
@@ -36,7 +37,6 @@ from free_transformer.training.step import apply_gradients, autocast, compute_gr
 from free_transformer.training.stopping import StopRequest, TrainingStopped, listen_for_stop
 from free_transformer.training.trackers import check_trackers
 
-VALIDATION_SAMPLES = 4
 LEAST_LOSS_SCALE = 1.0  # of fp16: under it, gradients are no numbers for another reason
 
 
@@ -352,6 +352,7 @@ class _Trainer:
             with new_folder(self.run.model_folder) as folder:
                 model.save_pretrained(folder, **weights)
                 self.tokenizer.save_pretrained(folder)
+                write_model_card(self.run, folder)
         self.processes.barrier()
 
 

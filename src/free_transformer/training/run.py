@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents
+from free_transformer.evaluation.comparison import Comparison
 from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.evaluation.usage import usage_warning
 from free_transformer.files import first_line, write_json, write_text
+from free_transformer.training.model_card import write_model_card
 from free_transformer.training.settings import Settings, SettingsError, load_settings
 
 
@@ -48,6 +50,8 @@ class Run:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluation_file = self.path / "metrics.json"
+        self.comparison_file = self.path / "comparison.json"
+        self.control_file = self.path / "control.json"
         self.report_file = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.model_folder = self.path / "model"
@@ -89,12 +93,21 @@ class Run:
     def write_config(self, settings: Settings) -> None:
         write_text(self.config_file, settings.to_yaml())
 
-    def write_evaluation(self, likelihood: Likelihood, bytes_per_token: float) -> str | None:
-        """Writes `metrics.json`, and returns what it warns of."""
+    def write_evaluation(
+        self, likelihood: Likelihood, bytes_per_token: float, data: Sequence[str] | None = None
+    ) -> str | None:
+        """Writes `metrics.json` and the model's card, and returns what the first warns of. `data`: if not the run's."""
         values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
         warning = usage_warning(likelihood)
-        write_json(self.evaluation_file, {**values, "bytes_per_token": bytes_per_token, "warning": warning})
+        values |= {"bytes_per_token": bytes_per_token, "warning": warning}
+        write_json(self.evaluation_file, {**values, "data": list(data or self.settings.data.validation)})
+        write_model_card(self)
         return warning
+
+    def write_comparison(self, comparison: Comparison, bytes_per_token: float) -> None:
+        """Writes `comparison.json` and the model's card."""
+        write_json(self.comparison_file, {**asdict(comparison), "bytes_per_token": bytes_per_token})
+        write_model_card(self)
 
     def append_metrics(self, **values: Any) -> None:
         try:
