@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from free_transformer import rounding
 from free_transformer.attention import Rotation, SplitAttention
 from free_transformer.losses import chunked_reconstruction_loss
 from free_transformer.products import lay_together, multiply, project, project_together
@@ -28,7 +29,8 @@ class RMSNorm(LlamaRMSNorm):
     """`LlamaRMSNorm`; also in double precision, where Llama's computes in single."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != self.weight.dtype or (hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu):
+        narrow = hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu
+        if hidden_states.dtype != self.weight.dtype or narrow or rounding.as_llama:
             return super().forward(hidden_states)
         # a step of generation too, whatever its rows: they round alike then, however many are written together
         small = not torch.is_grad_enabled() and (hidden_states.numel() < SMALL or hidden_states.shape[-2] == 1)
