@@ -489,7 +489,8 @@ def lm_eval(
     _print_table(*result_table(results))
     file = output or run / "lm_eval.json"
     write_json(file, results)
-    console.print(f"written to {file}", highlight=False, soft_wrap=True)
+    meaning = "± nats is over plans, of a request's log-likelihood; " if hasattr(model, "infer_plan") else ""
+    console.print(f"{meaning}written to {file}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="plan")

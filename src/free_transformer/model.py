@@ -25,6 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
 
+from free_transformer import rounding
 from free_transformer.attention import rotary
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.encoder import PlanEncoder
@@ -77,7 +78,7 @@ class FirstHalf:
     @property
     def lets_one_ask(self) -> bool:
         """Whether attention of the last token alone can be told by the last row of the mask."""
-        if "cu_seq_lens_q" in self.layer_arguments:  # Flash Attention's documents
+        if rounding.as_llama or "cu_seq_lens_q" in self.layer_arguments:  # Flash Attention's documents
             return False
         mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["past_key_values"]
         if mask is None:  # a causal one, which also hides what a static cache has not written yet

@@ -1,11 +1,17 @@
 """
 `lm-evaluation-harness` on a Free Transformer: likelihoods averaged over plans, texts written under drawn ones.
 
-A continuation has the likelihood that this library's own writing gives it, `log 1/S sum_s p(continuation | prompt, Z_s)`:
-the plans `Z_s` of the prompt's tokens are read from the prompt alone by the encoder, or drawn from the prior, and those
+A continuation has the likelihood that this library's own writing gives it,
+
+    log 1/S sum_s p(continuation | prompt, Z_s).
+
+The plans `Z_s` of the prompt's tokens are read from the prompt alone by the encoder, or drawn from the prior, and those
 of the tokens that follow come from the prior, as in `generate`. The encoder never reads a continuation: it would have
 read the answer. A whole document (`loglikelihood_rolling`) has no prompt; its likelihood is the importance-weighted
 bound of `evaluate_likelihood`.
+
+Where plans have no effect (R = 0, a converted Llama) all is computed as the Llama computes it, and the scores are those
+of the harness's `hf`, to the bit.
 """
 
 import hashlib
@@ -14,6 +20,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -80,7 +87,7 @@ class _Row:
         self.highest = highest
 
     def answers(self) -> list[tuple[float, bool, float]]:
-        """Of each continuation its log-likelihood, whether it is the likeliest token by token, and the first's error."""
+        """Of each continuation its log-likelihood, whether each token of it is the likeliest, and the error."""
         means, errors = log_mean_exp(torch.stack(self.values))
         greedy = [False] * len(means)
         if self.probabilities is not None:
@@ -148,6 +155,7 @@ class PlanHarnessLM(HFLM):
         self.prompt_plan = prompt_plan
         self.prior = self.model.plan_prior.checked(prior)
         self.plan_seed = plan_seed
+        self._neutral = not bool(self.model.plan_table.weight.any())
         # Plans are drawn on the CPU, where more of them from one seed begin as fewer do; on a GPU they do not.
         self._plan_prior = PlanPrior(self.model.config.latent_dim)
         self._plan_prior.load_state_dict(self.model.plan_prior.state_dict())
@@ -240,13 +248,13 @@ class PlanHarnessLM(HFLM):
     def _score(self, batch: list[_Row]) -> None:
         """Reads the texts once up to the plan, and once more from there under each plan."""
         mixed = self.mixed_precision_dtype
-        with like_llama(), torch.autocast(self.device.type, mixed, enabled=mixed is not None):
+        with self._rounding(), torch.autocast(self.device.type, mixed, enabled=mixed is not None):
             inputs, half = self._read([row.text[:-1] for row in batch])  # no token is predicted from the last one
             ends = [len(row.text) - 1 if row.whole else row.start + 1 for row in batch]
             keys = [row.text if row.whole else row.prompt for row in batch]
             count = plans_of(self.model.config.plan_span, inputs.shape[1])
             plans, log_ratios = self._draw(half, inputs, ends, keys, count, self.num_plans)
-            first = min(row.start for row in batch)
+            first = 0 if self._neutral else min(row.start for row in batch)
             columns = torch.arange(first, inputs.shape[1], device=inputs.device)
             for of_plan, ratios in zip(plans, log_ratios, strict=True):
                 logits = self.model.second_half(half, of_plan, logits_to_keep=columns)
@@ -299,8 +307,8 @@ class PlanHarnessLM(HFLM):
         return torch.stack(plans, 1).to(self.device), torch.stack(ratios, 1).to(self.device)
 
     def _reads(self, inputs: Tensor, ends: Sequence[int]) -> list[bool]:
-        """Which texts the encoder reads: none at a plan without effect, nor what is nothing but a beginning."""
-        if self.prompt_plan == "prior" or not self.model.plan_table.weight.any():
+        """Which texts the encoder reads: none where plans have no effect, nor what is nothing but a beginning."""
+        if self.prompt_plan == "prior" or self._neutral:
             return [False] * len(ends)
         return [bool((row[:end] != self.prefix_token_id).any()) for row, end in zip(inputs, ends, strict=True)]
 
@@ -329,7 +337,11 @@ class PlanHarnessLM(HFLM):
         inputs, half = self._read(prompts)
         count = plans_of(self.model.config.plan_span, max_length - 1)  # the last token is never read
         plans, _ = self._draw(half, inputs, [len(prompt) for prompt in prompts], keys, count, 1)
-        return super()._model_generate(context, max_length, stop, plan=plans[0], prior=self.prior, **kwargs)
+        with self._rounding():
+            return super()._model_generate(context, max_length, stop, plan=plans[0], prior=self.prior, **kwargs)
+
+    def _rounding(self) -> AbstractContextManager:
+        return like_llama() if self._neutral else nullcontext()
 
 
 def _seed(seed: int, tokens: Sequence[int]) -> int:
@@ -369,9 +381,7 @@ def run_tasks(
     Raises:
         SettingsError: for tasks that are not known or cannot be run.
     """
-    if include_path is not None and not Path(include_path).is_dir():
-        raise SettingsError(f"include path {include_path}: not a folder; name one that holds YAML files of tasks")
-    manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
+    manager = _task_manager(tasks, include_path)
     names = find_tasks(manager, tasks)
     try:
         results = lm_eval.simple_evaluate(
@@ -399,6 +409,18 @@ def run_tasks(
     return json.loads(json.dumps(kept, default=handle_non_serializable), parse_constant=lambda _: None)
 
 
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    """With the harness's own tasks only where they may be meant: to read those takes ten seconds."""
+    if include_path is None:
+        return TaskManager()
+    if not Path(include_path).is_dir():
+        raise SettingsError(f"include path {include_path}: not a folder; name one that holds YAML files of tasks")
+    own = TaskManager(include_path=str(include_path), include_defaults=False)
+    if set(tasks) <= set(own.all_subtasks):
+        return own
+    return TaskManager(include_path=str(include_path))
+
+
 def find_tasks(manager: TaskManager, wanted: Iterable[str]) -> list[str]:
     """The names that are meant, each once; `SettingsError` with the nearest where there is none."""
     found: dict[str, None] = {}
@@ -419,12 +441,10 @@ def find_tasks(manager: TaskManager, wanted: Iterable[str]) -> list[str]:
 
 
 def result_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what `run_tasks` returns: a metric a row."""
+    """Header and rows of what `run_tasks` returns, a metric a row; `± nats` is the error of a request's likelihood."""
     config = results["config"]
     plans, errors = config.get("num_plans"), config.get("plan_standard_errors", {})
-    header = ["task", "items", "metric", "value", "standard error"]
-    if plans is not None:
-        header += ["plans", "error of log-likelihoods, nats"]
+    header = ["task", "items", "metric", "value"] + (["plans", "± nats"] if plans is not None else [])
     rows = []
     for task, values in results["results"].items():
         items = results.get("n-samples", {}).get(task, {}).get("effective", "")
@@ -433,12 +453,14 @@ def result_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             if not filter_name or metric.endswith("_stderr"):
                 continue
             shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            row = [task, str(items), shown, _number(value), _number(values.get(f"{metric}_stderr,{filter_name}"))]
-            if plans is not None:
+            row = [task, str(items), shown, _number(value)]
+            error = _number(values.get(f"{metric}_stderr,{filter_name}"))
+            row[-1] += f" ± {error}" if error else ""
+            if plans is not None:  # texts are written under one plan each
                 row += [str(plans if task in errors else 1), _number(errors.get(task))]
             rows.append(row)
     return header, rows
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else ""
+    return f"{value:.5g}" if isinstance(value, int | float) else ""
