@@ -260,7 +260,10 @@ class PlanHarnessLM(HFLM):
                 logits = self.model.second_half(half, of_plan, logits_to_keep=columns)
                 log_probs = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
                 for row, of_row, ratio in zip(batch, log_probs, ratios, strict=True):
-                    row.add(of_row[row.start - first : len(row.text) - 1 - first], ratio * row.whole)
+                    row.add(
+                        of_row[row.start - first : len(row.text) - 1 - first],
+                        ratio if row.whole else torch.zeros_like(ratio),
+                    )
 
     def _read(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, FirstHalf]:
         """Texts padded on the right, (B, T), which a causal model needs no mask for; and their first half."""
