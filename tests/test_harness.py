@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from free_transformer.evaluation.harness import PlanHarnessLM, find_tasks, log_mean_exp, result_table, run_tasks
+from free_transformer.evaluation.harness import PlanHarnessLM, Row, find_tasks, log_mean_exp, result_table, run_tasks
 
 BYTES = {"vocab_size": 259, "max_seq_len": 96, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 TOKENIZER = byte_tokenizer()
@@ -207,6 +207,26 @@ def test_greedy_is_the_likeliest_token_of_the_mean_over_plans(free):
     assert singles != {tuple(written)}  # not what every plan would write by itself
     made = [(("", ""), prompt, written), (("", ""), prompt, [*written[:-1], (written[-1] + 1) % 256])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(made, disable_tqdm=True)] == [True, False]
+
+
+def test_plans_weigh_by_what_they_have_said_before():
+    """On tables of random probabilities: the greedy continuation, and one with another last token."""
+    unweighted = 0
+    for _ in range(30):
+        tables = (4 * torch.randn(6, 4, 5)).log_softmax(-1)  # plans, tokens, vocabulary
+        past, wanted = torch.zeros(6).double(), []
+        for table in tables.double().unbind(1):
+            wanted.append(int((table + past[:, None]).exp().sum(0).argmax()))
+            past = past + table[:, wanted[-1]]
+        other = [*wanted[:-1], (wanted[-1] + 1) % 5]
+        row = Row([0], [0, *wanted], torch.tensor([wanted, other]), whole=False, values=[])
+        for table in tables:
+            row.add(table, torch.tensor(0.0).double())
+        (value, greedy, _), (_, greedy_other, _) = row.answers()
+        assert (greedy, greedy_other) == (True, False)
+        assert value == pytest.approx(past.exp().mean().log().item(), abs=1e-5)
+        unweighted += tables.exp().mean(0).argmax(-1).tolist() == wanted
+    assert unweighted < 25  # the weights matter
 
 
 @pytest.mark.parametrize("prompt_plan", ["posterior", "prior"])

@@ -54,7 +54,7 @@ MACHINE = "pretty_env_info"  # of the harness's results: a page about the comput
 
 
 @dataclass
-class _Row:
+class Row:
     """A text of a batch, whose end is a continuation to score, and what has been found under the plans so far."""
 
     prompt: list[int]
@@ -231,7 +231,7 @@ class PlanHarnessLM(HFLM):
         self._errors += [error for _, _, error in found]
         return [(value, greedy) for value, greedy, _ in found]
 
-    def _row(self, requests: list[Any]) -> _Row:
+    def _row(self, requests: list[Any]) -> Row:
         strings, prompt, continuation = requests[0]
         if len(continuation) > self.max_length:
             raise ValueError(
@@ -243,9 +243,9 @@ class PlanHarnessLM(HFLM):
                 "%d tokens: cut on the left to %d, the most that this model reads", len(text), self.max_length
             )
         targets = torch.tensor([continuation for _, _, continuation in requests], device=self.device)
-        return _Row(prompt, text[-(self.max_length + 1) :], targets, strings is None, [])
+        return Row(prompt, text[-(self.max_length + 1) :], targets, strings is None, [])
 
-    def _score(self, batch: list[_Row]) -> None:
+    def _score(self, batch: list[Row]) -> None:
         """Reads the texts once up to the plan, and once more from there under each plan."""
         mixed = self.mixed_precision_dtype
         with self._rounding(), torch.autocast(self.device.type, mixed, enabled=mixed is not None):
