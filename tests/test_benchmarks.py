@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import processes
+from free_transformer.data import byte_tokenizer
+from free_transformer.model import build_baseline
 from free_transformer.reproduce.letters import Result, build_variant
 from free_transformer.reproduce.strings import Groups
 from free_transformer.training.settings import TrainingSettings, parse_settings
@@ -223,3 +226,17 @@ def test_the_paper_model_is_tried_out_on_a_cpu(benchmark_module, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["paper_model.py", "--small", "--length", "16", "--batch", "2", "--steps", "1"])
     benchmark_module("paper_model").main()
     assert "Free Transformer" in capsys.readouterr().out
+
+
+def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_config, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    bench = benchmark_module("harness_agreement")
+    changes = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "max_seq_len": 128}
+    build_baseline(tiny_config(**changes)).save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    rows = bench.compare(tmp_path / "llama", torch.float32, num_plans=2, batch_size=8)
+    assert {row[0] for row in rows} == set(bench.TASKS)
+    for _, _, theirs, ours, equal in rows:
+        assert theirs == ours
+        assert equal.split(" of ")[0] == equal.split(" of ")[1]

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from .products import lay_together, project, project_together
+from .rounding import ROUNDING
 
 Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, head_dim)
 
@@ -46,6 +47,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     other = states.roll(states.shape[-1] // 2, -1)  # of each pair
+    if ROUNDING.as_llama:
+        return states * cos + other * sin
     return torch.addcmul(states * cos, other, sin)
 
 

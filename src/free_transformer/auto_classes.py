@@ -19,8 +19,10 @@ WITHOUT_TORCH = {
     "deploy",
     "errors",
     "files",
+    "lm_eval",
     "plan_text",
     "quiet",
+    "rounding",
     "serving",
 }  # parts of this package
 

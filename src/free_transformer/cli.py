@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.errors import SettingsError
+from free_transformer.files import write_json
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
@@ -427,6 +428,67 @@ def serve(
     if not token and not ip_address(address).is_loopback:
         console.print("warning: whoever reaches this address may use it; --token asks for one", style="yellow")
     run_server(server, bound)
+
+
+@app.command(name="lm-eval")
+def lm_eval(
+    run: Annotated[Path, typer.Argument(help="folder that train has written, or of a model", metavar="RUN")],
+    tasks: Annotated[
+        list[str], typer.Option(help="names, separated by commas, patterns, or YAML files; may be given again")
+    ],
+    include_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder of YAML files with tasks of your own", metavar="FOLDER"),
+    ] = None,
+    num_plans: Annotated[int, typer.Option(min=1, help="plans that a likelihood is averaged over")] = 16,
+    prompt_plan: Annotated[
+        str, typer.Option(help="plan of a prompt: posterior (read by the encoder) or prior")
+    ] = "posterior",
+    prior: PriorOption = "uniform",
+    num_fewshot: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="examples before each question, default the task's own"),
+    ] = None,
+    limit: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="items of each task, or a share of them under 1; default all"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts at a time")] = 8,
+    gen_kwargs: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="how texts are written, as in temperature=0.8,do_sample=True; default as the task says"),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="prompts in the form of the tokenizer's chat template")
+    ] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="the file of results, default RUN/lm_eval.json"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the plans, of the texts and of the examples")] = 0,
+) -> None:
+    """Run tasks of lm-evaluation-harness, likelihoods averaged over plans; a baseline by the harness's own hf."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+
+        from free_transformer.evaluation.harness import PlanHarnessLM, result_table, run_tasks
+    except ImportError as error:
+        raise ImportError(f"tasks need {error.name}: pip install 'free-transformer-lm[lm-eval]'") from error
+    from free_transformer.training.processes import find_device
+
+    model, text_tokenizer = _load(run)
+    arguments = {"pretrained": model.to(find_device("auto")), "tokenizer": text_tokenizer, "batch_size": batch_size}
+    if hasattr(model, "infer_plan"):
+        lm: Any = PlanHarnessLM(**arguments, num_plans=num_plans, prompt_plan=prompt_plan, prior=prior, plan_seed=seed)
+    else:
+        lm = HFLM(**arguments, backend="causal")
+    names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
+    results = run_tasks(lm, names, include_path, num_fewshot, limit, seed, apply_chat_template, gen_kwargs)
+    _print_table(*result_table(results))
+    file = output or run / "lm_eval.json"
+    write_json(file, results)
+    meaning = "± nats is over plans, of a request's log-likelihood; " if hasattr(model, "infer_plan") else ""
+    console.print(f"{meaning}written to {file}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="plan")

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from .attention import Rotation, SplitAttention
 from .losses import chunked_reconstruction_loss
 from .products import lay_together, multiply, project, project_together
+from .rounding import ROUNDING
 
 SMALL = 2**14  # values, under which an operation's call costs more than its work
 
@@ -28,7 +29,8 @@ class RMSNorm(LlamaRMSNorm):
     """`LlamaRMSNorm`; also in double precision, where Llama's computes in single."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != self.weight.dtype or (hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu):
+        narrow = hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu
+        if hidden_states.dtype != self.weight.dtype or narrow or ROUNDING.as_llama:
             return super().forward(hidden_states)
         # a step of generation too, whatever its rows: they round alike then, however many are written together
         small = not torch.is_grad_enabled() and (hidden_states.numel() < SMALL or hidden_states.shape[-2] == 1)

@@ -44,6 +44,7 @@ from .layout import (
 from .losses import objective
 from .plan import BinaryMapper, PlanPrior, PlanTable, as_plan
 from .pretrained import warm_start
+from .rounding import ROUNDING
 from .sharing import name_code
 
 MODES = ("training", "inference")
@@ -78,7 +79,7 @@ class FirstHalf:
     @property
     def lets_one_ask(self) -> bool:
         """Whether attention of the last token alone can be told by the last row of the mask."""
-        if "cu_seq_lens_q" in self.layer_arguments:  # Flash Attention's documents
+        if ROUNDING.as_llama or "cu_seq_lens_q" in self.layer_arguments:  # Flash Attention's documents
             return False
         mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["past_key_values"]
         if mask is None:  # a causal one, which also hides what a static cache has not written yet

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .rounding import ROUNDING
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 MOST_ROWS = 256  # with more, the CPU's default library is as fast as oneDNN
 LARGE_MATRIX = 2**17  # values; for smaller ones the call of oneDNN costs more than it saves
@@ -28,7 +30,8 @@ def project_together(linears: Sequence[nn.Module], states: Tensor) -> Sequence[T
     if _needs_calls(linears):
         return [linear(states) for linear in linears]
     weights: list[Tensor] = [linear._parameters["weight"] for linear in linears]  # type: ignore[misc]
-    whole = _in_one_piece(weights) if all(linear._parameters["bias"] is None for linear in linears) else None
+    together = not ROUNDING.as_llama and all(linear._parameters["bias"] is None for linear in linears)
+    whole = _in_one_piece(weights) if together else None
     if whole is None:
         return [project(linear, states) for linear in linears]
     return multiply(states, whole).split([len(weight) for weight in weights], dim=-1)
@@ -47,7 +50,7 @@ def lay_together(linears: Sequence[nn.Module]) -> None:
 
 def multiply(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, on a CPU by oneDNN where the matrix is large and the rows are few: half the time (`make bench`)."""
-    few = HAS_ONEDNN and states.numel() <= MOST_ROWS * weight.shape[1]
+    few = HAS_ONEDNN and not ROUNDING.as_llama and states.numel() <= MOST_ROWS * weight.shape[1]
     if few and weight.numel() >= LARGE_MATRIX and weight.is_cpu and states.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return F.linear(states, weight, bias)

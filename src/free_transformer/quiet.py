@@ -3,8 +3,8 @@
 import logging
 import os
 
-# torchao names each kernel that it has for GPUs alone, and PyTorch how torchao registers its types.
-for package in ("torchao", "torch.utils._pytree"):
+# torchao names each kernel that it has for GPUs alone, PyTorch how torchao registers its types, lm_eval all it does.
+for package in ("torchao", "torch.utils._pytree", "lm_eval"):
     logging.getLogger(package).setLevel(logging.ERROR)
 # read by `transformers` when it is imported, which takes seconds; here it may not be needed, or not be there
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
