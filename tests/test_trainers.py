@@ -341,3 +341,21 @@ def test_sft_with_adapters(texts, arguments):
     trainer.train()
     assert lines_with(trainer, "kl")
     assert {f"eval_{name}" for name in IN_EVALUATION} <= trainer.evaluate().keys()
+
+
+def test_what_a_pretrained_model_does_not_bring_learns_at_rates_of_its_own(tiny_config, arguments, tmp_path):
+    build_baseline(tiny_config()).save_pretrained(tmp_path / "llama")
+    model = FreeTransformer.from_pretrained(tmp_path / "llama", latent_dim=4)
+    before = copied(model)
+    settings = arguments(max_steps=2, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.1)
+    trainer = PlanTrainer(model, settings, train_dataset=rows())
+    trainer.train()
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == changed(before, trainer.model) == before.keys() - {"plan_prior.log_aggregate"}
+    for name, rate in rates.items():
+        scale = model.config.stream_scale
+        expected = 1e-2 * scale if "plan_table" in name else 1e-3 if name.startswith("encoder") else 1e-4
+        assert rate == pytest.approx(expected), name
+    again = PlanTrainer(model, settings, train_dataset=rows(), plan_learning_rate=0.5)
+    assert 0.5 in {group["lr"] for group in again.create_optimizer().param_groups}

@@ -164,6 +164,7 @@ def key_lines(
     control: Control,
     accuracy: float,
     bytes_per_token: float,
+    label: str = "voice",
 ) -> list[str]:
     """What a person should know, on the terminal and on top of the report."""
     result = compare(free, baseline)
@@ -175,7 +176,7 @@ def key_lines(
         f"{result.standard_error / bytes_per_token:.4f}",
         f"plan: {free.kl:.2f} bits used, gap prior - reconstruction {free.gap:.4f} ± "
         f"{free.standard_errors['gap']:.4f} nats a token",
-        f"mutual information of plan and voice: {control.mutual_information:.3f} of "
+        f"mutual information of plan and {label}: {control.mutual_information:.3f} of "
         f"{control.label_entropy:.3f} bits ({control.mutual_information_shuffled:.3f} by chance)",
         f"agreement within a random plan: {share:.3f} ± {error:.3f}, shuffled plans "
         f"{control.agreement_shuffled[0]:.3f}, baseline {control.agreement_baseline[0]:.3f}",

@@ -21,7 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer
+from free_transformer.training.optimizers import plan_rates
 
+NEW = ("encoder", "plan_table")  # parts that no pretrained model brings
 LOGGED = ("reconstruction", "kl", "hinge")
 READ = ("input_ids", "attention_mask", "position_ids", "labels")  # all that the likelihood needs of a batch
 IN_NATS = ("elbo", "nll", "reconstruction", "prior", "gap")
@@ -55,14 +57,17 @@ class PlanTrainer(Trainer):
 
     Args:
         num_samples: plans drawn for each held-out text, see `evaluate_likelihood`.
+        plan_learning_rate: peak rate of the encoder, the table's following from it; default `learning_rate`, or where a
+            pretrained model has brought the rest ten times that (`training.optimizers.plan_rates`).
 
     Raises:
         ValueError: for losses that know no KL: label smoothing, `compute_loss_func`, TRL's `loss_type`.
     """
 
-    def __init__(self, *args: Any, num_samples: int = 4, **kwargs: Any):
+    def __init__(self, *args: Any, num_samples: int = 4, plan_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.num_samples = num_samples
+        self.plan_learning_rate = plan_learning_rate
         self._likelihood_sums: list[dict[str, float]] = []  # of each batch of an evaluation
         self._parts: _LossParts | None = None
         others_loss = getattr(self.args, "loss_type", "nll") != "nll" or self.compute_loss_func is not None
@@ -71,6 +76,26 @@ class PlanTrainer(Trainer):
                 "label_smoothing_factor, compute_loss_func and loss_type replace the loss of a Free Transformer by one "
                 "without the KL of its plans: leave them out"
             )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, with the new parts in groups of their own rates."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model = self._free_transformer()
+        if model is None or not made:
+            return optimizer
+        rates = dict(zip(NEW, plan_rates(model, self.args.learning_rate, self.plan_learning_rate), strict=True))
+        part_of = {
+            parameter: part for name, parameter in model.named_parameters() for part in NEW if name.startswith(part)
+        }
+        for group in list(optimizer.param_groups):
+            for part, rate in rates.items():
+                moved = [parameter for parameter in group["params"] if part_of.get(parameter) == part]
+                if moved and rate != group["lr"]:
+                    group["params"] = [parameter for parameter in group["params"] if part_of.get(parameter) != part]
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(
         self,

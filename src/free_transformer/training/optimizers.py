@@ -36,7 +36,8 @@ def build_optimizers(
     sparse = table_optimizer(model, settings, sparse_tables) == "sparse_adam"
     if isinstance(model, FreeTransformer):
         model.plan_table.sparse = sparse
-    rate, plan_rate, table_rate = settings.learning_rate, *plan_rates(model, settings)
+    rate = settings.learning_rate
+    plan_rate, table_rate = plan_rates(model, rate, settings.plan_learning_rate)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -66,7 +67,7 @@ def build_optimizers(
     return optimizers
 
 
-def plan_rates(model: nn.Module, settings: TrainingSettings) -> tuple[float, float]:
+def plan_rates(model: nn.Module, rate: float, plan_rate: float | None = None) -> tuple[float, float]:
     """
     Peak learning rates of the encoder and of the table.
 
@@ -76,10 +77,9 @@ def plan_rates(model: nn.Module, settings: TrainingSettings) -> tuple[float, flo
     """
     scale = getattr(model.config, "stream_scale", None)
     if scale is None:
-        rate = settings.plan_learning_rate or settings.learning_rate
-        return rate, rate
-    rate = settings.plan_learning_rate or settings.learning_rate * NEW_PARTS
-    return rate, rate * FROM_ZERO * scale
+        return (plan_rate or rate,) * 2
+    plan_rate = plan_rate or rate * NEW_PARTS
+    return plan_rate, plan_rate * FROM_ZERO * scale
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:

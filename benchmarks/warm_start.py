@@ -1,0 +1,75 @@
+"""
+How a plan leaves zero in a pretrained model: starts of its table and its readout, side by side.
+
+Each start is a fine-tuning of SmolLM2-135M on news in windows of 64 tokens, its first half frozen, the same batches.
+What tells is the gap, prior - reconstruction, on held-out text: no gap, no use. `make warm-start`: 20 minutes.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "news_topics"))
+
+from news import news, write_corpus, write_smollm2  # noqa: E402
+
+from free_transformer import quiet  # noqa: E402, F401
+from free_transformer.training import Run, load_settings, train  # noqa: E402
+
+STARTS = {
+    "zero, a vector for each bit (default)": [],
+    "bit-linear and small, a vector for each bit": ["model.table_init=bit_linear"],
+    "zero, one table of all plans": ["model.code_bits=8"],
+    "bit-linear and small, one table of all plans": ["model.code_bits=8", "model.table_init=bit_linear"],
+    "zero, a vector for each bit, small readout": ["model.readout_init_scale=0.1"],
+}
+SETTINGS = ["model.latent_dim=8", "model.free_bits=4", "model.min_bits=3", "training.seq_len=64"]
+SETTINGS += ["training.freeze_first_half=true", "training.prior_rows=0", "training.eval_rows=256"]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/warm_start"),
+    steps: Annotated[int, typer.Option(help="steps of each run")] = 60,
+    every: Annotated[int, typer.Option(help="steps between two looks")] = 20,
+    llama: Annotated[Path, typer.Option(help="the pretrained model")] = Path("runs/news_topics/llama"),
+    seed: int = 0,
+) -> None:
+    """Trains what is missing and prints the table."""
+    if not llama.is_dir():
+        write_smollm2(llama)
+    write_corpus(news(), out / "text")
+    rows = [
+        row(title, measure(out / str(number), changes, llama, out / "text", steps, every, seed))
+        for number, (title, changes) in enumerate(STARTS.items())
+    ]
+    looks = range(every, steps + 1, every)
+    header = "| start | " + " | ".join(f"gap at step {step}" for step in looks) + " | KL, bits | R, of X |"
+    print("\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows]))
+
+
+def measure(folder: Path, changes: list[str], llama: Path, text: Path, steps: int, every: int, seed: int) -> Run:
+    """A run of these changes, trained unless it is there."""
+    run = Run(folder)
+    if not run.model_folder.is_dir():
+        own = [f"run_dir={folder}", f"model.pretrained={llama}", f"training.seed={seed}", f"training.max_steps={steps}"]
+        own += [f"data.train={text / 'train.jsonl'}", f"data.validation={text / 'validation.jsonl'}"]
+        own += [f"training.eval_every={every}", "training.min_lr_ratio=1.0"]
+        train(load_settings(ROOT / "configs" / "news_topics.yaml", [*SETTINGS, *own, *changes]))
+    return run
+
+
+def row(title: str, run: Run) -> str:
+    looks: list[dict[str, Any]] = [line for line in run.read_metrics() if line["split"] == "validation"]
+    model: Any = run.load_model()
+    vectors = model.plan_table(model.sample_plan(256)).square().mean().sqrt().item() / model.config.stream_scale
+    shown = [f"{look['gap']:.4f}" for look in looks] + [f"{looks[-1]['kl']:.2f}", f"{vectors:.2f}"]
+    Console(stderr=True).print(title, *shown)
+    return f"| {title} | {' | '.join(shown)} |"
+
+
+if __name__ == "__main__":
+    typer.run(main)
