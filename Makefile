@@ -23,8 +23,8 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_voices/report.html
 	$(BIN)/python examples/three_voices/demo.py
 
-demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on news, beside the same without: runs/news_topics/report.html
-	$(BIN)/python examples/news_topics/finetune.py
+demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on three voices, beside the same without: runs/pretrained/voices/report.html
+	$(BIN)/python examples/pretrained/finetune.py
 
 test: $(VENV)/.dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

@@ -21,7 +21,7 @@ import typer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
-sys.path.insert(0, str(ROOT / "examples" / "news_topics"))
+sys.path.insert(0, str(ROOT / "examples" / "pretrained"))
 
 from demo import decode, read_rows, train_both  # noqa: E402
 from news import news, train_judge, write_corpus  # noqa: E402

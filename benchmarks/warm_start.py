@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "news_topics"))
+sys.path.insert(0, str(ROOT / "examples" / "pretrained"))
 
 from news import news, write_corpus, write_smollm2  # noqa: E402
 
@@ -35,7 +35,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/warm_start"),
     steps: Annotated[int, typer.Option(help="steps of each run")] = 60,
     every: Annotated[int, typer.Option(help="steps between two looks")] = 20,
-    llama: Annotated[Path, typer.Option(help="the pretrained model")] = Path("runs/news_topics/llama"),
+    llama: Annotated[Path, typer.Option(help="the pretrained model")] = Path("runs/pretrained/llama"),
     seed: int = 0,
 ) -> None:
     """Trains what is missing and prints the table."""
@@ -58,7 +58,7 @@ def measure(folder: Path, changes: list[str], llama: Path, text: Path, steps: in
         own = [f"run_dir={folder}", f"model.pretrained={llama}", f"training.seed={seed}", f"training.max_steps={steps}"]
         own += [f"data.train={text / 'train.jsonl'}", f"data.validation={text / 'validation.jsonl'}"]
         own += [f"training.eval_every={every}", "training.min_lr_ratio=1.0"]
-        train(load_settings(ROOT / "configs" / "news_topics.yaml", [*SETTINGS, *own, *changes]))
+        train(load_settings(ROOT / "configs" / "pretrained.yaml", [*SETTINGS, *own, *changes]))
     return run
 
 

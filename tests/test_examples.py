@@ -23,7 +23,7 @@ CONFIGS = EXAMPLES.parent / "configs"
 def script(monkeypatch):
     """A script of an example by its plain name, as the scripts import each other."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.syspath_prepend(EXAMPLES / "news_topics")
+    monkeypatch.syspath_prepend(EXAMPLES / "pretrained")
     monkeypatch.syspath_prepend(EXAMPLES / "three_voices")
     before = set(sys.modules)
     yield importlib.import_module
@@ -161,16 +161,17 @@ def test_the_fine_tuning_runs_whole_and_shows_what_it_measured(script, tmp_path,
     finetune = script("finetune")
     words = {"sport": "the team won the match again", "tech": "new phones sell in every shop"}
     documents = {label: [f"{text} {number}. " * 12 for number in range(20)] for label, text in words.items()}
-    shrunk = {"RANDOM_PLANS": 3, "TEXTS_PER_PLAN": 2, "EXAMPLES_PER_TOPIC": 2, "LIKELIHOOD_TEXTS": 8}
+    shrunk = {"RANDOM_PLANS": 3, "TEXTS_PER_PLAN": 2, "EXAMPLES_PER_LABEL": 2, "LIKELIHOOD_TEXTS": 8}
     for name, value in {**shrunk, "LIKELIHOOD_SAMPLES": 2, "news": lambda: documents}.items():
         monkeypatch.setattr(finetune, name, value)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=259, max_position_embeddings=64, **sizes))
     llama.save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
-    out = tmp_path / "out"
+    out = tmp_path / "out" / "news"
     overrides = ["training.max_steps=4", "training.seq_len=64", "training.batch_size=4", "training.eval_rows=8"]
-    argv = ["finetune.py", "--config", str(CONFIGS / "news_topics.yaml"), "--out", str(out)]
+    argv = ["finetune.py", "--config", str(CONFIGS / "pretrained.yaml"), "--out", str(out.parent)]
+    argv += ["--corpus", "news"]
     argv += ["--llama", str(tmp_path / "llama"), *overrides, "training.device=cpu", "logging.tensorboard=false"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent / "src"))

@@ -1,8 +1,9 @@
 """
-A plan for a model that already writes: SmolLM2-135M learns one on unlabelled news, beside the same fine-tuning without.
+A plan for a model that already writes: SmolLM2-135M learns one on three voices that nobody labels (or five labels of
+news), beside the same fine-tuning without.
 
-`make demo-pretrained`, then open runs/news_topics/report.html. Nobody names the five topics in training; the judge that
-knows them reads only what was written.
+`make demo-pretrained`, then open runs/pretrained/voices/report.html. The judge that knows the labels reads only
+what was written.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
 
+import voices
 from demo import decode, key_lines, read_rows, shown_share, train_both
 
 from free_transformer import quiet  # noqa: F401
@@ -38,11 +40,13 @@ from free_transformer.plan_text import format_plan
 from free_transformer.training import Run
 from free_transformer.training.model_card import write_model_card
 
-RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_TOPIC = 16, 8, 24
-SHOWN_PER_TOPIC = 2
+RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_LABEL = 16, 8, 32
+SHOWN_PER_LABEL = 2
 LIKELIHOOD_TEXTS, LIKELIHOOD_SAMPLES = 240, 16
 CHARACTERS_A_TOKEN = 4
 KEPT = ("agreement", "agreement_shuffled", "agreement_baseline", "transfer", "transfer_shuffled")
+
+KINDS = {"voices": "voice", "news": "topic"}
 
 console = Console()
 
@@ -52,8 +56,11 @@ def main() -> None:
     parser.add_argument(
         "--llama", type=Path, help="folder of a pretrained model, default SmolLM2-135M from its package"
     )
-    parser.add_argument("--config", default="configs/news_topics.yaml", help="settings of both runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/news_topics"), help="folder of runs and report")
+    parser.add_argument("--corpus", choices=("voices", "news"), default="voices", help="what it learns from")
+    parser.add_argument("--config", default="configs/pretrained.yaml", help="settings of both runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/pretrained"), help="folder of the model, runs and report"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are judged, both runs alike")
     parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,48 +69,57 @@ def main() -> None:
     options = parser.parse_args()
 
     started = time.perf_counter()
-    llama, corpus = options.llama or options.out / "llama", options.out / "text"
+    llama, out = options.llama or options.out / "llama", options.out / options.corpus
     if not llama.is_dir():
         console.print("unpacking SmolLM2 ...")
         write_smollm2(llama)
-    documents = news()
-    topics = list(documents)
-    write_corpus(documents, corpus)
+    corpus = out / "text"
+    labels = write_text_of(options.corpus, corpus)
     common = [f"data.train={corpus / 'train.jsonl'}", f"data.validation={corpus / 'validation.jsonl'}"]
     common += [f"model.pretrained={llama}", f"training.freeze_first_half={not options.all_layers}"]
-    runs = train_both(options.config, options.out, [*common, f"training.seed={options.seed}", *options.overrides])
+    runs = train_both(options.config, out, [*common, f"training.seed={options.seed}", *options.overrides])
     trained = time.perf_counter()
 
     torch.manual_seed(options.seed)
     tokenizer = runs[0].load_tokenizer()
     free, baseline = (run.load_model() for run in runs)
     seq_len = runs[0].settings.training.seq_len
-    held_out = read_rows(corpus / "validation.jsonl", tokenizer, seq_len, topics)
+    held_out = read_rows(corpus / "validation.jsonl", tokenizer, seq_len, labels)
     console.print("measuring the likelihood of held-out text ...")
     part = held_out.rows.sample(LIKELIHOOD_TEXTS)
     likelihoods = [evaluate_likelihood(model, part.in_order(16), LIKELIHOOD_SAMPLES) for model in (free, baseline)]
     console.print("writing under plans ...")
-    judge = train_judge(corpus / "train.jsonl", topics, CHARACTERS_A_TOKEN * seq_len)
+    judge = train_judge(corpus / "train.jsonl", labels, CHARACTERS_A_TOKEN * seq_len)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     accuracy = float((judge(decode(tokens, tokenizer)) == held_out.voices).mean())
     control = measure_control(
         *(free, baseline, tokenizer, judge, tokens, held_out.voices, RANDOM_PLANS, TEXTS_PER_PLAN),
-        examples_per_label=EXAMPLES_PER_TOPIC,
+        examples_per_label=EXAMPLES_PER_LABEL,
         temperature=options.temperature,
     )
     write_control(runs[0], control)
-    lines = key_lines(*likelihoods, control, accuracy, part.bytes_per_token, "topic")
+    lines = key_lines(*likelihoods, control, accuracy, part.bytes_per_token, KINDS[options.corpus])
     lines.append(f"NLL in nats a token: {likelihoods[0].nll:.4f}, fine-tuned without a plan {likelihoods[1].nll:.4f}")
     lines.append(
         f"time: both trained side by side in {(trained - started) / 60:.1f} minutes, all in "
         f"{(time.perf_counter() - started) / 60:.1f}, on {os.cpu_count()} cores"
     )
-    write_text(options.out / "summary.txt", "\n".join(lines) + "\n")
+    write_text(out / "summary.txt", "\n".join(lines) + "\n")
     codes = sampled_codes(free, held_out.rows.in_order(16))[:, 0]
-    samples = samples_by_topic(free, tokenizer, tokens, held_out.voices, topics, options.sample_temperature)
-    write_report(options.out, runs, likelihoods, control, (codes, held_out.voices), topics, samples, lines, part)
+    samples = samples_by_label(free, tokenizer, tokens, held_out.voices, labels, options.sample_temperature)
+    write_report(out, runs, likelihoods, control, (codes, held_out.voices), labels, samples, lines, part)
     console.print("\n" + "\n".join(lines), highlight=False)
-    console.print(f"\nopen {options.out / 'report.html'}", highlight=False)
+    console.print(f"\nopen {out / 'report.html'}", highlight=False)
+
+
+def write_text_of(corpus: str, folder: Path) -> list[str]:
+    """Writes train.jsonl and validation.jsonl; what its kinds of text are called, for the judge alone."""
+    if corpus == "voices":
+        voices.write_corpus(folder)
+        return list(voices.VOICES)
+    documents = news()
+    write_corpus(documents, folder)
+    return list(documents)
 
 
 def write_control(run: Run, control: Control) -> None:
@@ -114,19 +130,17 @@ def write_control(run: Run, control: Control) -> None:
     write_model_card(run)
 
 
-def samples_by_topic(
-    free: Any, tokenizer: Any, tokens: torch.Tensor, labels: np.ndarray, topics: list[str], temperature: float
+def samples_by_label(
+    free: Any, tokenizer: Any, tokens: torch.Tensor, kinds: np.ndarray, labels: list[str], temperature: float
 ) -> list[tuple[str, str]]:
-    """Texts under the plan of one held-out article of each topic, which they never saw a word of."""
+    """Texts under the plan of one held-out text of each kind, which they never saw a word of."""
     boxes = []
-    for number, topic in enumerate(topics):
-        example = tokens[int(np.flatnonzero(labels == number)[0])][None]
+    for number, label in enumerate(labels):
+        example = tokens[int(np.flatnonzero(kinds == number)[0])][None]
         plan = free.infer_plan(example) > 0
-        under = plan.expand(SHOWN_PER_TOPIC, -1, -1)
-        texts = write_texts(free, tokenizer, SHOWN_PER_TOPIC, tokens.shape[1], temperature, plan=under)
-        title = (
-            f"plan {format_plan(plan[0])}, of an article on {topic} that begins “{decode(example, tokenizer)[0][:60]}…”"
-        )
+        under = plan.expand(SHOWN_PER_LABEL, -1, -1)
+        texts = write_texts(free, tokenizer, SHOWN_PER_LABEL, tokens.shape[1], temperature, plan=under)
+        title = f"plan {format_plan(plan[0])}, read from {label}, “{decode(example, tokenizer)[0][:60]}…”"
         boxes.append((title, "\n\n———\n\n".join(texts)))
     return boxes
 
@@ -137,36 +151,35 @@ def write_report(
     likelihoods: list[Likelihood],
     control: Control,
     plans: tuple[np.ndarray, np.ndarray],
-    topics: list[str],
+    labels: list[str],
     samples: list[tuple[str, str]],
     lines: list[str],
     part: Any,
 ) -> None:
     report = Report("A plan for a model that already writes")
     report.paragraph(
-        "SmolLM2-135M was fine-tuned on news that nobody labelled, once with a plan of "
-        f"{runs[0].settings.model.latent_dim} bits an article and once without, on the same batches. Its first half "
-        "stayed as it was pretrained."
+        f"{runs[0].settings.model.pretrained} was fine-tuned on text that nobody labelled, once with a plan of "
+        f"{runs[0].settings.model.latent_dim} bits a window of text and once without, on the same batches."
     )
     report.table(["in short", ""], [line.split(": ", 1) for line in lines])
-    report.heading("The plan of an article, and other texts written under it")
+    report.heading("The plan of a text, and others written under it")
     report.samples(samples)
     report.heading("Control")
     wanted, seen = control.transferred.T
-    by_topic = [float((seen == each)[wanted == each].mean()) for each in range(len(topics))]
+    by_label = [float((seen == each)[wanted == each].mean()) for each in range(len(labels))]
     report.table(
         ["", "share", "what it is"],
         [
             ["agreement within a plan", *shown_share(control.agreement, f"{RANDOM_PLANS} plans at random")],
             ["… under shuffled plans", *shown_share(control.agreement_shuffled, "a plan for each text")],
             ["without a plan", *shown_share(control.agreement_baseline, "the other fine-tuning, in groups")],
-            ["transfer", *shown_share(control.transfer, "texts under an example's plan that share its topic")],
-            *[[f"… {topic}", f"{share:.3f}", ""] for topic, share in zip(topics, by_topic, strict=True)],
+            ["transfer", *shown_share(control.transfer, "texts under the plan of an example that are of its kind")],
+            *[[f"… {label}", f"{share:.3f}", ""] for label, share in zip(labels, by_label, strict=True)],
             ["… under shuffled plans", *shown_share(control.transfer_shuffled, "plans of other examples")],
         ],
     )
     report.heading("What the plan learned")
-    report.figure(plans_by_label(contingency(*plans)[1], topics), "share of each topic among the texts of each plan")
+    report.figure(plans_by_label(contingency(*plans)[1], labels), "share of each kind among the texts of each plan")
     report.table(*usage_table(likelihoods[0]))
     report.heading("Likelihood of held-out text")
     for title, likelihood in zip(("With a plan:", "The same fine-tuning without:"), likelihoods, strict=True):
