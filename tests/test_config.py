@@ -149,3 +149,9 @@ def test_baseline_has_the_parameters_of_the_free_transformer_but_the_plan(tiny_c
     assert isinstance(baseline, LlamaForCausalLM)
     free = {k: v for k, v in shapes(FreeTransformer(tiny_config())).items() if "plan" not in k and "encoder" not in k}
     assert shapes(baseline) == free
+
+
+def test_the_plan_enters_all_layers_from_the_middle_on_where_asked(tiny_config):
+    assert tiny_config(num_layers=5, injection_layers="all").injection_layers == [2, 3, 4]
+    with pytest.raises(ValueError, match=r"injection_layers=every: layers from 2 to 3, or 'all'"):
+        tiny_config(injection_layers="every")

@@ -64,7 +64,7 @@ class FreeTransformerConfig(LlamaConfig):
         aggregate_weight: weight of the divergence of all texts' plans together from the uniform prior, so that a
             plan drawn at random is one that texts take; 0 is the paper. Use it with `min_bits`.
         injection_layers: layers whose keys and values receive the plan, default `[num_layers // 2]`; none before
-            that layer, since the encoder reads its input.
+            that layer, since the encoder reads its input. `"all"` is replaced by all from there on.
         plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
             replaces by `"exact"` up to 10 bits a group and by `"sampled"` above.
         plan_chunk_bytes: memory that the gradient of the plan may take at a time.
@@ -105,7 +105,7 @@ class FreeTransformerConfig(LlamaConfig):
     kl_weight: float | int = 1.0
     min_bits: float | int = 0.0
     aggregate_weight: float | int = 0.0
-    injection_layers: list[int] | None = None
+    injection_layers: list[int] | str | None = None
     plan_gradient: str = "auto"
     plan_chunk_bytes: int = 24 * 2**20
     table_init: str = "bit_linear"
@@ -130,6 +130,8 @@ class FreeTransformerConfig(LlamaConfig):
             self.intermediate_size = -(-8 * self.hidden_size // 96) * 32
         if self.injection_layers is None:
             self.injection_layers = [self.plan_layer]
+        elif self.injection_layers == "all":
+            self.injection_layers = list(range(self.plan_layer, self.num_hidden_layers))
         if self.code_bits is None:
             self.code_bits = self.latent_dim if self.latent_dim <= PAPER_CODE_BITS else 8
         if self.hidden_size % self.num_attention_heads:
@@ -221,7 +223,7 @@ class FreeTransformerConfig(LlamaConfig):
             (self.table_init in TABLE_INITS, f"table_init={self.table_init!r}: one of {TABLE_INITS}"),
             (
                 len(self.injection_layers) > 0 and all(layer in layers for layer in self.injection_layers),
-                f"injection_layers={self.injection_layers}: layers from {layers.start} to {layers.stop - 1}",
+                f"injection_layers={self.injection_layers}: layers from {layers.start} to {layers.stop - 1}, or 'all'",
             ),
         ]
         for passed, message in checks:
