@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import processes
 from free_transformer.data import byte_tokenizer
@@ -240,3 +241,22 @@ def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_confi
     for _, _, theirs, ours, equal in rows:
         assert theirs == ours
         assert equal.split(" of ")[0] == equal.split(" of ")[1]
+
+
+def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_module, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    bench = benchmark_module("warm_start")
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+    llama.save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    monkeypatch.setattr(
+        bench, "news", lambda: {"sport": [f"the team won match {number}. " * 9 for number in range(20)]}
+    )
+    bench.main(tmp_path / "runs", steps=2, every=1, llama=tmp_path / "llama", seed=0)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    assert table[0] == "| start | gap at step 1 | gap at step 2 | KL, bits | R, of X |"
+    assert len(table) == 1 + len(bench.STARTS)
+    assert "nan" not in "".join(table)

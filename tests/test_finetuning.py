@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from free_transformer import FreeTransformer
 from free_transformer.data import byte_tokenizer
-from free_transformer.training import train
+from free_transformer.training import Run, load_settings, train
 from free_transformer.training.build import new_state
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError, parse_settings
@@ -81,6 +81,10 @@ def test_the_run_writes_the_shape_it_found_and_goes_on_from_what_it_wrote(settin
     model = run.load_model()
     assert (model.config.latent_dim, model.config.plan_span, model.config.free_bits) == (3, "sequence", 1.0)
     assert model.config.max_position_embeddings == 64
+    llama.rename(llama.with_name("gone"))
+    assert Run(run.path).settings.model.hidden_dim == 16  # a run can be read without what it started from
+    with pytest.raises(SettingsError, match=r"model.pretrained=.*llama"):
+        load_settings(run.config_file)
 
 
 def test_new_parts_learn_faster_and_the_table_at_the_scale_of_the_stream(settings_of):

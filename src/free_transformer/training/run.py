@@ -61,7 +61,7 @@ class Run:
     def settings(self) -> Settings:
         if not self.config_file.is_file():
             raise SettingsError(f"{self.path}: not a run (it has no config.yaml); a run is what train writes")
-        return load_settings(self.config_file)
+        return load_settings(self.config_file, to_train=False)
 
     @property
     def has_ended(self) -> bool:

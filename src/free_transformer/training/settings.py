@@ -275,11 +275,12 @@ class Settings(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+def load_settings(path: str | Path, overrides: list[str] | None = None, to_train: bool = True) -> Settings:
     """
     Args:
         path: a YAML file.
         overrides: `section.name=value`, the value in YAML.
+        to_train: look at `model.pretrained`, which whoever reads the settings of a trained run may not have.
 
     Raises:
         SettingsError: one line that names the setting, what it holds and what is allowed.
@@ -297,19 +298,20 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
         raise SettingsError(f"{path}: sections of settings are needed (model, training, data, ...)")
     for override in overrides or []:
         _override(values, override)
-    return parse_settings(values, str(path))
+    return parse_settings(values, str(path), to_train)
 
 
-def parse_settings(values: dict[str, Any], source: str = "settings") -> Settings:
-    """`Settings` from plain values; errors as in `load_settings`."""
+def parse_settings(values: dict[str, Any], source: str = "settings", to_train: bool = True) -> Settings:
+    """`Settings` from plain values; arguments and errors as in `load_settings`."""
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(f"{source}: " + "; ".join(map(_explain, _nearest(error.errors())))) from error
     try:
-        if settings.model.pretrained is not None:
+        if settings.model.pretrained is not None and to_train:
             settings.model.adopt()
-        settings.model.build()
+        if settings.model.pretrained is None or to_train:
+            settings.model.build()
         _check_together(settings)
     except SettingsError as error:
         raise SettingsError(f"{source}: {error}") from error
