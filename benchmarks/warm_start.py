@@ -35,7 +35,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/warm_start"),
     steps: Annotated[int, typer.Option(help="steps of each run")] = 60,
     every: Annotated[int, typer.Option(help="steps between two looks")] = 20,
-    llama: Annotated[Path, typer.Option(help="the pretrained model")] = Path("runs/pretrained/llama"),
+    llama: Annotated[Path, typer.Option(help="the pretrained model")] = Path("runs/pretrained/smollm2-135m"),
     seed: int = 0,
 ) -> None:
     """Trains what is missing and prints the table."""

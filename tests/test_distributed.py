@@ -228,7 +228,8 @@ def test_an_evaluation_of_two_or_three_processes_has_the_numbers_of_one(tmp_path
     for count in (1, 2, 3):
         processes.run(count, command, *arguments, log=tmp_path / f"{count}.log")
         found[count] = json.loads((trained / "metrics.json").read_text())
-        del found[count]["method"], found[count]["plan_prior"], found[count]["warning"]
+        for text in ("method", "plan_prior", "warning", "data"):
+            del found[count][text]
     for count in (2, 3):
         assert_close(found[count], found[1], atol=1e-6, rtol=1e-6)
 

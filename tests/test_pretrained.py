@@ -214,13 +214,15 @@ def test_a_plan_of_zeros_is_merged_to_the_bit_and_another_refused_with_the_reaso
         assert type(back) is type(pretrained)
         assert_close(back.state_dict(), pretrained.state_dict(), atol=0, rtol=0)
     model = FreeTransformer.from_pretrained(out / "free")
-    torch.nn.init.ones_(model.plan_table.weight[2])  # the row of 010
+    torch.nn.init.ones_(model.plan_table.weight[3])  # the vector of the second bit, if it is 1
     model.save_pretrained(out / "trained")
     status, shown = command("convert", out / "trained", out / "refused", "--merge-plan", "010")
     assert status == 2
     assert "plan 010 cannot be merged" in shown.err and "layer 2" in shown.err
     assert not (out / "refused").exists()
-    assert command("convert", out / "trained", out / "other", "--merge-plan", "000")[0] == 0  # its row is still zero
+    assert (
+        command("convert", out / "trained", out / "other", "--merge-plan", "000")[0] == 0
+    )  # whose vectors are still zero
 
 
 @pytest.mark.parametrize(

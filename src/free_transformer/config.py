@@ -159,11 +159,22 @@ class FreeTransformerConfig(LlamaConfig):
         return plain_config(self)
 
     @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `transformers`, of a pretrained model without a plan what it becomes; no warning is due then."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return cls._adopted(config_dict), kwargs
+
+    @classmethod
+    def _adopted(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        if config_dict.get("model_type", cls.model_type) in (cls.model_type, FreeTransformerConfig.model_type):
+            return config_dict
+        return adopt(config_dict, cls._known_names() | _ALSO_ACCEPTED)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in `transformers`; a name in a *file* that this version does not know is dropped with a warning."""
         known = cls._known_names() | _ALSO_ACCEPTED
-        if config_dict.get("model_type", cls.model_type) != cls.model_type:
-            config_dict = adopt(config_dict, known)
+        config_dict = cls._adopted(config_dict)
         unknown = {name for name in config_dict if name not in known and not name.startswith("_")}
         if unknown:
             logger.warning("config.json: ignored %s", ", ".join(sorted(unknown)))

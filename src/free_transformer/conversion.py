@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.files import first_line, new_folder
@@ -49,7 +49,7 @@ def convert(source: str, out: Path, check: bool = True, **settings: Any) -> Conv
     """
     _refuse_to_overwrite(out)
     with _readable(source):
-        values, _ = FreeTransformerConfig.get_config_dict(source)
+        values, _ = PreTrainedConfig.get_config_dict(source)
         if values.get("model_type") == FreeTransformerConfig.model_type:
             raise ValueError(f"{source}: has a plan already; --merge-plan is the way back")
         model = FreeTransformer.from_pretrained(source, **settings)
@@ -75,7 +75,7 @@ def merge_plan(source: Path, out: Path, bits: str) -> PreTrainedModel:
     """
     _refuse_to_overwrite(out)
     with _readable(str(source)):
-        values, _ = FreeTransformerConfig.get_config_dict(source)
+        values, _ = PreTrainedConfig.get_config_dict(source)
         if values.get("model_type") != FreeTransformerConfig.model_type:
             raise ValueError(f"{source}: no Free Transformer, so there is no plan to merge")
         model = FreeTransformer.from_pretrained(source)

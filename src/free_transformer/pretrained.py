@@ -54,7 +54,7 @@ def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     if window is not None and window < own.max_position_embeddings:
         logger.warning("texts of up to %d tokens: beyond, %s attends within a sliding window", window, kind)
         adopted["max_position_embeddings"] = window
-    return {**adopted, **KIN[kind], **START}
+    return {**adopted, **KIN[kind], **START, "model_type": "free_transformer"}
 
 
 def plain_config(config: Any) -> PreTrainedConfig:

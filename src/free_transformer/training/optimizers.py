@@ -132,7 +132,7 @@ class SharedMuon(torch.optim.Muon):
         """What `torch.optim.Muon` would add, found by letting it move a matrix of zeros."""
         zeros = nn.Parameter(torch.zeros_like(update))
         zeros.grad = update
-        settings = {name: value for name, value in group.items() if name != "params"}
+        settings = {name: value for name, value in group.items() if name not in ("params", "peak_lr")}
         torch.optim.Muon([zeros], **{**settings, "weight_decay": 0.0, "momentum": 0.0}).step()
         return zeros.detach()
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.errors import SettingsError
@@ -77,7 +77,7 @@ class ModelSettings(Section):
     def adopt(self) -> None:
         """Takes over what a pretrained model decides. `SettingsError` where it differs from what was asked for."""
         try:
-            values, _ = FreeTransformerConfig.get_config_dict(self.pretrained)
+            values, _ = PreTrainedConfig.get_config_dict(self.pretrained)
             config = FreeTransformerConfig.from_dict(values)
         except (ValueError, OSError) as error:
             raise SettingsError(f"model.pretrained={self.pretrained}: {first_line(error)}") from error
