@@ -24,14 +24,13 @@ sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
 sys.path.insert(0, str(ROOT / "examples" / "pretrained"))
 
 from demo import decode, read_rows, train_both  # noqa: E402
-from news import news, train_judge, write_corpus  # noqa: E402
+from news import Documents, news, train_judge, write_corpus  # noqa: E402
 from voices import package_folder, read_label  # noqa: E402
 
 from free_transformer.data import train_tokenizer  # noqa: E402
 from free_transformer.evaluation import compare, evaluate_likelihood, measure_control  # noqa: E402
 from free_transformer.files import write_text  # noqa: E402
 
-Documents = dict[str, list[str]]
 LIKELIHOOD_TEXTS, SAMPLES = 400, 32
 CHARACTERS_A_TOKEN = 4
 BULKY = ("plans", "verdicts", "transferred")

@@ -1,5 +1,5 @@
 """
-A plan for a model that already writes: SmolLM2-135M learns one on three voices that nobody labels (or five labels of
+A plan for a model that already writes: SmolLM2-135M learns one on three voices that nobody labels (or five topics of
 news), beside the same fine-tuning without.
 
 `make demo-pretrained`, then open runs/pretrained/voices/report.html. The judge that knows the labels reads only
@@ -34,17 +34,14 @@ from free_transformer.evaluation import (
 from free_transformer.evaluation.control import contingency
 from free_transformer.evaluation.plots import curves, plans_by_label
 from free_transformer.evaluation.report import Report, likelihood_table, usage_table
-from free_transformer.files import write_json, write_text
+from free_transformer.files import write_text
 from free_transformer.plan_text import format_plan
 from free_transformer.training import Run
-from free_transformer.training.model_card import write_model_card
 
 RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_LABEL = 16, 8, 32
 SHOWN_PER_LABEL = 2
 LIKELIHOOD_TEXTS, LIKELIHOOD_SAMPLES = 160, 8
 CHARACTERS_A_TOKEN = 4
-KEPT = ("agreement", "agreement_shuffled", "agreement_baseline", "transfer", "transfer_shuffled")
-
 KINDS = {"voices": "voice", "news": "topic"}
 
 console = Console()
@@ -96,7 +93,7 @@ def main() -> None:
         examples_per_label=EXAMPLES_PER_LABEL,
         temperature=options.temperature,
     )
-    write_control(runs[0], control)
+    runs[0].write_control(control)
     lines = key_lines(*likelihoods, control, accuracy, part.bytes_per_token, KINDS[options.corpus])
     lines.append(f"NLL in nats a token: {likelihoods[0].nll:.4f}, fine-tuned without a plan {likelihoods[1].nll:.4f}")
     lines.append(
@@ -119,14 +116,6 @@ def write_text_of(corpus: str, folder: Path) -> list[str]:
     documents = news()
     write_corpus(documents, folder)
     return list(documents)
-
-
-def write_control(run: Run, control: Control) -> None:
-    """What the model card shows of control."""
-    values: dict[str, Any] = {name: getattr(control, name) for name in KEPT}
-    values |= {"mutual_information": control.mutual_information, "label_entropy": control.label_entropy}
-    write_json(run.control_file, values)
-    write_model_card(run)
 
 
 def samples_by_label(

@@ -15,7 +15,7 @@ from free_transformer.config import FreeTransformerConfig
 from free_transformer.files import first_line, new_folder
 from free_transformer.model import FreeTransformer
 from free_transformer.plan_text import format_plan, parse_plan
-from free_transformer.pretrained import PROBE_TOKENS, NewPart, new_parts
+from free_transformer.pretrained import NewPart, new_parts, random_tokens
 
 
 @dataclass
@@ -106,8 +106,7 @@ def without_plan(model: FreeTransformer, plan: Tensor) -> PreTrainedModel:
 
 @torch.no_grad()
 def _difference(model: FreeTransformer, pretrained: PreTrainedModel) -> float:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    tokens = random_tokens(model)
     return (model(tokens).logits - pretrained(tokens).logits).abs().max().item()
 
 

@@ -28,7 +28,7 @@ KIN: dict[str, dict[str, Any]] = {
 # How a plan is added to what knows how to write already (docs/pretrained.md): it changes nothing at first; its vectors
 # are sums over bits, so that half of all texts move each of them away from zero; and its bits tell texts apart.
 START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
-PROBE_TOKENS = 64  # of a text of random tokens, on which the scale of X is measured
+PROBE_TOKENS = 64
 
 
 def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
@@ -96,10 +96,14 @@ def measured_scale(model: "FreeTransformer") -> float:
 
     Random tokens do: what the layers add does not hang on what a text says.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    states: Tensor = model.first_half(tokens.to(model.device)).hidden_states[0]
+    states: Tensor = model.first_half(random_tokens(model)).hidden_states[0]
     return float(f"{states.float().square().mean(-1).sqrt().median().item():.2g}")
+
+
+def random_tokens(model: "FreeTransformer") -> Tensor:
+    """A text of random tokens, (1, 64), the same for every model of this vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(model.device)
 
 
 @dataclass
@@ -116,7 +120,7 @@ def new_parts(model: "FreeTransformer") -> list[NewPart]:
     starts = {
         "encoder.query": "random",
         "encoder": f"a copy of layer {model.config.plan_layer}, attention and MLP, with its norms",
-        "encoder.readout": "random and small",
+        "encoder.readout": "random",
         "plan_table": f"zero, {len(model.plan_table.weight):,} vectors: no plan changes anything yet",
     }
     counts = dict.fromkeys(starts, 0)

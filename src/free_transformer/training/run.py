@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents
 from free_transformer.evaluation.comparison import Comparison
+from free_transformer.evaluation.control import Control
 from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.evaluation.usage import usage_warning
 from free_transformer.files import first_line, write_json, write_text
@@ -107,6 +108,12 @@ class Run:
     def write_comparison(self, comparison: Comparison, bytes_per_token: float) -> None:
         """Writes `comparison.json` and the model's card."""
         write_json(self.comparison_file, {**asdict(comparison), "bytes_per_token": bytes_per_token})
+        write_model_card(self)
+
+    def write_control(self, control: Control) -> None:
+        """Writes `control.json`, all numbers of `control`, and the model's card."""
+        listed = ("plans", "verdicts", "transferred")
+        write_json(self.control_file, {name: value for name, value in vars(control).items() if name not in listed})
         write_model_card(self)
 
     def append_metrics(self, **values: Any) -> None:

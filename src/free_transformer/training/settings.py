@@ -75,7 +75,9 @@ class ModelSettings(Section):
             raise SettingsError(f"model: {error}") from error
 
     def adopt(self) -> None:
-        """Takes over what a pretrained model decides. `SettingsError` where it differs from what was asked for."""
+        """Takes over what a pretrained model decides, if any. `SettingsError` where something else was asked for."""
+        if self.pretrained is None:
+            return
         try:
             values, _ = PreTrainedConfig.get_config_dict(self.pretrained)
             config = FreeTransformerConfig.from_dict(values)
@@ -308,9 +310,8 @@ def parse_settings(values: dict[str, Any], source: str = "settings", to_train: b
     except ValidationError as error:
         raise SettingsError(f"{source}: " + "; ".join(map(_explain, _nearest(error.errors())))) from error
     try:
-        if settings.model.pretrained is not None and to_train:
-            settings.model.adopt()
         if settings.model.pretrained is None or to_train:
+            settings.model.adopt()
             settings.model.build()
         _check_together(settings)
     except SettingsError as error:
