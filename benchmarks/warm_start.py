@@ -26,9 +26,10 @@ STARTS = {
     "zero, one table of all plans": ["model.code_bits=8"],
     "bit-linear and small, one table of all plans": ["model.code_bits=8", "model.table_init=bit_linear"],
     "zero, a vector for each bit, small readout": ["model.readout_init_scale=0.1"],
+    "zero, a vector for each bit, layer K alone": ["model.injection_layers=null"],
 }
 SETTINGS = ["model.latent_dim=8", "model.free_bits=4", "model.min_bits=3", "training.seq_len=64"]
-SETTINGS += ["training.freeze_first_half=true", "training.prior_rows=0", "training.eval_rows=256"]
+SETTINGS += ["training.freeze_first_half=true", "training.prior_rows=0", "training.eval_rows=96"]
 
 
 def main(

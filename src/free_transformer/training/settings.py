@@ -382,11 +382,7 @@ def _explain(error: Any) -> str:
     """One pydantic error as a person would say it."""
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":  # then the location may end in the member of a union
-        location = [
-            part
-            for part in location
-            if not re.fullmatch(r"(constrained-)?int|(literal|function|list|dict).*\[.*", part)
-        ]
+        location = [part for part in location if not MEMBER.fullmatch(part)]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         section: Any = Settings
