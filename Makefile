@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained test quality format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check clean
+.PHONY: help demo demo-pretrained test quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,15 @@ quality: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## this documentation as a site: site/index.html
+	$(BIN)/python docs/configuration.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+	@echo 'open site/index.html'
+
+hooks: $(VENV)/.dev ## ruff and mypy before every commit
+	$(PIP) pre-commit
+	$(BIN)/pre-commit install
 
 format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -126,14 +135,14 @@ hub-check: $(VENV)/.train ## load a model (of RUN, or one of seconds) where only
 	$(BIN)/python tests/hub/check.py $(RUN)
 
 clean: ## remove the set-up and all runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 # Only changes to the package's metadata ask for another installation: the install is editable.
-$(VENV)/.train $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
+$(VENV)/.train $(VENV)/.demo $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
 	$(PIP) -e '.[$*]'
 	@touch $@
 

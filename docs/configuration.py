@@ -1,0 +1,73 @@
+"""Writes docs/configuration.md from the settings themselves; `make docs` runs it, and a test compares."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from free_transformer import quiet  # noqa: F401
+from free_transformer.config import FreeTransformerConfig
+from free_transformer.training.settings import Section, Settings, StageSettings
+
+PAGE = Path(__file__).parent / "configuration.md"
+HEAD = """<!-- written by docs/configuration.py: change the settings' own descriptions -->
+# Settings
+
+A run reads a YAML file with these sections, and `section.name=value` on the command line changes any of them:
+
+```
+free-transformer train configs/free_transformer.yaml training.learning_rate=1e-3 run_dir=runs/mine
+```
+
+An unknown name is refused and the nearest known one named. What a run used, every default written out, stands in its
+`config.yaml`. The files in `configs/` are good starts.
+"""
+OF_THE_MODEL = """## model, further { #further }
+
+All other fields of `FreeTransformerConfig`, and those of `LlamaConfig`, are settings of `model` too, as in
+`model.code_bits=4`, `model.rms_norm_eps=1e-6`: see
+[`FreeTransformerConfig`](api.md#free_transformer.FreeTransformerConfig). The short names are """
+
+
+def page() -> str:
+    sections = [(name, field.annotation) for name, field in Settings.model_fields.items()]
+    parts = [HEAD, table("run", {"run_dir": Settings.model_fields["run_dir"]})]
+    for name, section in sections:
+        if isinstance(section, type) and issubclass(section, Section):
+            parts.append(table(name, section.model_fields))
+            if name == "model":
+                parts.append(OF_THE_MODEL + short_names())
+            if name == "training":
+                parts.append(table("training.stages", StageSettings.model_fields))
+    return "\n".join(parts)
+
+
+def table(name: str, fields: dict[str, Any]) -> str:
+    rows = [
+        f"| `{key}` | {shown(field.get_default(call_default_factory=True))} | {escaped(field.description)} |"
+        for key, field in fields.items()
+    ]
+    return "\n".join([f"## {name}\n", "| setting | default | |", "|---|---|---|", *rows, ""])
+
+
+def short_names() -> str:
+    pairs = [f"`{short}` (`{full}`)" for short, full in FreeTransformerConfig.attribute_map.items()]
+    return ", ".join(pairs) + ".\n"
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, BaseModel | list | dict) and not value:
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def escaped(text: str | None) -> str:
+    return (text or "").replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}", file=sys.stderr)
