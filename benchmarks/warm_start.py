@@ -5,7 +5,10 @@ Each start is a fine-tuning of SmolLM2-135M on news in windows of 64 tokens, its
 What tells is the gap, prior - reconstruction, on held-out text: no gap, no use. `make warm-start`: 20 minutes.
 """
 
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,19 +37,23 @@ SETTINGS += ["training.freeze_first_half=true", "training.prior_rows=0", "traini
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/warm_start"),
-    steps: Annotated[int, typer.Option(help="steps of each run")] = 60,
+    steps: Annotated[int, typer.Option(help="steps of each run")] = 40,
     every: Annotated[int, typer.Option(help="steps between two looks")] = 20,
     llama: Annotated[Path, typer.Option(help="the pretrained model")] = Path("runs/pretrained/smollm2-135m"),
     seed: int = 0,
+    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
 ) -> None:
     """Trains what is missing and prints the table."""
     if not llama.is_dir():
         write_smollm2(llama)
     write_corpus(news(), out / "text")
-    rows = [
-        row(title, measure(out / str(number), changes, llama, out / "text", steps, every, seed))
-        for number, (title, changes) in enumerate(STARTS.items())
-    ]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        pending = [
+            pool.submit(measure, out / str(number), changes, llama, out / "text", steps, every, seed)
+            for number, changes in enumerate(STARTS.values())
+        ]
+        rows = [row(title, each.result()) for title, each in zip(STARTS, pending, strict=True)]
     looks = range(every, steps + 1, every)
     header = "| start | " + " | ".join(f"gap at step {step}" for step in looks) + " | KL, bits | R, of X |"
     print("\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows]))
