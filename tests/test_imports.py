@@ -1,10 +1,13 @@
 """`import free_transformer` imports neither torch nor `transformers`, and still the Auto classes know our classes."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import free_transformer
 from free_transformer import FreeTransformer, FreeTransformerConfig
 
 LOAD = "from transformers import AutoModelForCausalLM\nprint(type(AutoModelForCausalLM.from_pretrained({folder!r})))"
@@ -62,3 +65,23 @@ def test_unknown_names_are_told():
     assert all(hasattr(free_transformer, name) for name in free_transformer.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'FreeTransformr'"):
         _ = free_transformer.FreeTransformr
+
+
+CORE = ("attention", "cache", "config", "encoder", "generation", "initialization", "injection", "layers", "layout")
+CORE += ("losses", "model", "plan", "plan_ops", "pretrained", "products", "straight_through")
+
+
+def imported_by(path: Path) -> set[str]:
+    """Parts of the package that a file imports anywhere, `training` for free_transformer.training.loop."""
+    names = re.findall(r"^\s*(?:from|import) (?:free_transformer)?\.(\w+)", path.read_text(encoding="utf-8"), re.M)
+    return set(names)
+
+
+def test_imports_run_one_way():
+    package = Path(free_transformer.__file__).parent
+    for name in CORE:
+        assert imported_by(package / f"{name}.py") <= {*CORE, "rounding", "sharing", "errors"}, name
+    for path in package.rglob("*.py"):
+        assert "cli" not in imported_by(path) or path.name == "__main__.py", path
+    for path in (package / "evaluation").glob("*.py"):
+        assert not imported_by(path) & {"cli", "serving", "deploy"}, path
