@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained test quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check clean
+.PHONY: help demo demo-pretrained test quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,8 +26,8 @@ demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_
 demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on three voices, beside the same without: runs/pretrained/voices/report.html
 	$(BIN)/python examples/pretrained/finetune.py
 
-test: $(VENV)/.dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+test: $(VENV)/.dev ## run the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 quality: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -133,6 +133,10 @@ docker-check: $(VENV)/.dev ## build the images by buildah, serve from each, ask,
 
 hub-check: $(VENV)/.train ## load a model (of RUN, or one of seconds) where only torch and transformers are installed; 2 minutes
 	$(BIN)/python tests/hub/check.py $(RUN)
+
+release-check: $(VENV)/.dev ## build sdist and wheel, install the wheel by itself, run the quick start; 3 minutes
+	$(PIP) build
+	$(BIN)/python tests/release/check.py
 
 clean: ## remove the set-up and all runs
 	rm -rf $(VENV) runs site

@@ -90,8 +90,8 @@ def test_a_run_with_auto_says_and_keeps_its_number(tiny_settings, monkeypatch, c
 
 
 def test_trying_steps_changes_nothing_of_the_run(tiny_settings):  # noqa: F811
-    rows = resolved(tiny_settings(training={"batch_size": "auto"}))
     one = train(tiny_settings("auto", training={"batch_size": "auto"}), quiet=True)
+    rows = one.settings.training.batch_size
     assert_same_weights(one, train(tiny_settings("named", training={"batch_size": rows}), quiet=True))
 
 

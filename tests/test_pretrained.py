@@ -174,6 +174,7 @@ def command(capsys, monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["free-transformer", *map(str, arguments)])
+        capsys.readouterr()  # what was said before
         with pytest.raises(SystemExit) as ending:
             cli.main()
         return ending.value.code, capsys.readouterr()
@@ -239,5 +240,5 @@ def test_bad_usage_of_convert_is_one_line(donor, tmp_path, command, monkeypatch,
     donor(DONORS["llama"])
     monkeypatch.chdir(tmp_path)
     found, shown = command("convert", *arguments)
-    assert (found, len(shown.err.splitlines())) == (status, 1)
+    assert (found, len(shown.err.splitlines())) == (status, 1), shown.err
     assert message in shown.err

@@ -105,7 +105,7 @@ def main() -> None:
     samples = samples_by_label(free, tokenizer, tokens, held_out.voices, labels, options.sample_temperature)
     write_report(out, runs, likelihoods, control, (codes, held_out.voices), labels, samples, lines, part)
     console.print("\n" + "\n".join(lines), highlight=False)
-    console.print(f"\nopen {out / 'report.html'}", highlight=False)
+    console.print(f"\nopen {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def write_text_of(corpus: str, folder: Path) -> list[str]:

@@ -101,7 +101,7 @@ def main() -> None:
         *(options, free_run, baseline_run, likelihoods, codes, held_out, control, shown, lines, part.bytes_per_token)
     )
     console.print("\n" + "\n".join(lines), highlight=False)
-    console.print(f"\nopen {options.out / 'report.html'}", highlight=False)
+    console.print(f"\nopen {options.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:

@@ -317,7 +317,8 @@ def convert(
         done = conversion.convert(pretrained, out, check=check, **settings)
     _print_table(["new", "parameters", "starts as"], [[p.name, f"{p.parameters:,}", p.start] for p in done.parts])
     if done.difference is not None:
-        console.print(f"largest difference from the logits of {pretrained}: {done.difference:.2g}", highlight=False)
+        difference = f"largest difference from the logits of {pretrained}: {done.difference:.2g}"
+        console.print(difference, highlight=False, soft_wrap=True)
     console.print(f"written to {out}; train it with model.pretrained={out}", highlight=False, soft_wrap=True)
 
 

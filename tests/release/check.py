@@ -1,0 +1,62 @@
+"""
+Builds what would be published and uses it as whoever installs it does: the wheel alone, in an environment of its own.
+
+    python tests/release/check.py
+
+The commands are those of the documentation's first page, the steps of training fewer.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Path("configs") / "free_transformer.yaml"
+STEPS = "training.max_steps=20"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        subprocess.run([sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT], check=True)
+        (wheel,), (source,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+        names = zipfile.ZipFile(wheel).namelist()
+        assert "free_transformer/py.typed" in names and any(name.endswith("LICENSE") for name in names), names
+        assert not [name for name in names if not name.startswith("free_transformer")], names
+
+        bin_folder = folder / "venv" / "bin"
+        venv.create(folder / "venv", with_pip=True)
+        pip = [bin_folder / "python", "-m", "pip", "--disable-pip-version-check", "install", "-qc"]
+        subprocess.run([*pip, ROOT / "constraints.txt", f"{wheel}[train]"], check=True)
+
+        (folder / "work" / "configs").mkdir(parents=True)
+        (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["PATH"] = f"{bin_folder}{os.pathsep}{environment['PATH']}"
+        for command in [*quick_start(), ["python", "-c", ten_lines()]]:
+            print("$", shlex.join(command) if len(command[-1]) < 99 else "the README's ten lines", flush=True)
+            subprocess.run(command, check=True, cwd=folder / "work", env=environment)
+        print(f"{source.name} and {wheel.name} are ready")
+
+
+def quick_start() -> list[list[str]]:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("free-transformer")]
+    assert [command[1] for command in commands] == ["train", "evaluate", "generate", "plan"], commands
+    return [[*command, STEPS] if command[1] == "train" else command for command in commands]
+
+
+def ten_lines() -> str:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[0]
+
+
+if __name__ == "__main__":
+    main()
