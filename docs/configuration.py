@@ -31,9 +31,9 @@ All other fields of `FreeTransformerConfig`, and those of `LlamaConfig`, are set
 
 
 def page() -> str:
-    sections = [(name, field.annotation) for name, field in Settings.model_fields.items()]
     parts = [HEAD, table("run", {"run_dir": Settings.model_fields["run_dir"]})]
-    for name, section in sections:
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             parts.append(table(name, section.model_fields))
             if name == "model":

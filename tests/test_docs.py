@@ -9,30 +9,26 @@ import pytest
 import typer
 
 from free_transformer.cli import app
+from pages import ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMPLETE = ("README.md", "docs/index.md", "docs/contributing.md")  # pages whose Python blocks need nothing else
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
 def commands(page: Path) -> list[str]:
     """Lines of shell of a page, continued ones joined and comments left out."""
-    text = "\n".join(blocks(page, "")).replace("\\\n", " ")
+    text = "\n".join(blocks(page)).replace("\\\n", " ")
     spoken = re.findall(r"`((?:free-transformer|make) [^`]+)`", page.read_text(encoding="utf-8"))
     return [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/") for line in [*text.splitlines(), *spoken]]
 
 
-EXAMPLES = [(page, number) for page in COMPLETE for number in range(len(blocks(ROOT / page, "python")))]
+EXAMPLES = [(page, number) for page in COMPLETE for number in range(len(blocks(page, "python")))]
 
 
 @pytest.mark.parametrize(("page", "number"), EXAMPLES)
 def test_a_complete_example_runs(page, number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks(ROOT / page, "python")[number], f"{page}[{number}]", "exec"), {"__name__": "example"})
+    exec(compile(blocks(page, "python")[number], f"{page}[{number}]", "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -91,7 +91,7 @@ def test_a_run_with_auto_says_and_keeps_its_number(tiny_settings, monkeypatch, c
 
 def test_trying_steps_changes_nothing_of_the_run(tiny_settings):  # noqa: F811
     one = train(tiny_settings("auto", training={"batch_size": "auto"}), quiet=True)
-    rows = one.settings.training.batch_size
+    rows = one.settings.training.rows
     assert_same_weights(one, train(tiny_settings("named", training={"batch_size": rows}), quiet=True))
 
 

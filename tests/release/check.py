@@ -7,7 +7,6 @@ The commands are those of the documentation's first page, the steps of training 
 """
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,10 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pages import ROOT, blocks
+
 CONFIG = Path("configs") / "free_transformer.yaml"
 STEPS = "training.max_steps=20"
 
@@ -39,23 +41,17 @@ def main() -> None:
         (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["PATH"] = f"{bin_folder}{os.pathsep}{environment['PATH']}"
-        for command in [*quick_start(), ["python", "-c", ten_lines()]]:
+        for command in [*quick_start(), ["python", "-c", blocks("README.md", "python")[0]]]:
             print("$", shlex.join(command) if len(command[-1]) < 99 else "the README's ten lines", flush=True)
             subprocess.run(command, check=True, cwd=folder / "work", env=environment)
         print(f"{source.name} and {wheel.name} are ready")
 
 
 def quick_start() -> list[list[str]]:
-    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    block = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
-    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("free-transformer")]
+    lines = blocks("docs/index.md")[0].splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("free-transformer")]
     assert [command[1] for command in commands] == ["train", "evaluate", "generate", "plan"], commands
     return [[*command, STEPS] if command[1] == "train" else command for command in commands]
-
-
-def ten_lines() -> str:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[0]
 
 
 if __name__ == "__main__":
