@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained test quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,8 +26,15 @@ demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_
 demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on three voices, beside the same without: runs/pretrained/voices/report.html
 	$(BIN)/python examples/pretrained/finetune.py
 
+tour: $(VENV)/.demo ## from text to steering in Python: docs/tour.md; five minutes
+	$(BIN)/python examples/tour.py
+
 test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-docs: $(VENV)/.dev ## run every command and block of README and docs as written, on short runs; 12 minutes
+	$(PIP) optuna
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_docs.py tests/test_pages.py -m "docs or not docs"
 
 quality: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Writes docs/configuration.md from the settings themselves; `make docs` runs it, and a test compares."""
 
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from pydantic import BaseModel
 
 from free_transformer import quiet  # noqa: F401
 from free_transformer.config import FreeTransformerConfig
-from free_transformer.training.settings import Section, Settings, StageSettings
+from free_transformer.training.settings import DECIDED_BY, Section, Settings, StageSettings
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """<!-- written by docs/configuration.py: change the settings' own descriptions -->
@@ -23,11 +25,9 @@ free-transformer train configs/free_transformer.yaml training.learning_rate=1e-3
 An unknown name is refused and the nearest known one named. What a run used, every default written out, stands in its
 `config.yaml`. The files in `configs/` are good starts.
 """
-OF_THE_MODEL = """## model, further { #further }
-
-All other fields of `FreeTransformerConfig`, and those of `LlamaConfig`, are settings of `model` too, as in
-`model.code_bits=4`, `model.rms_norm_eps=1e-6`: see
-[`FreeTransformerConfig`](api.md#free_transformer.FreeTransformerConfig). The short names are """
+OF_THE_MODEL = (
+    """The fields of `LlamaConfig` are settings of `model` too, as in `model.rms_norm_eps=1e-6`. Short names: """
+)
 
 
 def page() -> str:
@@ -37,18 +37,35 @@ def page() -> str:
         if isinstance(section, type) and issubclass(section, Section):
             parts.append(table(name, section.model_fields))
             if name == "model":
-                parts.append(OF_THE_MODEL + short_names())
+                parts += [further({*section.model_fields, *DECIDED_BY, "encoder_class"}), OF_THE_MODEL + short_names()]
             if name == "training":
                 parts.append(table("training.stages", StageSettings.model_fields))
     return "\n".join(parts)
 
 
 def table(name: str, fields: dict[str, Any]) -> str:
-    rows = [
-        f"| `{key}` | {shown(field.get_default(call_default_factory=True))} | {escaped(field.description)} |"
-        for key, field in fields.items()
-    ]
-    return "\n".join([f"## {name}\n", "| setting | default | |", "|---|---|---|", *rows, ""])
+    return rows_of(
+        name,
+        [(key, field.get_default(call_default_factory=True), field.description) for key, field in fields.items()],
+    )
+
+
+def further(known: set[str]) -> str:
+    """What the model's configuration has beyond the section `model`, described where it is defined."""
+    described = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", attributes(), re.DOTALL | re.MULTILINE)
+    return rows_of(
+        "model, further",
+        [(name, getattr(FreeTransformerConfig, name), text) for name, text in described if name not in known],
+    )
+
+
+def attributes() -> str:
+    return inspect.cleandoc(FreeTransformerConfig.__doc__ or "").split("Attributes:\n")[1].split("\n\n")[0]
+
+
+def rows_of(name: str, rows: list[tuple[str, Any, str | None]]) -> str:
+    lines = [f"| `{key}` | {shown(default)} | {escaped(text)} |" for key, default, text in rows]
+    return "\n".join([f"## {name}\n", "| setting | default | meaning |", "|---|---|---|", *lines, ""])
 
 
 def short_names() -> str:
@@ -65,7 +82,7 @@ def shown(value: Any) -> str:
 
 
 def escaped(text: str | None) -> str:
-    return (text or "").replace("|", r"\|")
+    return " ".join((text or "").replace("|", r"\|").split())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What the documentation holds, for whoever checks it."""
+"""What README and documentation hold, for whoever checks it."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(page: str | Path, language: str = "") -> list[str]:
-    """The fenced blocks of a language, those without one by default; `page` from the root of the repository."""
+def blocks(page: str | Path) -> list[tuple[str, str]]:
+    """The fenced blocks, each with its language, "" for commands; `page` from the root of the repository."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def blocks_in(page: str | Path, language: str) -> list[str]:
+    return [block for each, block in blocks(page) if each == language]

@@ -1,4 +1,4 @@
-"""README and documentation against the code: what they name exists, and complete examples run."""
+"""README and documentation against the code: what they name exists. Their blocks run in test_pages.py."""
 
 import importlib.util
 import re
@@ -9,26 +9,18 @@ import pytest
 import typer
 
 from free_transformer.cli import app
-from pages import ROOT, blocks
+from pages import PAGES, ROOT, blocks_in
 
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMPLETE = ("README.md", "docs/index.md", "docs/contributing.md")  # pages whose Python blocks need nothing else
+
+def page_text(page: str | Path) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def commands(page: Path) -> list[str]:
     """Lines of shell of a page, continued ones joined and comments left out."""
-    text = "\n".join(blocks(page)).replace("\\\n", " ")
-    spoken = re.findall(r"`((?:free-transformer|make) [^`]+)`", page.read_text(encoding="utf-8"))
+    text = "\n".join(blocks_in(page, "")).replace("\\\n", " ")
+    spoken = re.findall(r"`((?:free-transformer|make) [^`]+)`", page_text(page))
     return [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/") for line in [*text.splitlines(), *spoken]]
-
-
-EXAMPLES = [(page, number) for page in COMPLETE for number in range(len(blocks(page, "python")))]
-
-
-@pytest.mark.parametrize(("page", "number"), EXAMPLES)
-def test_a_complete_example_runs(page, number, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(blocks(page, "python")[number], f"{page}[{number}]", "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -45,19 +37,29 @@ def test_every_command_and_option_that_is_named_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_target_of_make_that_is_named_exists(page):
-    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):.*##", page_text("Makefile"), re.MULTILINE))
     named = {line.split()[1] for line in commands(page) if re.match(r"make [a-z]", line)}
     assert named <= targets
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_test_that_is_named_exists(page):
-    named = re.findall(r"`((?:src|tests|benchmarks|examples|configs)/[\w/.-]+\.\w+)", page.read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:src|tests|benchmarks|examples|configs)/[\w/.-]+\.\w+)", page_text(page))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_test_that_shows_a_statement_is_there():
+    """In the table of statements, a test is its file and its name without underscores; several are parted by `;`."""
+    rows = [line for line in page_text("docs/faq-check.md").splitlines() if line.startswith("|")]
+    parts = [part for row in rows for part in row.split("|")[2].split(";")]
+    shown = [found.groups() for part in parts if (found := re.match(r" *`(tests/\w+\.py)`: ([\w ]+)", part))]
+    assert len(shown) > 60
+    for file, name in shown:
+        assert f"def test_{'_'.join(name.split())}(" in page_text(file), f"{file}: {name}"
 
 
 def test_the_reference_of_settings_is_that_of_the_settings():
     spec = importlib.util.spec_from_file_location("configuration", ROOT / "docs" / "configuration.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == module.page(), "make docs writes it"
+    assert page_text("docs/configuration.md") == module.page(), "make docs writes it"

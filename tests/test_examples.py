@@ -134,6 +134,19 @@ def test_the_demo_runs_whole_and_shows_its_key_lines(script, voices, tmp_path, m
         assert f"kind: {kind}" in (out / kind / "config.yaml").read_text()
 
 
+def test_the_tour_runs_whole(script, voices, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "three_voices.voices", voices)
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(CONFIGS)
+    source = (EXAMPLES / "tour.py").read_text(encoding="utf-8")
+    shorter = source.replace("128, 1200, 150", "32, 2, 3")
+    exec(compile(shorter, "tour.py", "exec"), {"__name__": "__main__"})
+    told = capsys.readouterr().out
+    for line in ("NLL ", "gap ", "Shakespeare: ", "bit 7 spends ", "texts under an example's plan", "the plan knows "):
+        assert re.search(f"^{line}", told, flags=re.M), line
+    assert Path("runs/tour/plans.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("name", ["train_free", "train_baseline"])
 def test_the_training_scripts_train(script, tmp_path, monkeypatch, capsys, name):
     kind = name.removeprefix("train_")

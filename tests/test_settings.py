@@ -141,6 +141,12 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(load, override, al
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("override", "other"), [("kl_weight=0.5", "kl_weight"), ("vocab_size=9", "tokenizer")])
+def test_what_another_setting_decides_is_refused_by_its_name(load, override, other):
+    with refused(rf"model.{override}: \S*{other} decides it"):
+        load("run_dir: x", f"model.{override}")
+
+
 @pytest.mark.parametrize("rate", [".nan", ".inf"])
 def test_a_rate_that_is_no_number_is_refused(load, rate):
     with refused("training.learning_rate"):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from free_transformer import FreeTransformer, build_baseline
-from free_transformer.data import byte_tokenizer
+from free_transformer.data import build_rows, byte_tokenizer
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.plan import BinaryMapper
 
@@ -75,6 +75,20 @@ def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def changed(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def test_rows_of_the_library_are_a_data_set(model, arguments):
+    text = ["the cat sat on the mat and saw", "a dog", "ran home", "all work and no play"] * 4  # whole, packed, padded
+    packed = build_rows(text, byte_tokenizer(), LENGTH)
+    sizes = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    trainer = PlanTrainer(model(**sizes), arguments(), train_dataset=packed, eval_dataset=packed, num_samples=2)
+    trainer.train()
+    given = batch([packed[index] for index in range(len(packed))])
+    assert all(torch.equal(given[name], value) for name, value in packed.take(slice(None)).items())
+    assert {"attention_mask", "position_ids"} <= packed.take(slice(None)).keys()
+    torch.manual_seed(0)
+    ours = evaluate_likelihood(trainer.model, packed.in_order(8), num_samples=64)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(ours.elbo, abs=0.05)
 
 
 def lines_with(trainer: Trainer, name: str) -> list[dict[str, float]]:

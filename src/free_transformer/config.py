@@ -53,12 +53,13 @@ class FreeTransformerConfig(LlamaConfig):
     r"""
     Everything that `LlamaConfig` knows, under its own names or the shorter ones of `attribute_map`, and the plan.
 
-    Args:
-        latent_dim: bits of one plan, H (FAQ: 8-16 for small models, 16-32 medium, 32-64 large).
+    Attributes:
+        latent_dim: bits of one plan, H, 1 to 64. What it may know is bounded by `free_bits`: 8 carried all that was
+            measured, and large models often take 16 to 64.
         plan_span: tokens that one plan covers: 1 (the paper), n, or `"sequence"` (one plan for a whole document).
         code_bits: bits of one group; each group has its own table of `2^code_bits` rows. Default: one group up to
             16 bits (the paper), else groups of 8. The last group may be shorter.
-        free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4; FAQ: 0.5 to 2).
+        free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4).
         kl_weight: weight of the KL beyond the free bits.
         min_bits: bits that each plan must spend; 0 is the paper. Not above `free_bits`.
         aggregate_weight: weight of the divergence of all texts' plans together from the uniform prior, so that a

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pages import ROOT, blocks
+from pages import ROOT, blocks_in
 
 CONFIG = Path("configs") / "free_transformer.yaml"
 STEPS = "training.max_steps=20"
@@ -41,14 +41,14 @@ def main() -> None:
         (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["PATH"] = f"{bin_folder}{os.pathsep}{environment['PATH']}"
-        for command in [*quick_start(), ["python", "-c", blocks("README.md", "python")[0]]]:
+        for command in [*quick_start(), ["python", "-c", blocks_in("README.md", "python")[0]]]:
             print("$", shlex.join(command) if len(command[-1]) < 99 else "the README's ten lines", flush=True)
             subprocess.run(command, check=True, cwd=folder / "work", env=environment)
         print(f"{source.name} and {wheel.name} are ready")
 
 
 def quick_start() -> list[list[str]]:
-    lines = blocks("docs/index.md")[0].splitlines()
+    lines = blocks_in("docs/index.md", "")[0].splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("free-transformer")]
     assert [command[1] for command in commands] == ["train", "evaluate", "generate", "plan"], commands
     return [[*command, STEPS] if command[1] == "train" else command for command in commands]

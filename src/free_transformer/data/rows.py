@@ -65,17 +65,28 @@ class Rows:
             indices[epochs == epoch] = order[places[epochs == epoch]]
         return indices
 
+    def __getitem__(self, index: int | np.ndarray | slice) -> Batch:
+        """
+        A row as a model takes it, (T,) each, or several, (B, T): `input_ids`, `labels`, `attention_mask`,
+        `position_ids`. With `len`, what a `DataLoader` and `transformers.Trainer` read.
+        """
+        tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
+        positions = torch.from_numpy(self.positions[index].astype(np.int64))
+        return {
+            "input_ids": tokens,
+            "labels": tokens.masked_fill(positions <= 0, IGNORED),
+            "attention_mask": (positions != PADDING).long(),
+            "position_ids": positions.clamp(min=0),
+        }
+
     def take(self, indices: np.ndarray | slice) -> Batch:
         """
         The rows as a model takes them: `input_ids` and `labels`, (B, T), and where some row is packed or padded also
         `attention_mask` and `position_ids`.
         """
-        tokens = torch.from_numpy(self.tokens[indices].astype(np.int64))
-        positions = torch.from_numpy(self.positions[indices].astype(np.int64))
-        batch = {"input_ids": tokens, "labels": tokens.masked_fill(positions <= 0, IGNORED)}
-        if (positions != torch.arange(tokens.shape[1])).any():
-            batch["attention_mask"] = (positions != PADDING).long()
-            batch["position_ids"] = positions.clamp(min=0)
+        batch = self[indices]
+        if (batch["position_ids"] == torch.arange(self.seq_len)).all():
+            del batch["attention_mask"], batch["position_ids"]
         return batch
 
     def sample(self, size: int, seed: int = 0) -> "Rows":

@@ -20,6 +20,7 @@ ROPE = {"rope_theta", "rope_scaling"}  # older names of what `rope_parameters` h
 LLAMA_NAMES = {*LlamaConfig.__dataclass_fields__, *FreeTransformerConfig.attribute_map, *ROPE}
 SHAPE = {"hidden_dim", "num_layers", "num_heads"}
 OF_THE_PLAN = {"latent_dim", "plan_span", "free_bits", "min_bits", "aggregate_weight"}
+DECIDED_BY = {"kl_weight": "training.kl_weight", "vocab_size": "data.tokenizer"}  # names of the model, set elsewhere
 MAY_CHANGE = {"max_seq_len", "max_position_embeddings", "dropout", "attention_dropout"}  # whatever the weights are
 Sources = list[str] | dict[str, Annotated[float, Field(gt=0)]]  # all texts of several, or shares of a mixture
 MEMBER = re.compile(r"(constrained-)?int|(literal|function|list|dict).*\[.*")  # of a union, in pydantic's words
@@ -52,7 +53,7 @@ class ModelSettings(Section):
     hidden_dim: int = Field(256, ge=2, description="width of the residual stream")
     num_layers: int = Field(6, ge=1, description="decoder layers; the plan enters at half depth")
     num_heads: int = Field(4, ge=1, description="attention heads; hidden_dim / num_heads must be even")
-    latent_dim: int = Field(16, ge=1, description="bits of one plan: 8-16 for small models, 16-32 medium, 32-64 large")
+    latent_dim: int = Field(16, ge=1, description="bits of one plan, 1 to 64; free_bits bounds what it may know")
     plan_span: int | Literal["sequence"] = Field(
         "sequence", description="tokens that a plan covers: 1 (the paper), n, or sequence (a document or window)"
     )
@@ -322,6 +323,9 @@ def parse_settings(values: dict[str, Any], source: str = "settings", to_train: b
 def _check_together(settings: Settings) -> None:
     """What no setting can tell by itself."""
     training, least = settings.training, settings.model.min_bits
+    for name, value in (settings.model.model_extra or {}).items():
+        if name in DECIDED_BY:
+            raise SettingsError(f"model.{name}={value}: {DECIDED_BY[name]} decides it; set that")
     for name in ("freeze_first_half", "lora_rank"):
         if getattr(training, name) and settings.model.pretrained is None:
             raise SettingsError(f"training.{name}={getattr(training, name)}: only with model.pretrained")
