@@ -10,15 +10,21 @@ from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.files import write_text
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d8dee6; padding-bottom: .3rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th { text-align: left; background: #eef2f6; }
-td, th { padding: .3rem .6rem; font-size: 14px; border: 1px solid #d8dee6; vertical-align: top; }
-pre { background: #f6f8fa; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
+:root { color-scheme: light dark; --text: #1d2733; --faint: #5a6b7d; --line: #d8dee6; --head: #eef2f6; --code: #f6f8fa;
+  --warn: #fff3d6; background: #fff; }
+@media (prefers-color-scheme: dark) { :root { --text: #d6dde6; --faint: #93a1b0; --line: #38434f; --head: #232b34;
+  --code: #1c232b; --warn: #4a3a10; background: #151a20; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th { text-align: left; background: var(--head); }
+td, th { padding: .3rem .6rem; font-size: 14px; border: 1px solid var(--line); vertical-align: top; }
+pre { background: var(--code); padding: .7rem; margin: 0; font-size: 13px; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
 .lines pre { white-space: pre; overflow-x: auto; font-size: 11px; }
-.warning { background: #fff3d6; border-left: 4px solid #e0a100; padding: .6rem 1rem; }
-figure { margin: 1rem 0; } figcaption { color: #5a6b7d; font-size: 14px; } svg { max-width: 100%; height: auto; }
+.warning { background: var(--warn); border-left: 4px solid #e0a100; padding: .6rem 1rem; }
+figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--faint); font-size: 14px; }
+svg { max-width: max(100%, 44rem); height: auto; background: #fff; border-radius: 4px; }
 """
 
 COMPARABLE = {
