@@ -41,6 +41,8 @@ def curves(runs: Mapping[str, Metrics]) -> Any:
         axis.set_title(PANELS[name], fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=7)
+        if name == "live_bits":
+            axis.set_ylim(bottom=0)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     return figure
