@@ -63,3 +63,11 @@ def test_the_reference_of_settings_is_that_of_the_settings():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert page_text("docs/configuration.md") == module.page(), "make docs writes it"
+
+
+@pytest.mark.docs
+def test_the_site_asks_nothing_of_another_host():
+    asked = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\s(?:src|href)=["'](?:https?:)?//|url\(["']?https?:""")
+    pages = [*(ROOT / "site").rglob("*.html"), *(ROOT / "site").rglob("*.css")]
+    assert len(pages) > 20, "make docs writes them"
+    assert [page.name for page in pages if asked.search(page.read_text(encoding="utf-8"))] == []
