@@ -32,7 +32,7 @@ tour: $(VENV)/.demo ## from text to steering in Python: docs/tour.md; five minut
 test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-docs: $(VENV)/.dev docs ## build the site, run every command and block of README and docs as written, on short runs; 12 minutes
+test-docs: $(VENV)/.dev docs ## build the site, run every command and block of README and docs as written, on short runs; 15 minutes
 	$(PIP) optuna
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_docs.py tests/test_pages.py -m "docs or not docs"
 
