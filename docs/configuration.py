@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,7 @@ free-transformer train configs/free_transformer.yaml training.learning_rate=1e-3
 An unknown name is refused and the nearest known one named. What a run used, every default written out, stands in its
 `config.yaml`. The files in `configs/` are good starts.
 """
-OF_THE_MODEL = (
-    """The fields of `LlamaConfig` are settings of `model` too, as in `model.rms_norm_eps=1e-6`. Short names: """
-)
+OF_THE_MODEL = "The fields of `LlamaConfig` are settings of `model` too, as in `model.rms_norm_eps=1e-6`. Short names: "
 
 
 def page() -> str:
@@ -44,26 +43,22 @@ def page() -> str:
 
 
 def table(name: str, fields: dict[str, Any]) -> str:
-    return rows_of(
-        name,
-        [(key, field.get_default(call_default_factory=True), field.description) for key, field in fields.items()],
-    )
+    rows = ((key, field.get_default(call_default_factory=True), field.description) for key, field in fields.items())
+    return rows_of(name, rows)
 
 
 def further(known: set[str]) -> str:
     """What the model's configuration has beyond the section `model`, described where it is defined."""
     described = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", attributes(), re.DOTALL | re.MULTILINE)
-    return rows_of(
-        "model, further",
-        [(name, getattr(FreeTransformerConfig, name), text) for name, text in described if name not in known],
-    )
+    rows = ((name, getattr(FreeTransformerConfig, name), text) for name, text in described if name not in known)
+    return rows_of("model, further", rows)
 
 
 def attributes() -> str:
     return inspect.cleandoc(FreeTransformerConfig.__doc__ or "").split("Attributes:\n")[1].split("\n\n")[0]
 
 
-def rows_of(name: str, rows: list[tuple[str, Any, str | None]]) -> str:
+def rows_of(name: str, rows: Iterable[tuple[str, Any, str | None]]) -> str:
     lines = [f"| `{key}` | {shown(default)} | {escaped(text)} |" for key, default, text in rows]
     return "\n".join([f"## {name}\n", "| setting | default | meaning |", "|---|---|---|", *lines, ""])
 

@@ -48,6 +48,22 @@ doc_to_target: gold
 def prepared(tmp_path_factory) -> Path:
     """The repository as a reader has it after some days: texts, two short runs, a Llama, a task."""
     folder = tmp_path_factory.mktemp("pages") / "prepared"
+    copy_repository(folder)
+    write_texts(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(folder / "LLAMA")
+    byte_tokenizer().save_pretrained(folder / "LLAMA")
+    text = [f"data.train={folder / 'texts'}", f"data.validation={folder / 'held_out'}", "training.seq_len=256"]
+    for name, kind in (("mine", "free"), ("baseline", "baseline")):
+        overrides = [f"run_dir={folder / 'runs' / name}", f"model.kind={kind}", *text]
+        train(load_settings(folder / "my.yaml", overrides), quiet=True)
+    shutil.copytree(folder / "runs" / "mine", folder / "runs" / "my-run")
+    shutil.copytree(folder / "runs" / "mine" / "model", folder / "somebody" / "my-run")
+    return folder
+
+
+def copy_repository(folder: Path) -> None:
+    """What commands read of it, the settings shortened, and this environment, in which nothing is left to install."""
     for name in ("configs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
@@ -55,12 +71,16 @@ def prepared(tmp_path_factory) -> Path:
     for config in (folder / "configs").iterdir():
         shorter = re.sub(r"max_steps: \d+", "max_steps: 4", config.read_text(encoding="utf-8"))
         config.write_text(re.sub(r"letters:(\d+)00:", r"letters:\1:", shorter), encoding="utf-8")
-    (folder / ".venv").mkdir()  # this environment, in which nothing is left to install
+    shutil.copy(folder / "configs" / "free_transformer.yaml", folder / "my.yaml")
+    (folder / ".venv").mkdir()
     for part in Path(sys.prefix).iterdir():
         if not part.name.startswith("."):
             (folder / ".venv" / part.name).symlink_to(part)
     for extra in ("train", "demo", "dev"):
         (folder / ".venv" / f".{extra}").touch()
+
+
+def write_texts(folder: Path) -> None:
     for name in ("texts", "held_out"):
         (folder / name).mkdir()
         for number in range(9):
@@ -68,21 +88,10 @@ def prepared(tmp_path_factory) -> Path:
     shutil.copy(folder / "texts" / "0.txt", folder / "example.txt")
     for name in ("simple", "complex"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"a {name} text " * 99}) + "\n")
-    (folder / "my_tasks").mkdir()
-    (folder / "my_tasks" / "questions.jsonl").write_text('{"q": "The cat", "choices": ["sat", "ran"], "gold": 0}\n')
-    task = TASK.replace("DATA", str(folder / "my_tasks" / "questions.jsonl"))
-    (folder / "my_tasks" / "my_task.yaml").write_text(task)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(folder / "LLAMA")
-    byte_tokenizer().save_pretrained(folder / "LLAMA")
-    text = [f"data.train={folder / 'texts'}", f"data.validation={folder / 'held_out'}", "training.seq_len=256"]
-    for name, kind in (("mine", "free"), ("baseline", "baseline")):
-        overrides = [f"run_dir={folder / 'runs' / name}", f"model.kind={kind}", *text]
-        train(load_settings(folder / "configs" / "free_transformer.yaml", overrides), quiet=True)
-    shutil.copytree(folder / "runs" / "mine", folder / "runs" / "my-run")
-    shutil.copytree(folder / "runs" / "mine" / "model", folder / "somebody" / "my-run")
-    shutil.copy(folder / "configs" / "free_transformer.yaml", folder / "my.yaml")
-    return folder
+    questions = folder / "my_tasks" / "questions.jsonl"
+    questions.parent.mkdir()
+    questions.write_text('{"q": "The cat", "choices": ["sat", "ran"], "gold": 0}\n')
+    (folder / "my_tasks" / "my_task.yaml").write_text(TASK.replace("DATA", str(questions)))
 
 
 @pytest.fixture
