@@ -15,3 +15,8 @@ def blocks(page: str | Path) -> list[tuple[str, str]]:
 
 def blocks_in(page: str | Path, language: str) -> list[str]:
     return [block for each, block in blocks(page) if each == language]
+
+
+def lines_of_shell(block: str) -> list[str]:
+    """Its commands, continued ones joined."""
+    return [line for line in block.replace("\\\n", " ").splitlines() if line]

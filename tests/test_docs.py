@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from free_transformer.cli import app
-from pages import PAGES, ROOT, blocks_in
+from pages import PAGES, ROOT, blocks_in, lines_of_shell
 
 
 def page_text(page: str | Path) -> str:
@@ -17,10 +17,10 @@ def page_text(page: str | Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of shell of a page, continued ones joined and comments left out."""
-    text = "\n".join(blocks_in(page, "")).replace("\\\n", " ")
+    """Lines of shell of a page, in blocks and in the text, comments left out."""
+    lines = [line for block in blocks_in(page, "") for line in lines_of_shell(block)]
     spoken = re.findall(r"`((?:free-transformer|make) [^`]+)`", page_text(page))
-    return [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/") for line in [*text.splitlines(), *spoken]]
+    return [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/") for line in [*lines, *spoken]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from free_transformer.data import build_rows, byte_tokenizer
 from free_transformer.training import Run, load_settings, train
-from pages import PAGES, ROOT, blocks
+from pages import PAGES, ROOT, blocks, lines_of_shell
 
 ALONE = ["README", "index", "contributing", "evaluation", "faq", "hub", "pretrained", "steering"]
 ELSEWHERE = {  # what no test runs as written, and what shows it
@@ -159,10 +159,6 @@ def run_page(page: Path, languages: tuple[str, ...]) -> None:
                 load_settings("block.yaml")
             for line in lines_of_shell(block) if language == "" else ():
                 run_line(line, running)
-
-
-def lines_of_shell(block: str) -> list[str]:
-    return [line for line in block.replace("\\\n", " ").splitlines() if line]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem in ALONE], ids=lambda page: page.stem)

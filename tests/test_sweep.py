@@ -22,7 +22,6 @@ from free_transformer.training.sweep import load_sweep, parse_grid, run_sweep
 from free_transformer.training.sweep_summary import (
     Sweep,
     confidence_interval,
-    short_names,
     sweep_groups,
     sweep_table,
     write_sweep_report,
@@ -179,8 +178,11 @@ def test_nothing_that_varies_is_a_sweep_of_one_run(shared_config):
         assert [run.name for run in load_sweep(shared_config, grid).runs] == ["run"]
 
 
-def test_names_that_two_sections_share_keep_their_section():
-    assert short_names(["model.rate", "training.rate", "training.seed"]) == ["model.rate", "training.rate", "seed"]
+def test_names_that_two_sections_share_keep_their_section(shared_config):
+    grid = ["model.rope_theta=1,2", "model.rope_parameters.rope_theta=3,4", "training.seed=0,1"]
+    found = load_sweep(shared_config, grid)
+    assert found.runs[0].name == "model.rope_parameters.rope_theta=3,model.rope_theta=1,seed=0"
+    assert sweep_table(found)[0] == ["model.rope_theta", "model.rope_parameters.rope_theta", "runs"]
 
 
 @given(st.lists(TEXTS | st.text("a/_", min_size=90, max_size=200), min_size=2, max_size=6, unique=True))

@@ -5,20 +5,21 @@ Loads a model in an environment of its own, with torch and `transformers` and wi
     python tests/hub/check.py RUN        the model of a run
 """
 
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
 from load_alone import computed
 
-from free_transformer.training import Run, load_settings, train
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-ROOT = Path(__file__).parents[2]
+from alone import environment_alone, install_alone
+from free_transformer.training import Run, load_settings, train
+from pages import ROOT
+
 TOKENS = 20
 
 
@@ -30,15 +31,12 @@ def main(*arguments: str) -> None:
         model, some = run.load_model(), torch.Generator().manual_seed(0)
         tokens = torch.randint(3, model.config.vocab_size - 9, (2, TOKENS), generator=some)
         torch.save(computed(model, tokens), folder / "computed.pt")
-        python = folder / "venv" / "bin" / "python"
-        venv.create(folder / "venv", with_pip=True)
-        pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "-qc", ROOT / "constraints.txt", "torch", "transformers"], check=True)
-        listed = subprocess.run([*pip, "list", "--format", "freeze"], check=True, capture_output=True, text=True).stdout
+        python = install_alone(folder / "venv", "torch", "transformers")
+        listing = [python, "-m", "pip", "--disable-pip-version-check", "list", "--format", "freeze"]
+        listed = subprocess.run(listing, check=True, capture_output=True, text=True).stdout
         assert "torch==" in listed and "free" not in listed, listed
         print(f"installed: {' '.join(listed.split())}", flush=True)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+        environment = environment_alone(HF_MODULES_CACHE=str(folder / "modules"), HF_HUB_OFFLINE="1")
         command = [python, "-I", ROOT / "tests" / "hub" / "load_alone.py", "model", "computed.pt", "out"]
         subprocess.run(command, check=True, cwd=folder, env=environment)
 

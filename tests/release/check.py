@@ -11,12 +11,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from alone import environment_alone, install_alone
 from pages import ROOT, blocks_in
 
 CONFIG = Path("configs") / "free_transformer.yaml"
@@ -32,15 +32,10 @@ def main() -> None:
         assert "free_transformer/py.typed" in names and any(name.endswith("LICENSE") for name in names), names
         assert not [name for name in names if not name.startswith("free_transformer")], names
 
-        bin_folder = folder / "venv" / "bin"
-        venv.create(folder / "venv", with_pip=True)
-        pip = [bin_folder / "python", "-m", "pip", "--disable-pip-version-check", "install", "-qc"]
-        subprocess.run([*pip, ROOT / "constraints.txt", f"{wheel}[train]"], check=True)
-
+        python = install_alone(folder / "venv", f"{wheel}[train]")
         (folder / "work" / "configs").mkdir(parents=True)
         (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment["PATH"] = f"{bin_folder}{os.pathsep}{environment['PATH']}"
+        environment = environment_alone(PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
         for command in [*quick_start(), ["python", "-c", blocks_in("README.md", "python")[0]]]:
             print("$", shlex.join(command) if len(command[-1]) < 99 else "the README's ten lines", flush=True)
             subprocess.run(command, check=True, cwd=folder / "work", env=environment)
