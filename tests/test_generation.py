@@ -4,6 +4,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, GenerationConfig
 
 from free_transformer import FreeTransformer
+from free_transformer.cache import PlanState
 from free_transformer.layout import num_plans
 
 SPANS = [1, 4, "sequence"]
@@ -18,25 +19,34 @@ def seeded(model: FreeTransformer, tokens: torch.Tensor | None, **options):
     return model.generate(tokens, **options)
 
 
-def spied_plans(model: FreeTransformer) -> list[torch.Tensor]:
-    """The plans of each text to come, all that it may read."""
-    plans: list[torch.Tensor] = []
-    prefill = model._prefill
+class SpiedPlans:
+    """The plans of each text that a model generates, of all tokens that it may have."""
 
-    def watched(*arguments, **options):
-        outputs = prefill(*arguments, **options)
-        plans.append(outputs.plan)
-        return outputs
+    def __init__(self, model: FreeTransformer):
+        self.states: list[PlanState] = []
+        prepare = model.before_prompt
 
-    model._prefill = watched
-    return plans
+        def watched(model_kwargs, *arguments):
+            prepare(model_kwargs, *arguments)
+            self.states.append(model_kwargs["plan"])
+
+        model.before_prompt = watched
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        plan = self.states[index].plan
+        assert plan is not None
+        return plan
+
+
+def spied_plans(model: FreeTransformer) -> SpiedPlans:
+    return SpiedPlans(model)
 
 
 def certain(model: FreeTransformer) -> FreeTransformer:
     """Takes the likeliest plan where one would be drawn: zeros from the prior."""
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0
     bits = model.config.latent_dim
-    model.plan_prior.sample = lambda rows, plans, *_: torch.zeros(rows, plans, bits, dtype=torch.bool)
+    model.plan_prior.sample = lambda rows, plans, *_, **__: torch.zeros(rows, plans, bits, dtype=torch.bool)
     return model
 
 
@@ -97,9 +107,10 @@ def test_logits_of_each_step_are_those_of_the_whole_text_under_its_plan(tiny_mod
     out = seeded(
         model, tokens, attention_mask=mask, top_k=0, output_logits=True, return_dict_in_generate=True, **SAMPLED
     )
-    text_mask = torch.cat([mask, mask.new_ones(2, NEW)], dim=1)[:, :-1]
-    whole = model(out.sequences[:, :-1], attention_mask=text_mask, plan=plans[-1])
-    assert_close(torch.stack(out.logits, 1).double(), whole.logits[:, 5:], atol=1e-5, rtol=1e-5)
+    text_mask = torch.cat([mask, mask.new_ones(2, NEW)], dim=1)
+    assert torch.equal(out.plan, plans[-1])
+    whole = model(out.sequences, attention_mask=text_mask, plan=out.plan)
+    assert_close(torch.stack(out.logits, 1).double(), whole.logits[:, 5:-1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -151,8 +162,8 @@ def test_prompt_of_bos_alone_takes_its_plan_from_the_prior(tiny_model, span):
     model = with_posterior_of_ones(tiny_model(plan_span=span, latent_dim=8))
     plans = spied_plans(model)
     model.generate(torch.full((64, 1), BOS), max_new_tokens=1, do_sample=True)
-    assert plans[0].shape == (64, 1, 8)
-    assert abs(plans[0].double().mean() - 0.5) < 5 * 0.5 / plans[0].numel() ** 0.5
+    assert plans[0].shape == (64, num_plans(span, 2), 8)
+    assert abs(plans[0][:, 0].double().mean() - 0.5) < 5 * 0.5 / plans[0][:, 0].numel() ** 0.5
 
 
 def test_no_prompt_is_a_prompt_of_bos(tiny_model):
@@ -173,14 +184,13 @@ def test_plans_of_tokens_that_were_read_never_change(tiny_model, tokens_like, sp
     model.register_forward_hook(watch, with_kwargs=True)
     seeded(model, tokens, attention_mask=mask, use_cache=use_cache, **SAMPLED)
     assert len(steps) == NEW
-    assert whole[0].shape == (2, num_plans(span, 6 + NEW - 1), 4)
+    assert whole[0].shape == (2, num_plans(span, 6 + NEW), 4)
     for step, (given, plan) in enumerate(steps):
         if step == 0:
             assert torch.equal(plan, whole[0][:, : num_plans(span, 6)])
-        elif use_cache:
-            assert torch.equal(given["plan_rows"], model.plan_table.group_codes(whole[0]))
         else:
-            assert torch.equal(plan, whole[0])
+            assert torch.equal(given["plan"].plan, whole[0])
+            assert torch.equal(plan, whole[0][:, : plan.shape[1]])
 
 
 def test_a_prompt_read_in_chunks_is_refused_since_the_encoder_reads_it_whole(tiny_model, tokens_like):
@@ -206,7 +216,7 @@ def test_given_plan_is_used_and_missing_plans_are_drawn(tiny_model, tokens_like,
     plan = model.sample_plan(2, given)
     plans = spied_plans(model)
     text = seeded(model, tokens, plan=plan, **SAMPLED)
-    total = num_plans(span, 6 + NEW - 1)
+    total = num_plans(span, 6 + NEW)
     assert torch.equal(plans[-1][:, :given], plan)
     assert plans[-1].shape == (2, max(total, given), 16)
     if total > given:
@@ -345,7 +355,7 @@ def test_plan_of_other_values_than_bits_is_refused(tiny_model, tokens_like):
 def test_text_longer_than_the_model_was_built_for_is_written_with_a_warning(tiny_model, tokens_like, as_dict):
     model = tiny_model(plan_span=4, max_seq_len=8)
     options = {**GREEDY, "return_dict_in_generate": as_dict}
-    with pytest.warns(UserWarning, match=r"15 tokens were written, the model was built for 8 \(max_seq_len\)"):
+    with pytest.warns(UserWarning, match=r"15 tokens were generated, but the model was built for 8 \(max_seq_len\)"):
         out = model.generate(tokens_like(1, 6), **options)
     assert (out.sequences if as_dict else out).shape == (1, 15)
 
@@ -369,8 +379,9 @@ def test_text_goes_on_from_a_cache_under_the_plan_that_wrote_it(tiny_model, toke
 
 def test_cache_without_the_plan_that_wrote_it_is_refused(tiny_model, tokens_like):
     model, tokens = tiny_model(plan_span=4), tokens_like(1, 6)
-    cache = model(tokens[:, :-1], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="give that plan too"):
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :-1], past_key_values=cache)
+    with pytest.raises(ValueError, match="give it too, plan="):
         model.generate(tokens, past_key_values=cache, **GREEDY)
 
 

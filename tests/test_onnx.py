@@ -22,7 +22,7 @@ from free_transformer.deploy.arrays import draw
 from free_transformer.deploy.export import SCHEMES, TOLERANCE
 from free_transformer.deploy.onnx_export import check_static, export_onnx
 from free_transformer.deploy.onnx_quantize import quantize_graph
-from free_transformer.plan_text import plan_of_text
+from free_transformer.plan_ops import plan_of_text
 from free_transformer.serving.onnx_batch import OnnxBatch
 from rows import write_in_rows
 

@@ -23,7 +23,8 @@ from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.cli import main
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy import arrays
-from free_transformer.plan_text import format_bits, plan_of_text
+from free_transformer.plan_ops import plan_of_text
+from free_transformer.plan_text import format_bits
 from free_transformer.serving import torch_batch
 from free_transformer.serving.app import MOST_BYTES, create_app, listen
 from free_transformer.serving.batch import Sampling

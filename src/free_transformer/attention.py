@@ -1,62 +1,67 @@
-"""Llama's attention with keys and values of their own: what the injection and the encoder have in common."""
+"""Llama's attention with separate inputs for queries and for keys and values, as injection and encoder need it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from .products import lay_together, project, project_together
-from .rounding import ROUNDING
+from .compat import ALL_ATTENTION_FUNCTIONS, Cache, LlamaAttention, eager_attention_forward
 
 Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, head_dim)
 
 
 def rotary(embedding: nn.Module, states: Tensor, position_ids: Tensor) -> Rotation:
-    """Cosines and signed sines of the angles that positions turn queries and keys by."""
+    """Cosines and signed sines of the angles by which positions rotate queries and keys."""
     cos, sin = embedding(states, position_ids)
     return cos, torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary positions of queries or of keys, (B, T, heads, head_dim)."""
+    """
+    Applies rotary positions to queries or keys, (B, T, heads, head_dim).
+
+    The sines carry the sign, so that the halves of each head are swapped without a negated copy: 4 operations instead
+    of the 7 of `apply_rotary_pos_emb`, and the same values bit-for-bit.
+    """
     cos, sin = rotation[0].unsqueeze(2), rotation[1].unsqueeze(2)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Rotate.apply(states, cos, sin)
-    return _turned(states, cos, sin)
+    swapped = states.roll(states.shape[-1] // 2, -1)
+    return (states * cos).add_(swapped * sin)  # not in place: the encoder rotates one query to many positions
 
 
-class _Rotate(torch.autograd.Function):
-    """Turns each pair of values by its angle; the gradient is turned back. Of the states it keeps nothing."""
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """
+    Attention in plain operations, all (B, heads, T, head_dim); also in double precision, where Llama's is in single.
 
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(states, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
-
-
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    other = states.roll(states.shape[-1] // 2, -1)  # of each pair
-    if ROUNDING.as_llama:
-        return states * cos + other * sin
-    return torch.addcmul(states * cos, other, sin)
+    Returns:
+        the output, (B, T, heads, head_dim), and the weights, (B, heads, T, T).
+    """
+    if query.dtype != torch.float64:
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class SplitAttention(LlamaAttention):
     """
-    `LlamaAttention` whose queries and whose keys and values come from two places; same weights, same names.
+    `LlamaAttention` with separate inputs for queries and for keys and values; same weights, same names.
 
-    With `query_key_norm` it is Qwen 3's, and without `attention_output_bias` Qwen 2's.
+    With `query_key_norm` it computes Qwen 3's attention, and without `attention_output_bias` Qwen 2's.
     """
 
     def __init__(self, config: Any, layer_idx: int):
@@ -74,7 +79,7 @@ class SplitAttention(LlamaAttention):
         hidden_states: Tensor,
         position_embeddings: Rotation,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         *,
         key_value_states: Tensor | None = None,
         key_value_position_embeddings: Rotation | None = None,
@@ -83,11 +88,14 @@ class SplitAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
-            hidden_states: (B, Q, D), what the queries are computed from; (1, 1, D) where all are equal but for their
-                position.
-            key_value_states: (B, T, D), default `hidden_states`.
+            hidden_states: input of the queries, (B, Q, D), or (1, 1, D) where all differ in their position only.
+            attention_mask: in the form that the attention backend takes.
+            key_value_states: input of the keys and values, (B, T, D), default `hidden_states`.
             key_value_position_embeddings: positions of the keys, default those of the queries.
-            implementation: of attention, default the configuration's.
+            implementation: attention backend, default the configuration's.
+
+        Returns:
+            the output, (B, Q, D), and the attention weights, (B, heads, Q, T), None for backends that compute none.
         """
         if key_value_states is None:
             key_value_states = hidden_states
@@ -95,29 +103,21 @@ class SplitAttention(LlamaAttention):
         def heads(projected: Tensor) -> Tensor:  # (B, T, D) -> (B, T, heads, head_dim)
             return projected.view(*projected.shape[:2], -1, self.head_dim)
 
-        if key_value_states is hidden_states:
-            query, key, value = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
-        else:
-            query = project(self.q_proj, hidden_states)
-            key, value = project_together((self.k_proj, self.v_proj), key_value_states)
-        query, key, value = heads(query), heads(key), heads(value)
+        query = heads(self.q_proj(hidden_states))
+        key, value = heads(self.k_proj(key_value_states)), heads(self.v_proj(key_value_states))
         if self.norms_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, position_embeddings).transpose(1, 2)
         key = rotate(key, key_value_position_embeddings or position_embeddings).transpose(1, 2)
         value = value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation or self.config._attn_implementation, eager_attention_forward
+            implementation or self.config._attn_implementation, eager_attention
         )
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return project(self.o_proj, output.flatten(2)), weights
-
-    def lay_together(self) -> None:
-        """See `products.lay_together`."""
-        lay_together((self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(output.flatten(2)), weights

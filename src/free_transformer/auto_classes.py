@@ -22,7 +22,6 @@ WITHOUT_TORCH = {
     "lm_eval",
     "plan_text",
     "quiet",
-    "rounding",
     "serving",
 }  # parts of this package
 

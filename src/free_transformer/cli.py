@@ -233,7 +233,8 @@ def generate(
     from transformers import TextStreamer
 
     from free_transformer.deploy.onnx_model import EXPORT_FILE
-    from free_transformer.plan_text import format_plan, parse_plan, plan_of_text
+    from free_transformer.plan_ops import plan_of_text
+    from free_transformer.plan_text import format_plan, parse_plan
 
     if plan is not None and plan_from is not None:
         raise SettingsError("give --plan or --plan-from, not both")

@@ -21,6 +21,9 @@ MAX_CODE_BITS = 20  # 2^20 rows of width 1024 in fp32 are already 4 GiB
 PAPER_CODE_BITS = 16
 EXACT_GRADIENT_BITS = 10
 PLAN_GRADIENTS = ("exact", "sampled", "auto")
+BYTE_VOCABULARY = 259  # of `byte_tokenizer`: 256 bytes and three special tokens
+BYTE_SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+NOT_GIVEN = -1  # a special token that the caller leaves open
 TABLE_INITS = ("bit_linear", "normal", "zero")
 
 # What `transformers` accepts beside the fields of a configuration, mostly in files written by older versions.
@@ -77,6 +80,8 @@ class FreeTransformerConfig(LlamaConfig):
         query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
         attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
         encoder_class: written by a model with an encoder of your own, so that loading can ask for it.
+        bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
+            with its vocabulary of 259, which is the default; None with any other, whose tokens are not known here.
 
     Raises:
         ValueError: for an unknown name (the nearest known one is given) or a value out of range.
@@ -94,7 +99,16 @@ class FreeTransformerConfig(LlamaConfig):
         "dropout": "attention_dropout",
     }
 
-    vocab_size: int = 259  # the byte tokenizer: 256 bytes and three special tokens
+    # Fields of an output that a Trainer's predictions leave out, besides the loss.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("cache", "past_key_values", "plan", "plan_logits", "plan_mask"),
+        *("reconstruction", "kl", "hinge", "kl_per_bit"),
+    ]
+
+    vocab_size: int = BYTE_VOCABULARY
+    bos_token_id: int | None = NOT_GIVEN
+    eos_token_id: int | list[int] | None = NOT_GIVEN
+    pad_token_id: int | None = NOT_GIVEN
     hidden_size: int = 256
     intermediate_size: int | None = None
     num_hidden_layers: int = 6
@@ -127,6 +141,9 @@ class FreeTransformerConfig(LlamaConfig):
                 f"hidden_dim={self.hidden_size}, num_layers={self.num_hidden_layers}, "
                 f"num_heads={self.num_attention_heads} and vocab_size={self.vocab_size} must all be at least 1"
             )
+        for name, token in BYTE_SPECIAL_TOKENS.items():
+            if getattr(self, name) == NOT_GIVEN:
+                setattr(self, name, token if self.vocab_size == BYTE_VOCABULARY else None)
         if self.intermediate_size is None:  # Llama's 8/3, rounded up to a multiple of 32
             self.intermediate_size = -(-8 * self.hidden_size // 96) * 32
         if self.injection_layers is None:

@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import SplitAttention, rotary
+from .compat import LlamaRotaryEmbedding, create_bidirectional_mask, is_flash_attention_requested
 from .config import FreeTransformerConfig
 from .layers import MLP, RMSNorm
 from .layout import PlanLayout, same_document

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
+from .compat import LlamaAttention, LlamaMLP
 from .encoder import PlanEncoder
 from .plan import PlanPrior, PlanTable
 

@@ -1,10 +1,9 @@
 """
-Llama's layers with fewer passes over memory: the same weights under the same names, the same values up to rounding.
+Llama's layers with less memory: the same weights under the same names, and the same values bit-for-bit.
 
-`transformers` spells the norm, the rotary positions and the gated unit out in small operations, each of which reads and
-writes all hidden states, and autograd keeps what lies between them: a quarter of a training step on a CPU. Here each is
-one operation with a backward of its own. What is traced (`torch.compile`, `torch.export`) gets the plain spelling,
-which a compiler fuses better than we would.
+`transformers` spells norms and gated units out in small operations, and autograd keeps the result of each until the
+backward pass. Here each keeps its inputs only (`benchmarks/memory.py` counts the bytes). Under `torch.compile` and
+`torch.export` the plain operations are used, which a compiler fuses itself.
 """
 
 from typing import Any
@@ -12,17 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import LlamaConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from .attention import Rotation, SplitAttention
+from .compat import GradientCheckpointingLayer, LlamaMLP, LlamaRMSNorm, SiLU
 from .losses import chunked_reconstruction_loss
-from .products import lay_together, multiply, project, project_together
-from .rounding import ROUNDING
-
-SMALL = 2**14  # values, under which an operation's call costs more than its work
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -30,31 +23,23 @@ class RMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         narrow = hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu
-        if hidden_states.dtype != self.weight.dtype or narrow or ROUNDING.as_llama:
+        if hidden_states.dtype != self.weight.dtype or narrow:
             return super().forward(hidden_states)
-        # a step of generation too, whatever its rows: they round alike then, however many are written together
-        small = not torch.is_grad_enabled() and (hidden_states.numel() < SMALL or hidden_states.shape[-2] == 1)
-        if not hidden_states.is_cpu or small or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or not hidden_states.is_cpu or torch.compiler.is_compiling():
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)[0]
 
 
 class MLP(LlamaMLP):
     """`LlamaMLP`, which keeps one tensor less of its inner width for the backward pass."""
 
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config)
-        self.is_swiglu = config.hidden_act == "silu"  # a look into a configuration is slow
-
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_swiglu or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_swiglu():
             return super().forward(x)
-        gate, up = project_together((self.gate_proj, self.up_proj), x)
-        return project(self.down_proj, _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
-    def lay_together(self) -> None:
-        """See `products.lay_together`."""
-        lay_together((self.gate_proj, self.up_proj))
+    def _is_swiglu(self) -> bool:
+        return type(self.act_fn) is SiLU and not is_observed(self.act_fn)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -74,18 +59,27 @@ class DecoderLayer(GradientCheckpointingLayer):
         return self.attend(hidden_states, queries, queries, **kwargs)
 
     def attend(
-        self, hidden_states: Tensor, queries: Tensor, key_values: Tensor, last_only: bool = False, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        queries: Tensor,
+        key_values: Tensor,
+        last_only: bool = False,
+        attentions: list[Tensor | None] | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """
-        What the layer makes of its normed inputs.
+        Applies attention and MLP to already normalized queries and keys/values.
 
         Args:
-            last_only: only of the last token: all give their keys and values, and it alone asks.
+            last_only: compute the output of the last token only. All tokens still give their keys and values.
+            attentions: the attention weights are appended to it.
         """
         if last_only:
             hidden_states, queries = hidden_states[:, -1:], queries[:, -1:]
             kwargs |= _of_last_token(**kwargs)
-        attended, _ = self.self_attn(queries, key_value_states=key_values, **kwargs)
+        attended, weights = self.self_attn(queries, key_value_states=key_values, **kwargs)
+        if attentions is not None:
+            attentions.append(weights)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -107,7 +101,7 @@ class Head(nn.Linear):
     From hidden states to logits; with labels to the reconstruction, without ever holding all logits.
 
     Attributes:
-        in_columns: whether its weight is cut over processes, which then have to put logits together.
+        in_columns: whether its weight is split over processes by columns, which then have to gather the logits.
     """
 
     in_columns = False
@@ -119,44 +113,105 @@ class Head(nn.Linear):
             labels: (B, T), see `reconstruction_loss`.
 
         Returns:
-            logits, (B, T, V), or where labels are given the sum of their cross-entropies in nats.
+            logits, (B, T, V), or with labels the sum of their cross-entropies in nats.
         """
         if labels is None:
-            traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter
-            return super().forward(input) if traced else multiply(input, self.weight)
+            return super().forward(input)
         return chunked_reconstruction_loss(input, self.weight, labels)
 
 
+def is_observed(module: nn.Module) -> bool:
+    """
+    Whether something outside this package watches or replaces what a module or a part of it computes.
+
+    That is a hook of any kind, on the module or on all modules, or a `forward` of its own, as accelerate sets one. A
+    shortcut that leaves out or changes a module's call must not be taken then.
+    """
+    return nn.modules.module._has_any_global_hook() or any(
+        each._forward_hooks
+        or each._forward_pre_hooks
+        or each._backward_hooks
+        or each._backward_pre_hooks
+        or "forward" in each.__dict__
+        for each in module.modules()
+    )
+
+
 class _RMSNorm(torch.autograd.Function):
-    """`x * r * weight`, `r = (mean x² + eps)^-1/2`: keeps x, which others keep as well, and r."""
+    """`weight * x * r` with `r = (mean x² + eps)^-1/2`. Keeps x, which others keep as well, and r of each row."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        r = _inverse_rms(x, eps)
+        return (x * r) * weight, r
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
+        ctx.save_for_forward(x, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, r = ctx.saved_tensors
-        products = (grad * x).flatten(0, -2)  # (N, D)
-        of_rows = r.flatten()
-        slope = torch.mv(products, weight) * of_rows.pow(3).div_(-x.shape[-1])
-        of_x = (grad * weight).mul_(r).addcmul_(x, slope.view(r.shape))
-        return of_x, torch.mv(products.T, of_rows), None
+        if torch.is_grad_enabled():  # this gradient may be differentiated again, and r depends on x
+            r = _inverse_rms(x, ctx.eps)
+        products = grad * x
+        slope = (products @ weight).unsqueeze(-1) * r.pow(3) / -x.shape[-1]
+        grad_x = torch.addcmul(grad * weight * r, x, slope)
+        return grad_x, (products * r).sum(tuple(range(x.dim() - 1))), None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, weight_tangent: Tensor, _: None) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, weight, r = ctx.saved_tensors
+        tangent = torch.zeros_like(x)
+        if x_tangent is not None:
+            mean = (x * x_tangent).mean(-1, keepdim=True)
+            tangent = tangent + (x_tangent * r - x * mean * r.pow(3)) * weight
+        if weight_tangent is not None:
+            tangent = tangent + x * r * weight_tangent
+        return tangent, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up`."""
+    """`silu(gate) * up`. Keeps both inputs and computes `silu(gate)` again in the backward pass."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+    def forward(gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        return F.silu(gate) * up
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        if torch.is_grad_enabled():  # the fused operator cannot be differentiated again
+            return grad * up * _silu_derivative(gate), F.silu(gate) * grad
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+
+    @staticmethod
+    def jvp(ctx: Any, gate_tangent: Tensor, up_tangent: Tensor) -> Tensor:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        tangent = torch.zeros_like(gate)
+        if gate_tangent is not None:
+            tangent = tangent + gate_tangent * up * _silu_derivative(gate)
+        if up_tangent is not None:
+            tangent = tangent + F.silu(gate) * up_tangent
+        return tangent
+
+
+def _silu_derivative(x: Tensor) -> Tensor:
+    p = x.sigmoid()
+    return p * (1 + x * (1 - p))

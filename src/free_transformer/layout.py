@@ -80,18 +80,37 @@ def num_plans(plan_span: int | str, num_tokens: int) -> int:
     return (num_tokens + int(plan_span) - 1) // int(plan_span)  # ONNX would round a negative quotient upwards
 
 
+def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: torch.device) -> Tensor:
+    """
+    How many real tokens of its text stand before each token, (B, T), or (1, T) where no mask is given.
+
+    This alone decides which plan covers a token, `rank // plan_span`, whatever the positions start from and wherever
+    padding is: on the left, on the right, or in holes.
+
+    Args:
+        token_mask: (B, past + T) bool, False on padding.
+        past: tokens before the first of the T, which a cache holds.
+    """
+    if token_mask is None:
+        return torch.arange(past, past + num_tokens, device=device)[None]
+    return (token_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
 def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor | None, packed: bool) -> PlanLayout:
     """
     Args:
-        position_ids: (B, T); where `packed`, each document of a row starts again at 0.
+        position_ids: (B, T); where `packed`, each document of a row has positions that follow each other.
         token_mask: (B, T) bool, False on padding.
     """
     batch, tokens = position_ids.shape
     real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask
-    follows = torch.zeros_like(real)
-    follows[:, 1:] = real[:, :-1] & (position_ids[:, 1:] == position_ids[:, :-1] + 1)
-    new_document = real & ~follows
-    starts = new_document if plan_span == "sequence" else new_document | (real & (position_ids % int(plan_span) == 0))
+    rank = real.cumsum(1) - 1  # in the row
+    if packed:
+        new_document = _document_starts(position_ids, real, rank)
+        rank = rank - torch.where(new_document, rank, 0).cummax(1).values  # in the document
+    else:
+        new_document = real & (rank == 0)
+    starts = new_document if plan_span == "sequence" else real & (rank % int(plan_span) == 0)
     token_plan = (starts.cumsum(1) - 1).clamp(min=0)
     plans = int(token_plan.max()) + 1 if packed else num_plans(plan_span, tokens)
 
@@ -111,10 +130,17 @@ def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor |
     )
 
 
+def _document_starts(position_ids: Tensor, real: Tensor, rank: Tensor) -> Tensor:
+    """(B, T) bool: real tokens whose position is not that of the row's real token before them plus 1."""
+    tokens = position_ids.shape[1]
+    # By rank, so that padding between two tokens separates nothing. What is no token goes to the column at the end.
+    before = position_ids.new_zeros(len(position_ids), tokens + 1)
+    before = before.scatter(1, torch.where(real, rank + 1, tokens), position_ids)
+    return real & ((rank == 0) | (position_ids != before.gather(1, rank.clamp(min=0)) + 1))
+
+
 def is_packed(position_ids: Tensor, token_mask: Tensor | None) -> bool:
-    """Whether positions are other than 0, 1, 2, ... from the first real token of a row: then plans are counted."""
-    expected = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    if token_mask is None:
-        return bool((position_ids != expected).any())
-    expected = token_mask.long().cumsum(1) - 1
-    return bool(((position_ids != expected) & token_mask).any())
+    """Whether the positions of some row's real tokens do not count on by 1: then it holds several documents."""
+    real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask
+    rank = (real.cumsum(1) - 1).expand_as(position_ids)
+    return bool((_document_starts(position_ids, real.expand_as(position_ids), rank) & (rank > 0)).any())

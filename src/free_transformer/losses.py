@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-MOST_PAIRED_PLANS = 256
+MAX_PAIRED_PLANS = 256
 CHUNK_BYTES = 8 * 2**20  # of logits held at a time, what a processor's cache has room for
-FEWEST_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight takes longer than the products
+MIN_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight takes longer than the products
 
 
 def kl_bits_per_bit(plan_logits: Tensor) -> Tensor:
@@ -59,8 +58,8 @@ def aggregate_divergence(plan_logits: Tensor) -> Tensor:
     count = len(plan_logits)
     if count < 2:
         return plan_logits.new_zeros(())
-    if count > MOST_PAIRED_PLANS:
-        plan_logits = plan_logits[:: -(-count // MOST_PAIRED_PLANS)]
+    if count > MAX_PAIRED_PLANS:
+        plan_logits = plan_logits[:: -(-count // MAX_PAIRED_PLANS)]
         count = len(plan_logits)
     p = plan_logits.to(torch.promote_types(plan_logits.dtype, torch.float32)).sigmoid()
     same = p[:, None] * p + (1 - p)[:, None] * (1 - p)  # (N, N, H), each bit equal
@@ -91,27 +90,35 @@ def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: T
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    rows = max(FEWEST_ROWS, CHUNK_BYTES // (4 * len(weight)))
+    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * len(weight)))
     with torch.autocast(device, enabled=False):
         if labels.numel() <= rows or torch.compiler.is_compiling():
             return reconstruction_loss(F.linear(hidden_states, weight), labels)
-        return _ChunkedLoss.apply(hidden_states.flatten(0, 1), weight, _next_labels(labels), rows)
+        states = hidden_states.flatten(0, 1)
+        needed = (states.requires_grad, weight.requires_grad)
+        return _ChunkedLoss.apply(states, weight, _next_labels(labels), rows, needed)[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of (N, D) @ (V, D)ᵀ against (N,) targets, `rows` of them at a time."""
+    """
+    Sum of the cross-entropies of (N, D) @ (V, D)ᵀ against (N,) targets, `rows` of them at a time.
+
+    Returns the sum, and the gradients of both factors (empty where none is needed).
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(  # type: ignore[override]
+        states: Tensor, weight: Tensor, targets: Tensor, rows: int, needed: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(states.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=states.device)
-        of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_states = torch.empty_like(states if needed[0] else states[:0])
+        grad_weight = torch.zeros_like(weight if needed[1] else weight[:0], dtype=wide)
         products = states.new_empty(min(rows, len(states)), len(weight))
         for start in range(0, len(states), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None]
             counts = target != IGNORED
-            target = target.clamp(min=0)
+            target = target.where(counts, 0)  # other labels that are no token raise in `gather`
             logits = torch.mm(chunk, weight.T, out=products[: len(chunk)]).to(wide)
             largest, own = logits.amax(1, keepdim=True), logits.gather(1, target)
             exponentials = logits.sub_(largest).exp_()
@@ -120,25 +127,49 @@ class _ChunkedLoss(torch.autograd.Function):
             # The derivative by the logits, times the norm, which the narrower factors of the products divide by.
             slope = exponentials.scatter_add_(1, target, -norm).to(states.dtype)
             share = (counts / norm).to(states.dtype)
-            if of_states is not None:
-                torch.mm(slope, weight, out=of_states[start : start + rows]).mul_(share)
-            if of_weight is not None and wide == weight.dtype:
-                of_weight.addmm_(slope.T, chunk * share)
-            elif of_weight is not None:
-                of_weight += slope.T @ (chunk * share)
-        ctx.save_for_backward(of_states, of_weight)
-        ctx.dtype = weight.dtype
-        return total
+            if needed[0]:
+                torch.mm(slope, weight, out=grad_states[start : start + rows]).mul_(share)
+            if needed[1] and wide == weight.dtype:
+                grad_weight.addmm_(slope.T, chunk * share)
+            elif needed[1]:
+                grad_weight += slope.T @ (chunk * share)
+        return total, grad_states, grad_weight
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        of_states, of_weight = ctx.saved_tensors
-        return (
-            None if of_states is None else of_states * grad.to(of_states.dtype),
-            None if of_weight is None else (of_weight * grad).to(ctx.dtype),
-            None,
-            None,
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        states, weight, _, _, ctx.needed = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(states, weight, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+        states, weight, grad_states, grad_weight = ctx.saved_tensors
+        found: list[Tensor | None] = [None, None]
+        if ctx.needed[0]:
+            found[0] = grad_states * grad.to(grad_states.dtype)
+        if ctx.needed[1]:
+            found[1] = (grad_weight * grad).to(weight.dtype)
+        if torch.is_grad_enabled():  # what was computed on the way forward counts as constant from here on
+            found = [each if each is None else _Once.apply(each, states, weight) for each in found]
+        return found[0], found[1], None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient that depends on other tensors in a way that autograd does not see: it refuses."""
+
+    @staticmethod
+    def forward(grad: Tensor, *sources: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            "skip_logits=True: the gradient of the loss cannot be differentiated again. For a gradient penalty or other "
+            "second derivatives, leave skip_logits out"
         )
 
 
@@ -185,14 +216,14 @@ def objective(
         plan_logits: (B, P, H) of the posterior, or None where the plan is given: then there is no KL.
         plan_mask: (B, P) bool, the plans that count.
         num_tokens: predicted tokens to divide by, default those of `labels`. With gradient accumulation give those
-            of the whole batch, for reconstruction *and* KL.
+            of the whole batch, for reconstruction *and* KL. With 0 there is nothing to learn: the loss is 0.
         min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
             `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
         gather_plans: from the logits of this process' plans, (N, H), to those of all that share the batch.
         reconstruction: the sum of the cross-entropies, where it is known without `logits`.
     """
-    if num_tokens is None:
-        num_tokens = predicted_tokens(labels).clamp(min=1)
+    num_tokens = torch.as_tensor(predicted_tokens(labels) if num_tokens is None else num_tokens)
+    any_token, num_tokens = num_tokens > 0, num_tokens.clamp(min=1)
     if reconstruction is None:
         assert logits is not None
         reconstruction = reconstruction_loss(logits, labels)
@@ -213,7 +244,7 @@ def objective(
         bits = bits + aggregate_weight * aggregate_divergence(together) * mask.sum()
     plans = mask.sum().clamp(min=1)
     return Objective(
-        *(reconstruction + bits * math.log(2) / num_tokens, reconstruction),
+        *(reconstruction + bits * any_token * math.log(2) / num_tokens, reconstruction),
         *((kl * mask).sum() / plans, hinge / plans),
         torch.einsum("bph,bp->h", per_bit.detach(), mask) / plans,
     )

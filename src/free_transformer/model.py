@@ -4,7 +4,7 @@ The Free Transformer: a Llama that draws a plan at half depth and writes the res
     tokens -> layers 0..K-1 -> X ----------------------------> layer K .. L-1 -> norm -> head -> logits
                                |                                  ^
                                +-> encoder -> logits -> plan -> table[plan] = R   (keys and values from X + R)
-                                   (or fair coins)
+                                   (or uniform prior)
 
 F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 """
@@ -12,26 +12,32 @@ F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import ModelOutput
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
-from transformers.utils.generic import is_flash_attention_requested
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .attention import rotary
+from .cache import PlanCache, PlanState
+from .compat import (
+    CACHE_NAME,
+    Cache,
+    CausalOutput,
+    LlamaPreTrainedModel,
+    LlamaRotaryEmbedding,
+    OwnInitialization,
+    create_causal_mask,
+    is_flash_attention_requested,
+)
 from .config import FreeTransformerConfig
 from .encoder import PlanEncoder
 from .generation import PROMPT_PLANS, PlanGenerationMixin
 from .initialization import init_module
 from .injection import InjectedDecoderLayer
-from .layers import DecoderLayer, Head, RMSNorm
+from .layers import DecoderLayer, Head, RMSNorm, is_observed
 from .layout import (
     PlanLayout,
     flash_boundaries,
@@ -40,23 +46,30 @@ from .layout import (
     plan_layout,
     plan_to_token,
     same_document,
+    token_ranks,
 )
 from .losses import objective
 from .plan import BinaryMapper, PlanPrior, PlanTable, as_plan
 from .pretrained import warm_start
-from .rounding import ROUNDING
 from .sharing import name_code
 
 MODES = ("training", "inference")
+NO_PREFIX_TUNING = "prefix tuning of PEFT, whose virtual tokens have no plan, is not supported: use LoRA"
+UNKNOWN_PLAN = (
+    "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or continue "
+    f"from the cache that this model returns ({NO_PREFIX_TUNING})"
+)
 
 
 @dataclass
-class FreeTransformerOutput(ModelOutput):
-    """What `FreeTransformer.forward` returns; losses are in nats per predicted token, `kl` in bits per plan."""
+class FreeTransformerOutput(CausalOutput):
+    """
+    What `FreeTransformer.forward` returns, beside the fields of `CausalLMOutputWithPast`.
 
-    loss: Tensor | None = None  # reconstruction + kl_weight * hinge
-    logits: Tensor | None = None  # (B, T, V)
-    past_key_values: Cache | None = None
+    Losses are in nats per predicted token, `kl` and `hinge` in bits per plan. The cache can be read as `cache` and as
+    `past_key_values`.
+    """
+
     plan: Tensor | None = None  # (B, P, H) bool, the plan used
     plan_logits: Tensor | None = None  # (B, P, H) of the posterior, where the encoder ran for training
     plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
@@ -68,38 +81,36 @@ class FreeTransformerOutput(ModelOutput):
 
 @dataclass
 class FirstHalf:
-    """What the layers before the plan have made of the tokens, and all that the second half needs besides."""
+    """Output of the lower layers, and what the upper layers need besides."""
 
     hidden_states: Tensor  # X, (B, T, D)
     layout: PlanLayout | None  # None while a cache holds the beginning of the text
-    token_plan: Tensor  # (B, T), the plan of each token
-    num_plans: int
+    token_plan: Tensor  # (B, T) or (1, T), the plan of each token
+    num_plans: int  # of the text so far
+    num_tokens: int  # of the text so far, padding included
     layer_arguments: dict[str, Any]
+    all_hidden_states: list[Tensor] | None = None  # the input of each layer, where it was asked for
 
     @property
-    def lets_one_ask(self) -> bool:
-        """Whether attention of the last token alone can be told by the last row of the mask."""
-        if ROUNDING.as_llama or "cu_seq_lens_q" in self.layer_arguments:  # Flash Attention's documents
-            return False
-        mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["past_key_values"]
+    def last_row_suffices(self) -> bool:
+        """Whether the last row of the attention mask describes the attention of the last token alone."""
+        if "cu_seq_lens_q" in self.layer_arguments or "attentions" in self.layer_arguments:
+            return False  # Flash Attention's documents; or all tokens' attention is asked for
+        mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["cache"]
         if mask is None:  # a causal one, which also hides what a static cache has not written yet
             return cache is None or not cache.is_compileable
         return isinstance(mask, Tensor) and mask.dim() == 4
 
 
-class _OwnStart:
-    """Starts weights by `init_module`, in every part that `transformers` takes for a model of its own."""
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # As custom code, modules without parameters of their own (attention, MLP) would be passed over.
-        super()._initialize_weights(module, is_custom_code=False)  # type: ignore[misc]
+class _Initialization(OwnInitialization):
+    """Initializes weights by `init_module`, in every part that `transformers` takes for a model of its own."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]  # norms and rotary buffers
-        init_module(module, self.config)  # type: ignore[attr-defined]
+        init_module(module, self.config)
 
 
-class Decoder(_OwnStart, LlamaPreTrainedModel):
+class Decoder(_Initialization, LlamaPreTrainedModel):
     """The embedding, the layers and the norm of a Llama, some of its layers ready to receive a plan."""
 
     config_class = FreeTransformerConfig
@@ -123,7 +134,7 @@ class Decoder(_OwnStart, LlamaPreTrainedModel):
         )
 
 
-class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
+class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
     """
     Args:
         config: see `FreeTransformerConfig`.
@@ -138,7 +149,8 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`, where the Trainer gives it
     _no_split_modules = ["DecoderLayer", "InjectedDecoderLayer", "PlanEncoder"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _keep_in_fp32_modules_strict = {"plan_prior"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -214,111 +226,140 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mode: str | None = None,
-        plan: Tensor | None = None,
+        plan: Tensor | str | Sequence[str] | PlanState | None = None,
         prompt_plan: str | None = None,
-        prior: str = "uniform",
-        plan_rows: Tensor | None = None,
+        prior: str | None = None,
         num_items_in_batch: int | Tensor | None = None,
         kl_weight: float | Tensor | None = None,
         free_bits: float | Tensor | None = None,
         skip_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> FreeTransformerOutput:
+    ) -> FreeTransformerOutput | tuple:
         """
         Args:
             input_ids: (B, T) tokens.
-            attention_mask: (B, T), 0 on padding, left or right.
-            position_ids: (B, T); positions that start again at 0 mark the documents of a packed row.
+            attention_mask: (B, T), 0 on padding: on the left, on the right or in holes. With a cache (B, past + T).
+                Or a mask of your own, (B, 1, T, past + T), bool or additive; a token that may not attend to itself
+                counts as padding.
+            position_ids: (B, T); positions that do not count on by 1 mark the documents of a packed row.
+            cache: keys and values of the tokens before these; `past_key_values` is another name for it. A cache that
+                this model has made also knows its plans. Any other one that holds tokens needs `plan`.
             labels: (B, T), shifted inside, -100 ignored.
+            use_cache: whether to return a cache. Default: the configuration's `use_cache`, and False with labels.
             mode: `"training"`, the plan is drawn from the encoder's posterior, or `"inference"`, the plan is drawn
                 from the prior and the encoder does not run. Default: training where labels are given and no
                 plan is. It does not follow `self.training`: an evaluation needs the posterior too.
-            plan: (P, H) or (B, P, H) bits, the plan to use. It must cover the tokens, unless `prompt_plan` is given.
+            plan: bits, (P, H) or (B, P, H), or text such as `"0110"`, the plan to use. It must cover the tokens, unless
+                `prompt_plan` is given.
             prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks are drawn from in inference mode.
             prior: what plans are drawn from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
-                that training texts took, where `gather_prior` has gathered them.
-            plan_rows: (B, P, groups), the table's rows of all plans of a text of which `past_key_values` hold the
-                beginning: what a step of `generate` gives in the place of `plan`.
+                that training texts took, where `gather_prior` has gathered them. Default: that of the cache, or
+                uniform.
             num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
             kl_weight, free_bits: instead of the configuration's, for a schedule.
             skip_logits: returns no logits with the loss, so that those of all tokens are never held together: less
                 memory and time in training. The gradients cannot be differentiated again then.
+            output_hidden_states: return the embeddings and the output of each layer, the last one normalized.
+            output_attentions: return the attention weights of each layer, (B, heads, T, past + T). Needs
+                `attn_implementation="eager"`.
+            return_dict: False for a tuple of the fields that are not None.
+
+        Raises:
+            ValueError: for arguments that contradict each other, and a cache of tokens whose plan is not known.
         """
-        if skip_logits and labels is None:
-            raise ValueError("skip_logits=True: without labels the logits are all there is to return")
-        if plan_rows is not None:
-            half = self._next_half(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
-            plan_states = self.plan_table.look_up(plan_to_token(plan_rows, half.token_plan))
-            return FreeTransformerOutput(
-                logits=self.under_plan(half, plan_states, logits_to_keep), past_key_values=past_key_values
-            )
+        if past_key_values is not None and cache is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        self._check_loss_arguments(labels, num_items_in_batch, skip_logits)
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        half = self.first_half(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
+        state = plan if isinstance(plan, PlanState) else None
+        if state is not None and state.columns is not None and cache is not None:
+            half = self._next_half(input_ids, attention_mask, position_ids, cache, state, inputs_embeds, **kwargs)
+        else:
+            half = self.first_half(
+                *(input_ids, attention_mask, position_ids, cache, inputs_embeds),
+                output_hidden_states=self._asked("output_hidden_states", output_hidden_states),
+                output_attentions=self._asked("output_attentions", output_attentions),
+                **kwargs,
+            )
+        in_chunks = skip_logits and self._scores_in_chunks
         plan_logits = None
         if mode == "training":
             plan_logits = self.encode(half)
-            plan = self.plan_mapper(plan_logits)
+            state = PlanState(plan=self.plan_mapper(plan_logits), prior=prior or "uniform")
+            read = self.second_half(half, state.plan, plan_logits, logits_to_keep, labels if in_chunks else None)
         else:
-            plan = self._complete_plan(plan, half, input_ids, prompt_plan, prior)
-        in_chunks = skip_logits and type(self.lm_head) is Head and not self.lm_head.in_columns
-        read = self.second_half(half, plan, plan_logits, logits_to_keep, labels if in_chunks else None)
-        logits = None if in_chunks else read
-        reconstruction = read if in_chunks else None
-
-        output = FreeTransformerOutput(
-            logits=None if skip_logits else logits,
-            past_key_values=past_key_values,
-            plan=plan,
-            plan_logits=plan_logits,
-        )
-        if half.layout is not None:
-            output.plan_mask = half.layout.plan_mask
+            state = self._complete(self._plan_state(plan, cache, half, prompt_plan, prior), half, input_ids)
+            vectors = self._vectors_of_tokens(state, half)
+            read = self.under_plan(half, vectors, logits_to_keep, labels if in_chunks else None)
+        if isinstance(cache, PlanCache):
+            cache.state = state
+        plan_mask = None if half.layout is None else half.layout.plan_mask
+        losses = {}
         if labels is not None:
             config = self.config
-            losses = objective(
-                *(logits, labels, plan_logits, output.plan_mask),
-                free_bits=config.free_bits if free_bits is None else free_bits,
-                kl_weight=config.kl_weight if kl_weight is None else kl_weight,
-                num_tokens=num_items_in_batch,
-                min_bits=config.min_bits,
-                aggregate_weight=config.aggregate_weight,
-                gather_plans=self.gather_plans,
-                reconstruction=reconstruction,
+            losses = vars(
+                objective(
+                    *(None if in_chunks else read, labels, plan_logits, plan_mask),
+                    free_bits=config.free_bits if free_bits is None else free_bits,
+                    kl_weight=config.kl_weight if kl_weight is None else kl_weight,
+                    num_tokens=num_items_in_batch,
+                    min_bits=config.min_bits,
+                    aggregate_weight=config.aggregate_weight,
+                    gather_plans=self.gather_plans,
+                    reconstruction=read if in_chunks else None,
+                )
             )
-            for name, value in vars(losses).items():
-                setattr(output, name, value)
-        return output
+        output = FreeTransformerOutput(
+            **losses,
+            logits=None if skip_logits else read,
+            hidden_states=None if half.all_hidden_states is None else tuple(half.all_hidden_states),
+            attentions=tuple(half.layer_arguments["attentions"]) if "attentions" in half.layer_arguments else None,
+            plan=state.plan if state.plan is None else state.plan[:, : half.num_plans],
+            plan_logits=plan_logits,
+            plan_mask=plan_mask,
+            **{CACHE_NAME: cache},
+        )
+        return output if self._asked("return_dict", return_dict) else output.to_tuple()
 
     def first_half(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> FirstHalf:
         """Layers 0 to K-1: what the encoder reads, the same under every plan. Arguments as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        columns = past + hidden_states.shape[1]
-        token_mask = None
-        if attention_mask is not None and not attention_mask.all():
-            token_mask = attention_mask.bool()
-        packed = position_ids is not None and past_key_values is None and is_packed(position_ids, token_mask)
+        batch, tokens = hidden_states.shape[:2]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and getattr(cache, "packed", False):
+            raise ValueError("cache: it holds packed rows of several documents, which cannot be continued")
+        token_mask = _token_mask(attention_mask, batch, past, tokens)
+        packed = position_ids is not None and past == 0 and is_packed(position_ids, token_mask)
+        ranks = token_ranks(token_mask, past, tokens, hidden_states.device)
         if position_ids is None:
-            position_ids = _positions(token_mask, past, hidden_states)
-        layout, plans = None, num_plans(self.config.plan_span, columns)
+            position_ids = ranks
+        layout, plans, token_plan = None, num_plans(self.config.plan_span, past + tokens), self._plan_of_rank(ranks)
         if past == 0:
-            every_row = position_ids.expand(len(hidden_states), -1)
-            layout = plan_layout(self.config.plan_span, every_row, token_mask, packed)
-            plans = layout.num_plans
+            layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), token_mask, packed)
+            plans, token_plan = layout.num_plans, layout.token_plan
+        if isinstance(cache, PlanCache):
+            cache.packed = packed
         documents = layout.token_document if layout is not None else None
-        if documents is not None and is_flash_attention_requested(self.config):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = self._checked_mask(attention_mask, hidden_states)
+        elif documents is not None and is_flash_attention_requested(self.config):
             attention_mask = None
             kwargs |= flash_boundaries(documents, token_mask)
         else:
@@ -326,61 +367,90 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
                 self.config,
                 hidden_states,
                 token_mask,
-                past_key_values,
+                cache,
                 position_ids=None,  # documents are told apart here, padding or not
                 and_mask_function=None if documents is None else same_document(documents, documents),
             )
-        return self.below_plan(hidden_states, attention_mask, position_ids, past_key_values, layout, plans, **kwargs)
+        if output_attentions:
+            if self.config._attn_implementation != "eager":
+                raise ValueError(
+                    f"output_attentions=True: attn_implementation={self.config._attn_implementation!r} computes no "
+                    "attention weights; call model.set_attn_implementation('eager')"
+                )
+            kwargs["attentions"] = []
+        return self.below_plan(
+            *(hidden_states, attention_mask, position_ids, cache, layout, plans, token_plan),
+            num_tokens=past + tokens,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
 
     def _next_half(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache,
+        state: PlanState,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> FirstHalf:
-        """`first_half` of tokens that go on from a cache, and nothing that asks a tensor for its values."""
-        if input_ids is None or position_ids is None or past_key_values is None:
-            raise ValueError("plan_rows go with input_ids, position_ids and the past_key_values of what was read")
-        hidden_states = self.model.embed_tokens(input_ids)
-        if attention_mask is not None or hidden_states.shape[1] > 1 or past_key_values.is_compileable:
-            attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
-        return self.below_plan(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        """`first_half` of tokens that continue a text whose plans are all known, without reading any tensor's values."""
+        if position_ids is None or state.plan is None:
+            return self.first_half(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
+        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = hidden_states.shape[1]
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        if self.config.plan_span == "sequence":
+            ranks = position_ids
+        elif padded:
+            ranks = token_ranks(attention_mask.bool(), attention_mask.shape[1] - tokens, tokens, attention_mask.device)
+        else:
+            ranks = position_ids if state.first_position is None else position_ids - state.first_position
+        if attention_mask is not None or tokens > 1 or cache.is_compileable:
+            attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
+        return self.below_plan(
+            *(hidden_states, attention_mask, position_ids, cache, None, state.plan.shape[1], self._plan_of_rank(ranks)),
+            **kwargs,
+        )
 
     def below_plan(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         layout: PlanLayout | None = None,
         plans: int = 0,
+        token_plan: Tensor | None = None,
+        num_tokens: int = 0,
+        output_hidden_states: bool = False,
         **kwargs: Any,
     ) -> FirstHalf:
         """Layers 0 to K-1; positions are (B, T), or (1, T) where all rows have the same."""
+        if token_plan is None:
+            token_plan = self._plan_of_rank(position_ids) if layout is None else layout.token_plan
         rotation = rotary(self.model.rotary_emb, hidden_states, position_ids)
-        position_ids = position_ids.expand(hidden_states.shape[0], -1)
         arguments = {
             "attention_mask": attention_mask,
-            "position_ids": position_ids,
+            "position_ids": position_ids.expand(hidden_states.shape[0], -1),
             "position_embeddings": rotation,
-            "past_key_values": past_key_values,
+            "cache": cache,
             **kwargs,
         }
+        states = [hidden_states] if output_hidden_states else None
         for layer in self.model.layers[: self.config.plan_layer]:
             hidden_states = layer(hidden_states, **arguments)
-        span = self.config.plan_span
-        if layout is not None:
-            token_plan = layout.token_plan
-        else:
-            token_plan = torch.zeros_like(position_ids) if span == "sequence" else position_ids // int(span)
-        return FirstHalf(hidden_states, layout, token_plan, plans, arguments)
+            if states is not None:
+                states.append(hidden_states)
+        return FirstHalf(hidden_states, layout, token_plan, plans, num_tokens, arguments, states)
 
     def encode(self, half: FirstHalf) -> Tensor:
         """The posterior's logits, (B, P, H), from the output of the first half."""
         if half.layout is None:
-            raise ValueError("the encoder reads whole texts: mode='training' takes no cache that holds tokens")
+            raise ValueError(
+                f"mode='training' takes no cache that holds tokens: the encoder reads whole texts ({NO_PREFIX_TUNING})"
+            )
         arguments: dict[str, Any] = {}
         if "mask" in self._encoder_arguments:
             arguments["mask"] = half.layout.mask
@@ -405,41 +475,46 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
 
         Args:
             plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
-            labels: (B, T), to get the sum of their cross-entropies in the place of the logits.
+            labels: (B, T), to get the sum of their cross-entropies instead of the logits.
 
         Returns:
             logits, (B, T, V).
         """
-        if plan_logits is None:  # bits first: a step of generation looks up its own token's plan only
-            plan_states = self.plan_table(plan_to_token(plan, half.token_plan))
+        if plan_logits is None:
+            vectors = self._vectors_of_tokens(PlanState(plan=plan), half)
         else:
-            plan_states = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
-        return self.under_plan(half, plan_states, logits_to_keep, labels)
+            vectors = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
+        return self.under_plan(half, vectors, logits_to_keep, labels)
 
     def under_plan(
         self, half: FirstHalf, plan_states: Tensor, logits_to_keep: int | Tensor = 0, labels: Tensor | None = None
     ) -> Tensor:
         """`second_half`, from the vector of each token's plan, (B, T, D)."""
-        hidden_states = half.hidden_states
+        hidden_states, layers = half.hidden_states, self.model.layers[self.config.plan_layer :]
         plan_states = plan_states.to(hidden_states.dtype)
-        arguments = half.layer_arguments
-        one_asks = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
-        for layer in self.model.layers[self.config.plan_layer :]:
-            if one_asks and layer is self.model.layers[-1] and half.lets_one_ask:
+        arguments, states = half.layer_arguments, half.all_hidden_states
+        only_last = labels is None and states is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
+        for layer in layers:
+            if only_last and layer is layers[-1] and self._can_skip_tokens(half, layer):
                 arguments = {**arguments, "last_only": True}
             # by position: reentrant checkpointing follows gradients through positional arguments only
             inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
             hidden_states = layer(*inputs, **arguments)
+            if states is not None:
+                states.append(hidden_states)
         if labels is not None:
             return self.lm_head(self.model.norm(hidden_states), labels=labels)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.lm_head(self.model.norm(hidden_states[:, kept]))
+        if states is None:
+            return self.lm_head(self.model.norm(hidden_states[:, kept]))
+        states[-1] = self.model.norm(hidden_states)
+        return self.lm_head(states[-1][:, kept])
 
     @torch.no_grad()
     def infer_plan(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the likeliest plan."""
+        """The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan."""
         return self.encode(self.first_half(input_ids, attention_mask, position_ids))
 
     def sample_plan(
@@ -470,39 +545,152 @@ class FreeTransformer(_OwnStart, PreTrainedModel, PlanGenerationMixin):
 
         self.plan_prior.gather(plan_logits())
 
-    def _complete_plan(
-        self, plan: Tensor | None, half: FirstHalf, input_ids: Tensor | None, prompt_plan: str | None, prior: str
-    ) -> Tensor:
-        """The caller's plans, and drawn ones for the tokens that they do not cover: (B, P, H) bool."""
-        batch = len(half.hidden_states)
-        given = torch.empty(batch, 0, self.config.latent_dim, dtype=torch.bool, device=half.hidden_states.device)
+    def _plan_of_rank(self, ranks: Tensor) -> Tensor:
+        span = self.config.plan_span
+        return torch.zeros_like(ranks) if span == "sequence" else ranks // int(span)
+
+    def _plan_state(
+        self,
+        plan: Tensor | str | Sequence[str] | PlanState | None,
+        cache: Cache | None,
+        half: FirstHalf,
+        prompt_plan: str | None,
+        prior: str | None,
+    ) -> PlanState:
+        """The plans that the caller gives, or those that the cache was written under, or none yet."""
+        if isinstance(plan, PlanState):
+            if plan.plan is None and half.layout is None:
+                raise ValueError(UNKNOWN_PLAN)
+            return plan
+        held = cache.state if isinstance(cache, PlanCache) else None
+        if prior is None:
+            prior = "uniform" if held is None else held.prior
         if plan is not None:
-            given = as_plan(plan, batch, self.config.latent_dim).to(half.hidden_states.device)
+            given = as_plan(plan, len(half.hidden_states), self.config.latent_dim)
             if prompt_plan is None and given.shape[1] != half.num_plans:
                 raise ValueError(
                     f"plan of shape {tuple(given.shape)} for texts of {half.num_plans} plans each "
-                    f"(plan_span={self.config.plan_span!r}): ({half.num_plans}, {self.config.latent_dim}) is needed"
+                    f"(plan_span={self.config.plan_span!r}): ({half.num_plans}, {self.config.latent_dim}) is needed, "
+                    "or prompt_plan='prior' to draw those that are missing"
                 )
-        missing = half.num_plans - given.shape[1]
-        if missing <= 0:
-            return given
-        logits = torch.zeros(batch, missing, self.config.latent_dim, device=given.device)  # fair coins
-        written = torch.zeros(batch, missing, dtype=torch.bool, device=given.device)
-        if prompt_plan == "posterior" and half.layout is not None:
-            written = half.layout.plan_mask[:, -missing:]
+            return PlanState(plan=given, prompt_plan=prompt_plan or "prior", prior=prior)
+        if held is not None:
+            held.prior = prior
+            return held
+        if half.layout is None:
+            raise ValueError(UNKNOWN_PLAN)
+        return PlanState(prompt_plan=prompt_plan or "prior", prior=prior)
+
+    def _complete(self, state: PlanState, half: FirstHalf, input_ids: Tensor | None) -> PlanState:
+        """Draws the plans that these tokens need and, with those of the prompt, those of all tokens that may follow."""
+        begins = state.columns is None
+        if not begins and state.plan is not None and state.plan.shape[1] >= half.num_plans:
+            return state
+        device, batch = half.hidden_states.device, len(half.hidden_states)
+        known = torch.empty(batch, 0, self.config.latent_dim, dtype=torch.bool, device=device)
+        if state.plan is not None:
+            known = state.plan.to(device)
+            known = known.repeat_interleave(max(1, batch // len(known)), 0)  # several texts for each prompt
+        if begins:
+            if known.shape[1] < half.num_plans:
+                known = torch.cat([known, self._plan_of_prompt(state, half, input_ids, known.shape[1])], 1)
+            state.columns = half.num_tokens
+            state.first_position = None if half.layout is None else half.layout.plan_position[:, :1]
+        wanted = num_plans(self.config.plan_span, state.columns + state.new_tokens) if begins else half.num_plans
+        stream = state.stream(device) if state.new_tokens else None  # seeded now: before the first token is drawn
+        if known.shape[1] < wanted:
+            drawn = self.plan_prior.sample(wanted - known.shape[1], batch, state.prior, stream or state.stream(device))
+            known = torch.cat([known, drawn.transpose(0, 1)], 1)
+        state.plan, state.vectors = known, None
+        return state
+
+    def _plan_of_prompt(self, state: PlanState, half: FirstHalf, input_ids: Tensor | None, known: int) -> Tensor:
+        """Plans of tokens already there, from the posterior or the prior: all but the first `known` ones."""
+        batch, missing = len(half.hidden_states), half.num_plans - known
+        logits = half.hidden_states.new_zeros(batch, missing, self.config.latent_dim, dtype=torch.float32)
+        read = torch.zeros(batch, missing, dtype=torch.bool, device=logits.device)
+        if state.prompt_plan == "posterior" and half.layout is not None:
+            read = half.layout.plan_mask[:, -missing:]
             if input_ids is not None:  # a prompt of nothing but begin-of-text has no text to read a plan from
                 text = input_ids != _first_of(self.config.bos_token_id)
                 if half.layout.token_mask is not None:
                     text = text & half.layout.token_mask
-                written = written & text.any(1, keepdim=True)
-            logits = torch.where(written[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
+                read = read & text.any(1, keepdim=True)
+            logits = torch.where(read[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
         drawn = self.plan_mapper(logits)
-        if prior != "uniform":
-            drawn = torch.where(written[..., None], drawn, self.sample_plan(batch, missing, prior=prior))
-        return torch.cat([given, drawn], dim=1)
+        if state.prior != "uniform":
+            from_prior = self.plan_prior.sample(batch, missing, state.prior, device=logits.device)
+            drawn = torch.where(read[..., None], drawn, from_prior)
+        return drawn
+
+    def _vectors_of_tokens(self, state: PlanState, half: FirstHalf) -> Tensor:
+        """R of each token, (B, T, D)."""
+        plan, tokens = state.plan, half.hidden_states.shape[1]
+        assert plan is not None
+        if plan.shape[1] > 1:
+            if plan.shape[1] <= tokens:
+                return plan_to_token(self.plan_table(plan), half.token_plan)
+            return self.plan_table(plan_to_token(plan, half.token_plan))
+        if state.vectors is None or torch.is_grad_enabled():
+            state.vectors = self.plan_table(plan)
+        return state.vectors.expand(-1, tokens, -1)
+
+    def _cache(self, given: Cache | None, use_cache: bool | None, labels: Tensor | None, mode: str) -> Cache | None:
+        if self.training and torch.is_grad_enabled() and self.model.layers[0].gradient_checkpointing:
+            if given is not None and int(given.get_seq_length()) > 0:
+                raise ValueError("cache: gradient checkpointing computes layers twice, so it takes no cache with tokens")
+            return None
+        if given is not None:
+            return given
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and mode == "inference"
+        return PlanCache(self.config) if use_cache else None
+
+    @property
+    def _scores_in_chunks(self) -> bool:
+        """Whether the head may compute the loss without the logits: nothing else watches or replaces it."""
+        if type(self.lm_head) is not Head or self.lm_head.in_columns:
+            return False
+        return torch.compiler.is_compiling() or not is_observed(self.lm_head)
+
+    @staticmethod
+    def _can_skip_tokens(half: FirstHalf, layer: nn.Module) -> bool:
+        """Whether a layer may compute the output of the last token only: nothing else watches it."""
+        if half.hidden_states.shape[1] == 1 or not half.last_row_suffices:
+            return False
+        return torch.compiler.is_compiling() or not is_observed(layer)
+
+    def _asked(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name) if value is None else value)
+
+    def _checked_mask(self, mask: Tensor, hidden_states: Tensor) -> Tensor:
+        """A mask of four dimensions in the form that the attention backend takes."""
+        backend = self.config._attn_implementation
+        if is_flash_attention_requested(self.config):
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)}: attn_implementation={backend!r} takes masks of two "
+                "dimensions only; call model.set_attn_implementation('sdpa')"
+            )
+        if mask.is_floating_point() or (backend == "sdpa" and mask.dtype == torch.bool):
+            return mask
+        additive = hidden_states.new_zeros(mask.shape)
+        return additive.masked_fill(~mask.bool(), torch.finfo(additive.dtype).min)
+
+    @staticmethod
+    def _check_loss_arguments(labels: Tensor | None, num_items: int | Tensor | None, skip_logits: bool) -> None:
+        if labels is not None:
+            return
+        if skip_logits:
+            raise ValueError("skip_logits=True: without labels the logits are all there is to return")
+        if num_items is not None:
+            raise ValueError(
+                "num_items_in_batch without labels: label_smoothing_factor and compute_loss_func of a Trainer keep the "
+                "labels from the model, so that its encoder would not be trained. Leave them out; the model computes "
+                "the loss itself"
+            )
 
     def _checked_mode(
-        self, mode: str | None, plan: Tensor | None, labels: Tensor | None, prompt_plan: str | None
+        self, mode: str | None, plan: Any, labels: Tensor | None, prompt_plan: str | None
     ) -> str:
         if mode is None:
             mode = "training" if labels is not None and plan is None else "inference"
@@ -522,10 +710,29 @@ def build_baseline(config: FreeTransformerConfig) -> PreTrainedModel:
     return model
 
 
-def _positions(token_mask: Tensor | None, past: int, hidden_states: Tensor) -> Tensor:
-    if token_mask is None:
-        return (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past)[None]
-    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+def _token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor | None:
+    """(B, past + T) bool, False on padding; None where there is none, or where that is not known."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        if attention_mask.shape[1] != past + tokens:
+            cached = f" ({past} of them in the cache)" if past else ""
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: ({batch}, {past + tokens}) is needed, a column "
+                f"for each token{cached}"
+            )
+        mask = attention_mask.bool()
+    elif attention_mask.dim() == 4 and past == 0:
+        own = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
+        lowest = torch.finfo(own.dtype).min / 2 if own.is_floating_point() else 0
+        mask = (own > lowest).expand(batch, -1)
+    elif attention_mask.dim() == 4:
+        return None
+    else:
+        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: 2 or 4 dimensions are needed")
+    if torch.compiler.is_compiling():  # which cannot ask for values
+        return mask
+    return None if mask.all() else mask
 
 
 def _first_of(token_id: int | list[int] | None) -> int:

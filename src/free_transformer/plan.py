@@ -5,7 +5,8 @@ A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the l
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .losses import kl_bits
+from .plan_text import parse_plan
 from .straight_through import StraightThrough, group_runs
 
 MAX_CODE_BITS_INT64 = 63
@@ -38,9 +40,28 @@ def codes_to_bits(codes: Tensor, num_bits: int) -> Tensor:
     return (codes.long()[..., None] >> torch.arange(num_bits, device=codes.device)) % 2 == 1
 
 
-def as_plan(plan: Tensor, batch_size: int, latent_dim: int) -> Tensor:
-    """Checks a plan of the caller's, (P, H) or (B, P, H), bool or 0/1, and returns it as (B, P, H) bool."""
-    plan = torch.as_tensor(plan)
+def as_plan(plan: Tensor | str | Sequence[str], batch_size: int, latent_dim: int) -> Tensor:
+    """
+    Checks a plan given by a caller and returns it as (B, P, H) bool.
+
+    Args:
+        plan: bits, (P, H) or (B, P, H), bool or 0/1; or written as text, `"0110"` with bit 0 first, for all rows or one
+            text for each. A longer text holds several plans.
+
+    Raises:
+        ValueError: for another shape, or other values than bits.
+    """
+    if isinstance(plan, str):
+        plan = parse_plan(plan, latent_dim)
+    elif isinstance(plan, list | tuple) and plan and all(isinstance(each, str) for each in plan):
+        rows = [parse_plan(each, latent_dim) for each in plan]
+        if len({len(each) for each in rows}) > 1:
+            raise ValueError(f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; give as many")
+        plan = torch.stack(rows)
+    try:
+        plan = torch.as_tensor(plan)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"plan of type {type(plan).__name__}: give bits, (P, {latent_dim}), or a text such as '0110'") from error
     if plan.ndim == 2:
         plan = plan.expand(batch_size, -1, -1)
     if plan.ndim != 3 or plan.shape[0] != batch_size or plan.shape[2] != latent_dim or plan.shape[1] == 0:
@@ -65,15 +86,16 @@ class BinaryMapper(nn.Module):
 
 class PlanPrior(nn.Module):
     """
-    What plans are drawn from where no text tells them: fair coins (the method), or the *aggregate* of the plans that
-    training texts took, gathered after training and saved with the model.
+    What plans are drawn from where no text determines them: the uniform prior (the method), or the *aggregate* of the
+    plans that training texts took, gathered after training and saved with the model.
 
     Plans of one text are independent. Up to 12 bits the aggregate counts codes, above that each bit by itself; 1 % of
     it is uniform, so that no plan is impossible.
 
     Attributes:
         log_aggregate: logarithms of the probabilities of the codes, (2^H,), or of each bit's values 0 and 1, (2, H);
-            all zero before any were gathered.
+            all zero before any were gathered. They stay in fp32 or better when the model is cast, since KL and
+            likelihood are computed from them.
     """
 
     log_aggregate: Tensor
@@ -84,6 +106,13 @@ class PlanPrior(nn.Module):
         self.counts_codes = latent_dim <= MAX_COUNTED_BITS
         shape = (2**latent_dim,) if self.counts_codes else (2, latent_dim)
         self.register_buffer("log_aggregate", torch.zeros(shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PlanPrior":
+        exact = self.log_aggregate
+        super()._apply(fn, recurse)
+        if self.log_aggregate.dtype.itemsize < exact.dtype.itemsize:
+            self.log_aggregate = exact.to(self.log_aggregate.device)
+        return self
 
     @property
     def gathered(self) -> bool:
@@ -111,17 +140,28 @@ class PlanPrior(nn.Module):
         outcomes = len(counts)
         self.log_aggregate.copy_(((1 - UNIFORM_SHARE) * counts / total + UNIFORM_SHARE / outcomes).log())
 
-    def sample(
-        self, batch_size: int, num_plans: int, prior: str = "uniform", generator: torch.Generator | None = None
+    def forward(
+        self,
+        batch_size: int,
+        num_plans: int,
+        prior: str = "uniform",
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
-        """(B, P, H) bool."""
-        shape, device = (batch_size, num_plans), self.log_aggregate.device
+        """Draws plans, (B, P, H) bool, on the device of the generator, or on `device`."""
+        device = generator.device if generator is not None else device or self.log_aggregate.device
+        shape = (batch_size, num_plans)
         if self.checked(prior) == "aggregate" and self.counts_codes:
             draws = batch_size * num_plans
-            codes = torch.multinomial(self.log_aggregate.exp(), draws, replacement=True, generator=generator)
+            chances = self.log_aggregate.exp().to(device)
+            codes = torch.multinomial(chances, draws, replacement=True, generator=generator)
             return codes_to_bits(codes.view(shape), self.latent_dim)
-        chance = self.log_aggregate[1].exp() if prior == "aggregate" else torch.tensor(0.5, device=device)
+        chance = self.log_aggregate[1].exp().to(device) if prior == "aggregate" else 0.5
         return torch.rand(*shape, self.latent_dim, device=device, generator=generator) < chance
+
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward`, by its name. It is a call of the module, so that offloading brings the counts back."""
+        return self(*args, **kwargs)
 
     def log_prob(self, plan: Tensor, prior: str = "uniform") -> Tensor:
         """log p(z) in nats: (..., H) bool -> (...)."""
@@ -221,13 +261,12 @@ class PlanTable(nn.Module):
             first_row += 2**bits * groups
         return torch.cat(codes, dim=-1)
 
-    def look_up(self, codes: Tensor) -> Tensor:
-        """R of plans whose `group_codes` are known: (..., groups) -> (..., D)."""
-        return self._sum_rows(codes)  # `fully_shard` gathers the weight for this method, and would inside `forward`
-
     def _sum_rows(self, codes: Tensor) -> Tensor:
+        if len(self.group_bits) == 1:
+            return F.embedding(codes.squeeze(-1), self.weight, sparse=self.sparse)
         if torch.compiler.is_exporting():  # ONNX has no bags
             return F.embedding(codes, self.weight).sum(-2)
+        # the sum without the rows of all groups: a G-th of the memory for G groups
         states = F.embedding_bag(codes.flatten(0, -2), self.weight, mode="sum", sparse=self.sparse)
         return states.view(*codes.shape[:-1], -1)
 

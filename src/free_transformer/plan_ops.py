@@ -4,6 +4,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from free_transformer.data import begin_token, encode
+from free_transformer.model import FreeTransformer
 
 
 def set_bits(plan: Tensor, values: Mapping[int, bool | int]) -> Tensor:
@@ -66,3 +70,10 @@ def _checked(plan: Tensor, bit: int) -> int:
     if not 0 <= bit < plan.shape[-1]:
         raise ValueError(f"bit {bit}: this plan has bits 0 to {plan.shape[-1] - 1}")
     return bit
+
+
+def plan_of_text(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The most likely plans of a text, (P, H) bool, read from as much of it as the model was built for."""
+    ids = [begin_token(tokenizer), *encode(tokenizer, [text])[0]]
+    tokens = torch.tensor([ids[: model.config.max_position_embeddings]], device=model.device)
+    return model.infer_plan(tokens)[0] > 0

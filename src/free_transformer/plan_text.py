@@ -1,14 +1,11 @@
-"""Plans as people write them, and plans read from an example's text."""
+"""Plans written as text."""
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # plans are read and written where torch is not installed, too
+if TYPE_CHECKING:  # this module also serves installations without torch
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from free_transformer.model import FreeTransformer
 
 
 def parse_bits(text: str, latent_dim: int) -> np.ndarray:
@@ -43,14 +40,3 @@ def format_plan(plan: "Tensor") -> str:
     rows = plan.view(-1, plan.shape[-1])
     text = format_bits(rows[:4])
     return text if len(rows) <= 4 else f"{text} … ({len(rows)} plans)"
-
-
-def plan_of_text(model: "FreeTransformer", tokenizer: "PreTrainedTokenizerBase", text: str) -> "Tensor":
-    """The likeliest plans of a text, (P, H) bool, read from as much of it as the model was built for."""
-    import torch
-
-    from free_transformer.data import begin_token, encode
-
-    ids = [begin_token(tokenizer), *encode(tokenizer, [text])[0]]
-    tokens = torch.tensor([ids[: model.config.max_position_embeddings]], device=model.device)
-    return model.infer_plan(tokens)[0] > 0

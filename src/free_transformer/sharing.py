@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
+from .compat import get_relative_import_files
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 The straight-through gradient: what reaches the logits of a plan's bits, exact over all codes or sampled.
 
 With `g = ∂loss/∂R` it is the gradient of `E_{z~Q}[g · table[z]]` (paper, section 3.3). N plans of width D and a table
-of `2^b` rows cost the exact one `2 N D 2^b` operations, the products of all plans and all rows, and `chunk_bytes` of
+of `2^b` rows cost the exact one `2 N D 2^b` FLOPs, the products of all plans and all rows, and `chunk_bytes` of
 memory, whatever N and b; the sampled one reads H + 1 rows a plan.
 """
 
@@ -14,15 +14,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class StraightThrough(torch.autograd.Function):
-    """The identity on the plan's vectors, whose backward also gives `plan_logits` its gradient."""
+    """
+    The identity on the plan's vectors, whose backward also gives `plan_logits` its gradient.
+
+    That gradient cannot be differentiated again: the operators that compute it have no derivative, so autograd raises.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def forward(  # type: ignore[override]
         states: Tensor,
         plan_logits: Tensor,
         weight: Tensor,
@@ -32,12 +36,14 @@ class StraightThrough(torch.autograd.Function):
         gradient: str,
         chunk_bytes: int,
     ) -> Tensor:
-        ctx.save_for_backward(plan_logits, weight, *([] if gradient == "exact" else [plan, codes]))
-        ctx.group_bits, ctx.chunk_bytes = group_bits, chunk_bytes
         return states.view_as(states)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, plan_logits, weight, plan, codes, ctx.group_bits, gradient, ctx.chunk_bytes = inputs
+        ctx.save_for_backward(plan_logits, weight, *([] if gradient == "exact" else [plan, codes]))
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan_logits, weight, *drawn = ctx.saved_tensors
         estimate = sampled_gradient if drawn else exact_gradient

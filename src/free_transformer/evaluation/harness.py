@@ -20,7 +20,6 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -47,7 +46,6 @@ from free_transformer.layout import num_plans as plans_of
 from free_transformer.layout import plan_layout
 from free_transformer.model import FirstHalf, FreeTransformer
 from free_transformer.plan import PlanPrior
-from free_transformer.rounding import like_llama
 
 logger = logging.getLogger(__name__)
 MACHINE = "pretty_env_info"  # of the harness's results: a page about the computer and what is installed there
@@ -248,7 +246,7 @@ class PlanHarnessLM(HFLM):
     def _score(self, batch: list[Row]) -> None:
         """Reads the texts once up to the plan, and once more from there under each plan."""
         mixed = self.mixed_precision_dtype
-        with self._rounding(), torch.autocast(self.device.type, mixed, enabled=mixed is not None):
+        with torch.autocast(self.device.type, mixed, enabled=mixed is not None):
             inputs, half = self._read([row.text[:-1] for row in batch])  # no token is predicted from the last one
             ends = [len(row.text) - 1 if row.whole else row.start + 1 for row in batch]
             keys = [row.text if row.whole else row.prompt for row in batch]
@@ -340,11 +338,7 @@ class PlanHarnessLM(HFLM):
         inputs, half = self._read(prompts)
         count = plans_of(self.model.config.plan_span, max_length - 1)  # the last token is never read
         plans, _ = self._draw(half, inputs, [len(prompt) for prompt in prompts], keys, count, 1)
-        with self._rounding():
-            return super()._model_generate(context, max_length, stop, plan=plans[0], prior=self.prior, **kwargs)
-
-    def _rounding(self) -> AbstractContextManager:
-        return like_llama() if self._neutral else nullcontext()
+        return super()._model_generate(context, max_length, stop, plan=plans[0], prior=self.prior, **kwargs)
 
 
 def _seed(seed: int, tokens: Sequence[int]) -> int:

@@ -102,7 +102,7 @@ class _SecondHalf:
     def step(self, plan: Tensor, start: int, end: int) -> Tensor:
         """Logits (B · K, end - start, V) under the plans of these tokens, (B · K, H)."""
         arguments: dict[str, Any] = dict(self.half.layer_arguments)
-        arguments["past_key_values"] = self.cache
+        arguments["cache"] = self.cache
         arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, :end])
         arguments["position_ids"] = self._repeat(arguments["position_ids"][:, start:end])
         rotation = arguments["position_embeddings"]

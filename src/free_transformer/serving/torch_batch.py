@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from free_transformer.cache import LEAST_ROOM
+from free_transformer.cache import MIN_SPARE, PlanState
 from free_transformer.data import begin_token
 from free_transformer.model import FreeTransformer
 from free_transformer.serving.batch import Batch, Complete, Sampling, checked_length
@@ -56,13 +56,11 @@ class TorchBatch(Batch):
         self.model = model.eval()
         if config._attn_implementation not in ("sdpa", "eager"):  # others take no mask of four dimensions
             model.set_attn_implementation("sdpa")
-        model.lay_together()
         rows = max(most_rows, LEAST_ROWS)
         self.cache = RowCache(model, rows, self.max_length)
         self.lengths = torch.zeros(rows, dtype=torch.long)
-        groups = len(config.group_bits)
-        self.plan_rows = torch.zeros(rows, self.num_plans(self.max_length), groups, dtype=torch.long)
-        self.plan_rows = self.plan_rows.to(model.device)
+        shape = (rows, self.num_plans(self.max_length), config.latent_dim)
+        self.plan = torch.zeros(shape, dtype=torch.bool, device=model.device)
 
     def prior(self, name: str) -> np.ndarray | None:
         prior = self.model.plan_prior
@@ -75,12 +73,11 @@ class TorchBatch(Batch):
     def add(self, tokens: list[int], complete: Complete, sampling: Sampling, uniform: float) -> int:
         model, row = self.model, self.rows
         cache = DynamicCache(config=model.config)
-        half = model.first_half(self._on_device([tokens]), past_key_values=cache)
+        half = model.first_half(self._on_device([tokens]), cache=cache)
         plan = complete(lambda: model.encode(half)[0].float().cpu().numpy())
         bits = self._on_device(plan)[None]
         logits = model.second_half(half, bits, logits_to_keep=1)[:, -1]
-        codes = model.plan_table.group_codes(bits)[0]
-        self.plan_rows[row, : len(codes)] = codes
+        self.plan[row, : bits.shape[1]] = bits[0]
         self.cache.store(row, cache)
         self.lengths[row] = len(tokens)
         self.rows += 1
@@ -96,8 +93,8 @@ class TorchBatch(Batch):
             ids,
             attention_mask=mask,
             position_ids=lengths[:, None],
-            past_key_values=self.cache,
-            plan_rows=self.plan_rows[:rows],
+            cache=self.cache,
+            plan=PlanState(plan=self.plan[:rows], columns=0),
             logits_to_keep=1,
         ).logits
         self.lengths[: self.rows] += 1
@@ -108,7 +105,7 @@ class TorchBatch(Batch):
         last = self.rows = self.rows - 1
         if row != last:
             self.cache.move(last, row, int(self.lengths[last]))
-            self.plan_rows[row] = self.plan_rows[last]
+            self.plan[row] = self.plan[last]
             self.lengths[row] = self.lengths[last]
         self.lengths[last] = 0  # nothing, as all rows that only fill up a step
 
@@ -131,7 +128,7 @@ class RowCache:
     def __init__(self, model: FreeTransformer, rows: int, max_length: int):
         config = model.config
         self.max_length = -(-max_length // COLUMNS) * COLUMNS
-        shape = (rows, config.num_key_value_heads, min(LEAST_ROOM, self.max_length), config.head_dim)
+        shape = (rows, config.num_key_value_heads, min(MIN_SPARE, self.max_length), config.head_dim)
         layers = range(config.num_hidden_layers)
         # zeros: what a mask hides counts nothing, but what is not a number would
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from free_transformer.compat import GradientCheckpointingLayer
 from free_transformer.encoder import PlanEncoder
 from free_transformer.model import FreeTransformer
 from free_transformer.plan import BinaryMapper
@@ -97,8 +97,6 @@ def shard(model: Any, processes: Processes, dtype: torch.dtype | None = None) ->
         parts.append(model.plan_table)
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    if isinstance(model, FreeTransformer):
-        register_fsdp_forward_method(model.plan_table, "look_up")  # which a step of generation calls by itself
     if not model.config.tie_word_embeddings:  # a matrix that two modules share stays with what holds both
         fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy)
         fully_shard([model.model.norm, model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
