@@ -262,13 +262,8 @@ def generate(
             arguments["plan"] = plan_of_text(model, tokenizer, _read_text(plan_from))
         torch.manual_seed(seed)
         tokens = _prompt_tokens(tokenizer, prompt).expand(num_samples, -1).to(model.device)
-        plans = None
-        if bits is not None:  # drawn before, so that each text can be shown with its plan
-            with torch.no_grad():
-                plans = model(
-                    tokens, mode="inference", plan=arguments.get("plan"), prompt_plan=prompt_plan, prior=prior
-                ).plan
-            arguments.update(plan=plans, prompt_plan=prompt_plan, prior=prior)
+        if bits is not None:
+            arguments.update(prompt_plan=prompt_plan, prior=prior)
         arguments.update(sampling)
         if stream and processes.main:
             arguments["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -276,11 +271,13 @@ def generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
             **arguments,
         )
     if stream or not processes.main:
         return
-    for index, text in enumerate(tokenizer.batch_decode(output, skip_special_tokens=True)):
+    plans = output.get("plan")
+    for index, text in enumerate(tokenizer.batch_decode(output.sequences, skip_special_tokens=True)):
         title = f"sample {index + 1}" if plans is None else f"sample {index + 1}, plan {format_plan(plans[index])}"
         console.rule(title, align="left")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
