@@ -68,7 +68,7 @@ def test_unknown_names_are_told():
 
 
 CORE = ("attention", "cache", "compat", "config", "encoder", "generation", "initialization", "injection", "layers", "layout")
-CORE += ("losses", "model", "plan", "plan_text", "pretrained", "straight_through")
+CORE += ("losses", "model", "numerics", "plan", "plan_text", "pretrained", "straight_through")
 
 
 def imported_by(path: Path) -> set[str]:

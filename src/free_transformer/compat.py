@@ -23,6 +23,9 @@ from transformers.activations import ACT2FN
 # The base class of all caches, and the layer type that `GrowingLayer` extends.
 from transformers.cache_utils import Cache, DynamicLayer
 
+# The output of `generate`, to which ours adds the plan.
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
 # Lists the files that `trust_remote_code=True` will look for next to a model, so that saving writes exactly these.
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -53,11 +56,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "BothCacheNames",
     "CACHE_NAME",
     "CACHE_NAMES",
     "Cache",
-    "CausalOutput",
+    "CausalLMOutputWithPast",
     "DynamicLayer",
+    "GenerateDecoderOnlyOutput",
     "GenerationHooks",
     "GradientCheckpointingLayer",
     "LlamaAttention",
@@ -81,23 +86,23 @@ SiLU = type(ACT2FN["silu"])
 CACHE_NAME = next(each.name for each in fields(CausalLMOutputWithPast) if each.name in CACHE_NAMES)
 
 
-class CausalOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` whose cache can be read as `cache` and as `past_key_values`, with every release."""
+class BothCacheNames:
+    """For an output whose cache can be read as `cache` and as `past_key_values`, with every release."""
 
     if CACHE_NAME == "past_key_values":
 
         @property
         def cache(self) -> Cache | None:
-            return self.past_key_values
+            return self.past_key_values  # type: ignore[attr-defined]
 
         def __getitem__(self, key: Any) -> Any:
-            return super().__getitem__("past_key_values" if key == "cache" else key)
+            return super().__getitem__("past_key_values" if key == "cache" else key)  # type: ignore[misc]
 
         def __contains__(self, key: object) -> bool:
-            return super().__contains__("past_key_values" if key == "cache" else key)
+            return super().__contains__("past_key_values" if key == "cache" else key)  # type: ignore[misc]
 
         def get(self, key: Any, default: Any = None) -> Any:
-            return super().get("past_key_values" if key == "cache" else key, default)
+            return super().get("past_key_values" if key == "cache" else key, default)  # type: ignore[misc]
 
 
 class GenerationHooks(GenerationMixin):

@@ -2,18 +2,33 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import PlanCache, PlanState
-from .compat import CACHE_NAME, CACHE_NAMES, GenerationHooks, create_masks_for_generate
+from .compat import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    BothCacheNames,
+    GenerateDecoderOnlyOutput,
+    GenerationHooks,
+    create_masks_for_generate,
+)
 from .config import FreeTransformerConfig
 from .layout import num_plans
 from .plan import PlanPrior, as_plan
 
 PROMPT_PLANS = ("posterior", "prior")
+
+
+@dataclass
+class PlanGenerationOutput(BothCacheNames, GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`."""
+
+    plan: Tensor | None = None  # (B, P, H) bool, the plans of the texts in `sequences`
 
 
 class PlanGenerationMixin(GenerationHooks):
@@ -81,10 +96,10 @@ class PlanGenerationMixin(GenerationHooks):
                 state.plan = held.plan
         output = super().generate(inputs, *args, plan=state, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
-        if output is not sequences:
-            output["plan"] = self._plan_of(state, sequences)
         self._warn_past_trained_length(sequences)
-        return output
+        if output is sequences:
+            return sequences
+        return PlanGenerationOutput(**output, plan=self._plan_of(state, sequences))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: the continuous batching of `transformers` keeps no plan for its requests."""

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .numerics import first_order_only
+
 IGNORED = -100
+WITHOUT_SKIPPING = "for a gradient penalty or other second derivatives, leave skip_logits=True out"
 MAX_PAIRED_PLANS = 256
 CHUNK_BYTES = 8 * 2**20  # of logits held at a time, what a processor's cache has room for
 MIN_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight takes longer than the products
@@ -149,28 +152,9 @@ class _ChunkedLoss(torch.autograd.Function):
             found[0] = grad_states * grad.to(grad_states.dtype)
         if ctx.needed[1]:
             found[1] = (grad_weight * grad).to(weight.dtype)
-        if torch.is_grad_enabled():  # what was computed on the way forward counts as constant from here on
-            found = [each if each is None else _Once.apply(each, states, weight) for each in found]
+        sources = (states, weight)  # what was computed on the way forward would count as constant from here on
+        found = [each if each is None else first_order_only(each, sources, WITHOUT_SKIPPING) for each in found]
         return found[0], found[1], None, None, None
-
-
-class _Once(torch.autograd.Function):
-    """The identity on a gradient that depends on other tensors in a way that autograd does not see: it refuses."""
-
-    @staticmethod
-    def forward(grad: Tensor, *sources: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        raise RuntimeError(
-            "skip_logits=True: the gradient of the loss cannot be differentiated again. For a gradient penalty or other "
-            "second derivatives, leave skip_logits out"
-        )
 
 
 def _next_labels(labels: Tensor) -> Tensor:

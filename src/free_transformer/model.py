@@ -10,6 +10,7 @@ F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 """
 
 import copy
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ from .attention import rotary
 from .cache import PlanCache, PlanState
 from .compat import (
     CACHE_NAME,
+    BothCacheNames,
     Cache,
-    CausalOutput,
+    CausalLMOutputWithPast,
     LlamaPreTrainedModel,
     LlamaRotaryEmbedding,
     OwnInitialization,
@@ -62,7 +64,7 @@ UNKNOWN_PLAN = (
 
 
 @dataclass
-class FreeTransformerOutput(CausalOutput):
+class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
     """
     What `FreeTransformer.forward` returns, beside the fields of `CausalLMOutputWithPast`.
 
@@ -129,8 +131,9 @@ class Decoder(_Initialization, LlamaPreTrainedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "the decoder alone has no plan. TRL computes its loss from it: put free_transformer.trainer.PlanTrainer "
-            "first, class PlanSFTTrainer(PlanTrainer, SFTTrainer)"
+            "the decoder alone has no plan, and trainers of TRL compute their loss from it. Of these SFTTrainer is "
+            "supported, with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
+            "Trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not supported"
         )
 
 
@@ -182,6 +185,18 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
         self._encoder_arguments = [name for name in ("mask", "layout") if anything or name in wanted]
         self.post_init()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: also where `accelerate` has moved its weights elsewhere until they are needed."""
+        device = super().device
+        if device.type == "meta":
+            for module in self.modules():
+                hook = getattr(module, "_hf_hook", None)
+                for each in getattr(hook, "hooks", [hook]):
+                    if getattr(each, "execution_device", None) is not None:
+                        return torch.device(each.execution_device)
+        return device
 
     @classmethod
     def from_pretrained(
@@ -278,24 +293,26 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
         state = plan if isinstance(plan, PlanState) else None
         if state is not None and state.columns is not None and cache is not None:
-            half = self._next_half(input_ids, attention_mask, position_ids, cache, state, inputs_embeds, **kwargs)
+            read = functools.partial(self._next_half, state)
         else:
-            half = self.first_half(
-                *(input_ids, attention_mask, position_ids, cache, inputs_embeds),
-                output_hidden_states=self._asked("output_hidden_states", output_hidden_states),
-                output_attentions=self._asked("output_attentions", output_attentions),
-                **kwargs,
-            )
+            read = self.first_half
+        half = read(
+            *(input_ids, attention_mask, position_ids, cache, inputs_embeds),
+            output_hidden_states=self._asked("output_hidden_states", output_hidden_states),
+            output_attentions=self._asked("output_attentions", output_attentions),
+            **kwargs,
+        )
         in_chunks = skip_logits and self._scores_in_chunks
         plan_logits = None
         if mode == "training":
             plan_logits = self.encode(half)
             state = PlanState(plan=self.plan_mapper(plan_logits), prior=prior or "uniform")
-            read = self.second_half(half, state.plan, plan_logits, logits_to_keep, labels if in_chunks else None)
+            scored = self.second_half(half, state.plan, plan_logits, logits_to_keep, labels if in_chunks else None)
         else:
-            state = self._complete(self._plan_state(plan, cache, half, prompt_plan, prior), half, input_ids)
+            state = self._plan_state(plan, cache, half, prompt_plan, prior)
+            state = self._complete(state, half, input_ids, inputs_embeds)
             vectors = self._vectors_of_tokens(state, half)
-            read = self.under_plan(half, vectors, logits_to_keep, labels if in_chunks else None)
+            scored = self.under_plan(half, vectors, logits_to_keep, labels if in_chunks else None)
         if isinstance(cache, PlanCache):
             cache.state = state
         plan_mask = None if half.layout is None else half.layout.plan_mask
@@ -304,19 +321,19 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             config = self.config
             losses = vars(
                 objective(
-                    *(None if in_chunks else read, labels, plan_logits, plan_mask),
+                    *(None if in_chunks else scored, labels, plan_logits, plan_mask),
                     free_bits=config.free_bits if free_bits is None else free_bits,
                     kl_weight=config.kl_weight if kl_weight is None else kl_weight,
                     num_tokens=num_items_in_batch,
                     min_bits=config.min_bits,
                     aggregate_weight=config.aggregate_weight,
                     gather_plans=self.gather_plans,
-                    reconstruction=read if in_chunks else None,
+                    reconstruction=scored if in_chunks else None,
                 )
             )
         output = FreeTransformerOutput(
             **losses,
-            logits=None if skip_logits else read,
+            logits=None if skip_logits else scored,
             hidden_states=None if half.all_hidden_states is None else tuple(half.all_hidden_states),
             attentions=tuple(half.layer_arguments["attentions"]) if "attentions" in half.layer_arguments else None,
             plan=state.plan if state.plan is None else state.plan[:, : half.num_plans],
@@ -371,27 +388,21 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 position_ids=None,  # documents are told apart here, padding or not
                 and_mask_function=None if documents is None else same_document(documents, documents),
             )
-        if output_attentions:
-            if self.config._attn_implementation != "eager":
-                raise ValueError(
-                    f"output_attentions=True: attn_implementation={self.config._attn_implementation!r} computes no "
-                    "attention weights; call model.set_attn_implementation('eager')"
-                )
-            kwargs["attentions"] = []
         return self.below_plan(
             *(hidden_states, attention_mask, position_ids, cache, layout, plans, token_plan),
             num_tokens=past + tokens,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             **kwargs,
         )
 
     def _next_half(
         self,
+        state: PlanState,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache,
-        state: PlanState,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> FirstHalf:
@@ -425,6 +436,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         token_plan: Tensor | None = None,
         num_tokens: int = 0,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> FirstHalf:
         """Layers 0 to K-1; positions are (B, T), or (1, T) where all rows have the same."""
@@ -438,6 +450,13 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             "cache": cache,
             **kwargs,
         }
+        if output_attentions:
+            if self.config._attn_implementation != "eager":
+                raise ValueError(
+                    f"output_attentions=True: attn_implementation={self.config._attn_implementation!r} computes no "
+                    "attention weights; call model.set_attn_implementation('eager')"
+                )
+            arguments["attentions"] = []
         states = [hidden_states] if output_hidden_states else None
         for layer in self.model.layers[: self.config.plan_layer]:
             hidden_states = layer(hidden_states, **arguments)
@@ -581,7 +600,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             raise ValueError(UNKNOWN_PLAN)
         return PlanState(prompt_plan=prompt_plan or "prior", prior=prior)
 
-    def _complete(self, state: PlanState, half: FirstHalf, input_ids: Tensor | None) -> PlanState:
+    def _complete(
+        self, state: PlanState, half: FirstHalf, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> PlanState:
         """Draws the plans that these tokens need and, with those of the prompt, those of all tokens that may follow."""
         begins = state.columns is None
         if not begins and state.plan is not None and state.plan.shape[1] >= half.num_plans:
@@ -593,7 +614,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             known = known.repeat_interleave(max(1, batch // len(known)), 0)  # several texts for each prompt
         if begins:
             if known.shape[1] < half.num_plans:
-                known = torch.cat([known, self._plan_of_prompt(state, half, input_ids, known.shape[1])], 1)
+                text = self._is_text(input_ids, inputs_embeds)
+                known = torch.cat([known, self._plan_of_prompt(state, half, text, known.shape[1])], 1)
             state.columns = half.num_tokens
             state.first_position = None if half.layout is None else half.layout.plan_position[:, :1]
         wanted = num_plans(self.config.plan_span, state.columns + state.new_tokens) if begins else half.num_plans
@@ -604,18 +626,25 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         state.plan, state.vectors = known, None
         return state
 
-    def _plan_of_prompt(self, state: PlanState, half: FirstHalf, input_ids: Tensor | None, known: int) -> Tensor:
+    def _is_text(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, T) bool, False for the begin-of-text token: alone, it is a prompt without anything to read."""
+        begin = _first_of(self.config.bos_token_id)
+        if input_ids is not None:
+            return input_ids != begin
+        assert inputs_embeds is not None
+        if begin < 0:
+            return torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        return (inputs_embeds != self.model.embed_tokens(torch.tensor([[begin]], device=inputs_embeds.device))).any(-1)
+
+    def _plan_of_prompt(self, state: PlanState, half: FirstHalf, text: Tensor, known: int) -> Tensor:
         """Plans of tokens already there, from the posterior or the prior: all but the first `known` ones."""
         batch, missing = len(half.hidden_states), half.num_plans - known
         logits = half.hidden_states.new_zeros(batch, missing, self.config.latent_dim, dtype=torch.float32)
         read = torch.zeros(batch, missing, dtype=torch.bool, device=logits.device)
         if state.prompt_plan == "posterior" and half.layout is not None:
-            read = half.layout.plan_mask[:, -missing:]
-            if input_ids is not None:  # a prompt of nothing but begin-of-text has no text to read a plan from
-                text = input_ids != _first_of(self.config.bos_token_id)
-                if half.layout.token_mask is not None:
-                    text = text & half.layout.token_mask
-                read = read & text.any(1, keepdim=True)
+            if half.layout.token_mask is not None:
+                text = text & half.layout.token_mask
+            read = half.layout.plan_mask[:, -missing:] & text.any(1, keepdim=True)
             logits = torch.where(read[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
         drawn = self.plan_mapper(logits)
         if state.prior != "uniform":

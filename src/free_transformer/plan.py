@@ -105,7 +105,7 @@ class PlanPrior(nn.Module):
         self.latent_dim = latent_dim
         self.counts_codes = latent_dim <= MAX_COUNTED_BITS
         shape = (2**latent_dim,) if self.counts_codes else (2, latent_dim)
-        self.register_buffer("log_aggregate", torch.zeros(shape))
+        self.register_buffer("log_aggregate", torch.zeros(shape, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PlanPrior":
         exact = self.log_aggregate
@@ -122,7 +122,8 @@ class PlanPrior(nn.Module):
         """`ValueError` for an unknown name, or for an aggregate that was never gathered."""
         if prior not in PRIORS:
             raise ValueError(f"prior={prior!r}: one of {PRIORS}")
-        if prior == "aggregate" and not self.gathered:
+        # What is offloaded can be read inside `forward` only.
+        if prior == "aggregate" and not self.log_aggregate.is_meta and not self.gathered:
             raise ValueError("prior='aggregate': this model has gathered none; model.gather_prior(batches) does")
         return prior
 

@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .numerics import first_order_only
+
+WITH_PLAN = "give the plan, plan=..., for second derivatives of the rest"
+
 
 class StraightThrough(torch.autograd.Function):
     """
     The identity on the plan's vectors, whose backward also gives `plan_logits` its gradient.
 
-    That gradient cannot be differentiated again: the operators that compute it have no derivative, so autograd raises.
+    That gradient cannot be differentiated again: the operators that compute it have no derivative.
     """
 
     generate_vmap_rule = True
@@ -47,10 +51,13 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan_logits, weight, *drawn = ctx.saved_tensors
         estimate = sampled_gradient if drawn else exact_gradient
+        sources = (grad, plan_logits, weight)
         # A backward that is called under autocast would take the products in half precision.
         with torch.autocast(grad.device.type, enabled=False):
-            grad_logits = estimate(grad, plan_logits, weight, *drawn, ctx.group_bits, ctx.chunk_bytes)
-        return grad, grad_logits.to(plan_logits.dtype), None, None, None, None, None, None
+            constants = [each.detach() for each in sources]
+            grad_logits = estimate(*constants, *drawn, ctx.group_bits, ctx.chunk_bytes).to(plan_logits.dtype)
+        grad_logits = first_order_only(grad_logits, sources, WITH_PLAN)
+        return grad, grad_logits, None, None, None, None, None, None
 
 
 def group_runs(group_bits: Sequence[int]) -> list[tuple[int, int]]:

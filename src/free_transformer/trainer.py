@@ -70,11 +70,21 @@ class PlanTrainer(Trainer):
         self.plan_learning_rate = plan_learning_rate
         self._likelihood_sums: list[dict[str, float]] = []  # of each batch of an evaluation
         self._parts: _LossParts | None = None
-        others_loss = getattr(self.args, "loss_type", "nll") != "nll" or self.compute_loss_func is not None
-        if self._free_transformer() is not None and (others_loss or self.label_smoother is not None):
+        if self._free_transformer() is not None:
+            self._refuse_other_losses()
+
+    def _refuse_other_losses(self) -> None:
+        without = "without the KL of its plans"
+        if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
-                "label_smoothing_factor, compute_loss_func and loss_type replace the loss of a Free Transformer by one "
-                "without the KL of its plans: leave them out"
+                "label_smoothing_factor and compute_loss_func replace the loss of a Free Transformer by one "
+                f"{without}: leave them out"
+            )
+        loss_type = getattr(self.args, "loss_type", "nll")
+        if loss_type not in ("nll", ["nll"]):
+            raise ValueError(
+                f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported, with loss_type='nll'; "
+                "trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not"
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

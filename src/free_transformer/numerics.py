@@ -1,0 +1,37 @@
+"""Derivatives that exist to the first order only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_order_only(gradient: Tensor, sources: tuple[Tensor, ...], advice: str) -> Tensor:
+    """
+    A gradient that was computed outside of autograd, so that differentiating it again raises.
+
+    Without this, autograd would take it for a constant, and second derivatives would silently be wrong.
+
+    Args:
+        sources: what the gradient depends on.
+        advice: what to do instead, for the message of the error.
+    """
+    if not torch.is_grad_enabled():
+        return gradient
+    return _FirstOrderOnly.apply(gradient, advice, *sources)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, advice: str, *sources: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.advice = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        raise RuntimeError(f"a gradient of the Free Transformer cannot be differentiated again here: {ctx.advice}")
