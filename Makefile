@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,23 @@ tour: $(VENV)/.demo ## from text to steering in Python: docs/tour.md; five minut
 
 test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-newest: $(VENV)/bin/pip ## run the tests with the newest release of every dependency, in an environment of their own; 15 minutes
+	$(PYTHON) -m venv $(VENV)/newest
+	$(VENV)/newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(call test_in,newest)
+
+test-oldest: $(VENV)/bin/pip ## the same with the oldest release that pyproject.toml allows: some GB, for a CUDA build of torch; 15 minutes
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(PIP) uv
+	$(BIN)/uv pip install --quiet --python $(VENV)/oldest --resolution lowest-direct -e '.[dev]'
+	$(call test_in,oldest)
+
+# The tests in another environment, after a line that names its releases.
+define test_in
+$(VENV)/$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+PATH=$(CURDIR)/$(VENV)/$(1)/bin:$$PATH OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -n 2 --dist worksteal
+endef
 
 test-docs: $(VENV)/.dev docs ## build the site, run every command and block of README and docs as written, on short runs; 15 minutes
 	$(PIP) optuna

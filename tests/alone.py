@@ -8,11 +8,17 @@ from pathlib import Path
 from pages import ROOT
 
 
-def install_alone(folder: Path, *packages: str) -> Path:
-    """The Python of a new environment that holds these packages, of the versions of `constraints.txt`."""
+def install_alone(folder: Path, *packages: str, constrained: bool = True) -> Path:
+    """
+    The Python of a new environment that holds these packages.
+
+    Args:
+        constrained: take the versions of `constraints.txt`, else the newest that the packages allow.
+    """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qc", ROOT / "constraints.txt"]
+    constraints = ["-c", ROOT / "constraints.txt"] if constrained else []
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *constraints]
     subprocess.run([*pip, *packages], check=True)
     return python
 

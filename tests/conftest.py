@@ -38,6 +38,8 @@ TINY = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it compiles one function for at most 8 models before it gives up
+        torch._dynamo.reset()
 
 
 @pytest.fixture

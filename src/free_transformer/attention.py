@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from .compat import ALL_ATTENTION_FUNCTIONS, Cache, LlamaAttention, eager_attention_forward
 
-Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, head_dim)
+Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, 1, head_dim)
 
 
 def rotary(embedding: nn.Module, states: Tensor, position_ids: Tensor) -> Rotation:
     """Cosines and signed sines of the angles by which positions rotate queries and keys."""
     cos, sin = embedding(states, position_ids)
-    return cos, torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
+    sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
+    return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
@@ -25,7 +26,7 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     The sines carry the sign, so that the halves of each head are swapped without a negated copy: 4 operations instead
     of the 7 of `apply_rotary_pos_emb`, and the same values bit-for-bit.
     """
-    cos, sin = rotation[0].unsqueeze(2), rotation[1].unsqueeze(2)
+    cos, sin = rotation
     swapped = states.roll(states.shape[-1] // 2, -1)
     return (states * cos).add_(swapped * sin)  # not in place: the encoder rotates one query to many positions
 

@@ -78,6 +78,8 @@ class PlanState:
         columns: tokens of the prompt as the model counts them, padding and virtual tokens included; None before it
             has been read.
         first_position: (B, 1), the position of each text's first token.
+        padded: whether some token of the prompt is padding. Otherwise a new token attends to all before it, and needs
+            no mask.
         vectors: (B, 1, D), R, where one plan covers the whole text: it is looked up once.
         generator: random numbers for the plans of new text. They have a stream of their own, plan after plan, so that
             a longer text begins as a shorter one of the same seed does.
@@ -90,6 +92,7 @@ class PlanState:
     prompt_length: int = 0
     columns: int | None = None
     first_position: Tensor | None = None
+    padded: bool = True
     vectors: Tensor | None = None
     generator: torch.Generator | None = None
 

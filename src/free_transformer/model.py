@@ -14,7 +14,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -319,18 +319,17 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         losses = {}
         if labels is not None:
             config = self.config
-            losses = vars(
-                objective(
-                    *(None if in_chunks else scored, labels, plan_logits, plan_mask),
-                    free_bits=config.free_bits if free_bits is None else free_bits,
-                    kl_weight=config.kl_weight if kl_weight is None else kl_weight,
-                    num_tokens=num_items_in_batch,
-                    min_bits=config.min_bits,
-                    aggregate_weight=config.aggregate_weight,
-                    gather_plans=self.gather_plans,
-                    reconstruction=scored if in_chunks else None,
-                )
+            found = objective(
+                *(None if in_chunks else scored, labels, plan_logits, plan_mask),
+                free_bits=config.free_bits if free_bits is None else free_bits,
+                kl_weight=config.kl_weight if kl_weight is None else kl_weight,
+                num_tokens=num_items_in_batch,
+                min_bits=config.min_bits,
+                aggregate_weight=config.aggregate_weight,
+                gather_plans=self.gather_plans,
+                reconstruction=scored if in_chunks else None,
             )
+            losses = {each.name: getattr(found, each.name) for each in fields(found)}
         output = FreeTransformerOutput(
             **losses,
             logits=None if skip_logits else scored,
@@ -411,15 +410,16 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             return self.first_half(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = hidden_states.shape[1]
-        padded = attention_mask is not None and attention_mask.dim() == 2
         if self.config.plan_span == "sequence":
             ranks = position_ids
-        elif padded:
+        elif state.padded and attention_mask is not None and attention_mask.dim() == 2:
             ranks = token_ranks(attention_mask.bool(), attention_mask.shape[1] - tokens, tokens, attention_mask.device)
         else:
             ranks = position_ids if state.first_position is None else position_ids - state.first_position
-        if attention_mask is not None or tokens > 1 or cache.is_compileable:
+        if tokens > 1 or cache.is_compileable or (attention_mask is not None and state.padded):
             attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
+        else:
+            attention_mask = None
         return self.below_plan(
             *(hidden_states, attention_mask, position_ids, cache, None, state.plan.shape[1], self._plan_of_rank(ranks)),
             **kwargs,
@@ -617,7 +617,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 text = self._is_text(input_ids, inputs_embeds)
                 known = torch.cat([known, self._plan_of_prompt(state, half, text, known.shape[1])], 1)
             state.columns = half.num_tokens
-            state.first_position = None if half.layout is None else half.layout.plan_position[:, :1]
+            if half.layout is not None:
+                state.first_position = half.layout.plan_position[:, :1]
+                state.padded = half.layout.token_mask is not None
         wanted = num_plans(self.config.plan_span, state.columns + state.new_tokens) if begins else half.num_plans
         stream = state.stream(device) if state.new_tokens else None  # seeded now: before the first token is drawn
         if known.shape[1] < wanted:

@@ -254,6 +254,8 @@ class PlanTable(nn.Module):
 
     def group_codes(self, plan: Tensor) -> Tensor:
         """(..., H) bool -> (..., groups), the row of `weight` that each group of bits points to."""
+        if len(self.group_bits) == 1:
+            return bits_to_codes(plan).unsqueeze(-1)
         codes, first_bit, first_row = [], 0, 0
         for bits, groups in group_runs(self.group_bits):
             run = plan[..., first_bit : first_bit + bits * groups].unflatten(-1, (groups, bits))

@@ -7,6 +7,7 @@ memory, whatever N and b; the sampled one reads H + 1 rows a plan.
 """
 
 import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -65,8 +66,12 @@ def group_runs(group_bits: Sequence[int]) -> list[tuple[int, int]]:
     return [(bits, len(list(run))) for bits, run in itertools.groupby(group_bits)]
 
 
+# The copy of this file that lies beside a model's weights defines operators of its own.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+
 # Custom operators, so that a compiler takes each as a whole and does not unroll the chunks.
-@torch.library.custom_op("free_transformer::exact_gradient", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::exact_gradient", mutates_args=())
 def exact_gradient(
     grad: Tensor, plan_logits: Tensor, weight: Tensor, group_bits: Sequence[int], chunk_bytes: int
 ) -> Tensor:
@@ -96,7 +101,7 @@ def exact_gradient(
     return (torch.cat(derivatives, dim=-1) * p * (-logits).sigmoid()).view_as(plan_logits)  # 1 - p would cancel
 
 
-@torch.library.custom_op("free_transformer::sampled_gradient", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::sampled_gradient", mutates_args=())
 def sampled_gradient(
     grad: Tensor,
     plan_logits: Tensor,

@@ -3,7 +3,8 @@ Builds what would be published and uses it as whoever installs it does: the whee
 
     python tests/release/check.py
 
-The commands are those of the documentation's first page, the steps of training fewer.
+Once with the versions of `constraints.txt` and once with the newest that the wheel allows, as `pip install` takes them.
+The commands are those of the documentation's first page, with fewer steps of training.
 """
 
 import os
@@ -32,14 +33,22 @@ def main() -> None:
         assert "free_transformer/py.typed" in names and any(name.endswith("LICENSE") for name in names), names
         assert not [name for name in names if not name.startswith("free_transformer")], names
 
-        python = install_alone(folder / "venv", f"{wheel}[train]")
-        (folder / "work" / "configs").mkdir(parents=True)
-        (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
-        environment = environment_alone(PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
-        for command in [*quick_start(), ["python", "-c", blocks_in("README.md", "python")[0]]]:
-            print("$", shlex.join(command) if len(command[-1]) < 99 else "the README's ten lines", flush=True)
-            subprocess.run(command, check=True, cwd=folder / "work", env=environment)
+        for constrained in (True, False):
+            print("with constraints.txt" if constrained else "without constraints", flush=True)
+            use(folder / f"constrained-{constrained}", wheel, constrained)
         print(f"{source.name} and {wheel.name} are ready")
+
+
+def use(folder: Path, wheel: Path, constrained: bool) -> None:
+    """Installs the wheel in a folder of its own and runs the commands there."""
+    python = install_alone(folder / "venv", f"{wheel}[train]", constrained=constrained)
+    (folder / "work" / "configs").mkdir(parents=True)
+    (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
+    environment = environment_alone(PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    versions = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
+    for command in [["python", "-c", versions], *quick_start(), ["python", "-c", blocks_in("README.md", "python")[0]]]:
+        print("$", shlex.join(command) if len(command[-1]) < 99 else "a block of Python", flush=True)
+        subprocess.run(command, check=True, cwd=folder / "work", env=environment)
 
 
 def quick_start() -> list[list[str]]:

@@ -109,8 +109,10 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
         replicas = settings.replicas if settings.fsdp else data
         mesh = init_device_mesh(where.type, (replicas, data // replicas, settings.tensor), mesh_dim_names=MESH)
         groups = [dist.new_group(list(range(i, size, settings.tensor)), timeout) for i in range(settings.tensor)]
-        for name in MESH:  # the mesh makes its own, with half an hour
-            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
+        # `set_timeout` is public from PyTorch 2.14 on.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        for name in MESH:  # the mesh creates its own groups, with a timeout of half an hour
+            set_timeout(timeout, mesh.get_group(name))
         yield Processes(where, rank, size, settings.tensor, mesh, groups[rank % settings.tensor], timeout)
     except RuntimeError as error:  # what the backends raise
         if not isinstance(error, dist.DistError) and not _is_of_a_backend(error):
