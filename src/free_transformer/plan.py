@@ -105,7 +105,8 @@ class PlanPrior(nn.Module):
         self.latent_dim = latent_dim
         self.counts_codes = latent_dim <= MAX_COUNTED_BITS
         shape = (2**latent_dim,) if self.counts_codes else (2, latent_dim)
-        self.register_buffer("log_aggregate", torch.zeros(shape, dtype=torch.float32))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("log_aggregate", torch.zeros(shape, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PlanPrior":
         exact = self.log_aggregate
