@@ -33,12 +33,12 @@ test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-newest: $(VENV)/bin/pip ## run the tests with the newest release of every dependency, in an environment of their own; 15 minutes
-	$(PYTHON) -m venv $(VENV)/newest
-	$(VENV)/newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(PYTHON) -m venv --clear $(VENV)/newest
+	$(VENV)/newest/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(call test_in,newest)
 
 test-oldest: $(VENV)/bin/pip ## the same with the oldest release that pyproject.toml allows: some GB, for a CUDA build of torch; 15 minutes
-	$(PYTHON) -m venv $(VENV)/oldest
+	$(PYTHON) -m venv --clear $(VENV)/oldest
 	$(PIP) uv
 	$(BIN)/uv pip install --quiet --python $(VENV)/oldest --resolution lowest-direct -e '.[dev]'
 	$(call test_in,oldest)
