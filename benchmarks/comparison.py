@@ -58,6 +58,7 @@ class Worker:
         python = ROOT / ".venv" / ("peers/" + PEERS[name] if name in PEERS else "") / "bin" / "python"
         if not python.exists():
             raise Failed("no environment: make bench prepares it")
+        source = {"PYTHONPATH": spec["source"]} if "source" in spec else {}
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the worker
         self.process = subprocess.Popen(
             [python, FOLDER / "contestants.py", name, json.dumps(spec)],
@@ -65,7 +66,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**os.environ, **ALLOCATORS[spec.get("allocator")]},
+            env={**os.environ, **ALLOCATORS[spec.get("allocator")], **source},
         )
         self._read(TURN_LIMIT)
 
@@ -286,12 +287,50 @@ def bare_rates() -> dict[str, float]:
     return rates
 
 
+def beside(commit: str, parts: list[str], only: str) -> None:
+    """Ratios to Llama of this checkout and of another commit, in the same rounds. Prints them and writes nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", folder, commit], check=True)
+        try:
+            for group in [group for part in parts for group in MAKERS[part](False) if only in group.title]:
+                (name, base) = group.specs["Llama"]
+                contestants = {"Llama": (name, base)}
+                for span in (1, "sequence"):
+                    for label, source in (("now", ROOT), (commit, Path(folder))):
+                        contestants[f"plan_span={span}, {label}"] = (
+                            "Free",
+                            {**base, "span": span, "source": f"{source}/src"},
+                        )
+                group.specs, group.rounds = contestants, 9
+                with Progress(console=CONSOLE, transient=True) as progress:
+                    group.run(progress)
+                show_ratios(group)
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
+
+
+def show_ratios(group: Group) -> None:
+    """Median and quartiles over the rounds of the time of each contestant over Llama's."""
+    CONSOLE.print(f"{group.title}; {machine()['cpu']}, {torch.get_num_threads()} threads")
+    for label, seconds in group.seconds.items():
+        pairs = zip(seconds, group.seconds["Llama"], strict=True)
+        ratios = [own / llama for own, llama in pairs if own is not None and llama is not None]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        CONSOLE.print(f"  {label:32} {middle:.3f} ({low:.3f} to {high:.3f}) x Llama")
+    for label, reason in group.failed.items():
+        CONSOLE.print(f"  {label}: {reason}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure, default all")
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds: does it run? writes no report")
     parser.add_argument("--only", default="", help="groups whose title has this in it; the others keep their results")
+    parser.add_argument("--beside", metavar="COMMIT", help="print ratios to Llama of this checkout and of COMMIT")
     options = parser.parse_args()
+    if options.beside:
+        return beside(options.beside, [part for part in options.parts if part in MAKERS], options.only)
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.quick else {}
     for part in options.parts:

@@ -309,7 +309,11 @@ def test_gradients_of_single_examples_and_along_a_direction(model, tokens, plan)
     model.set_attn_implementation("eager")
     tangent = {name: torch.randn_like(value) for name, value in parameters.items()}
     _, slope = jvp(lambda p: loss(p, tokens[0], plan[0]), (parameters,), (tangent,))
-    expected = sum((alone[name] * tangent[name]).sum() for name in parameters for alone in [grad(loss)(parameters, tokens[0], plan[0])])
+    expected = sum(
+        (alone[name] * tangent[name]).sum()
+        for name in parameters
+        for alone in [grad(loss)(parameters, tokens[0], plan[0])]
+    )
     assert_close(slope, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -589,7 +593,7 @@ def test_prefix_tuning_is_refused(model, tokens):
         lambda: tuned(tokens, attention_mask=mask, labels=tokens),
         lambda: tuned.generate(input_ids=tokens, attention_mask=mask, **GREEDY),
     ):
-        with pytest.raises(ValueError, match="prefix tuning of PEFT.*is not supported: use LoRA"):
+        with pytest.raises(ValueError, match=r"prefix tuning of PEFT.*is not supported: use LoRA"):
             call()
 
 
@@ -624,7 +628,9 @@ def test_plans_are_taken_as_text(tiny_model, tokens, span):
     bits = torch.tensor([[[True, False, True, False]] * count, [[False, True, True, False]] * count])
     assert torch.equal(model(tokens, plan=text).logits[0], model(tokens, plan=bits).logits[0])
     assert torch.equal(model(tokens, plan=[text, other]).logits, model(tokens, plan=bits).logits)
-    assert torch.equal(model.generate(tokens, plan=[text, other], **GREEDY)[:, :9], model.generate(tokens, plan=bits, **GREEDY)[:, :9])
+    assert torch.equal(
+        model.generate(tokens, plan=[text, other], **GREEDY)[:, :9], model.generate(tokens, plan=bits, **GREEDY)[:, :9]
+    )
     for wrong in ("10", "12ab", "", ["1010" * count, "1010" * count * 2], {"bits": 1}):
         with pytest.raises(ValueError, match="plan"):
             model(tokens, plan=wrong)

@@ -67,7 +67,18 @@ def test_unknown_names_are_told():
         _ = free_transformer.FreeTransformr
 
 
-CORE = ("attention", "cache", "compat", "config", "encoder", "generation", "initialization", "injection", "layers", "layout")
+CORE = (
+    "attention",
+    "cache",
+    "compat",
+    "config",
+    "encoder",
+    "generation",
+    "initialization",
+    "injection",
+    "layers",
+    "layout",
+)
 CORE += ("losses", "model", "numerics", "plan", "plan_text", "pretrained", "straight_through")
 
 

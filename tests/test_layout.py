@@ -98,12 +98,12 @@ def test_ranks_after_a_cache_are_those_of_the_whole_row(positions_and_mask, data
     whole = token_ranks(mask, 0, mask.shape[1], mask.device)
     assert torch.equal(token_ranks(mask, past, mask.shape[1] - past, mask.device), whole[:, past:])
     everything = torch.ones_like(mask)
-    assert torch.equal(token_ranks(None, past, mask.shape[1] - past, mask.device), whole.new_tensor(
-        [list(range(past, mask.shape[1]))]
-    ))
-    assert torch.equal(token_ranks(everything, 0, mask.shape[1], mask.device)[:1], token_ranks(
-        None, 0, mask.shape[1], mask.device
-    ))
+    assert torch.equal(
+        token_ranks(None, past, mask.shape[1] - past, mask.device), whole.new_tensor([list(range(past, mask.shape[1]))])
+    )
+    assert torch.equal(
+        token_ranks(everything, 0, mask.shape[1], mask.device)[:1], token_ranks(None, 0, mask.shape[1], mask.device)
+    )
 
 
 def small(span: int | str, **changes) -> FreeTransformer:
@@ -123,7 +123,7 @@ def row_alone(model: FreeTransformer, tokens: Tensor, mask: Tensor, plan: Tensor
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("span", SPANS)
 def test_padding_positions_embeddings_and_caches_change_nothing(span, attention):
-    """Padding on either side and in holes, positions that start anywhere, tokens or embeddings, any split by a cache."""
+    """Padding on either side and in holes, positions from anywhere on, tokens or embeddings, any split by a cache."""
     model = small(span, attn_implementation=attention)
 
     @given(rows(packed=False), st.data())

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -292,9 +293,35 @@ def test_documents_that_sft_packs_into_a_row_do_not_see_each_other(texts, argume
     assert_close(losses[0]["eval_loss"], losses[1]["eval_loss"], atol=0.02, rtol=0)
 
 
-def test_plain_sft_which_would_train_the_llama_without_its_plan_is_refused(texts, arguments):
-    with pytest.raises(ValueError, match=r"has no plan.*PlanTrainer first"):
-        trl.SFTTrainer(args=arguments(trl.SFTConfig), **texts).train()
+def test_plain_sft_never_trains_the_llama_without_its_plan(texts, arguments):
+    """TRL computes its loss from the decoder, which refuses, or (as TRL 1.0) leaves it to the model."""
+    trainer = trl.SFTTrainer(args=arguments(trl.SFTConfig), **texts)
+    before = trainer.model.encoder.readout.weight.detach().clone()
+    try:
+        trainer.train()
+    except ValueError as error:
+        assert re.search(r"has no plan.*PlanTrainer first", str(error))
+    else:
+        assert not torch.equal(trainer.model.encoder.readout.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+def test_trainers_on_preferences_or_rewards_are_refused(model, tmp_path, kind):
+    model.save_pretrained(tmp_path / "model")
+    model = FreeTransformer.from_pretrained(tmp_path / "model")  # TRL loads its reference from there
+    options = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, "max_steps": 1}
+    options |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "save_strategy": "no"}
+    rows, more = {"prompt": ["a"] * 4, "chosen": [" b"] * 4, "rejected": [" c"] * 4}, {}
+    if kind == "GRPO":
+        options |= {"num_generations": 2, "max_completion_length": 3}
+        more["reward_funcs"] = lambda completions, **_: [float(len(each)) for each in completions]
+    base, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")(**options)
+    texts = {"train_dataset": datasets.Dataset.from_dict(rows), "processing_class": byte_tokenizer(), **more}
+    for trainer_class in (base, type("PlanFirst", (PlanTrainer, base), {})):
+        with pytest.raises(
+            ValueError, match=r"(?i)trainers on preferences or rewards \(DPO, GRPO, KTO, \.\.\.\) are not"
+        ):
+            trainer_class(model, args=config, **texts).train()
 
 
 @pytest.fixture

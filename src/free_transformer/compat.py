@@ -23,11 +23,11 @@ from transformers.activations import ACT2FN
 # The base class of all caches, and the layer type that `GrowingLayer` extends.
 from transformers.cache_utils import Cache, DynamicLayer
 
-# The output of `generate`, to which ours adds the plan.
-from transformers.generation.utils import GenerateDecoderOnlyOutput
-
 # Lists the files that `trust_remote_code=True` will look for next to a model, so that saving writes exactly these.
 from transformers.dynamic_module_utils import get_relative_import_files
+
+# The output of `generate`, to which ours adds the plan.
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 # Attention masks for every attention backend.
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_masks_for_generate
@@ -56,9 +56,9 @@ from transformers.utils.generic import is_flash_attention_requested
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
-    "BothCacheNames",
     "CACHE_NAME",
     "CACHE_NAMES",
+    "BothCacheNames",
     "Cache",
     "CausalLMOutputWithPast",
     "DynamicLayer",

@@ -58,8 +58,8 @@ from .sharing import name_code
 MODES = ("training", "inference")
 NO_PREFIX_TUNING = "prefix tuning of PEFT, whose virtual tokens have no plan, is not supported: use LoRA"
 UNKNOWN_PLAN = (
-    "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or continue "
-    f"from the cache that this model returns ({NO_PREFIX_TUNING})"
+    "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or "
+    f"continue from the cache that this model returns ({NO_PREFIX_TUNING})"
 )
 
 
@@ -131,8 +131,8 @@ class Decoder(_Initialization, LlamaPreTrainedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "the decoder alone has no plan, and trainers of TRL compute their loss from it. Of these SFTTrainer is "
-            "supported, with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
+            "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
+            "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
             "Trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not supported"
         )
 
@@ -293,7 +293,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
         state = plan if isinstance(plan, PlanState) else None
         if state is not None and state.columns is not None and cache is not None:
-            read = functools.partial(self._next_half, state)
+            read: Callable[..., FirstHalf] = functools.partial(self._next_half, state)
         else:
             read = self.first_half
         half = read(
@@ -306,8 +306,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         plan_logits = None
         if mode == "training":
             plan_logits = self.encode(half)
-            state = PlanState(plan=self.plan_mapper(plan_logits), prior=prior or "uniform")
-            scored = self.second_half(half, state.plan, plan_logits, logits_to_keep, labels if in_chunks else None)
+            drawn = self.plan_mapper(plan_logits)
+            state = PlanState(plan=drawn, prior=prior or "uniform")
+            scored = self.second_half(half, drawn, plan_logits, logits_to_keep, labels if in_chunks else None)
         else:
             state = self._plan_state(plan, cache, half, prompt_plan, prior)
             state = self._complete(state, half, input_ids, inputs_embeds)
@@ -405,7 +406,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> FirstHalf:
-        """`first_half` of tokens that continue a text whose plans are all known, without reading any tensor's values."""
+        """`first_half` of tokens that continue a text whose plans are all known. It reads no tensor's values."""
         if position_ids is None or state.plan is None:
             return self.first_half(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -557,7 +558,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
 
         def plan_logits() -> Iterator[Tensor]:
             for batch in batches:
-                inputs = {name: values.to(self.device) for name, values in batch.items() if name != "labels"}
+                inputs: dict[str, Any] = {
+                    name: each.to(self.device) for name, each in batch.items() if name != "labels"
+                }
                 half = self.first_half(**inputs)
                 assert half.layout is not None
                 yield self.encode(half)[half.layout.plan_mask]
@@ -604,8 +607,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         self, state: PlanState, half: FirstHalf, input_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> PlanState:
         """Draws the plans that these tokens need and, with those of the prompt, those of all tokens that may follow."""
-        begins = state.columns is None
-        if not begins and state.plan is not None and state.plan.shape[1] >= half.num_plans:
+        begins, wanted = state.columns is None, half.num_plans
+        if not begins and state.plan is not None and state.plan.shape[1] >= wanted:
             return state
         device, batch = half.hidden_states.device, len(half.hidden_states)
         known = torch.empty(batch, 0, self.config.latent_dim, dtype=torch.bool, device=device)
@@ -613,14 +616,14 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             known = state.plan.to(device)
             known = known.repeat_interleave(max(1, batch // len(known)), 0)  # several texts for each prompt
         if begins:
-            if known.shape[1] < half.num_plans:
+            if known.shape[1] < wanted:
                 text = self._is_text(input_ids, inputs_embeds)
                 known = torch.cat([known, self._plan_of_prompt(state, half, text, known.shape[1])], 1)
             state.columns = half.num_tokens
             if half.layout is not None:
                 state.first_position = half.layout.plan_position[:, :1]
                 state.padded = half.layout.token_mask is not None
-        wanted = num_plans(self.config.plan_span, state.columns + state.new_tokens) if begins else half.num_plans
+            wanted = num_plans(self.config.plan_span, half.num_tokens + state.new_tokens)
         stream = state.stream(device) if state.new_tokens else None  # seeded now: before the first token is drawn
         if known.shape[1] < wanted:
             drawn = self.plan_prior.sample(wanted - known.shape[1], batch, state.prior, stream or state.stream(device))
@@ -669,7 +672,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
     def _cache(self, given: Cache | None, use_cache: bool | None, labels: Tensor | None, mode: str) -> Cache | None:
         if self.training and torch.is_grad_enabled() and self.model.layers[0].gradient_checkpointing:
             if given is not None and int(given.get_seq_length()) > 0:
-                raise ValueError("cache: gradient checkpointing computes layers twice, so it takes no cache with tokens")
+                raise ValueError(
+                    "cache: gradient checkpointing computes layers twice, so it takes no cache with tokens"
+                )
             return None
         if given is not None:
             return given
@@ -720,9 +725,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 "the loss itself"
             )
 
-    def _checked_mode(
-        self, mode: str | None, plan: Any, labels: Tensor | None, prompt_plan: str | None
-    ) -> str:
+    def _checked_mode(self, mode: str | None, plan: Any, labels: Tensor | None, prompt_plan: str | None) -> str:
         if mode is None:
             mode = "training" if labels is not None and plan is None else "inference"
         if mode not in MODES:
@@ -749,8 +752,8 @@ def _token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: in
         if attention_mask.shape[1] != past + tokens:
             cached = f" ({past} of them in the cache)" if past else ""
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: ({batch}, {past + tokens}) is needed, a column "
-                f"for each token{cached}"
+                f"attention_mask of shape {tuple(attention_mask.shape)}: ({batch}, {past + tokens}) is needed, a "
+                f"column for each token{cached}"
             )
         mask = attention_mask.bool()
     elif attention_mask.dim() == 4 and past == 0:

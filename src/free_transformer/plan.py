@@ -56,12 +56,16 @@ def as_plan(plan: Tensor | str | Sequence[str], batch_size: int, latent_dim: int
     elif isinstance(plan, list | tuple) and plan and all(isinstance(each, str) for each in plan):
         rows = [parse_plan(each, latent_dim) for each in plan]
         if len({len(each) for each in rows}) > 1:
-            raise ValueError(f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; give as many")
+            raise ValueError(
+                f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; give as many"
+            )
         plan = torch.stack(rows)
     try:
         plan = torch.as_tensor(plan)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"plan of type {type(plan).__name__}: give bits, (P, {latent_dim}), or a text such as '0110'") from error
+        raise ValueError(
+            f"plan of type {type(plan).__name__}: give bits, (P, {latent_dim}), or a text such as '0110'"
+        ) from error
     if plan.ndim == 2:
         plan = plan.expand(batch_size, -1, -1)
     if plan.ndim != 3 or plan.shape[0] != batch_size or plan.shape[2] != latent_dim or plan.shape[1] == 0:

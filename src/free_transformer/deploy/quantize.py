@@ -103,7 +103,9 @@ def _write_weight_only(model: FreeTransformer, folder: Path) -> None:
     from transformers import TorchAoConfig
 
     model.save_pretrained(folder)
-    quantized = FreeTransformer.from_pretrained(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)))
+    quantized = FreeTransformer.from_pretrained(
+        folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    )
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     quantized.save_pretrained(folder)

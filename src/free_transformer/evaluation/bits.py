@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]])
     """
     effects, spent = [], []
     for batch in batches:
-        inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
         half = model.first_half(**inputs)
         assert half.layout is not None
         plan_logits = model.encode(half)

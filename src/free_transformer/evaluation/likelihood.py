@@ -225,7 +225,7 @@ def _evaluate_batch(
     """Sums over each document of the batch, in nats, and the logits of its plans."""
     batch = {name: values.to(model.device) for name, values in batch.items()}
     labels = _labels(batch)
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
     target = labels[:, 1:]
 
     if not isinstance(model, FreeTransformer):
