@@ -307,8 +307,8 @@ def test_plain_sft_never_trains_the_llama_without_its_plan(texts, arguments):
 
 @pytest.mark.parametrize("kind", ["DPO", "GRPO"])
 def test_trainers_on_preferences_or_rewards_are_refused(model, tmp_path, kind):
-    model.save_pretrained(tmp_path / "model")
-    model = FreeTransformer.from_pretrained(tmp_path / "model")  # TRL loads its reference from there
+    model(vocab_size=259).save_pretrained(tmp_path / "model")
+    loaded = FreeTransformer.from_pretrained(tmp_path / "model")  # TRL loads its reference from there
     options = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, "max_steps": 1}
     options |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "save_strategy": "no"}
     rows, more = {"prompt": ["a"] * 4, "chosen": [" b"] * 4, "rejected": [" c"] * 4}, {}
@@ -321,7 +321,7 @@ def test_trainers_on_preferences_or_rewards_are_refused(model, tmp_path, kind):
         with pytest.raises(
             ValueError, match=r"(?i)trainers on preferences or rewards \(DPO, GRPO, KTO, \.\.\.\) are not"
         ):
-            trainer_class(model, args=config, **texts).train()
+            trainer_class(loaded, args=config, **texts).train()
 
 
 @pytest.fixture
