@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -104,6 +104,9 @@ warm-start: $(VENV)/.pretrained ## how a plan leaves zero in a pretrained model;
 bench: $(VENV)/.train $(VENV)/peers/x-transformers/.ready $(VENV)/peers/free-transformer/.ready ## beside a Llama and the public implementations: docs/performance.md; an hour and a half
 	$(BIN)/python benchmarks/comparison.py $(PARTS)
 	$(BIN)/python benchmarks/cost_curves.py
+
+bench-counts: $(VENV)/.train ## operations of a decoding step, memory kept for the backward pass: docs/performance.md; a minute
+	$(BIN)/python benchmarks/counts.py
 
 profile: $(VENV)/.train ## where a training step's time goes: docs/performance.md
 	$(BIN)/python benchmarks/profile_step.py

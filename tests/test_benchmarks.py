@@ -260,3 +260,19 @@ def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_mod
     assert table[0] == "| start | gap at step 1 | gap at step 2 | KL, bits | R, of X |"
     assert len(table) == 1 + len(bench.STARTS)
     assert "nan" not in "".join(table)
+
+
+def test_counts_say_that_decoding_and_training_need_no_more_than_llama(benchmark_module, monkeypatch, capsys):
+    bench = benchmark_module("counts")
+    monkeypatch.setattr(bench, "SHAPE", {**bench.SHAPE, "vocab_size": 512, "hidden_dim": 64, "ffn_hidden_dim": 160})
+    models = bench.models()
+    moving = {
+        name: sum(calls for operator, calls in bench.decoding_step(model).items() if operator not in bench.VIEWS)
+        for name, model in models.items()
+    }
+    assert moving["one plan per sequence"] <= moving["Llama"]
+    assert moving["one plan per token"] <= moving["Llama"] + 8  # the code of the token's plan and its row
+    kept = {name: bench.kept_for_backward(model, name != "Llama") for name, model in models.items()}
+    assert kept["one plan per sequence"] < kept["one plan per token"] < kept["Llama"]
+    bench.main()
+    assert "operations of a decoding step" in capsys.readouterr().out
