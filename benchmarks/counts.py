@@ -4,10 +4,11 @@ Counts what does not depend on the machine: operations of a decoding step, and m
     python benchmarks/counts.py
 
 A Llama of 6 layers of width 256 against the Free Transformer of the same shape, H = 8. Prints the two tables of
-docs/performance.md. An operation is a call of an ATen operator, as `TorchDispatchMode` sees it. Views are counted apart:
-they move no data.
+docs/performance.md. An operation is a call of an ATen operator, as `TorchDispatchMode` sees it. Views move no data and
+are counted separately.
 """
 
+import contextlib
 from collections import Counter
 from typing import Any
 from unittest import mock
