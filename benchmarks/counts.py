@@ -8,7 +8,6 @@ docs/performance.md. An operation is a call of an ATen operator, as `TorchDispat
 are counted separately.
 """
 
-import contextlib
 from collections import Counter
 from typing import Any
 from unittest import mock
