@@ -287,7 +287,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             ValueError: for arguments that contradict each other, and a cache of tokens whose plan is not known.
         """
         if past_key_values is not None and cache is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+            raise ValueError(
+                f"cache and past_key_values are two names of one argument: give one of them ({NO_PREFIX_TUNING})"
+            )
         self._check_loss_arguments(labels, num_items_in_batch, skip_logits)
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
