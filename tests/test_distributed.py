@@ -240,7 +240,8 @@ def test_a_text_written_by_two_processes_is_that_of_one(tmp_path, trained):
         processes.run(count, command, *arguments, log=tmp_path / f"{count}.log")
     shown = (tmp_path / "1.log").read_text()
     assert "sample 2, plan" in shown
-    assert (tmp_path / "2.log").read_text() == shown
+    lines = (tmp_path / "2.log").read_text().splitlines(keepends=True)
+    assert "".join(line for line in lines if not line.startswith("[Gloo]")) == shown  # which PyTorch 2.10 prints
 
 
 def test_matrices_that_cannot_be_shared_are_one_line(tmp_path, trained):

@@ -528,6 +528,17 @@ def test_trainers_that_keep_the_labels_from_the_model_are_refused(model, tokens,
         trainer.train()
 
 
+def test_a_loop_that_leaves_the_encoder_without_a_gradient_is_told(model, tokens, plan, recwarn):
+    with torch.no_grad():
+        model.train()(tokens)
+    for options in ({"mode": "inference"}, {"plan": plan}, {"labels": tokens}, {"mode": "training"}):
+        model(tokens, **options)
+    model.eval()(tokens)
+    assert not [each for each in recwarn if "encoder gets no gradient" in str(each.message)]
+    with pytest.warns(UserWarning, match="the encoder gets no gradient. Give labels or mode='training'"):
+        model.train()(tokens)
+
+
 @pytest.mark.parametrize("span", [2, "sequence"])
 def test_predictions_of_a_trainer_are_logits_alone(tiny_model, tokens_like, trainer_of, span):
     rows = [{"input_ids": row, "labels": row} for row in tokens_like(5, 8)]

@@ -13,6 +13,7 @@ import copy
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -57,6 +58,11 @@ from .sharing import name_code
 
 MODES = ("training", "inference")
 NO_PREFIX_TUNING = "prefix tuning of PEFT, whose virtual tokens have no plan, is not supported: use LoRA"
+NO_ENCODER_GRADIENT = (
+    "called in training mode without labels: the plan is drawn from the prior, and the encoder gets no gradient. Give "
+    "labels or mode='training', or mode='inference' if this is meant. (Trainers on preferences or rewards, such as DPO "
+    "and GRPO of TRL, are not supported)"
+)
 UNKNOWN_PLAN = (
     "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or "
     f"continue from the cache that this model returns ({NO_PREFIX_TUNING})"
@@ -291,6 +297,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 f"cache and past_key_values are two names of one argument: give one of them ({NO_PREFIX_TUNING})"
             )
         self._check_loss_arguments(labels, num_items_in_batch, skip_logits)
+        self._warn_of_a_lost_gradient(labels, mode, plan)
         mode = self._checked_mode(mode, plan, labels, prompt_plan)
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
         state = plan if isinstance(plan, PlanState) else None
@@ -319,20 +326,12 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         if isinstance(cache, PlanCache):
             cache.state = state
         plan_mask = None if half.layout is None else half.layout.plan_mask
-        losses = {}
+        losses: dict[str, Tensor | None] = {}
         if labels is not None:
-            config = self.config
-            found = objective(
-                *(None if in_chunks else scored, labels, plan_logits, plan_mask),
-                free_bits=config.free_bits if free_bits is None else free_bits,
-                kl_weight=config.kl_weight if kl_weight is None else kl_weight,
-                num_tokens=num_items_in_batch,
-                min_bits=config.min_bits,
-                aggregate_weight=config.aggregate_weight,
-                gather_plans=self.gather_plans,
-                reconstruction=scored if in_chunks else None,
+            losses = self._losses(
+                *(None if in_chunks else scored, scored if in_chunks else None, labels, plan_logits, plan_mask),
+                *(kl_weight, free_bits, num_items_in_batch),
             )
-            losses = {each.name: getattr(found, each.name) for each in fields(found)}
         output = FreeTransformerOutput(
             **losses,
             logits=None if skip_logits else scored,
@@ -713,6 +712,36 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             return mask
         additive = hidden_states.new_zeros(mask.shape)
         return additive.masked_fill(~mask.bool(), torch.finfo(additive.dtype).min)
+
+    def _losses(
+        self,
+        logits: Tensor | None,
+        reconstruction: Tensor | None,
+        labels: Tensor,
+        plan_logits: Tensor | None,
+        plan_mask: Tensor | None,
+        kl_weight: float | Tensor | None,
+        free_bits: float | Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """The objective and its parts by name, from the logits or from the sum of the cross-entropies."""
+        config = self.config
+        found = objective(
+            *(logits, labels, plan_logits, plan_mask),
+            free_bits=config.free_bits if free_bits is None else free_bits,
+            kl_weight=config.kl_weight if kl_weight is None else kl_weight,
+            num_tokens=num_items,
+            min_bits=config.min_bits,
+            aggregate_weight=config.aggregate_weight,
+            gather_plans=self.gather_plans,
+            reconstruction=reconstruction,
+        )
+        return {each.name: getattr(found, each.name) for each in fields(found)}
+
+    def _warn_of_a_lost_gradient(self, labels: Tensor | None, mode: str | None, plan: Any) -> None:
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and mode is None and plan is None and labels is None:
+            warnings.warn(NO_ENCODER_GRADIENT, stacklevel=3)
 
     @staticmethod
     def _check_loss_arguments(labels: Tensor | None, num_items: int | Tensor | None, skip_logits: bool) -> None:

@@ -75,16 +75,16 @@ class PlanTrainer(Trainer):
 
     def _refuse_other_losses(self) -> None:
         without = "without the KL of its plans"
-        if self.label_smoother is not None or self.compute_loss_func is not None:
-            raise ValueError(
-                "label_smoothing_factor and compute_loss_func replace the loss of a Free Transformer by one "
-                f"{without}: leave them out"
-            )
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", ["nll"]):
             raise ValueError(
                 f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported, with loss_type='nll'; "
                 "trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not"
+            )
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func replace the loss of a Free Transformer by one "
+                f"{without}: leave them out"
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
