@@ -302,7 +302,7 @@ def beside(commit: str, parts: list[str], only: str) -> None:
                             "Free",
                             {**base, "span": span, "source": f"{source}/src"},
                         )
-                group.specs, group.rounds = contestants, 9
+                group.specs, group.rounds = contestants, 9 if base["width"] == SMALL["width"] else 3
                 with Progress(console=CONSOLE, transient=True) as progress:
                     group.run(progress)
                 show_ratios(group)
@@ -316,7 +316,7 @@ def show_ratios(group: Group) -> None:
     for label, seconds in group.seconds.items():
         pairs = zip(seconds, group.seconds["Llama"], strict=True)
         ratios = [own / llama for own, llama in pairs if own is not None and llama is not None]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         CONSOLE.print(f"  {label:32} {middle:.3f} ({low:.3f} to {high:.3f}) x Llama")
     for label, reason in group.failed.items():
         CONSOLE.print(f"  {label}: {reason}")
