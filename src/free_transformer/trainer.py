@@ -26,6 +26,7 @@ from free_transformer.training.optimizers import plan_rates
 NEW = ("encoder", "plan_table")  # parts that no pretrained model brings
 LOGGED = ("reconstruction", "kl", "hinge")
 READ = ("input_ids", "attention_mask", "position_ids", "labels")  # all that the likelihood needs of a batch
+PLAIN_LOSSES = (None, "nll", "chunked_nll")  # names that TRL gives to the loss that a model computes by itself
 IN_NATS = ("elbo", "nll", "reconstruction", "prior", "gap")
 
 
@@ -75,8 +76,8 @@ class PlanTrainer(Trainer):
 
     def _refuse_other_losses(self) -> None:
         without = "without the KL of its plans"
-        loss_type = getattr(self.args, "loss_type", "nll")
-        if loss_type not in ("nll", ["nll"]):
+        loss_type = getattr(self.args, "loss_type", None)
+        if loss_type not in PLAIN_LOSSES:
             raise ValueError(
                 f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported, with loss_type='nll'; "
                 "trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not"
