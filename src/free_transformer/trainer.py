@@ -7,6 +7,7 @@ trainers that compute the loss themselves from the decoder, as TRL's do, leave o
 Needs `accelerate`: pip install 'free-transformer-lm[trainers]'.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,6 @@ from free_transformer.training.optimizers import plan_rates
 NEW = ("encoder", "plan_table")  # parts that no pretrained model brings
 LOGGED = ("reconstruction", "kl", "hinge")
 READ = ("input_ids", "attention_mask", "position_ids", "labels")  # all that the likelihood needs of a batch
-PLAIN_LOSSES = (None, "nll", "chunked_nll")  # names that TRL gives to the loss that a model computes by itself
 IN_NATS = ("elbo", "nll", "reconstruction", "prior", "gap")
 
 
@@ -66,6 +66,8 @@ class PlanTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, num_samples: int = 4, plan_learning_rate: float | None = None, **kwargs: Any):
+        args = tuple(_with_the_model_s_loss(each) for each in args)
+        kwargs = {name: _with_the_model_s_loss(value) if name == "args" else value for name, value in kwargs.items()}
         super().__init__(*args, **kwargs)
         self.num_samples = num_samples
         self.plan_learning_rate = plan_learning_rate
@@ -77,7 +79,7 @@ class PlanTrainer(Trainer):
     def _refuse_other_losses(self) -> None:
         without = "without the KL of its plans"
         loss_type = getattr(self.args, "loss_type", None)
-        if loss_type not in PLAIN_LOSSES:
+        if loss_type not in (None, "nll"):
             raise ValueError(
                 f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported, with loss_type='nll'; "
                 "trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not"
@@ -217,3 +219,12 @@ class PlanTrainer(Trainer):
         ]
         values = self.accelerator.reduce(torch.stack(means), "mean").tolist()
         return dict(zip(parts.totals, values, strict=True))
+
+
+def _with_the_model_s_loss(arguments: Any) -> Any:
+    """For `loss_type="chunked_nll"`, by which TRL would replace the model's `forward`: the same loss as `"nll"`."""
+    if getattr(arguments, "loss_type", None) != "chunked_nll":
+        return arguments
+    arguments = copy.copy(arguments)
+    arguments.loss_type = "nll"
+    return arguments
