@@ -681,6 +681,8 @@ def test_the_aggregate_prior_stays_in_single_precision(tmp_path, tiny_model, tok
     for each in cast:
         assert each.dtype.itemsize == 2
         assert torch.equal(each.plan_prior.log_aggregate, exact)
+    assert copy.deepcopy(model).double().plan_prior.log_aggregate.dtype == torch.float64
+    assert copy.deepcopy(model).double().float().plan_prior.log_aggregate.dtype == torch.float32
     with _default_dtype(torch.bfloat16):
         assert tiny_model(torch.bfloat16).plan_prior.log_aggregate.dtype == torch.float32
 

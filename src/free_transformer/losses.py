@@ -19,7 +19,7 @@ MIN_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight t
 
 
 def kl_bits_per_bit(plan_logits: Tensor) -> Tensor:
-    """KL from fair coins of each bit's posterior, in bits, fp32 or better: same shape as `plan_logits`."""
+    """KL of each bit's posterior from the uniform prior, in bits, fp32 or better: same shape as `plan_logits`."""
     logits = plan_logits.to(torch.promote_types(plan_logits.dtype, torch.float32))
     p = logits.sigmoid()
     # log p through logsigmoid: with an epsilon inside a logarithm this would be NaN in half precision.

@@ -115,8 +115,8 @@ class PlanPrior(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PlanPrior":
         exact = self.log_aggregate
         super()._apply(fn, recurse)
-        if self.log_aggregate.dtype.itemsize < exact.dtype.itemsize:
-            self.log_aggregate = exact.to(self.log_aggregate.device)
+        if self.log_aggregate.dtype.itemsize < torch.float32.itemsize:
+            self.log_aggregate = exact.to(self.log_aggregate.device, torch.float32)
         return self
 
     @property
