@@ -368,10 +368,12 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         ranks = token_ranks(token_mask, past, tokens, hidden_states.device)
         if position_ids is None:
             position_ids = ranks
-        layout, plans, token_plan = None, num_plans(self.config.plan_span, past + tokens), self._plan_of_rank(ranks)
+        layout = token_plan = None
         if past == 0:
             layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), token_mask, packed)
-            plans, token_plan = layout.num_plans, layout.token_plan
+            plans = layout.num_plans
+        else:
+            plans, token_plan = num_plans(self.config.plan_span, past + tokens), self._plan_of_rank(ranks)
         if isinstance(cache, PlanCache):
             cache.packed = packed
         documents = layout.token_document if layout is not None else None

@@ -67,7 +67,7 @@ class PlanTrainer(Trainer):
 
     def __init__(self, *args: Any, num_samples: int = 4, plan_learning_rate: float | None = None, **kwargs: Any):
         args = tuple(_with_the_model_s_loss(each) for each in args)
-        kwargs = {name: _with_the_model_s_loss(value) if name == "args" else value for name, value in kwargs.items()}
+        kwargs = {name: _with_the_model_s_loss(value) for name, value in kwargs.items()}
         super().__init__(*args, **kwargs)
         self.num_samples = num_samples
         self.plan_learning_rate = plan_learning_rate
