@@ -2,9 +2,12 @@
 
 import numpy as np
 
-from free_transformer.serving.batch import Batch, Sampling
+from free_transformer.sampling import Sampling
+from free_transformer.serving.batch import Batch
 
-GREEDY = Sampling(temperature=0)
+
+def greedy(batch: Batch, logits) -> list[int]:
+    return batch.sample(logits, [Sampling(temperature=0)] * len(logits), np.zeros(len(logits)))
 
 
 def write_in_rows(
@@ -15,11 +18,11 @@ def write_in_rows(
     rows: list[int] = []
     left = list(range(len(prompts)))
     while left or rows:
-        while left and len(rows) < batch.most_rows:
+        while left and len(rows) < batch.max_rows:
             number = left.pop(0)
             rows.append(number)
-            written[number].append(batch.add(prompts[number], lambda read, n=number: plans[n], GREEDY, 0.0))
-        chosen = batch.step([written[number][-1] for number in rows], [GREEDY] * len(rows), np.zeros(len(rows)))
+            written[number] += greedy(batch, batch.add(prompts[number], lambda read, n=number: plans[n]))
+        chosen = greedy(batch, batch.step([written[number][-1] for number in rows]))
         for row in reversed(range(len(rows))):
             number = rows[row]
             written[number].append(chosen[row])

@@ -32,8 +32,8 @@ def test_the_package_imports_no_torch():
 
 
 def test_the_package_imports_where_torch_is_not_installed():
-    code = "import sys\nsys.modules['torch'] = None\nimport transformers, free_transformer, free_transformer.deploy"
-    run_python(code)
+    code = "import sys\nsys.modules['torch'] = None\nimport transformers, free_transformer, free_transformer.deploy\n"
+    run_python(code + "import free_transformer.serving.app, free_transformer.serving.onnx_batch")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ CORE = (
     "layers",
     "layout",
 )
-CORE += ("losses", "model", "numerics", "plan", "plan_text", "pretrained", "straight_through")
+CORE += ("losses", "model", "numerics", "plan", "plan_text", "pretrained", "sampling", "straight_through")
 
 
 def imported_by(path: Path) -> set[str]:

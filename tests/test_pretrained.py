@@ -229,7 +229,7 @@ def test_a_plan_of_zeros_is_merged_to_the_bit_and_another_refused_with_the_reaso
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["nowhere", "out"], 1, "nowhere: cannot be read as a model"),
+        (["nowhere", "out"], 2, "nowhere: cannot be read as a model"),
         (["donor", "donor"], 1, "exists already"),
         (["donor", "out", "--latent-dim", "0"], 2, "Invalid value for '--latent-dim'"),
         (["donor", "out", "--plan-span", "long"], 2, "plan_span='long'"),

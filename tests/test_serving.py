@@ -25,12 +25,13 @@ from free_transformer.data import byte_tokenizer
 from free_transformer.deploy import arrays
 from free_transformer.plan_ops import plan_of_text
 from free_transformer.plan_text import format_bits
-from free_transformer.serving import torch_batch
-from free_transformer.serving.app import MOST_BYTES, create_app, listen
-from free_transformer.serving.batch import Sampling
-from free_transformer.serving.engine import Busy, Engine, Job
+from free_transformer.sampling import Sampling
+from free_transformer.serving import engine
+from free_transformer.serving.access import max_body
+from free_transformer.serving.app import create_app, listen
+from free_transformer.serving.detokenizer import Detokenizer, TokenTexts
+from free_transformer.serving.engine import Engine, Job, QueueFull
 from free_transformer.serving.metrics import Metrics
-from free_transformer.serving.pieces import Pieces
 from free_transformer.serving.torch_batch import TorchBatch, draw
 from rows import write_in_rows
 
@@ -66,7 +67,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def address(model):
-    app = create_app(lambda: TorchBatch(model, byte_tokenizer(), most_rows=24), "tiny", max_prompt=60, max_waiting=300)
+    app = create_app(lambda: TorchBatch(model, byte_tokenizer(), max_rows=24), "tiny", max_prompt=60, max_waiting=300)
     with running(app) as found:
         yield found
 
@@ -196,7 +197,7 @@ def test_two_hundred_at_once_get_what_each_gets_alone(address):
 @pytest.mark.parametrize("span", [1, 4, "sequence"])
 def test_rows_come_and_go_and_each_is_written_as_by_generate(span):
     model = build_model(plan_span=span, max_seq_len=400).double()
-    batch = TorchBatch(model, byte_tokenizer(), most_rows=3)
+    batch = TorchBatch(model, byte_tokenizer(), max_rows=3)
     lengths = [(5, 290), (40, 12), (3, 30), (17, 300), (1, 60), (258, 9)]  # of prompts, and of what is written
     rng = np.random.default_rng(0)
     prompts = [[256, *rng.integers(0, 256, prompt - 1).tolist()] for prompt, _ in lengths]
@@ -209,19 +210,14 @@ def test_rows_come_and_go_and_each_is_written_as_by_generate(span):
         assert expected[0, len(prompt) :].tolist() == text
 
 
-def test_logits_of_a_text_are_the_same_to_the_bit_beside_however_many_others(monkeypatch):
+def test_logits_of_a_text_are_bit_for_bit_the_same_beside_any_number_of_others():
     wide = build_model(hidden_dim=512, num_heads=8, num_kv_heads=2, ffn_hidden_dim=1024, plan_span="sequence")
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(torch_batch, "draw", lambda logits, *_: seen.append(logits[0].clone()) or [65] * len(logits))
 
     def first_text(others: int) -> torch.Tensor:
-        batch = TorchBatch(wide, byte_tokenizer(), most_rows=40)
-        seen.clear()
+        batch = TorchBatch(wide, byte_tokenizer(), max_rows=40)
         for length in [7, *(3 + other for other in range(others))]:
-            batch.add([256] + [70] * length, lambda read: np.ones((1, 4), dtype=bool), Sampling(), 0.5)
-        for _ in range(3):
-            batch.step([65] * batch.rows, [Sampling()] * batch.rows, np.full(batch.rows, 0.5))
-        return torch.stack(seen[-3:])
+            batch.add([256] + [70] * length, lambda read: np.ones((1, 4), dtype=bool))
+        return torch.stack([batch.step([65] * batch.rows)[0].clone() for _ in range(3)])
 
     alone = first_text(0)
     assert all(torch.equal(first_text(others), alone) for others in (3, 20, 39))
@@ -233,7 +229,11 @@ def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
     rows, vocabulary = 6, 12
     logits = (3 * rng.normal(size=(rows, vocabulary))).astype(np.float32)
     sampling = [
-        Sampling(float(rng.choice([0, 0.5, 1, 2])), int(rng.integers(0, 14)), float(rng.choice([0.1, 0.6, 1])))
+        Sampling(
+            float(rng.choice([0, 1e-45, 1e-5, 0.5, 1, 2])),
+            int(rng.integers(0, 14)),
+            float(rng.choice([0, 0.1, 0.6, 1])),
+        )
         for _ in range(rows)
     ]
     uniform = rng.random(rows)
@@ -248,13 +248,13 @@ def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
 def test_pieces_are_the_text_up_to_its_stop(text, stop, more):
     tokenizer = byte_tokenizer().backend_tokenizer
     tokens = [*text.encode(), *more]
-    pieces = Pieces(tokenizer, [stop])
+    detokenizer = Detokenizer(TokenTexts(tokenizer), stop=[stop])
     shown = []
     for token in tokens:
-        shown.append(pieces.add(token))
-        if pieces.stopped:
+        shown.append(detokenizer.add(token))
+        if detokenizer.stopped:
             break
-    shown.append(pieces.end())
+    shown.append(detokenizer.end())
     assert "".join(shown) == tokenizer.decode(tokens, skip_special_tokens=True).split(stop)[0]
 
 
@@ -270,27 +270,27 @@ def test_a_stop_string_ends_the_text(client):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"max_token": 3}, "max_token: unknown; is max_tokens meant?"),
+        ({"max_token": 3}, "max_token: unknown field; is max_tokens meant?"),
         ({"plan": "012"}, "plan '012': write its bits as 0 and 1"),
         ({"plan": "011"}, "plan '011' has 3 bits: a plan of this model has 4"),
         ({"plan": [0, 2]}, "plan: bits as text"),
-        ({"plan": "0110", "plan_from": "x"}, "give plan or plan_from, not both"),
-        ({"prompt_plan": "none"}, "prompt_plan='none'"),
-        ({"prompt": {"a": 1}}, "prompt: a text, its tokens, or a list of either"),
+        ({"plan": "0110", "plan_from": "x"}, "plan: give plan or plan_from, not both"),
+        ({"prompt_plan": "none"}, 'prompt_plan="none"'),
+        ({"prompt": {"a": 1}}, "prompt: a text, its token ids, or a list"),
         ({"prompt": []}, "prompt: an empty list"),
         ({"prompt": [[]]}, "prompt: no tokens"),
-        ({"prompt": [256, 300]}, "prompt: tokens from 256 to 300, there are 0 to 258"),
-        ({"prompt": "x" * 60}, "prompt: 61 tokens, this server reads at most 60"),
-        ({"prompt": "x" * 59, "max_tokens": 90}, "together this server holds at most 128"),
-        ({"max_tokens": 128}, "max_tokens=128: this server writes at most 127"),
-        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"prompt": [256, 300]}, "prompt: token ids from 256 to 300, the vocabulary has 0 to 258"),
+        ({"prompt": "x" * 60}, "prompt: more than 60 tokens, the most that this server reads"),
+        ({"prompt": "x" * 59, "max_tokens": 90}, "this server holds at most 128 tokens of a text"),
+        ({"max_tokens": 128}, "max_tokens=128: this server generates at most 127"),
+        ({"max_tokens": 0}, "max_tokens=0: at least 1, or 0 with echo"),
         ({"temperature": -1}, "temperature=-1"),
-        ({"temperature": "NaN"}, "temperature='NaN'"),
+        ({"temperature": "NaN"}, 'temperature="NaN"'),
         ({"n": 129}, "n=129"),
-        ({"n": 128, "prompt": ["a", "b", "c"]}, "384 texts in one request: at most 324"),
+        ({"n": 128, "prompt": ["a", "b", "c"]}, "384 texts in one request, this server takes at most 324"),
         ({"stop": [""]}, "none of them empty"),
-        ({"logprobs": 3}, "logprobs=3: not offered by this server"),
-        ({"best_of": 2}, "best_of=2: only n (1) is offered"),
+        ({"logprobs": 21}, "logprobs=21: Input should be less than or equal to 20"),
+        ({"best_of": 2}, "best_of=2: only n (1) is supported"),
     ],
 )
 def test_bad_requests_are_told_in_one_line(address, body, message):
@@ -302,15 +302,16 @@ def test_bad_requests_are_told_in_one_line(address, body, message):
 def test_other_bad_requests(address):
     url = f"{address}/v1/completions"
     assert post(url, b"{")[0] == 400
-    assert post(url, b'{"prompt": "a"}', **{"Content-Type": "text/plain"})[0] == 400  # what a web page could send
+    assert post(url, b'{"prompt": "a"}', **{"Content-Type": "text/plain"})[0] == 415  # what a web page could send
     assert post(url, b'{"model": "gpt"}')[1]["error"]["message"] == "model 'gpt': this server has 'tiny'"
-    assert post(f"{address}/v1/chat/completions", b"{}")[0] == 404
-    status, answer = post(url, b"{}", **{"Content-Length": str(MOST_BYTES + 1)})
-    assert status == 413 and f"at most {MOST_BYTES}" in answer["error"]["message"]
+    assert post(f"{address}/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}]}')[0] == 400
+    limit = max_body(128)
+    status, answer = post(url, b"{}", **{"Content-Length": str(limit + 1)})
+    assert status == 413 and f"at most {limit}" in answer["error"]["message"]
 
 
 def test_a_token_is_asked_for(model):
-    app = create_app(lambda: TorchBatch(model, byte_tokenizer(), most_rows=1), "tiny", token="secret")
+    app = create_app(lambda: TorchBatch(model, byte_tokenizer(), max_rows=1), "tiny", token="secret")
     with running(app) as address:
         url = f"{address}/v1/completions"
         assert post(url, b"{}")[0] == 401
@@ -327,6 +328,7 @@ class SlowBatch(TorchBatch):
     def __init__(self, model: FreeTransformer, rows: int):
         super().__init__(model, byte_tokenizer(), rows)
         self.go = threading.Event()
+        self.go.set()  # while the engine warms up
         self.error: Exception | None = None
 
     def step(self, *arguments):
@@ -342,6 +344,7 @@ def slow(model):
     """A server of one row and one place to wait, its batch, and clients that do not try again."""
     batch = SlowBatch(model, 1)
     with running(create_app(lambda: batch, "tiny", max_waiting=1)) as address:
+        batch.go.clear()
         yield address, batch, OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         batch.go.set()
 
@@ -357,7 +360,7 @@ def test_more_than_may_wait_are_told_to_come_back(slow):
     for thread in threads:
         thread.start()
     wait_for(lambda: metric(address, "running_texts") == 1 and metric(address, "waiting_texts") == 1)
-    with pytest.raises(RateLimitError, match="1 texts are waiting already, 1 may") as refused:
+    with pytest.raises(RateLimitError, match="1 texts are waiting, at most 1 may") as refused:
         client.completions.create(**request)
     assert refused.value.response.headers["retry-after"] == "1"
     batch.go.set()
@@ -375,10 +378,8 @@ def test_who_leaves_is_not_written_for(slow, stream):
 
     def connect() -> socket.socket:
         connection = socket.create_connection((host, int(port)))
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        connection.sendall(f"{head}\r\n\r\n".encode() + body)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         return connection
 
     running_one, waiting_one = connect(), connect()
@@ -393,19 +394,22 @@ def test_who_leaves_is_not_written_for(slow, stream):
     assert client.completions.create(model="tiny", prompt="b", max_tokens=2).choices[0].finish_reason
 
 
-def test_a_step_that_fails_is_told_and_the_next_request_is_answered(slow, caplog):
+def test_an_engine_that_fails_says_so_and_starts_again(slow, caplog, monkeypatch):
+    monkeypatch.setattr(engine, "RECOVERY_SECONDS", 0.1)
     address, batch, client = slow
     batch.error = RuntimeError("out of memory")
     batch.go.set()
-    with pytest.raises(InternalServerError, match="could not be written"):
+    with pytest.raises(InternalServerError, match="could not be generated: out of memory"):
         client.completions.create(model="tiny", prompt="a", max_tokens=5)
     with pytest.raises(urllib.error.HTTPError) as unwell:
         urllib.request.urlopen(f"{address}/health")
     assert unwell.value.code == 503 and b"out of memory" in unwell.value.read()
     assert "out of memory" in caplog.text
+    assert post(f"{address}/v1/completions", b"{}")[0] == 503  # at once, rather than after waiting
     batch.error = None
-    assert client.completions.create(model="tiny", prompt="a", max_tokens=5).choices[0].text
+    wait_for(lambda: post(f"{address}/v1/completions", b"{}")[0] == 200)  # it starts again by itself
     assert json.loads(urllib.request.urlopen(f"{address}/health").read()) == {"status": "ok"}
+    assert metric(address, "engine_restarts_total") == 1
 
 
 def test_a_prompt_that_cannot_be_read_fails_alone(model):
@@ -438,10 +442,10 @@ def test_a_longer_text_begins_as_a_shorter_one_does(model):
 
 def test_an_engine_takes_no_more_than_fits_and_tells_why_it_cannot_start(model):
     async def submit():
-        engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), most_rows=2), 0, Metrics())
+        engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), 0, Metrics())
         jobs = [Job([256], 100) for _ in range(2)]
         first = engine.submit(jobs)
-        with pytest.raises(Busy):
+        with pytest.raises(QueueFull):
             engine.submit([Job([256], 1)])
         first.cancel()
         assert {piece.end async for piece in first} == {"cancelled"}

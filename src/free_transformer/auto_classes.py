@@ -22,6 +22,7 @@ WITHOUT_TORCH = {
     "lm_eval",
     "plan_text",
     "quiet",
+    "sampling",
     "serving",
 }  # parts of this package
 

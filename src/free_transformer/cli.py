@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -21,7 +20,7 @@ from typer.core import TyperCommand
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.errors import SettingsError
-from free_transformer.files import write_json
+from free_transformer.files import WRITTEN_BY, check_own_file, check_replaceable, own_folder, write_json
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
@@ -59,7 +58,10 @@ PriorOption = Annotated[
 ]
 RowsOption = Annotated[int, typer.Option(min=1, help="rows at the most, drawn at random")]
 BatchOption = Annotated[int, typer.Option(min=1, help="rows at a time")]
-SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text")]
+SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text, -2**63 to 2**64 - 1")]
+
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what is there, whatever it is")]
 
 
 class _TrainCommand(TyperCommand):
@@ -222,9 +224,11 @@ def generate(
     prior: PriorOption = "uniform",
     num_samples: Annotated[int, typer.Option(min=1, help="texts to write")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of a text in tokens")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="draw among so many tokens; 0 for all")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="draw among the likeliest tokens of this mass")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 (the most likely token) to 100")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="sample from this many most likely tokens; 0 means all")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="sample from the most likely tokens with this much probability, 0 to 1")
+    ] = 1.0,
     stream: Annotated[bool, typer.Option(help="show the text while it is written (one sample)")] = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -235,14 +239,17 @@ def generate(
     from free_transformer.deploy.onnx_model import EXPORT_FILE
     from free_transformer.plan_ops import plan_of_text
     from free_transformer.plan_text import format_plan, parse_plan
+    from free_transformer.sampling import Sampling, check_seed
 
     if plan is not None and plan_from is not None:
         raise SettingsError("give --plan or --plan-from, not both")
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
+    checked = Sampling(temperature, top_k, top_p)
+    seed = check_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False}  # whatever the generation_config.json of a converted Llama says
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if not checked.greedy:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": checked.top_k, "top_p": top_p}
     if (run / EXPORT_FILE).is_file():
         if stream:
             raise SettingsError("an ONNX export writes without --stream; OnnxFreeTransformer.stream gives the tokens")
@@ -301,18 +308,19 @@ def convert(
             help="the other way: LLAMA is a Free Transformer, OUT the plain model under this plan", metavar="BITS"
         ),
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Turn a pretrained Llama into a Free Transformer with the same logits, whose plan is yet to be trained."""
     from free_transformer import conversion
 
     if merge_plan is not None:
-        conversion.merge_plan(Path(pretrained), out, merge_plan)
+        conversion.merge_plan(Path(pretrained), out, merge_plan, overwrite)
         console.print(f"written to {out}, without a plan", highlight=False, soft_wrap=True)
         return
     span = int(plan_span) if plan_span.isdigit() else plan_span
     settings = {"latent_dim": latent_dim, "plan_span": span, "code_bits": code_bits}
     with console.status(f"reading {pretrained}"):
-        done = conversion.convert(pretrained, out, check=check, **settings)
+        done = conversion.convert(pretrained, out, check=check, overwrite=overwrite, **settings)
     _print_table(["new", "parameters", "starts as"], [[p.name, f"{p.parameters:,}", p.start] for p in done.parts])
     if done.difference is not None:
         difference = f"largest difference from the logits of {pretrained}: {done.difference:.2g}"
@@ -340,8 +348,11 @@ def export(
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="the folder to write, default RUN/TO-QUANTIZE-BATCHxLENGTH"),
+        typer.Option(
+            help="the folder to write: new, empty or of an earlier export; default RUN/TO-QUANTIZE-BATCHxLENGTH"
+        ),
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write a trained model for use elsewhere: ONNX graphs, 8-bit weights, compiled packages; checked against it."""
     if to not in ("onnx", "torch", "aot"):
@@ -350,11 +361,12 @@ def export(
         raise SettingsError("--to torch is for --quantize, and takes no --static")
     if to == "aot" and (static is None or quantize is not None):
         raise SettingsError("--to aot needs --static BATCH LENGTH, and takes no --quantize")
-    model, text_tokenizer = _load(run)
     sizes = "x".join(map(str, static or ()))
     folder = out or run / "-".join(part for part in (to, quantize, sizes) if part)
+    check_replaceable(folder, "export", overwrite, [run, run / "model"])
+    model, text_tokenizer = _load(run)
     with console.status(f"writing {folder}"):
-        differences = _write_export(model, text_tokenizer, to, quantize, static, folder)
+        differences = _write_export(model, text_tokenizer, to, quantize, static, folder, overwrite)
     _print_table(*_difference_table(differences))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     console.print(f"{size / 1e6:.1f} MB, written to {folder}", highlight=False, soft_wrap=True)
@@ -399,11 +411,34 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="texts that may wait; beyond that a request gets 429")] = 512,
     threads: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="of the processor, for one product; default all cores"),
+        typer.Option(min=1, help="processor threads for one product; default all cores"),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(min=0, help="seconds that texts in progress have to end after SIGTERM or Ctrl-C")
+    ] = 20,
+    keep_alive: Annotated[
+        int, typer.Option(min=1, help="seconds that a connection may be idle; behind a proxy, more than the proxy's")
+    ] = 5,
+    max_connections: Annotated[int, typer.Option(min=1, help="open connections; further ones are closed")] = 900,
+    allowed_host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="host name that requests may be sent to, * for any; may be given again. Default: this machine's names "
+            "on a loopback address, any name on others"
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="origin of web pages that may call the server, * for any; may be given again"),
     ] = None,
 ) -> None:
-    """Serve completions over HTTP, as OpenAI's clients ask for them, with plan, plan_from and prompt_plan."""
+    """
+    Serve completions and chat completions over HTTP, as OpenAI's clients ask for them, with plans.
+
+    Examples: `free-transformer serve runs/my-run`, `free-transformer serve --onnx runs/my-run/onnx --port 9000`
+    """
     try:
+        from free_transformer.serving.access import is_loopback, local_hosts
         from free_transformer.serving.app import create_app, listen
         from free_transformer.serving.app import run as run_server
     except ImportError as error:
@@ -415,18 +450,22 @@ def serve(
     bound = listen(host, port)
     build = partial(_torch_batch if onnx is None else _onnx_batch, folder, max_batch, max_length, threads)
     name = name or folder.resolve().name
-    server = create_app(build, name, max_prompt, max_tokens, max_waiting, token or None)
-    batch = server.state.engine.batch
+    token = (token or "").strip() or None  # a variable that was read from a file may end with a new line
     address, port = bound.getsockname()[:2]
+    hosts = allowed_host
+    if is_loopback(address):
+        hosts = [*local_hosts(host), *(allowed_host or ())]
+    server = create_app(build, name, max_prompt, max_tokens, max_waiting, token, hosts, cors_origin or ())
+    batch = server.state.engine.batch
     shown = f"[{address}]" if ":" in address else address
     console.print(
-        f"{name} at http://{shown}:{port}/v1, {batch.most_rows} texts at a time of up to {batch.max_length} tokens",
+        f"{name} at http://{shown}:{port}/v1, {batch.max_rows} texts at a time of up to {batch.max_length} tokens",
         highlight=False,
         soft_wrap=True,
     )
-    if not token and not ip_address(address).is_loopback:
+    if not token and not is_loopback(address):
         console.print("warning: whoever reaches this address may use it; --token asks for one", style="yellow")
-    run_server(server, bound)
+    run_server(server, bound, grace, keep_alive, max_connections)
 
 
 @app.command(name="lm-eval")
@@ -465,6 +504,7 @@ def lm_eval(
         typer.Option(help="the file of results, default RUN/lm_eval.json"),
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the plans, of the texts and of the examples")] = 0,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness, likelihoods averaged over plans; a baseline by the harness's own hf."""
     try:
@@ -475,6 +515,8 @@ def lm_eval(
         raise ImportError(f"tasks need {error.name}: pip install 'free-transformer-lm[lm-eval]'") from error
     from free_transformer.training.processes import find_device
 
+    file = output or run / "lm_eval.json"
+    check_own_file(file, overwrite)
     model, text_tokenizer = _load(run)
     arguments = {"pretrained": model.to(find_device("auto")), "tokenizer": text_tokenizer, "batch_size": batch_size}
     if hasattr(model, "infer_plan"):
@@ -484,8 +526,7 @@ def lm_eval(
     names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
     results = run_tasks(lm, names, include_path, num_fewshot, limit, seed, apply_chat_template, gen_kwargs)
     _print_table(*result_table(results))
-    file = output or run / "lm_eval.json"
-    write_json(file, results)
+    write_json(file, {"written_by": WRITTEN_BY, **results})
     meaning = "± nats is over plans, of a request's log-likelihood; " if hasattr(model, "infer_plan") else ""
     console.print(f"{meaning}written to {file}", highlight=False, soft_wrap=True)
 
@@ -560,10 +601,13 @@ def report(
         Optional[Path],  # noqa: UP045
         typer.Option(help="the page, default report.html in RUN, of several runs in the folder that holds them"),
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write report.html of a run, also while it trains: what to watch, curves, settings; several runs overlaid."""
     from free_transformer.training.report import write_run_report
 
+    if out is not None:
+        check_own_file(out, overwrite)
     console.print(f"report: {write_run_report(*runs, out=out)}", highlight=False, soft_wrap=True)
 
 
@@ -574,18 +618,17 @@ def tokenizer(
     ],
     vocab_size: Annotated[int, typer.Option(help="tokens, at least 259")] = 4096,
     column: Annotated[str, typer.Option(help="column of the text in .jsonl, .parquet and data sets")] = "text",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Train a byte-level BPE on a corpus, for data.tokenizer."""
     from free_transformer.data import read_documents, train_tokenizer
-    from free_transformer.files import new_folder
 
     *files, out = arguments
     if not files:
         raise SettingsError("name the text to train on, then the folder to write: tokenizer FILES... OUT")
+    check_replaceable(Path(out), "tokenizer", overwrite, map(Path, files))
     trained = train_tokenizer(read_documents(files, column), vocab_size)
-    if Path(out).exists():
-        raise SettingsError(f"{out}: exists already; name a new folder")
-    with new_folder(Path(out)) as folder:
+    with own_folder(Path(out), "tokenizer", overwrite, map(Path, files)) as folder:
         trained.save_pretrained(folder)
     console.print(f"{len(trained)} tokens, written to {out}; use data.tokenizer={out}", highlight=False, soft_wrap=True)
 
@@ -624,34 +667,44 @@ def _preview(settings: Any) -> None:
 def _load(path: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a run, or of a folder that save_pretrained or export --to torch has written."""
     from free_transformer.data import load_tokenizer
+    from free_transformer.deploy.arrays import check_vocabulary
     from free_transformer.deploy.quantize import is_quantized, load_quantized
-    from free_transformer.training.run import Run, load_model
+    from free_transformer.loading import load_pretrained
+    from free_transformer.training.run import Run
 
-    if is_quantized(path):
-        return load_quantized(path), load_tokenizer(str(path))
-    if (path / "config.json").is_file():
-        return load_model(path), load_tokenizer(str(path))
-    run = Run(path)
-    return run.load_model(), run.load_tokenizer()
+    if is_quantized(path) or (path / "config.json").is_file():
+        model = load_quantized(path) if is_quantized(path) else load_pretrained(path)
+        text_tokenizer = load_tokenizer(str(path))
+    else:
+        run = Run(path)
+        model, text_tokenizer = run.load_model(), run.load_tokenizer()
+    check_vocabulary(text_tokenizer, model.config.vocab_size, path)
+    return model, text_tokenizer
 
 
 def _write_export(
-    model: Any, text_tokenizer: Any, to: str, quantize: str | None, static: tuple[int, int] | None, folder: Path
+    model: Any,
+    text_tokenizer: Any,
+    to: str,
+    quantize: str | None,
+    static: tuple[int, int] | None,
+    folder: Path,
+    overwrite: bool,
 ) -> list[Any]:
     """Returns the differences from the model that were found, if any were looked for."""
     if to == "torch":
         from free_transformer.deploy.quantize import quantize as quantize_model
 
-        quantize_model(model, quantize, folder, text_tokenizer)
+        quantize_model(model, quantize, folder, text_tokenizer, overwrite)
         return []
     if to == "aot":
         from free_transformer.deploy.aot_export import export_aot
 
         assert static is not None
-        return export_aot(model, folder, static, text_tokenizer).differences
+        return export_aot(model, folder, static, text_tokenizer, overwrite).differences
     from free_transformer.deploy.onnx_export import export_onnx
 
-    return export_onnx(model, folder, text_tokenizer, static, quantize).differences
+    return export_onnx(model, folder, text_tokenizer, static, quantize, overwrite=overwrite).differences
 
 
 def _difference_table(differences: list[Any]) -> tuple[list[str], list[list[str]]]:

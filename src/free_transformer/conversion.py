@@ -1,18 +1,17 @@
 """From the folder of a pretrained model to that of a Free Transformer with the same logits, and back if exact."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.config import FreeTransformerConfig
-from free_transformer.files import first_line, new_folder
+from free_transformer.errors import SettingsError
+from free_transformer.files import first_line, own_folder
+from free_transformer.loading import has_plan, load_pretrained
 from free_transformer.model import FreeTransformer
 from free_transformer.plan_text import format_plan, parse_plan
 from free_transformer.pretrained import NewPart, new_parts, random_tokens
@@ -31,7 +30,7 @@ class Conversion:
     difference: float | None
 
 
-def convert(source: str, out: Path, check: bool = True, **settings: Any) -> Conversion:
+def convert(source: str, out: Path, check: bool = True, overwrite: bool = False, **settings: Any) -> Conversion:
     """
     Writes a Free Transformer that computes as the pretrained model does, until its plan is trained.
 
@@ -40,50 +39,45 @@ def convert(source: str, out: Path, check: bool = True, **settings: Any) -> Conv
     Args:
         source: folder, or name on the hub, of a Llama, Mistral, Qwen 2 or Qwen 3.
         check: compare the logits of both, which holds both in memory.
+        overwrite: replaces what `out` holds.
         settings: of `FreeTransformerConfig`, such as latent_dim and plan_span.
 
     Raises:
         ValueError: for a model of another kind, or one that has a plan already.
-        OSError: where the folder cannot be read.
-        FileExistsError: where `out` is there already.
+        SettingsError: where the folder cannot be read, or is damaged.
+        FileExistsError: where `out` is there already, and not empty.
     """
-    _refuse_to_overwrite(out)
-    with _readable(source):
-        values, _ = PreTrainedConfig.get_config_dict(source)
-        if values.get("model_type") == FreeTransformerConfig.model_type:
-            raise ValueError(f"{source}: has a plan already; --merge-plan is the way back")
-        model = FreeTransformer.from_pretrained(source, **settings)
-    difference = None
-    if check:
-        with _readable(source):
-            difference = _difference(model, AutoModelForCausalLM.from_pretrained(source).eval())
-    _write(out, model, _tokenizer(source))
+    _refuse_to_overwrite(out, overwrite)
+    if _has_plan(source):
+        raise ValueError(f"{source}: has a plan already; --merge-plan is the way back")
+    model = load_pretrained(source, FreeTransformer, **settings)
+    difference = _difference(model, load_pretrained(source)) if check else None
+    _write(out, model, source, overwrite)
     return Conversion(model, new_parts(model), difference)
 
 
-def merge_plan(source: Path, out: Path, bits: str) -> PreTrainedModel:
+def merge_plan(source: Path, out: Path, bits: str, overwrite: bool = False) -> PreTrainedModel:
     """
     Writes the model without a plan that computes what this one does under one plan, where there is one.
 
     Args:
         source: folder of a Free Transformer.
         bits: the plan, bit 0 first.
+        overwrite: replaces what `out` holds.
 
     Raises:
         ValueError: for a plan whose vector is not zero, or a model that has none.
-        OSError, FileExistsError: as by `convert`.
+        SettingsError, FileExistsError: as by `convert`.
     """
-    _refuse_to_overwrite(out)
-    with _readable(str(source)):
-        values, _ = PreTrainedConfig.get_config_dict(source)
-        if values.get("model_type") != FreeTransformerConfig.model_type:
-            raise ValueError(f"{source}: no Free Transformer, so there is no plan to merge")
-        model = FreeTransformer.from_pretrained(source)
+    _refuse_to_overwrite(out, overwrite)
+    if not _has_plan(str(source)):
+        raise ValueError(f"{source}: no Free Transformer, so there is no plan to merge")
+    model = load_pretrained(source, FreeTransformer)
     plan = parse_plan(bits, model.config.latent_dim)
     if len(plan) > 1:
         raise ValueError(f"plan {bits}: {len(plan)} plans; a model without a plan can hold one at the most")
     merged = without_plan(model, plan[0])
-    _write(out, merged, _tokenizer(str(source)))
+    _write(out, merged, str(source), overwrite)
     return merged
 
 
@@ -117,21 +111,21 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _write(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    with new_folder(out) as folder:
+def _write(out: Path, model: PreTrainedModel, source: str, overwrite: bool) -> None:
+    tokenizer = _tokenizer(source)
+    with own_folder(out, "conversion", overwrite, [Path(source)]) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
 
-def _refuse_to_overwrite(out: Path) -> None:
-    if out.exists():
-        raise FileExistsError(f"{out}: exists already; name a new folder")
+def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
+    if not overwrite and os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists already; name a new folder, or use --overwrite to replace it")
 
 
-@contextmanager
-def _readable(source: str) -> Iterator[None]:
+def _has_plan(source: str) -> bool:
     try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{source}: cannot be read as a model ({first_line(error)})") from error
+        return has_plan(source)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{source}: cannot be read as a model ({first_line(error)})") from error

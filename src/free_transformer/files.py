@@ -5,12 +5,17 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from free_transformer.errors import SettingsError
+
 TEMPORARY = ".tmp-"
+MARKER = ".free-transformer.json"  # in folders that we wrote, with the names of the files in them
+WRITTEN_BY = "free-transformer"  # in files that we wrote
+MAX_NAMED = 3
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,6 +48,67 @@ def _without_nan(value: Any) -> Any:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for messages that go on for a page."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def own_folder(path: Path, kind: str, overwrite: bool = False, protected: Iterable[Path] = ()) -> Iterator[Path]:
+    """
+    `new_folder` for a name that a person has chosen: it replaces only what the same command has written there.
+
+    Args:
+        kind: what is written, as in `"export"`.
+        overwrite: replaces whatever is there.
+        protected: files and folders that are not replaced even so, such as the model that is exported.
+
+    Raises:
+        SettingsError: where `path` holds anything else.
+    """
+    protected = list(protected)
+    check_replaceable(path, kind, overwrite, protected)
+    with new_folder(path) as folder:
+        yield folder
+        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        write_json(folder / MARKER, {"written_by": WRITTEN_BY, "kind": kind, "files": names})
+        check_replaceable(path, kind, overwrite, protected)  # again: writing may have taken long
+
+
+def check_replaceable(path: Path, kind: str, overwrite: bool = False, protected: Iterable[Path] = ()) -> None:
+    """What `own_folder` checks, for commands that have long work to do before they write."""
+    here = path.resolve()
+    for each in map(Path.resolve, protected):
+        if each == here or here in each.parents:
+            raise SettingsError(f"{path}: holds what is being read ({each.name}); name another folder")
+    if overwrite or not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise SettingsError(f"{path}: a file; name a folder, or use --overwrite to replace it")
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MARKER}
+    others = sorted(found - _listed(path, kind))
+    if others:
+        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
+        raise SettingsError(
+            f"{path}: holds files that are not of an earlier {kind}: {', '.join(others[:MAX_NAMED])}{more}; name "
+            "another folder, or use --overwrite to replace all of it"
+        )
+
+
+def _listed(path: Path, kind: str) -> set[str]:
+    """The files in a folder that we wrote, by its marker."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        return set(marker["files"]) if marker["kind"] == kind and marker["written_by"] == WRITTEN_BY else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def check_own_file(path: Path, overwrite: bool = False) -> None:
+    """`SettingsError` where a file is there that we did not write."""
+    if overwrite or not os.path.lexists(path):
+        return
+    if not path.is_file() or WRITTEN_BY.encode() not in path.read_bytes():
+        raise SettingsError(
+            f"{path}: exists, and was not written by this command; name another file, or use --overwrite"
+        )
 
 
 @contextmanager

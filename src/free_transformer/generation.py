@@ -20,8 +20,17 @@ from .compat import (
 from .config import FreeTransformerConfig
 from .layout import num_plans
 from .plan import PlanPrior, as_plan
-
-PROMPT_PLANS = ("posterior", "prior")
+from .sampling import (
+    MIN_TEMPERATURE,
+    PROMPT_PLANS,
+    check_choice,
+    check_plan_count,
+    check_temperature,
+    check_token_ids,
+    check_top_k,
+    check_top_p,
+    length_warning,
+)
 
 
 @dataclass
@@ -56,7 +65,8 @@ class PlanGenerationMixin(GenerationHooks):
         `GenerationMixin.generate` (every option but beams, assistants and guidance), plus:
 
         Args:
-            inputs: (B, T) tokens of the prompt; a row with nothing but the begin-of-text token is an empty prompt.
+            inputs: (B, T) tokens of the prompt, padded on either side if `attention_mask` says so; a row with nothing
+                but the begin-of-text token is an empty prompt.
             plan: bits, (P, H) or (B, P, H), or text such as `"0110"`, plan 0 covering the first token of the text.
                 Plans that are missing come from the prompt and, for new text, from the prior.
             prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt alone
@@ -71,12 +81,16 @@ class PlanGenerationMixin(GenerationHooks):
 
         Raises:
             ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan` or
-                `prior`, an option that is not supported, and a cache of tokens whose plan is not known.
+                `prior`, sampling settings out of range (see `sampling`), token ids outside the vocabulary, an option
+                that is not supported, and a cache of tokens whose plan is not known.
         """
-        if prompt_plan not in PROMPT_PLANS:
-            raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
+        check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         self.plan_prior.checked(prior)
         self._refuse_unsupported(kwargs)
+        _check_sampling(kwargs)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            _check_prompt(prompt, self.config.vocab_size)
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         if len(caches) > 1:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
@@ -85,8 +99,7 @@ class PlanGenerationMixin(GenerationHooks):
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             batch = next((len(tokens) for tokens in given if tokens is not None), 1)
             state.plan = as_plan(plan, batch, self.config.latent_dim)
-            if self.config.plan_span == "sequence" and state.plan.shape[1] > 1:
-                raise ValueError(f"{state.plan.shape[1]} plans per text: this model takes one (plan_span='sequence')")
+            check_plan_count(state.plan.shape[1], self.config.plan_span)
         if caches:
             kwargs[CACHE_NAME] = cache = caches[0]
             if plan is None and cache.get_seq_length() > 0:
@@ -94,8 +107,13 @@ class PlanGenerationMixin(GenerationHooks):
                 if held is None:
                     raise ValueError("the cache was written under a plan that it does not hold: give it too, plan=...")
                 state.plan = held.plan
+        elif prompt is not None:
+            inputs, kwargs = self._padded_on_the_left(prompt, inputs, kwargs)
         output = super().generate(inputs, *args, plan=state, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
+        if prompt is not None and not caches:
+            repeats = len(sequences) // len(prompt)  # num_return_sequences
+            sequences[:, : prompt.shape[1]] = prompt.to(sequences.device).repeat_interleave(repeats, 0)
         self._warn_past_trained_length(sequences)
         if output is sequences:
             return sequences
@@ -127,6 +145,26 @@ class PlanGenerationMixin(GenerationHooks):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
+    def _padded_on_the_left(
+        self, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The arguments with each row's padding on its left, where new tokens continue the text and not the padding."""
+        mask, pad = kwargs.get("attention_mask"), self.generation_config.pad_token_id
+        if mask is None and pad is not None and pad != self.generation_config.eos_token_id:
+            mask = prompt.ne(pad).long()  # as `transformers` infers it
+        if mask is None or mask.shape != prompt.shape or mask[:, -1].all():
+            return inputs, kwargs
+        rank = torch.arange(prompt.shape[1], device=mask.device).expand_as(mask)
+        last = torch.where(mask.bool(), rank, -1).amax(1, keepdim=True)
+        order = (rank + last + 1) % prompt.shape[1]  # each row is rotated until its last real token is the last
+        moved = {"attention_mask": mask.gather(1, order)}
+        if kwargs.get("position_ids") is not None:
+            moved["position_ids"] = kwargs["position_ids"].expand_as(mask).gather(1, order)
+        tokens = prompt.gather(1, order.to(prompt.device))
+        if inputs is None:
+            return None, {**kwargs, **moved, "input_ids": tokens}
+        return tokens, {**kwargs, **moved}
+
     def _plan_of(self, state: PlanState, sequences: Tensor) -> Tensor | None:
         """The plans of the tokens in `sequences` and, where the prompt is not part of it, of the prompt."""
         if state.plan is None or state.columns is None:
@@ -156,8 +194,24 @@ class PlanGenerationMixin(GenerationHooks):
     def _warn_past_trained_length(self, sequences: Tensor) -> None:
         length, trained = sequences.shape[1], self.config.max_position_embeddings
         if length > trained:
-            warnings.warn(
-                f"{length} tokens were generated, but the model was built for {trained} (max_seq_len): the quality of "
-                "text beyond that length is untested",
-                stacklevel=3,
-            )
+            warnings.warn(length_warning(length, trained), stacklevel=3)
+
+
+def _check_sampling(kwargs: dict[str, Any]) -> None:
+    """Checks the sampling settings, and lets a temperature of 0 mean greedy decoding, which `transformers` refuses."""
+    for name, check in (("temperature", check_temperature), ("top_k", check_top_k), ("top_p", check_top_p)):
+        if kwargs.get(name) is not None:
+            check(kwargs[name])
+    if kwargs.get("temperature") is not None and kwargs["temperature"] < MIN_TEMPERATURE:
+        for name in ("temperature", "top_k", "top_p"):
+            kwargs.pop(name, None)
+        kwargs["do_sample"] = False
+
+
+def _check_prompt(prompt: Tensor, vocab_size: int) -> None:
+    if prompt.ndim != 2 or prompt.numel() == 0:
+        raise ValueError(
+            f"tokens of shape {tuple(prompt.shape)}: (B, T) is needed, at least one token per row; an empty prompt is "
+            "the begin-of-text token alone"
+        )
+    check_token_ids(int(prompt.min()), int(prompt.max()), vocab_size)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .attention import rotary
 from .cache import PlanCache, PlanState
@@ -37,7 +37,7 @@ from .compat import (
 )
 from .config import FreeTransformerConfig
 from .encoder import PlanEncoder
-from .generation import PROMPT_PLANS, PlanGenerationMixin
+from .generation import PlanGenerationMixin
 from .initialization import init_module
 from .injection import InjectedDecoderLayer
 from .layers import DecoderLayer, Head, RMSNorm, is_observed
@@ -54,6 +54,7 @@ from .layout import (
 from .losses import objective
 from .plan import BinaryMapper, PlanPrior, PlanTable, as_plan
 from .pretrained import warm_start
+from .sampling import PROMPT_PLANS, check_choice, check_token_ids
 from .sharing import name_code
 
 MODES = ("training", "inference")
@@ -222,6 +223,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
             kwargs["encoder"] = encoder
         model, loading = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for name in kwargs.keys() & vars(model.generation_config).keys() - vars(GenerationConfig()).keys():
+            delattr(model.generation_config, name)  # settings of the model, which `transformers` stores there too
         stored = model.encoder.state_dict() if own else {}
         for name, buffer in own.items():
             if name not in stored:
@@ -492,6 +495,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         plan_logits: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
+        with_head: bool = True,
     ) -> Tensor:
         """
         Layers K to L-1, norm and head, under a plan.
@@ -499,6 +503,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         Args:
             plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
             labels: (B, T), to get the sum of their cross-entropies instead of the logits.
+            with_head: False leaves the head out.
 
         Returns:
             logits, (B, T, V).
@@ -507,12 +512,22 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             vectors = self._vectors_of_tokens(PlanState(plan=plan), half)
         else:
             vectors = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
-        return self.under_plan(half, vectors, logits_to_keep, labels)
+        return self.under_plan(half, vectors, logits_to_keep, labels, with_head)
 
     def under_plan(
-        self, half: FirstHalf, plan_states: Tensor, logits_to_keep: int | Tensor = 0, labels: Tensor | None = None
+        self,
+        half: FirstHalf,
+        plan_states: Tensor,
+        logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
+        with_head: bool = True,
     ) -> Tensor:
-        """`second_half`, from the vector of each token's plan, (B, T, D)."""
+        """
+        `second_half`, from the vector of each token's plan, (B, T, D).
+
+        Args:
+            with_head: False returns what the head would read, (B, T, D), for who computes logits a few at a time.
+        """
         hidden_states, layers = half.hidden_states, self.model.layers[self.config.plan_layer :]
         plan_states = plan_states.to(hidden_states.dtype)
         arguments, states = half.layer_arguments, half.all_hidden_states
@@ -527,6 +542,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 states.append(hidden_states)
         if labels is not None:
             return self.lm_head(self.model.norm(hidden_states), labels=labels)
+        if not with_head:
+            return self.model.norm(hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if states is None:
             return self.lm_head(self.model.norm(hidden_states[:, kept]))
@@ -537,7 +554,14 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
     def infer_plan(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan."""
+        """
+        The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan.
+
+        Raises:
+            ValueError: for token ids outside the vocabulary.
+        """
+        if not torch.compiler.is_compiling() and input_ids.numel():
+            check_token_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
         return self.encode(self.first_half(input_ids, attention_mask, position_ids))
 
     def sample_plan(
@@ -765,8 +789,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             raise ValueError(f"mode={mode!r}: one of {MODES}")
         if mode == "training" and plan is not None:
             raise ValueError("mode='training' draws the plan from the posterior: give a plan in mode='inference'")
-        if prompt_plan is not None and prompt_plan not in PROMPT_PLANS:
-            raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
+        if prompt_plan is not None:
+            check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         return mode
 
 

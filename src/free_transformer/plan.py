@@ -15,12 +15,12 @@ from transformers import initialization as init
 
 from .losses import kl_bits
 from .plan_text import parse_plan
+from .sampling import PRIORS, check_choice
 from .straight_through import StraightThrough, group_runs
 
 MAX_CODE_BITS_INT64 = 63
 MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted each by itself, longer plans bit by bit
 UNIFORM_SHARE = 0.01  # of the aggregate prior, so that no plan is impossible
-PRIORS = ("uniform", "aggregate")
 
 
 def bits_to_codes(bits: Tensor) -> Tensor:
@@ -125,8 +125,7 @@ class PlanPrior(nn.Module):
 
     def checked(self, prior: str) -> str:
         """`ValueError` for an unknown name, or for an aggregate that was never gathered."""
-        if prior not in PRIORS:
-            raise ValueError(f"prior={prior!r}: one of {PRIORS}")
+        check_choice("prior", prior, PRIORS)
         # What is offloaded can be read inside `forward` only.
         if prior == "aggregate" and not self.log_aggregate.is_meta and not self.gathered:
             raise ValueError("prior='aggregate': this model has gathered none; model.gather_prior(batches) does")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.deploy.export import Difference, check_export, quiet, traceable, within, write_rest
 from free_transformer.deploy.graphs import Graph, static_graphs, traced_sizes
-from free_transformer.files import new_folder
+from free_transformer.files import own_folder
 
 SUFFIX = ".pt2"
 
@@ -30,6 +30,7 @@ def export_aot(
     folder: str | Path,
     static: tuple[int, int],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
 ) -> AotExport:
     """
     `encode.pt2`, `prefill.pt2` and `decode.pt2` (see `graphs`) for a fixed number of texts and tokens, in float32, for
@@ -46,7 +47,7 @@ def export_aot(
         raise RuntimeError(f"packages are compiled by {compiler}, which is not here; CXX can name another")
     model = traceable(model)
     export = AotExport(Path(folder))
-    with new_folder(export.folder) as temporary, torch.no_grad(), quiet():
+    with own_folder(export.folder, "export", overwrite) as temporary, torch.no_grad(), quiet():
         for graph in static_graphs(model, static[1]):
             if graph.name != "training":
                 file = temporary / f"{graph.name}{SUFFIX}"

@@ -1,24 +1,60 @@
-"""Tokens, plans and draws as NumPy holds them."""
+"""Tokens, plans and sampling in NumPy."""
 
 from typing import Any
 
 import numpy as np
 
+from free_transformer.plan_text import parse_bits
+from free_transformer.sampling import MIN_TEMPERATURE, check_token_ids
 
-def as_tokens(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+NO_TOKEN = -1  # what `draw` returns for a row whose logits are NaN or infinite
+
+
+def as_tokens(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Checks tokens, (B, T), and their mask, default all ones, and returns both as int64."""
-    tokens = np.asarray(input_ids)
+    try:
+        tokens = np.asarray(input_ids)
+    except ValueError as error:
+        raise ValueError("tokens: rows of different lengths; pad them and give attention_mask") from error
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens of shape {tokens.shape}, {tokens.dtype}: (B, T) integers are needed, at least one")
     mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != tokens.shape:
         raise ValueError(f"attention_mask of shape {mask.shape} for tokens of shape {tokens.shape}")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("attention_mask: 1 for tokens and 0 for padding; this one holds other values")
+    check_token_ids(int(tokens.min()), int(tokens.max()), vocab_size)
     return tokens.astype(np.int64), mask.astype(np.int64)
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int, source: object) -> None:
+    """`ValueError` where a tokenizer has token ids that the model does not."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has token ids up to {highest}, but the model's vocabulary has {vocab_size} "
+            "tokens; use the tokenizer that the model was trained with"
+        )
+
+
+def padded_on_the_left(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same texts, both (B, T), with the padding that follows a text moved in front of it."""
+    if mask[:, -1].all():
+        return tokens, mask
+    rank = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    last = np.where(mask == 1, rank, -1).max(1, keepdims=True)
+    order = (rank + last + 1) % tokens.shape[1]
+    return np.take_along_axis(tokens, order, 1), np.take_along_axis(mask, order, 1)
+
+
 def as_plan(plan: Any, batch: int, latent_dim: int) -> np.ndarray:
-    """Checks a plan, (P, H) or (B, P, H), bool or 0/1, and returns it as (B, P, H) bool."""
-    bits = np.asarray(plan)
+    """Checks a plan, (P, H) or (B, P, H), bool or 0/1, or text such as `"0110"`, and returns it as (B, P, H) bool."""
+    try:
+        bits = parse_bits(plan, latent_dim) if isinstance(plan, str) else np.asarray(plan)
+    except ValueError as error:
+        if isinstance(plan, str):
+            raise
+        raise ValueError("plan: texts with different numbers of plans; give the same number for each") from error
     if bits.ndim == 2:
         bits = np.broadcast_to(bits, (batch, *bits.shape))
     if bits.ndim != 3 or bits.shape[0] != batch or bits.shape[2] != latent_dim or bits.shape[1] == 0:
@@ -42,35 +78,38 @@ def draw(
     logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
 ) -> np.ndarray:
     """
-    One token of each row of logits, (B, V), by that row's own settings, each (B,).
+    Samples one token per row of logits, (B, V), with the settings of that row, each (B,); see `sampling.Sampling`.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_k: draws among so many likeliest tokens, 0 among all.
-        top_p: draws among the fewest likeliest tokens that make up this mass.
-        uniform: random numbers in [0, 1), of which the tokens are a function.
+        uniform: random numbers in [0, 1). The tokens are a function of them.
+
+    Returns:
+        (B,) token ids, `NO_TOKEN` where a row's logits are NaN or infinite.
     """
     chosen = logits.argmax(-1)
-    drawn = temperature > 0
+    finite = np.isfinite(logits).all(-1)
+    drawn = finite & (temperature >= MIN_TEMPERATURE)
     cut = drawn & ((top_k > 0) | (top_p < 1))
     if (rows := drawn & ~cut).any():
         chosen[rows] = _pick(_chances(logits[rows], temperature[rows]), uniform[rows])
-    if cut.any():  # by themselves: what a number picks depends on the tokens' order
+    if cut.any():  # by themselves: the token that a number picks depends on the order of the tokens
         chances = _chances(logits[cut], temperature[cut])
         order = np.argsort(-chances, axis=-1, kind="stable")
         chances = np.take_along_axis(chances, order, -1)
         most = np.where(top_k[cut] > 0, top_k[cut], chances.shape[1])[:, None]
-        chances[np.arange(chances.shape[1]) >= most] = 0
         before = chances.cumsum(-1) - chances
-        chances[before >= top_p[cut][:, None] * chances.sum(-1, keepdims=True)] = 0
+        outside = before >= top_p[cut][:, None] * chances.sum(-1, keepdims=True)
+        outside[:, 0] = False  # the most likely token always stays
+        chances[outside | (np.arange(chances.shape[1]) >= most)] = 0
         chosen[cut] = np.take_along_axis(order, _pick(chances, uniform[cut])[:, None], -1)[:, 0]
+    chosen[~finite] = NO_TOKEN
     return chosen
 
 
 def _chances(logits: np.ndarray, temperature: np.ndarray) -> np.ndarray:
-    """Up to a factor, (B, V), the likeliest token's being 1."""
-    scaled = logits.astype(np.float64) / temperature[:, None]
-    return np.exp(scaled - scaled.max(-1, keepdims=True))
+    """Probabilities up to a factor, (B, V); that of the most likely token is 1."""
+    differences = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.exp(differences / temperature[:, None])
 
 
 def _pick(chances: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -82,10 +121,11 @@ def sample_prior(
     shape: tuple[int, ...], latent_dim: int, log_aggregate: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
     """
-    Plans, (*shape, H) bool: fair coins, or as training texts took them.
+    Plans, (*shape, H) bool, from the uniform prior or the aggregate prior.
 
     Args:
-        log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values, (2, H); None for fair coins.
+        log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values, (2, H); None for the uniform
+            prior.
     """
     if log_aggregate is None:
         return rng.random((*shape, latent_dim)) < 0.5
@@ -94,9 +134,3 @@ def sample_prior(
         return rng.random((*shape, latent_dim)) < chances[1]
     codes = rng.choice(len(chances), size=shape, p=chances / chances.sum())
     return (codes[..., None] >> np.arange(latent_dim)) % 2 == 1
-
-
-def check_range(name: str, value: float, allowed: bool, what: str) -> None:
-    """`ValueError` with the value where it is not allowed."""
-    if not allowed:
-        raise ValueError(f"{name}={value}: {what}")

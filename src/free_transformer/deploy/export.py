@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,11 +63,22 @@ def within(differences: Sequence[Difference]) -> float:
 
 
 def check_export(model: PreTrainedModel, static: tuple[int, int] | None) -> None:
-    """`ValueError` for a model without a plan, or sizes too small to be tried out."""
+    """`ValueError` for a model without a plan or with 8-bit weights, and sizes that it was not built for."""
     if not isinstance(model, FreeTransformer):
         raise ValueError(f"{type(model).__name__} has no plan: export takes a Free Transformer")
-    if static is not None and (static[0] < 1 or static[1] < 4):
-        raise ValueError(f"static={static}: at least 1 text of 4 tokens")
+    dynamic = torch.ao.nn.quantized.dynamic.Linear
+    if getattr(model.config, "quantization_config", None) is not None or any(
+        isinstance(module, dynamic) for module in model.modules()
+    ):
+        raise ValueError("this model has 8-bit weights already: export the model that it was quantized from")
+    if static is None:
+        return
+    trained = model.config.max_position_embeddings
+    if static[0] < 1 or not 4 <= static[1] <= trained:
+        raise ValueError(
+            f"static={static}: at least 1 text, and from 4 to {trained} tokens, for which the model was built "
+            "(max_seq_len)"
+        )
 
 
 def traceable(model: FreeTransformer) -> FreeTransformer:

@@ -14,7 +14,7 @@ from free_transformer.deploy.export import SCHEMES, Difference, check_export, qu
 from free_transformer.deploy.graphs import Argument, Graph, dynamic_graphs, static_graphs, traced_sizes
 from free_transformer.deploy.onnx_model import EXPORT_FILE, OnnxFreeTransformer
 from free_transformer.deploy.onnx_quantize import quantize_graph
-from free_transformer.files import new_folder, write_json
+from free_transformer.files import own_folder, write_json
 from free_transformer.model import FreeTransformer
 
 OPSET = 23  # the newest that PyTorch writes: attention and RMS norm are one operation each
@@ -55,6 +55,7 @@ def export_onnx(
     static: tuple[int, int] | None = None,
     quantize: str | None = None,
     most_in_one_file: int = MOST_IN_ONE_FILE,
+    overwrite: bool = False,
 ) -> Export:
     """
     Three graphs, `training`, `encode` and `decode` (see `graphs`), for any number of texts and tokens, in float32.
@@ -68,9 +69,11 @@ def export_onnx(
             graph more, `prefill`, which reads the prompt.
         quantize: `"int8-weight"` (weights alone) or `"int8-dynamic"` (activations too, while it runs).
         most_in_one_file: bytes of weights above which they are written beside their graph, as `NAME.onnx.data`.
+        overwrite: replaces a folder whatever it holds; otherwise only a new or empty one, or an earlier export.
 
     Raises:
-        ValueError: for a model without a plan, static sizes too small, an unknown scheme.
+        ValueError: for a model without a plan or with 8-bit weights, static sizes that it was not built for, an unknown
+            scheme, and a folder that holds other files.
         ImportError: without onnx, onnxscript or onnxruntime.
         RuntimeError: where a graph differs from the model by more than `TOLERANCE`.
     """
@@ -78,7 +81,7 @@ def export_onnx(
     model = traceable(model)
     export = Export(Path(folder), OPSET if static is None else STATIC_OPSET, static, quantize)
     graphs = dynamic_graphs(model) if static is None else static_graphs(model, static[1])
-    with new_folder(export.folder) as temporary, torch.no_grad():
+    with own_folder(export.folder, "export", overwrite) as temporary, torch.no_grad():
         for graph in graphs:
             file = temporary / f"{graph.name}.onnx"
             _write_graph(graph, file, export, most_in_one_file)

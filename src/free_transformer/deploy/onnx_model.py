@@ -1,6 +1,7 @@
 """An exported model: plans and text by onnxruntime and NumPy alone."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,16 +9,38 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.deploy.arrays import as_plan, as_tokens, check_range, draw, rows_to, sample_prior
+from free_transformer.deploy.arrays import (
+    NO_TOKEN,
+    as_plan,
+    as_tokens,
+    check_vocabulary,
+    draw,
+    padded_on_the_left,
+    rows_to,
+    sample_prior,
+)
+from free_transformer.files import first_line
+from free_transformer.sampling import (
+    PRIORS,
+    PROMPT_PLANS,
+    Sampling,
+    check_choice,
+    check_max_new_tokens,
+    check_plan_count,
+    check_seed,
+    length_warning,
+)
 
 EXPORT_FILE, PRIOR_FILE = "export.json", "plan_prior.npy"
-PROMPT_PLANS, PRIORS = ("posterior", "prior"), ("uniform", "aggregate")
+GRAPHS, STATIC_GRAPHS = ("encode", "decode"), ("encode", "prefill", "decode")  # that generation needs
 ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 Provider = str | tuple[str, dict[str, Any]]
 
 
 class OnnxFreeTransformer:
     """
+    The graphs are read into memory when they are first needed: files that change later do not change the results.
+
     Args:
         folder: what `free-transformer export --to onnx` has written.
         providers: of onnxruntime, the first that can run an operation does, as in `["CUDAExecutionProvider",
@@ -25,7 +48,7 @@ class OnnxFreeTransformer:
         threads: that one operation may use, default all cores.
 
     Raises:
-        ValueError: for a folder that is no export, or a provider that this onnxruntime has not.
+        ValueError: for a folder that is no export or lacks a file, or a provider that this onnxruntime does not have.
         ImportError: without onnxruntime.
     """
 
@@ -38,20 +61,21 @@ class OnnxFreeTransformer:
         self.folder = Path(folder)
         if not (self.folder / EXPORT_FILE).is_file():
             raise ValueError(f"{folder}: no export (it has no {EXPORT_FILE}); free-transformer export writes one")
-        self.export = json.loads((self.folder / EXPORT_FILE).read_text())
-        self.config = json.loads((self.folder / "config.json").read_text())
-        generation = self.folder / "generation_config.json"
-        self.generation_config = json.loads(generation.read_text()) if generation.is_file() else {}
+        self.export = self._read_json(EXPORT_FILE, "static")
+        self.config = self._read_json("config.json", "latent_dim", "plan_span", "vocab_size", "max_position_embeddings")
+        has_generation_config = (self.folder / "generation_config.json").is_file()
+        self.generation_config = self._read_json("generation_config.json") if has_generation_config else {}
         self.latent_dim: int = self.config["latent_dim"]
         self.plan_span: int | str = self.config["plan_span"]
         self.static: tuple[int, int] | None = tuple(self.export["static"]) if self.export["static"] else None
+        self._check_files()
         self._providers = _checked_providers(providers)
         self._threads = threads
         self._sessions: dict[str, Any] = {}
 
     def infer_plan(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """The posterior's logits, (B, P, H), of the plans of texts of (B, T) tokens; `> 0` is the likeliest plan."""
-        tokens, mask = as_tokens(input_ids, attention_mask)
+        tokens, mask = as_tokens(input_ids, attention_mask, self.config["vocab_size"])
         batch, length = tokens.shape
         tokens, mask = self.fit(tokens, mask, length)
         logits = self.run("encode", {"input_ids": tokens, "attention_mask": mask})[0].numpy()
@@ -64,14 +88,13 @@ class OnnxFreeTransformer:
         rng: np.random.Generator | None = None,
         prior: str = "uniform",
     ) -> np.ndarray:
-        """Plans from the prior, (B, P, H) bool: fair coins, or `"aggregate"`, as training texts took them."""
+        """Plans from the prior, (B, P, H) bool: `"uniform"`, or `"aggregate"`, the plans that training texts took."""
         shape = (batch_size, num_plans)
         return sample_prior(shape, self.latent_dim, self.prior(prior), rng or np.random.default_rng())
 
     def prior(self, name: str) -> np.ndarray | None:
         """What `sample_prior` takes for `"uniform"` or `"aggregate"`. `ValueError` where the model has none."""
-        if name not in PRIORS:
-            raise ValueError(f"prior={name!r}: one of {PRIORS}")
+        check_choice("prior", name, PRIORS)
         if name == "uniform":
             return None
         if self._log_aggregate is None:
@@ -83,11 +106,11 @@ class OnnxFreeTransformer:
         Prompts and what follows them, (B, T + N) tokens; a text that has ended is followed by padding.
 
         Args:
-            input_ids: (B, T) tokens, of one length or padded on the left.
-            attention_mask: (B, T), 0 on padding.
+            input_ids: (B, T) tokens.
+            attention_mask: (B, T), 0 on padding, which may be on either side.
             options: of `stream`.
         """
-        tokens, mask = as_tokens(input_ids, attention_mask)
+        tokens, mask = as_tokens(input_ids, attention_mask, self.config["vocab_size"])
         new = list(self.stream(tokens, mask, **options))
         return np.concatenate([tokens, np.stack(new, axis=1)], axis=1)
 
@@ -111,35 +134,39 @@ class OnnxFreeTransformer:
         The same, token by token: each time (B,).
 
         Args:
-            plan: (P, H) or (B, P, H) bits, as `FreeTransformer.generate` takes them; missing ones come from the prompt
-                and, for new text, from the prior.
+            plan: (P, H) or (B, P, H) bits, or text such as `"0110"`, as `FreeTransformer.generate` takes them. Missing
+                plans come from the prompt and, for new text, from the prior.
             prompt_plan: where plans of the prompt come from, `"posterior"` (the encoder) or `"prior"`.
-            do_sample: draws tokens; without it the likeliest is taken.
-            top_k: draws among so many tokens, 0 for all.
+            max_new_tokens: at least 1. A text longer than the model was built for causes a warning.
+            do_sample: samples tokens; without it the most likely one is taken.
+            temperature, top_k, top_p: see `sampling.Sampling`.
             eos_token_id: ends a text, default the model's; `()` for none.
-            seed: of plans and tokens.
+            seed: of plans and tokens, an integer from -2**63 to 2**64 - 1.
 
         Raises:
-            ValueError: for options out of range, and a text longer than a static export holds.
+            ValueError: for options or token ids out of range, and a text longer than a static export holds.
+            RuntimeError: where the model's logits are NaN or infinite.
         """
-        if prompt_plan not in PROMPT_PLANS:
-            raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
-        check_range("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
-        check_range("top_k", top_k, top_k >= 0, "at least 0, which is all tokens")
-        check_range("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1")
-        check_range("temperature", temperature, temperature > 0, "above 0; do_sample=False takes the likeliest token")
-        tokens, mask = as_tokens(input_ids, attention_mask)
-        rng = np.random.default_rng(seed)
+        check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
+        check_max_new_tokens(max_new_tokens)
+        sampling = Sampling(temperature, top_k, top_p)
+        tokens, mask = padded_on_the_left(*as_tokens(input_ids, attention_mask, self.config["vocab_size"]))
+        rng = np.random.default_rng(None if seed is None else check_seed(seed))
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
         bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
         texts = _Texts(self, mask, bits, longest)
+        trained = self.config["max_position_embeddings"]
+        if self.static is None and tokens.shape[1] + max_new_tokens > trained:
+            warnings.warn(length_warning(tokens.shape[1] + max_new_tokens, trained), stacklevel=2)
         end = self.ends(eos_token_id)
         ended = np.zeros(len(tokens), dtype=bool)
-        settings = (temperature if do_sample else 0.0, top_k, top_p)
+        settings = (sampling.temperature if do_sample else 0.0, sampling.top_k, sampling.top_p)
         temperatures, top_ks, top_ps = (np.full(len(tokens), each) for each in settings)
         for _ in range(max_new_tokens):
             logits = texts.read(tokens)
             chosen = draw(logits, temperatures, top_ks, top_ps, rng.random(len(logits)))
+            if (chosen == NO_TOKEN).any():
+                raise RuntimeError(f"{self.folder}: the model's logits are NaN or infinite")
             if ended.any():
                 chosen = np.where(ended, self._padding(end), chosen)
             yield chosen
@@ -167,7 +194,11 @@ class OnnxFreeTransformer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{self.folder}: no tokenizer was exported; use generate with tokens")
-        tokenizer = Tokenizer.from_file(str(file))
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # `tokenizers` raises plain exceptions
+            raise ValueError(f"{file}: cannot be read as a tokenizer ({first_line(error)})") from error
+        check_vocabulary(tokenizer, self.config["vocab_size"], file)
         tokenizer.encode_special_tokens = True  # what looks like a special token is text like any other
         return tokenizer
 
@@ -214,18 +245,48 @@ class OnnxFreeTransformer:
 
         return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each)) for each in arrays]
 
+    def load(self) -> None:
+        """Loads the graphs that generation needs. `ValueError` where one cannot be loaded."""
+        for graph in GRAPHS if self.static is None else STATIC_GRAPHS:
+            self._session(graph)
+
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # errors
+            options.log_severity_level = 4  # fatal: errors are raised
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
-            self._sessions[graph] = onnxruntime.InferenceSession(
-                self.folder / f"{graph}.onnx", options, providers=self._providers
-            )
+            file = self.folder / f"{graph}.onnx"
+            beside = file.with_name(f"{file.name}.data")
+            try:
+                if beside.is_file():  # weights beside their graph would be mapped, and change with the file
+                    data = beside.read_bytes()
+                    options.add_external_initializers_from_files_in_memory([beside.name], [data], [len(data)])
+                model = file.read_bytes()
+                self._sessions[graph] = onnxruntime.InferenceSession(model, options, providers=self._providers)
+            except Exception as error:  # onnxruntime's errors have no common class
+                raise ValueError(f"{file}: cannot be loaded by onnxruntime ({first_line(error)})") from error
         return self._sessions[graph]
+
+    def _read_json(self, name: str, *needed: str) -> dict[str, Any]:
+        """A JSON file of the export, with the keys that it needs."""
+        file = self.folder / name
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
+        missing = [key for key in needed if not isinstance(values, dict) or key not in values]
+        if missing:
+            raise ValueError(f"{file}: {', '.join(missing)} is missing; export the model again")
+        return values
+
+    def _check_files(self) -> None:
+        for graph in GRAPHS if self.static is None else STATIC_GRAPHS:
+            file = self.folder / f"{graph}.onnx"
+            if not file.is_file():
+                raise ValueError(f"{file}: missing; copy it too, or export the model again")
 
     def _complete_plan(
         self,
@@ -242,8 +303,7 @@ class OnnxFreeTransformer:
         given = np.zeros((batch, 0, self.latent_dim), dtype=bool)
         if plan is not None:
             given = as_plan(plan, batch, self.latent_dim)
-            if self.plan_span == "sequence" and given.shape[1] > 1:
-                raise ValueError(f"{given.shape[1]} plans a text: this model takes one (plan_span='sequence')")
+            check_plan_count(given.shape[1], self.plan_span)
         if given.shape[1] >= wanted:
             return given[:, :wanted]
         drawn = self.sample_plan(batch, wanted, rng, prior)
@@ -341,6 +401,8 @@ def _checked_providers(providers: Sequence[Provider]) -> list[Provider]:
     except ImportError as error:
         raise ImportError("an exported model is run by onnxruntime: pip install onnxruntime") from error
     available = onnxruntime.get_available_providers()
+    if not providers:
+        raise ValueError(f"providers=[]: name at least one provider of {', '.join(available)}")
     for provider in providers:
         if _name(provider) not in available:
             raise ValueError(f"provider {_name(provider)!r}: this onnxruntime has {', '.join(available)}")

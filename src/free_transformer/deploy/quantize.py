@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.deploy.export import SCHEMES, check_export
-from free_transformer.files import first_line, new_folder, write_json
+from free_transformer.files import first_line, own_folder, write_json
+from free_transformer.loading import check_finite, check_names, load_pretrained
 from free_transformer.model import FreeTransformer
 from free_transformer.sharing import name_code
 
@@ -30,6 +31,7 @@ def quantize(
     scheme: str | None,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
 ) -> PreTrainedModel:
     """
     Writes a quantized model and returns it, as `load_quantized` would.
@@ -40,14 +42,17 @@ def quantize(
             it is not. `"int8-dynamic"`, PyTorch's own: products of integers, the activations' scale being found while
             it runs; on a CPU alone, where it is faster.
 
+        overwrite: replaces a folder whatever it holds; otherwise only a new or empty one, or an earlier export.
+
     Raises:
-        ValueError: for an unknown scheme, a model without a plan, or a device that cannot run the scheme.
+        ValueError: for an unknown scheme, a model without a plan or with 8-bit weights, a device that cannot run the
+            scheme, and a folder that holds other files.
         ImportError: without torchao, which int8-weight needs.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize={scheme!r}: one of {SCHEMES}")
     check_export(model, None)
-    with new_folder(Path(folder)) as temporary:
+    with own_folder(Path(folder), "export", overwrite) as temporary:
         if scheme == "int8-weight":
             _write_weight_only(model, temporary)
         else:
@@ -71,7 +76,7 @@ def load_quantized(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     if not is_quantized(folder):
-        return FreeTransformer.from_pretrained(folder).eval()
+        return load_pretrained(folder, FreeTransformer)
     _check_device(torch.device("cpu"))
     model = _with_dynamic_layers(FreeTransformer(FreeTransformerConfig.from_pretrained(folder)))
     try:
@@ -80,11 +85,16 @@ def load_quantized(folder: str | Path) -> PreTrainedModel:
         raise ValueError(f"{folder}: the model cannot be read ({first_line(error)})") from error
     places = _plain_tensors(model)
     layers = dict(_dynamic_layers(model))
-    expected = {**places, **{f"{name}.weight": layer.weight() for name, layer in layers.items()}}
-    of_layers = {f"{name}.{part}" for name in layers for part in ("scale", "bias")}
-    wrong = [name for name, place in expected.items() if name not in tensors or tensors[name].shape != place.shape]
-    if wrong := [*wrong, *sorted(set(tensors) - set(expected) - of_layers)]:
-        raise ValueError(f"{folder}: the weights are of another model ({', '.join(wrong[:3])})")
+    shapes = {name: place.shape for name, place in places.items()}
+    for name, layer in layers.items():
+        weight = layer.weight()
+        shapes |= {f"{name}.weight": weight.shape, f"{name}.scale": weight.shape[:1]}
+    check_names(folder, "weights are missing", [name for name in shapes if name not in tensors])
+    biases = {f"{name}.bias" for name in layers}
+    wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
+    wrong += sorted(set(tensors) - set(shapes) - biases)
+    check_names(folder, "the weights are of another model", wrong)
+    check_finite(folder, tensors.items())
     with torch.no_grad():
         for name, place in places.items():
             place.copy_(tensors[name])

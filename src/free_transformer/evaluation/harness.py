@@ -41,11 +41,11 @@ from tqdm import tqdm
 
 from free_transformer.errors import SettingsError
 from free_transformer.files import first_line
-from free_transformer.generation import PROMPT_PLANS
 from free_transformer.layout import num_plans as plans_of
 from free_transformer.layout import plan_layout
 from free_transformer.model import FirstHalf, FreeTransformer
 from free_transformer.plan import PlanPrior
+from free_transformer.sampling import PROMPT_PLANS, check_choice
 
 logger = logging.getLogger(__name__)
 MACHINE = "pretty_env_info"  # of the harness's results: a page about the computer and what is installed there
@@ -141,8 +141,7 @@ class PlanHarnessLM(HFLM):
     ):
         if num_plans < 1:
             raise ValueError(f"num_plans={num_plans}: at least 1")
-        if prompt_plan not in PROMPT_PLANS:
-            raise ValueError(f"prompt_plan={prompt_plan!r}: one of {PROMPT_PLANS}")
+        check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         if isinstance(pretrained, str | Path):
             pretrained = model_folder(Path(pretrained))
         elif not hasattr(pretrained, "infer_plan"):

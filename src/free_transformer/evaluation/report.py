@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from free_transformer.evaluation.likelihood import Likelihood
-from free_transformer.files import write_text
+from free_transformer.files import WRITTEN_BY, write_text
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1d2733; --faint: #5a6b7d; --line: #d8dee6; --head: #eef2f6; --code: #f6f8fa;
@@ -120,7 +120,8 @@ class Report:
         title = html.escape(self.title)
         write_text(
             path,
-            f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title>"
+            f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=generator content={WRITTEN_BY}>"
+            f"<title>{title}</title>"
             f"<style>{STYLE}</style></head><body>{body}</body></html>\n",
         )
 

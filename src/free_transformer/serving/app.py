@@ -1,35 +1,49 @@
-"""HTTP: OpenAI's completions with plans, health, metrics."""
+"""HTTP: OpenAI's completions and chat completions with plans, health, metrics."""
 
 import asyncio
 import contextlib
-import difflib
+import gc
 import json
 import logging
-import secrets
+import re
+import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from free_transformer import __version__
+from free_transformer.serving.access import BODY_SECONDS, HostGuard, TokenGuard, connection_class, max_body, read_body
+from free_transformer.serving.answers import (
+    GONE,
+    Answer,
+    ChatAnswer,
+    CompletionAnswer,
+    Limits,
+    chat_jobs,
+    completion_jobs,
+)
 from free_transformer.serving.batch import Batch
-from free_transformer.serving.completions import GONE, Answer, CompletionRequest, Limits, build_jobs
-from free_transformer.serving.engine import Busy, Engine, Writing
+from free_transformer.serving.engine import Engine, QueueFull, ResponseStream, Stopping
 from free_transformer.serving.metrics import Metrics
+from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, RequestError, parse_body
 
-MOST_BYTES = 4 * 2**20  # of a request
 RETRY_SECONDS = 1
 BACKLOG = 1024  # connections that may wait to be accepted
-SHUTDOWN_SECONDS = 30  # for texts that are being written
-FAILED = "the text could not be written; the server's log says why"
+GRACE_SECONDS = 20.0
+KEEP_ALIVE_SECONDS = 5
+MAX_CONNECTIONS = 900  # below the 1,024 open files that most systems allow
+ROUTES = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /ready, GET /metrics"
+READ = ["GET", "HEAD"]
 
 
 def create_app(
@@ -39,23 +53,28 @@ def create_app(
     max_tokens: int | None = None,
     max_waiting: int = 512,
     token: str | None = None,
+    allowed_hosts: Collection[str] | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """
-    A server's ASGI application, whose engine runs from now until the application shuts down.
+    A server's ASGI application. Its engine runs from now until the application shuts down, and has computed its first
+    tokens when this returns.
 
     Args:
         build: makes the batch, as in `lambda: TorchBatch(model, tokenizer)`; called at once, see `Engine`.
         name: of the model, by which requests ask for it.
         max_prompt: tokens of a prompt, default all that a text may have but one.
-        max_tokens: that are written to it, default the same.
+        max_tokens: tokens generated for it, default the same.
         max_waiting: texts that may wait for their turn; beyond that a request is answered 429.
         token: that requests have to show, `Authorization: Bearer TOKEN`; None asks for none.
+        allowed_hosts: host names that requests may be sent to, None for any; see `access.local_hosts`.
+        cors_origins: origins of web pages that may call the server, `*` for all.
     """
     metrics = Metrics()
     engine = Engine(build, max_waiting, metrics)
     batch = engine.batch
     longest = batch.max_length - 1
-    limits = Limits(max_prompt or longest, max_tokens or longest)
+    limits = Limits(max_prompt or longest, max_tokens or longest, engine.max_texts)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,147 +88,171 @@ def create_app(
         docs_url=None,  # pages that load scripts from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(_LimitedBody)
-    _answer_errors(app, metrics)
+    app.state.engine = engine
 
-    def authorized(request: Request) -> None:
-        shown = request.headers.get("authorization", "")
-        if token is not None and not secrets.compare_digest(shown.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "this server wants its token: Authorization: Bearer TOKEN")
+    def refuse(error: RequestError) -> JSONResponse:
+        metrics.requests.labels(error.status).inc()
+        return _error(error.status, error.message, error.param, error.headers)
 
-    created = int(time.time())
+    app.add_middleware(TokenGuard, token=token, refuse=refuse)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(HostGuard, hosts=allowed_hosts, refuse=refuse)  # the last one added is the first one asked
+    _answer_errors(app, refuse)
+    _add_status_routes(app, engine, metrics, name)
 
-    @app.get("/v1/models", dependencies=[Depends(authorized)])
-    async def models() -> dict[str, Any]:
-        model = {"id": name, "object": "model", "created": created, "owned_by": "free-transformer"}
-        plans = {"latent_dim": batch.latent_dim, "plan_span": batch.plan_span, "max_length": batch.max_length}
-        return {"object": "list", "data": [{**model, **plans}]}
-
-    @app.post("/v1/completions", dependencies=[Depends(authorized)], response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        if body.model not in (None, name):
-            raise HTTPException(404, f"model {body.model!r}: this server has {name!r}")
+    async def complete(
+        request: Request, body_kind: type[GenerationRequest], to_jobs: Callable, answer_kind: type[Answer]
+    ) -> Response:
         started = time.monotonic()
-        try:  # in a thread: tokenizing a long prompt would hold up all other answers
-            jobs = await asyncio.to_thread(build_jobs, body, batch, limits)
-            answer = Answer(body, jobs, name, batch)
-            writing = engine.submit(jobs)
+        raw = await read_body(request, max_body(batch.max_length))
+
+        def prepare() -> tuple[Any, list]:  # in a thread: a long prompt would hold up all other answers
+            body = parse_body(raw, body_kind)
+            if body.model not in (None, name):
+                raise RequestError(404, f"model {body.model[:80]!r}: this server has {name!r}", "model")
+            return body, to_jobs(body, batch, limits)
+
+        try:
+            body, jobs = await asyncio.to_thread(prepare)
         except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        watch = asyncio.create_task(_cancel_when_gone(request, writing))
+            raise RequestError(400, str(error), _field(str(error), body_kind)) from error
+        responses = engine.submit(jobs)
+        answer = answer_kind(body, jobs, name, batch)
+        watch = asyncio.create_task(_cancel_when_gone(request, responses))
 
         def ended(status: int) -> None:
             watch.cancel()
-            writing.cancel()
+            responses.cancel()
             metrics.requests.labels(status).inc()
             metrics.request_seconds.observe(time.monotonic() - started)
 
         if body.stream:
-            return StreamingResponse(_events(answer, writing, ended), media_type="text/event-stream")
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # or proxies would hold it back
+            events = _events(answer, responses, ended)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         status = GONE
         try:
-            async for piece in writing:
-                answer.add(piece)
+            async for chunk in responses:
+                answer.add(chunk)
             status = answer.status
         finally:
             ended(status)
-        return JSONResponse(answer.whole()) if status == 200 else _error(status, FAILED)
+        return JSONResponse(answer.whole()) if status == 200 else _error(status, answer.failure)
 
-    @app.get("/health")
+    @app.post("/v1/completions", response_model=None, openapi_extra=_described(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await complete(request, CompletionRequest, completion_jobs, CompletionAnswer)
+
+    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_described(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        if batch.chat is None:
+            raise RequestError(400, "this model's tokenizer has no chat template: use /v1/completions with a prompt")
+        return await complete(request, ChatRequest, chat_jobs, ChatAnswer)
+
+    return app
+
+
+def _add_status_routes(app: FastAPI, engine: Engine, metrics: Metrics, name: str) -> None:
+    batch = engine.batch
+    plans = {"latent_dim": batch.latent_dim, "plan_span": batch.plan_span, "max_length": batch.max_length}
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "free-transformer", **plans}
+
+    @app.api_route("/v1/models", methods=READ)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.api_route("/v1/models/{asked:path}", methods=READ)
+    async def model_by_name(asked: str) -> dict[str, Any]:
+        if asked != name:
+            raise RequestError(404, f"model {asked[:80]!r}: this server has {name!r}", "model")
+        return model
+
+    @app.api_route("/ready", methods=READ)
+    @app.api_route("/health", methods=READ)
     async def health() -> JSONResponse:
         if engine.is_well:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "failing", "reason": engine.failure or "the engine has stopped"}, 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics_page() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.state.engine = engine
-    return app
 
-
-async def _events(answer: Answer, writing: Writing, ended: Any) -> AsyncIterator[str]:
+async def _events(answer: Answer, responses: ResponseStream, ended: Callable[[int], None]) -> AsyncIterator[str]:
     """Server-sent events of a stream."""
     status = GONE
     try:
-        async for piece in writing:
-            yield f"data: {json.dumps(answer.chunk(piece))}\n\n"
+        async for chunk in responses:
+            yield f"data: {json.dumps(answer.event(chunk))}\n\n"
         status = answer.status
         if status != 200:
-            yield f"data: {json.dumps(_error_body(status, FAILED))}\n\n"
-        elif last := answer.last_chunk():
-            yield f"data: {json.dumps(last)}\n\n"
+            yield f"data: {json.dumps(_error_body(status, answer.failure))}\n\n"
+        elif answer.includes_usage:
+            yield f"data: {json.dumps(answer.last_event())}\n\n"
         yield "data: [DONE]\n\n"
     finally:
         ended(status)
 
 
-async def _cancel_when_gone(request: Request, writing: Writing) -> None:
+async def _cancel_when_gone(request: Request, responses: ResponseStream) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    writing.cancel()
+    responses.cancel()
 
 
-class _LimitedBody:
-    """Refuses a request whose body is too large, or of a size that it does not tell, before it is read."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: ASGIApp = self.app
-        if scope["type"] == "http" and scope["method"] == "POST":
-            length = dict(scope["headers"]).get(b"content-length")
-            if length is None:
-                answer = _error(411, "send the size of the body, Content-Length")
-            elif int(length) > MOST_BYTES:
-                answer = _error(413, f"a body of {int(length)} bytes: this server reads at most {MOST_BYTES}")
-        await answer(scope, receive, send)
-
-
-def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
+def _answer_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse]) -> None:
     """Errors as OpenAI's clients read them, one line each."""
 
-    def refuse(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-        metrics.requests.labels(status).inc()
-        return _error(status, message, headers)
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
+        return refuse(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return refuse(400, "; ".join(dict.fromkeys(map(_explain, error.errors()))))
+    @app.exception_handler(QueueFull)
+    async def full(_: Request, error: QueueFull) -> JSONResponse:
+        return refuse(RequestError(429, str(error), headers={"Retry-After": str(RETRY_SECONDS)}))
 
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> JSONResponse:
-        return refuse(429, str(error), {"Retry-After": str(RETRY_SECONDS)})
+    @app.exception_handler(Stopping)
+    async def stopping(_: Request, error: Stopping) -> JSONResponse:
+        return refuse(RequestError(503, str(error), headers={"Retry-After": str(RETRY_SECONDS)}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return refuse(RequestError(GONE, "the client left"))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return refuse(error.status_code, str(error.detail), dict(error.headers or {}))
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        route, message = f"{request.method} {request.url.path[:80]}", str(error.detail)
+        if error.status_code == 404:
+            message = f"{route}: no such route; this server has {ROUTES}"
+        elif error.status_code == 405:
+            message = f"{route}: use {dict(error.headers or {}).get('Allow', 'POST')}"
+        return refuse(RequestError(error.status_code, message, headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> JSONResponse:
+        return refuse(RequestError(500, "the server made a mistake; its log says which"))
 
 
-def _explain(error: Any) -> str:
-    """One of pydantic's errors: the field, what it holds and what is allowed."""
-    name = ".".join(str(part) for part in error["loc"][1:2]) or "body"
-    if name == "prompt":
-        return "prompt: a text, its tokens, or a list of either"
-    if name == "plan":
-        return "plan: bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, CompletionRequest.model_fields, 1)
-        return f"{name}: unknown" + (f"; is {near[0]} meant?" if near else "")
-    value = repr(error.get("input"))
-    shown = value if len(value) <= 40 else f"{value[:40]}…"
-    return f"{name}={shown}: {error['msg'].removeprefix('Value error, ')}"
+def _described(kind: type[GenerationRequest]) -> dict[str, Any]:
+    """The body of a request for `/openapi.json`."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(_error_body(status, message), status, headers)
+def _field(message: str, kind: type[GenerationRequest]) -> str | None:
+    """The field that a message begins with."""
+    found = re.match(r"\w+", message)
+    return found[0] if found and found[0] in kind.model_fields else None
 
 
-def _error_body(status: int, message: str) -> dict[str, Any]:
+def _error(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(_error_body(status, message, param), status, headers)
+
+
+def _error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -226,16 +269,47 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(app: FastAPI, bound: socket.socket) -> None:
-    """Serves until it is told to stop, by SIGINT or SIGTERM; texts that are being written have 30 seconds left."""
+class _Server(uvicorn.Server):
+    """At the first signal texts have a grace period, at the second they end with what they have."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float):
+        super().__init__(config)
+        self.engine, self.grace = engine, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.engine.drain(0 if self.should_exit else self.grace)
+        if sig == signal.SIGINT and self.should_exit:  # which uvicorn takes as an order to drop all connections
+            return
+        super().handle_exit(sig, frame)
+
+
+def run(
+    app: FastAPI,
+    bound: socket.socket,
+    grace: float = GRACE_SECONDS,
+    keep_alive: int = KEEP_ALIVE_SECONDS,
+    max_connections: int = MAX_CONNECTIONS,
+) -> None:
+    """
+    Serves until it is told to stop, by SIGINT or SIGTERM.
+
+    Args:
+        grace: seconds that texts in progress then have to end by themselves.
+        keep_alive: seconds that a connection may be idle between two requests.
+    """
     config = uvicorn.Config(
         app,
+        http=connection_class(max_connections),
+        ws="none",
         log_level="info",
         backlog=BACKLOG,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=int(max(grace, BODY_SECONDS)) + 5,  # by then all texts and bodies have ended
         server_header=False,
         lifespan="on",
     )
     logging.getLogger("free_transformer").addHandler(logging.StreamHandler())
+    gc.collect()
+    gc.freeze()  # what was loaded stays: a request with many small objects would have all of it looked through
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
-        uvicorn.Server(config).run(sockets=[bound])
+        _Server(config, app.state.engine, grace).run(sockets=[bound])

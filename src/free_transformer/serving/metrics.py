@@ -1,4 +1,4 @@
-"""What a server tells Prometheus of itself."""
+"""What a server tells Prometheus about itself."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -13,15 +13,22 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)  # memory, processor time, open files
+
+        def counter(name: str, meaning: str) -> Counter:
+            return Counter(f"{PREFIX}_{name}", meaning, registry=registry)
+
         self.requests = Counter(f"{PREFIX}_requests", "requests by HTTP status", ["status"], registry=registry)
         self.request_seconds = Histogram(
             f"{PREFIX}_request_seconds", "from a request to the end of its answer", buckets=SECONDS, registry=registry
         )
         self.first_token_seconds = Histogram(
-            f"{PREFIX}_first_token_seconds", "until a text has a token", buckets=SECONDS, registry=registry
+            f"{PREFIX}_first_token_seconds", "until a text has its first token", buckets=SECONDS, registry=registry
         )
-        self.prompt_tokens = Counter(f"{PREFIX}_prompt_tokens", "tokens of prompts read", registry=registry)
-        self.generated_tokens = Counter(f"{PREFIX}_generated_tokens", "tokens written", registry=registry)
-        self.batch = Histogram(f"{PREFIX}_batch_texts", "texts written in a step", buckets=ROWS, registry=registry)
-        self.running = Gauge(f"{PREFIX}_running_texts", "texts that are being written", registry=registry)
-        self.waiting = Gauge(f"{PREFIX}_waiting_texts", "texts that wait to be written", registry=registry)
+        self.prompt_tokens = counter("prompt_tokens", "prompt tokens read")
+        self.generated_tokens = counter("generated_tokens", "tokens generated")
+        self.failed = counter("failed_texts", "texts that ended with an error of their own")
+        self.not_finite = counter("logits_not_finite", "texts ended since their logits were NaN or infinite")
+        self.restarts = counter("engine_restarts", "restarts of the engine after a failure")
+        self.batch = Histogram(f"{PREFIX}_batch_texts", "texts generated in a step", buckets=ROWS, registry=registry)
+        self.running = Gauge(f"{PREFIX}_running_texts", "texts that are being generated", registry=registry)
+        self.waiting = Gauge(f"{PREFIX}_waiting_texts", "texts that wait to be generated", registry=registry)

@@ -1,12 +1,17 @@
 """Rows of texts by onnxruntime, with no torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from free_transformer.deploy.arrays import draw
 from free_transformer.deploy.onnx_model import OnnxFreeTransformer
-from free_transformer.serving.batch import Batch, Complete, Sampling, checked_length
+from free_transformer.sampling import Sampling
+from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length
+from free_transformer.serving.chat import ChatTemplate
+
+PIECE = 256  # tokens of a prompt that are read at a time while it is scored
 
 
 class OnnxBatch(Batch):
@@ -16,14 +21,14 @@ class OnnxBatch(Batch):
 
     Args:
         model: an export of free sizes.
-        most_rows: texts at a time.
+        max_rows: texts at a time.
         max_length: of a text in tokens, its prompt included, default that of the model, at most 2,048.
 
     Raises:
         ValueError: for an export of fixed sizes or without a tokenizer, and a `max_length` beyond the model's.
     """
 
-    def __init__(self, model: OnnxFreeTransformer, most_rows: int = 8, max_length: int | None = None):
+    def __init__(self, model: OnnxFreeTransformer, max_rows: int = 8, max_length: int | None = None):
         if model.static is not None:
             raise ValueError(f"{model.folder}: made for fixed sizes; a server needs an export without --static")
         config = model.config
@@ -34,15 +39,19 @@ class OnnxBatch(Batch):
             config["vocab_size"],
             model.latent_dim,
             model.plan_span,
-            most_rows,
+            max_rows,
             checked_length(max_length, config["max_position_embeddings"]),
+            ChatTemplate.from_folder(model.folder),
         )
         self.model = model
-        self.plan = np.zeros((most_rows, self.num_plans(self.max_length), self.latent_dim), dtype=bool)
-        self.lengths = np.zeros(most_rows, dtype=np.int64)
-        self.places: list[
-            tuple[list[Any], int]
-        ] = []  # keys and values that hold a row in their last columns, and where
+        self.reset()
+
+    def reset(self) -> None:
+        self.rows = 0
+        self.plan = np.zeros((self.max_rows, self.num_plans(self.max_length), self.latent_dim), dtype=bool)
+        self.lengths = np.zeros(self.max_rows, dtype=np.int64)
+        # keys and values that hold a row in their last columns, and the row's place in them
+        self.places: list[tuple[list[Any], int]] = []
 
     def prior(self, name: str) -> np.ndarray | None:
         return self.model.prior(name)
@@ -50,26 +59,40 @@ class OnnxBatch(Batch):
     def infer_plan(self, tokens: list[int]) -> np.ndarray:
         return self.model.infer_plan([tokens])[0]
 
-    def add(self, tokens: list[int], complete: Complete, sampling: Sampling, uniform: float) -> int:
+    def add(self, tokens: list[int], complete: Complete) -> np.ndarray:
         plan = complete(lambda: self.infer_plan(tokens))
         row = self.rows
         self.plan[row, : len(plan)] = plan
-        mask = np.ones((1, len(tokens)), dtype=np.int64)
-        logits, past = self._read(np.array([tokens]), mask, self.plan[row : row + 1], self.model.no_past(1))
-        token = _draw(logits, [sampling], np.array([uniform]))[0]
+        logits, past = self._read(np.array([tokens]), self.plan[row : row + 1], self.model.no_past(1))
         self.places.append((past, 0))
         self.lengths[row] = len(tokens)
         self.rows += 1
-        return token
+        return logits[:, -1]
 
-    def step(self, tokens: list[int], sampling: list[Sampling], uniform: np.ndarray) -> list[int]:
+    def step(self, tokens: list[int]) -> np.ndarray:
         past = self._gathered()
         columns = past[0].shape()[2]
-        self.lengths[: self.rows] += 1
-        mask = np.arange(columns + 1) >= columns + 1 - self.lengths[: self.rows, None]
-        logits, present = self._read(np.array(tokens)[:, None], mask.astype(np.int64), self.plan[: self.rows], past)
+        lengths = self.lengths[: self.rows] + 1
+        mask = np.arange(columns + 1) >= columns + 1 - lengths[:, None]
+        logits, present = self._read(np.array(tokens)[:, None], self.plan[: self.rows], past, mask)
+        self.lengths[: self.rows] = lengths
         self.places = [(present, row) for row in range(self.rows)]
-        return _draw(logits, sampling, uniform)
+        return logits[:, -1]
+
+    def sample(self, logits: np.ndarray, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
+        temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
+        return draw(logits, temperature, top_k, top_p, uniform).tolist()
+
+    def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
+        pasts = [self.model.no_past(1) for _ in plans]
+        size = min(columns, PIECE)
+        for start in range(0, len(tokens), size):
+            piece = np.array([tokens[start : start + size]])
+            mask = np.ones((1, start + piece.shape[1]), dtype=bool)
+            for which, plan in enumerate(plans):
+                asked = np.arange(piece.shape[1])
+                logits, pasts[which] = self._read(piece, plan[None], pasts[which], mask, asked)
+                yield start, which, logits[0]
 
     def remove(self, row: int) -> None:
         last = self.rows = self.rows - 1
@@ -94,14 +117,16 @@ class OnnxBatch(Batch):
         return self.model.ort_values(gathered)
 
     def _read(
-        self, tokens: np.ndarray, mask: np.ndarray, plan: np.ndarray, past: list[Any]
+        self,
+        tokens: np.ndarray,
+        plan: np.ndarray,
+        past: list[Any],
+        mask: np.ndarray | None = None,
+        columns: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[Any]]:
-        columns = np.array([tokens.shape[1] - 1])
+        """Logits of some columns of the tokens, default the last, (B, C, V), and keys and values of all so far."""
+        mask = np.ones_like(tokens) if mask is None else mask.astype(np.int64)
+        columns = np.array([tokens.shape[1] - 1]) if columns is None else columns
         inputs = {"input_ids": tokens, "attention_mask": mask, "columns": columns, "plan": plan}
         logits, *present = self.model.run("decode", inputs, past)
-        return logits.numpy()[:, -1], present
-
-
-def _draw(logits: np.ndarray, sampling: list[Sampling], uniform: np.ndarray) -> list[int]:
-    temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
-    return draw(logits, temperature, top_k, top_p, uniform).tolist()
+        return logits.numpy(), present

@@ -1,5 +1,6 @@
 """Rows of texts by PyTorch, on a CPU or a GPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from free_transformer.cache import MIN_SPARE, PlanState
 from free_transformer.data import begin_token
+from free_transformer.deploy.arrays import NO_TOKEN
 from free_transformer.model import FreeTransformer
-from free_transformer.serving.batch import Batch, Complete, Sampling, checked_length
+from free_transformer.sampling import MIN_TEMPERATURE, Sampling
+from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length
+from free_transformer.serving.chat import ChatTemplate
 
-# With fewer rows, matrix libraries of CPUs take other ways, that round otherwise: a text would depend on how many are
-# written beside it. From so many on, every row of a product was the same to the bit, whatever the others.
-LEAST_ROWS = 16
+# With fewer rows, matrix libraries of CPUs choose other algorithms, which round differently: a text would depend on how
+# many others are generated at the same time. From this many rows on, each row of a product was bit-for-bit the same.
+MIN_ROWS = 16
 COLUMNS = 64  # the cache is read up to a multiple of this
 
 
@@ -24,8 +28,8 @@ class TorchBatch(Batch):
     Args:
         model: where it is to run; it is set to eval mode, and to PyTorch's attention.
         tokenizer: one of the package `tokenizers`, or of `transformers` that stands on one.
-        most_rows: texts at a time.
-        max_length: of a text in tokens, its prompt included, default that of the model, at most 2,048.
+        max_rows: texts at a time.
+        max_length: tokens of a text, its prompt included; default that of the model, at most 2,048.
 
     Raises:
         ValueError: for a tokenizer without a `tokenizers.Tokenizer`, and a `max_length` beyond the model's.
@@ -35,7 +39,7 @@ class TorchBatch(Batch):
         self,
         model: FreeTransformer,
         tokenizer: PreTrainedTokenizerBase,
-        most_rows: int = 32,
+        max_rows: int = 32,
         max_length: int | None = None,
     ):
         config = model.config
@@ -50,17 +54,22 @@ class TorchBatch(Batch):
             config.vocab_size,
             config.latent_dim,
             config.plan_span,
-            most_rows,
+            max_rows,
             checked_length(max_length, config.max_position_embeddings),
+            ChatTemplate.of(tokenizer.chat_template, tokenizer.special_tokens_map),
         )
         self.model = model.eval()
         if config._attn_implementation not in ("sdpa", "eager"):  # others take no mask of four dimensions
             model.set_attn_implementation("sdpa")
-        rows = max(most_rows, LEAST_ROWS)
-        self.cache = RowCache(model, rows, self.max_length)
+        self.reset()
+
+    def reset(self) -> None:
+        rows = max(self.max_rows, MIN_ROWS)
+        self.rows = 0
+        self.cache = RowCache(self.model, rows, self.max_length)
         self.lengths = torch.zeros(rows, dtype=torch.long)
-        shape = (rows, self.num_plans(self.max_length), config.latent_dim)
-        self.plan = torch.zeros(shape, dtype=torch.bool, device=model.device)
+        shape = (rows, self.num_plans(self.max_length), self.latent_dim)
+        self.plan = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
 
     def prior(self, name: str) -> np.ndarray | None:
         prior = self.model.plan_prior
@@ -70,7 +79,7 @@ class TorchBatch(Batch):
         return self.model.infer_plan(self._on_device([tokens]))[0].float().cpu().numpy()
 
     @torch.inference_mode()
-    def add(self, tokens: list[int], complete: Complete, sampling: Sampling, uniform: float) -> int:
+    def add(self, tokens: list[int], complete: Complete) -> Tensor:
         model, row = self.model, self.rows
         cache = DynamicCache(config=model.config)
         half = model.first_half(self._on_device([tokens]), cache=cache)
@@ -81,11 +90,11 @@ class TorchBatch(Batch):
         self.cache.store(row, cache)
         self.lengths[row] = len(tokens)
         self.rows += 1
-        return draw(logits, [sampling], np.array([uniform]))[0]
+        return logits
 
     @torch.inference_mode()
-    def step(self, tokens: list[int], sampling: list[Sampling], uniform: np.ndarray) -> list[int]:
-        rows = max(self.rows, LEAST_ROWS)
+    def step(self, tokens: list[int]) -> Tensor:
+        rows = max(self.rows, MIN_ROWS)
         lengths = self._on_device(self.lengths[:rows])
         mask = self.cache.begin_step(lengths, int(self.lengths[:rows].max()) + 1)
         ids = self._on_device(tokens + [self.begin] * (rows - self.rows))[:, None]
@@ -97,8 +106,26 @@ class TorchBatch(Batch):
             plan=PlanState(plan=self.plan[:rows], columns=0),
             logits_to_keep=1,
         ).logits
-        self.lengths[: self.rows] += 1
-        return draw(logits[: self.rows, -1], sampling, uniform)
+        self.lengths[: self.rows] += 1  # last: a step that fails can be repeated
+        return logits[: self.rows, -1]
+
+    def sample(self, logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
+        return draw(logits, sampling, uniform)
+
+    def score_token(self, logits: Tensor, row: int, token: int, top: int) -> Any:
+        return super().score_token(logits[row : row + 1].float().cpu().numpy(), 0, token, top)
+
+    @torch.inference_mode()
+    def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
+        model = self.model
+        half = model.first_half(self._on_device([tokens]))
+        states: list[Tensor] = []
+        for start in range(0, len(tokens), columns):
+            for which, plan in enumerate(plans):
+                if start == 0:
+                    states.append(model.second_half(half, self._on_device(plan)[None], with_head=False)[0])
+                logits = model.lm_head(states[which][start : start + columns])
+                yield start, which, logits.float().cpu().numpy()
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
@@ -167,15 +194,20 @@ class RowCache:
         if columns <= held:
             return
         room = min(max(2 * held, -(-columns // COLUMNS) * COLUMNS), self.max_length)
-        for states in (self.keys, self.values):
-            for layer, old in enumerate(states):
-                states[layer] = torch.nn.functional.pad(old, (0, 0, 0, room - held))
+        # both before either is replaced: where memory runs out, the cache is as it was
+        keys, values = (
+            [torch.nn.functional.pad(old, (0, 0, 0, room - held)) for old in states]
+            for states in (self.keys, self.values)
+        )
+        self.keys, self.values = keys, values
 
 
-def draw(logits: Tensor, sampling: list[Sampling], uniform: np.ndarray) -> list[int]:
-    """`deploy.arrays.draw` where the logits, (B, V), are."""
+def draw(logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
+    """`deploy.arrays.draw` on the device of the logits, (B, V)."""
+    finite = torch.isfinite(logits).all(-1)
     chosen = logits.argmax(-1)
-    drawn = [row for row, each in enumerate(sampling) if each.temperature > 0]
+    known = finite.tolist()
+    drawn = [row for row, each in enumerate(sampling) if known[row] and each.temperature >= MIN_TEMPERATURE]
     cut = [row for row in drawn if sampling[row].top_k or sampling[row].top_p < 1]
     for rows in ([row for row in drawn if row not in cut], cut):
         if not rows:
@@ -185,18 +217,20 @@ def draw(logits: Tensor, sampling: list[Sampling], uniform: np.ndarray) -> list[
             values = [getattr(sampling[row], name) for row in rows]
             return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-        scaled = logits[rows].double() / setting("temperature")
-        chances = (scaled - scaled.amax(-1, keepdim=True)).exp()
+        differences = logits[rows].double()
+        differences -= differences.amax(-1, keepdim=True)
+        chances = (differences / setting("temperature")).exp()
         order = None
         if rows is cut:
             chances, order = torch.sort(chances, dim=-1, descending=True, stable=True)
             rank = torch.arange(chances.shape[1], device=logits.device)
             top_k = setting("top_k")
-            chances = chances.where((rank < top_k) | (top_k == 0), 0)
             before = chances.cumsum(-1) - chances
-            chances = chances.where(before < setting("top_p") * chances.sum(-1, keepdim=True), 0)
+            inside = before < setting("top_p") * chances.sum(-1, keepdim=True)
+            inside[:, 0] = True  # the most likely token always stays
+            chances = chances.where(inside & ((rank < top_k) | (top_k == 0)), 0)
         reached = chances.cumsum(-1)
         numbers = torch.from_numpy(uniform[rows]).to(reached)[:, None]
         picked = (reached < numbers * reached[:, -1:]).sum(-1, keepdim=True)
         chosen[rows] = (picked if order is None else order.gather(1, picked))[:, 0]
-    return chosen.tolist()
+    return chosen.masked_fill(~finite, NO_TOKEN).tolist()

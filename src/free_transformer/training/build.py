@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import begin_token
-from free_transformer.files import first_line
+from free_transformer.loading import load_pretrained
 from free_transformer.model import FreeTransformer, build_baseline
 from free_transformer.training.adapters import add_adapters
 from free_transformer.training.checkpoint import TrainState
@@ -51,11 +50,11 @@ def _pretrained(settings: Settings) -> PreTrainedModel:
     try:
         if model.kind == "free":
             config = model.build(kl_weight=settings.training.kl_weight)
-            loaded = FreeTransformer.from_pretrained(folder, config=config, dtype=torch.float32)
+            loaded = load_pretrained(folder, FreeTransformer, config=config, dtype=torch.float32)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise SettingsError(f"model.pretrained={folder}: cannot be read ({first_line(error)})") from error
+            loaded = load_pretrained(folder, dtype=torch.float32)
+    except SettingsError as error:
+        raise SettingsError(f"model.pretrained={error}") from error
     if model.kind == "baseline" and isinstance(loaded, FreeTransformer):
         raise SettingsError(
             f"model.pretrained={folder}: a Free Transformer; a baseline starts from a model without a plan"

@@ -1,35 +1,23 @@
 """The folder of a run, and what is in it."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, build_rows, load_tokenizer, read_documents
 from free_transformer.evaluation.comparison import Comparison
 from free_transformer.evaluation.control import Control
 from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.evaluation.usage import usage_warning
-from free_transformer.files import first_line, write_json, write_text
+from free_transformer.files import write_json, write_text
+from free_transformer.loading import load_pretrained
 from free_transformer.training.model_card import write_model_card
 from free_transformer.training.settings import Settings, SettingsError, load_settings
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    """A model in eval mode. `SettingsError` where the folder's weights cannot be read."""
-    locked = [file.name for file in folder.iterdir() if not os.access(file, os.R_OK)]
-    if locked:
-        raise SettingsError(f"{folder}: {', '.join(locked)}: no permission to read")
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
-    except (SafetensorError, OSError) as error:
-        raise SettingsError(f"{folder}: the model cannot be read ({first_line(error)})") from error
 
 
 def titles_of(runs: Sequence["Run"]) -> list[str]:
@@ -72,7 +60,7 @@ class Run:
 
     def load_model(self) -> PreTrainedModel:
         """The trained model, in eval mode."""
-        return load_model(self._trained_model())
+        return load_pretrained(self._trained_model())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(self._trained_model()))

@@ -123,6 +123,11 @@ def _check(sweep: Sweep) -> None:
         raise SettingsError(
             f"{sweep.folder} is the folder of a run; give the sweep one of its own, as in run_dir={sweep.folder}-sweep"
         )
+    summary, report = sweep.folder / "sweep.json", sweep.folder / "report.html"
+    if not _is_summary(summary):
+        for file in (summary, report):
+            if file.exists():
+                raise SettingsError(f"{file}: not of an earlier sweep, and would be replaced; choose another run_dir")
     if SEED in sweep.varied and importlib.util.find_spec("scipy") is None:
         raise SettingsError("confidence intervals over seeds need scipy: pip install scipy")
     known: dict[str, SweepRun] = {}
@@ -131,6 +136,13 @@ def _check(sweep: Sweep) -> None:
         if other is not run:
             raise SettingsError(f"{other.name} and {run.name} are the same settings; name each value once")
         _check_folder(run)
+
+
+def _is_summary(file: Path) -> bool:
+    try:
+        return {"varied", "runs", "groups"} <= json.loads(file.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check_folder(run: SweepRun) -> None:

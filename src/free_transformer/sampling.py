@@ -1,0 +1,126 @@
+"""
+How tokens are sampled: the settings, their limits and what their edge values mean, the same wherever text is generated.
+
+Python, the command line, the server and ONNX exports all check their settings here (docs/generation.md has the table).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 1e-6  # below, a difference of logits divided by it overflows float32; the result is greedy anyway
+MAX_TOP_K = 2**31 - 1  # more tokens than any vocabulary has
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # what `torch.manual_seed` accepts
+PROMPT_PLANS = ("posterior", "prior")
+PRIORS = ("uniform", "aggregate")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    Settings for sampling the next token.
+
+    Args:
+        temperature: 0 to 100. 0, and values below 1e-6, choose the most likely token.
+        top_k: number of most likely tokens to sample from. 0, and values above the vocabulary size, mean all.
+        top_p: 0 to 1. Samples from the smallest set of most likely tokens with this much probability, which has at
+            least one token.
+
+    Raises:
+        ValueError: for a value outside these ranges.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_top_k(self.top_k)
+        check_top_p(self.top_p)
+        object.__setattr__(self, "top_k", min(int(self.top_k), MAX_TOP_K))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
+
+
+def check_temperature(value: Any) -> None:
+    if not _is_number(value) or not 0 <= value <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature={value}: 0 (the most likely token) to {MAX_TEMPERATURE:g}")
+
+
+def check_top_k(value: Any) -> None:
+    if not _is_integer(value) or value < 0:
+        raise ValueError(f"top_k={_shown(value)}: an integer of at least 0 (0 samples from all tokens)")
+
+
+def check_top_p(value: Any) -> None:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"top_p={value}: 0 (the most likely token) to 1 (all tokens)")
+
+
+def check_seed(value: Any) -> int:
+    """
+    The seed as an integer from 0 to 2**64 - 1, as PyTorch reads it: -1 is 2**64 - 1.
+
+    Raises:
+        ValueError: for anything but an integer from -2**63 to 2**64 - 1.
+    """
+    if not _is_integer(value) or not MIN_SEED <= value <= MAX_SEED:
+        raise ValueError(f"seed={_shown(value)}: an integer from -2**63 to 2**64 - 1")
+    return int(value) % 2**64
+
+
+def check_max_new_tokens(value: Any) -> None:
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"max_new_tokens={_shown(value)}: an integer of at least 1")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """`ValueError` where a setting is not one of the given values."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: one of {choices}")
+
+
+def check_plan_count(num_plans: int, plan_span: int | str) -> None:
+    """`ValueError` for several plans where one plan covers the whole text."""
+    if plan_span == "sequence" and num_plans > 1:
+        raise ValueError(f"{num_plans} plans per text: this model takes one (plan_span='sequence')")
+
+
+def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
+    """`ValueError` for token ids that the vocabulary does not have."""
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"token ids from {lowest} to {highest}: the vocabulary has 0 to {vocab_size - 1}")
+
+
+def length_warning(length: int, trained: int) -> str:
+    """What is said of a text longer than the model was built for."""
+    return (
+        f"{length} tokens were generated, but the model was built for {trained} (max_seq_len): the quality of text "
+        "beyond that length is untested"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; an integer of hundreds of digits is cut."""
+    try:
+        text = str(value)
+    except ValueError:  # more digits than Python converts
+        return "an integer of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,152 @@
+"""Who may talk to the server, and how much: host names, the token, connections, headers and bodies."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Collection
+from ipaddress import ip_address
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from free_transformer.serving.schema import RequestError
+
+HEADER_SECONDS = BODY_SECONDS = 20
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+Refuse = Callable[[RequestError], ASGIApp]  # makes the answer
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def local_hosts(host: str) -> tuple[str, ...]:
+    """The names by which a server on a loopback address may be called."""
+    return (*LOCAL_NAMES, f"[{host}]" if ":" in host else host)
+
+
+class HostGuard:
+    """
+    Refuses requests by another host name than the server's own: a web page whose name is made to point to this machine
+    (DNS rebinding) could otherwise read the answers.
+
+    Args:
+        hosts: names that are allowed, without ports; None or `*` allows all.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None, refuse: Refuse):
+        self.app, self.refuse = app, refuse
+        self.hosts = None if hosts is None or "*" in hosts else {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.hosts is not None:
+            shown = Headers(scope=scope).get("host", "")
+            name = shown[: shown.find("]") + 1] if shown.startswith("[") else shown.split(":")[0]
+            if name.lower().rstrip(".") not in self.hosts:
+                message = f"host {shown[:80]!r}: this server answers to {', '.join(sorted(self.hosts))}; --allowed-host"
+                answer = self.refuse(RequestError(403, f"{message} adds a name"))
+                return await answer(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+class TokenGuard:
+    """Asks requests to paths under `/v1` for `Authorization: Bearer TOKEN`, before their body is read."""
+
+    def __init__(self, app: ASGIApp, token: str | None, refuse: Refuse):
+        self.app, self.refuse = app, refuse
+        # a client may send a token that is not ASCII in either encoding
+        self.tokens = None if token is None else [token.encode(), token.encode("latin-1", "replace")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.tokens is not None and scope["path"].startswith("/v1"):
+            headers = [value for name, value in scope["headers"] if name == b"authorization"]
+            scheme, _, shown = (headers[0] if len(headers) == 1 else b"").partition(b" ")
+            matches = [secrets.compare_digest(shown.strip(), token) for token in self.tokens]
+            if scheme.lower() != b"bearer" or not any(matches):
+                message = "this server asks for its token: Authorization: Bearer TOKEN"
+                answer = self.refuse(RequestError(401, message, headers={"WWW-Authenticate": "Bearer"}))
+                return await answer(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def max_body(max_length: int) -> int:
+    """Bytes of a body, by the tokens that a text may have: some 20 long prompts, and less than 50 ms to look at."""
+    return 2**18 + 16 * max_length
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """
+    The body of a request, of which no more than `limit` bytes are kept.
+
+    Raises:
+        RequestError: for a longer one, one that does not arrive in time, and one that is not said to be JSON.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        # what a web page may send to another host without asking is anything but JSON
+        raise RequestError(415, f"Content-Type {kind or 'missing'}: send application/json")
+    told = request.headers.get("content-length", "")
+    too_large = f"this server reads at most {limit}; send fewer or shorter prompts"
+    if told.isdigit() and int(told) > limit:
+        raise RequestError(413, f"a body of {told} bytes: {too_large}")
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise RequestError(413, f"a body of more than {limit} bytes: {too_large}")
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError as error:
+        message = f"the body did not arrive within {BODY_SECONDS} seconds"
+        raise RequestError(408, message, headers={"Connection": "close"}) from error
+
+
+def connection_class(max_connections: int) -> type[H11Protocol]:
+    """
+    uvicorn's connection with limits of its own: their number, and the time until the headers of a request have arrived.
+    h11 limits the size of headers, which httptools does not.
+    """
+
+    class Connection(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+                transport.close()
+                return
+            self._set_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unset_timer()
+            super().connection_lost(exc)
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            in_progress = self.cycle is not None and not self.cycle.response_complete
+            if in_progress or self.timeout_keep_alive_task is not None:  # which closes it when it stays idle
+                self._unset_timer()
+            else:
+                self._set_timer()
+
+        def _set_timer(self) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(HEADER_SECONDS, self.timeout_keep_alive_handler)
+
+        def _unset_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return Connection

@@ -1,0 +1,186 @@
+"""Text from tokens as they come: pieces that can be sent at once, up to a stop string."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+
+CONTEXT = 8  # tokens that decide how the next one is decoded, such as whether its leading space is kept
+UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
+MAX_UNFINISHED = 8  # tokens that may wait for the rest of a character
+
+
+class TokenTexts:
+    """
+    What single tokens stand for: bytes, where the tokenizer's tokens are bytes.
+
+    `tokenizers.DecodeStream` is not used, since it raises at bytes that are not UTF-8 (with byte fallback), and it does
+    not know the prompt that comes before the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        described = json.loads(tokenizer.to_str())
+        decoders = list(_flattened(described.get("decoder") or {}))
+        self.byte_level = decoders == ["ByteLevel"]
+        self.byte_fallback = "ByteFallback" in decoders
+        self.special = {token["id"] for token in described.get("added_tokens", ()) if token["special"]}
+        self._bytes: dict[int, bytes | None] = {}
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes that a token stands for; None for a token that is decoded as text."""
+        if token not in self._bytes:
+            self._bytes[token] = self._find_bytes(token)
+        return self._bytes[token]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def shown(self, token: int) -> str:
+        r"""A token by itself, as `logprobs` lists it. Bytes that are no text are written as in `bytes:\xe2\x82`."""
+        raw = self.bytes_of(token)
+        if token in self.special or raw is None:
+            name = self.tokenizer.id_to_token(token) or ""
+            if token in self.special:
+                return name
+            alone = self.decode([token])
+            return self.decode([token, token])[len(alone) :] or name  # as it reads after another token
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _find_bytes(self, token: int) -> bytes | None:
+        name = self.tokenizer.id_to_token(token)
+        if token in self.special or name is None:
+            return b""
+        if self.byte_level:
+            alphabet = _byte_alphabet()
+            if all(character in alphabet for character in name):
+                return bytes(alphabet[character] for character in name)
+            return name.encode()
+        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name) if self.byte_fallback else None
+        return bytes([int(byte[1], 16)]) if byte else None
+
+
+class Detokenizer:
+    """
+    Decodes the tokens of a text one by one. The prompt's text and all pieces together are what the tokenizer makes of
+    all tokens; bytes that are not UTF-8 become U+FFFD.
+
+    It holds back what may yet change: the first bytes of a character, and what may become a stop string.
+
+    Args:
+        stop: strings of which the first to appear ends the text. It is not part of the text.
+
+    Attributes:
+        prompt: the prompt's text.
+        stopped: whether a stop string has ended the text.
+    """
+
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+        self.texts, self.stop = texts, stop
+        self.stopped = False
+        self.count = 0  # tokens of the text
+        self._held = ""
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._window: list[int] = []  # the last tokens that were decoded as text
+        self._unfinished = 0  # tokens at the window's end of which nothing has been shown
+        self._shown = 0  # characters of the window's text that have been shown
+        self._only_bytes = False  # whether all text so far came from tokens that are bytes
+        self.prompt = self._read_prompt(prompt)
+
+    def add(self, token: int) -> str:
+        """The next token; returns what can be shown now."""
+        self.count += 1
+        return self._show(self._decode(token))
+
+    def end(self) -> str:
+        """What is left, where no stop string has ended the text."""
+        if self.stopped:
+            return ""
+        shown = self._show(self._utf8.decode(b"", final=True) + self._rest_of_window())
+        if not self.stopped:
+            shown, self._held = shown + self._held, ""
+        return shown
+
+    def _read_prompt(self, tokens: Sequence[int]) -> str:
+        """The prompt's text, up to a character that its last bytes begin."""
+        start = len(tokens)
+        while start and self.texts.bytes_of(tokens[start - 1]) is not None:
+            start -= 1
+        text = self.texts.decode(tokens[:start]) if start else ""
+        size = CONTEXT
+        self._window = list(tokens[max(0, start - size) : start])
+        while not self.texts.decode(self._window) and size < start:  # special tokens, which have no text
+            size *= 2
+            self._window = list(tokens[max(0, start - size) : start])
+        self._shown = len(self.texts.decode(self._window)) if self._window else 0
+        of_bytes = b"".join(self.texts.bytes_of(token) or b"" for token in tokens[start:])
+        self._only_bytes = bool(of_bytes) and not self._window
+        return text + self._utf8.decode(of_bytes)
+
+    def _decode(self, token: int) -> str:
+        raw = self.texts.bytes_of(token)
+        if raw is not None:
+            self._only_bytes = self._only_bytes or (bool(raw) and not self._window)
+            return self._rest_of_window() + self._utf8.decode(raw)
+        before = self._utf8.decode(b"", final=True)
+        if self._only_bytes:  # not the first token of the text, whose leading space a decoder may drop
+            self._window, self._only_bytes = [token], False
+            self._shown = len(self.texts.decode(self._window))
+        self._window.append(token)
+        text = self.texts.decode(self._window)
+        self._unfinished += 1
+        if text.endswith(UNFINISHED) and self._unfinished < MAX_UNFINISHED:
+            return before
+        piece, self._shown, self._unfinished = text[self._shown :], len(text), 0
+        if len(self._window) > 2 * CONTEXT:
+            self._window = self._window[-CONTEXT:]
+            self._shown = len(self.texts.decode(self._window))
+        return before + piece
+
+    def _rest_of_window(self) -> str:
+        if not self._unfinished:
+            return ""
+        text = self.texts.decode(self._window)
+        piece, self._shown, self._unfinished = text[self._shown :], len(text), 0
+        return piece
+
+    def _show(self, piece: str) -> str:
+        text = self._held + piece
+        if not self.stop:
+            return text
+        found = [place for place in map(text.find, self.stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        kept = max((_beginning_at_end(text, stop) for stop in self.stop), default=0)
+        shown, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        return shown
+
+
+def _beginning_at_end(text: str, stop: str) -> int:
+    """The length of the longest beginning of `stop` that `text` ends with."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _flattened(decoder: dict[str, Any]) -> Iterator[str]:
+    """The kinds of the decoders in a sequence."""
+    if decoder.get("type") == "Sequence":
+        for each in decoder["decoders"]:
+            yield from _flattened(each)
+    elif decoder:
+        yield decoder["type"]
+
+
+@lru_cache
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a `ByteLevel` token stands for."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}

@@ -1,0 +1,305 @@
+"""What clients may send: the bodies of OpenAI's completions and chat completions, with plans."""
+
+import difflib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator
+from pydantic_core import from_json
+
+from free_transformer.sampling import check_seed, check_temperature, check_top_k, check_top_p
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_SCORE_PLANS = 256
+MAX_ROWS = 4096  # prompts of a request, or plans
+MAX_SHOWN = 60  # characters of a value in a message
+PROMPT = f"prompt: a text, its token ids, or a list of up to {MAX_ROWS} of either"
+PLAN = "plan: bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
+
+# Checked by validators of our own: pydantic tries every member of a union, on lists of a hundred thousand lists too.
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation]
+Plan = Annotated[str | list[Literal[0, 1]] | list[list[Literal[0, 1]]], SkipValidation]
+Stop = Annotated[str | list[str], SkipValidation]
+
+
+class RequestError(Exception):
+    """A request that cannot be answered: the HTTP status, and a message for the client."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, headers
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="accepted, and not used")
+
+
+class GenerationRequest(_Body):
+    """The fields that both kinds of completion have. Those from `plan` on are this server's own."""
+
+    model: str | None = Field(None, description="name of the model, as /v1/models lists it")
+    temperature: float = Field(1.0, description="0 to 100; 0 chooses the most likely token")
+    top_p: float = Field(1.0, description="0 to 1; sample from the most likely tokens with this much probability")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of texts per prompt")
+    stop: Stop = Field([], description="strings that end the text and are not part of it")
+    seed: int | None = Field(None, description="makes plans and tokens repeatable; -2**63 to 2**64 - 1")
+    stream: bool = Field(False, description="send the text in pieces, as server-sent events")
+    stream_options: StreamOptions = StreamOptions()
+    user: Any = Field(None, description="accepted, and not used, as the next four")
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    logit_bias: dict[str, float] | None = Field(None, description="not supported: empty")
+    presence_penalty: float = Field(0, description="not supported: 0")
+    frequency_penalty: float = Field(0, description="not supported: 0")
+    plan: Plan | None = Field(
+        None, description="bits of the plan, bit 0 first, as in 01101001 or [0, 1, 1, ...]; several plans in turn"
+    )
+    plan_from: str | None = Field(None, description="a text; the encoder reads its plan, which is used")
+    prompt_plan: Literal["posterior", "prior"] | None = Field(
+        None, description="plan of the prompt: read by the encoder (posterior, the default) or sampled from the prior"
+    )
+    prior: Literal["uniform", "aggregate"] = Field(
+        "uniform", description="what other plans are sampled from: uniform, or the plans that training texts took"
+    )
+    top_k: int = Field(0, description="sample from this many most likely tokens; 0 means all")
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature(cls, value: float) -> float:
+        check_temperature(value)
+        return value
+
+    @field_validator("top_p")
+    @classmethod
+    def _top_p(cls, value: float) -> float:
+        check_top_p(value)
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k(cls, value: int) -> int:
+        check_top_k(value)
+        return value
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, value: int | None) -> int | None:
+        return None if value is None else check_seed(value)
+
+    @field_validator("stop")
+    @classmethod
+    def _stop(cls, value: Any) -> list[str]:
+        stops = [value] if isinstance(value, str) else value
+        fits = isinstance(stops, list) and len(stops) <= MAX_STOPS and {*map(type, stops)} <= {str}
+        if not fits or any(not 1 <= len(each) <= MAX_STOP_LENGTH for each in stops):
+            raise ValueError(
+                f"stop: up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty"
+            )
+        return stops
+
+    @field_validator("plan")
+    @classmethod
+    def _plan(cls, value: Any) -> Any:
+        rows = [value] if _types(value) == {int} else value
+        if isinstance(value, str) or (
+            isinstance(rows, list)
+            and 0 < len(rows) <= MAX_ROWS
+            and all(_types(row) == {int} and {*row} <= {0, 1} for row in rows)
+        ):
+            return value
+        raise ValueError(PLAN)
+
+    @field_validator("logit_bias", "presence_penalty", "frequency_penalty")
+    @classmethod
+    def _not_supported(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("not supported by this server; leave it out")
+        return value
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Prompt = Field(
+        "", description="text to continue, or its token ids including the begin-of-text token; or several of either"
+    )
+    max_tokens: int = Field(16, ge=0, description="tokens to generate at most; 0 only returns the prompt, with echo")
+    echo: bool = Field(False, description="begin the text with the prompt")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="return log-probabilities of tokens and of this many likely ones; with echo also for the prompt",
+    )
+    num_plans: int = Field(
+        16,
+        ge=1,
+        le=MAX_SCORE_PLANS,
+        description="plans that the log-probabilities of a prompt are averaged over (echo, max_tokens up to 1)",
+    )
+    best_of: int | None = Field(None, description="not supported: n")
+    suffix: str | None = Field(None, description="not supported: empty")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: Any) -> Any:
+        if isinstance(value, str) or _types(value) in ({str}, {int}):
+            return value
+        if value == []:
+            raise ValueError("prompt: an empty list; give a text, '' to begin from nothing")
+        if _types(value) == {list} and len(value) <= MAX_ROWS:
+            if [] in value:
+                raise ValueError("prompt: no tokens; begin with the one that begins a text")
+            if all(_types(row) == {int} for row in value):
+                return value
+        raise ValueError(PROMPT)
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("not supported by this server; leave it out")
+        return value
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation. Further fields are passed to the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[ContentPart]
+
+
+class ChatRequest(GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        description="the conversation so far", min_length=1
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens to generate at most; default what the model can hold"
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="the same")
+    logprobs: bool = Field(False, description="return log-probabilities of tokens")
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="and of this many most likely ones")
+    response_format: Any = Field(None, description='not supported: {"type": "text"}')
+    tools: Any = Field(None, description="not supported: empty")
+    tool_choice: Any = Field(None, description="not supported: none or auto")
+    parallel_tool_calls: Any = Field(None, description="accepted, and not used")
+    prompt_cache_key: Any = Field(None, description="accepted, and not used")
+
+    @field_validator("response_format", "tools", "tool_choice")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if value and value not in ("none", "auto", {"type": "text"}):
+            raise ValueError("not supported by this server; leave it out")
+        return value
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
+
+
+def parse_body(body: bytes, kind: type[Request]) -> Request:
+    """
+    The request in a body. Fields that are null are left out, as OpenAI's interface has it.
+
+    Raises:
+        RequestError: for a body that is not JSON, or not as `kind` describes it; says the first thing that is wrong.
+    """
+    try:
+        values = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        try:
+            body.decode()
+        except UnicodeDecodeError as undecoded:
+            raise RequestError(400, f"the body is not UTF-8 (byte {undecoded.start}): send JSON in UTF-8") from error
+        if name := _field_with_lone_surrogate(body):
+            message = f"{name}: half of a surrogate pair, \\ud800 to \\udfff without the other half"
+            raise RequestError(400, message, name) from error
+        raise RequestError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RequestError(400, f"the body is a JSON {_json_kind(values)}: a JSON object is expected")
+    for name in values:
+        if name not in kind.model_fields:
+            near = difflib.get_close_matches(name[:MAX_SHOWN], kind.model_fields, 1)
+            hint = f"; is {near[0]} meant?" if near else "; fields are " + ", ".join(kind.model_fields)
+            raise RequestError(400, f"{_shortened(name)}: unknown field{hint}", _shortened(name))
+    try:
+        return kind.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        name, message = _explain(error.errors(include_url=False, include_context=False)[0])
+        raise RequestError(400, message, name) from error
+
+
+def _explain(error: Any) -> tuple[str, str]:
+    """The field of a validation error, and a message with what it holds and what is allowed."""
+    name = str(error["loc"][0])
+    message = error["msg"].removeprefix("Value error, ")
+    if message.startswith(name):
+        return name, message
+    # without the member of a union, `str` or `list[...]`
+    place = ".".join(str(part) for part in error["loc"] if part != "str" and "[" not in str(part))
+    if error["type"] == "missing":
+        return name, f"{place}: missing"
+    return name, f"{place}={_shortened(json.dumps(_abridged(error.get('input')), ensure_ascii=False))}: {message}"
+
+
+def _types(value: Any) -> set[type]:
+    """The types in a list; none for anything else."""
+    return {*map(type, value)} if isinstance(value, list) else set()
+
+
+def _field_with_lone_surrogate(body: bytes) -> str | None:
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    for name, value in values.items() if isinstance(values, dict) else ():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return "the name of a field"
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return _shortened(name)
+    return None
+
+
+def _abridged(value: Any) -> Any:
+    """A value for a message: of long ones the beginning."""
+    if isinstance(value, str):
+        return value[:MAX_SHOWN]
+    if isinstance(value, list):
+        return [_abridged(each) for each in value[:3]]
+    if isinstance(value, dict):
+        return {name[:MAX_SHOWN]: _abridged(each) for name, each in list(value.items())[:3]}
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**20:
+        return "an integer of more than 20 digits"
+    return value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")
