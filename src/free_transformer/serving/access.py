@@ -1,6 +1,7 @@
 """Who may talk to the server, and how much: host names, the token, connections, headers and bodies."""
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable, Collection
 from ipaddress import ip_address
@@ -14,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from free_transformer.serving.schema import RequestError
 
 HEADER_SECONDS = BODY_SECONDS = 20
+DISCARD_SECONDS, MAX_DISCARDED = 5, 2**24  # bytes of the body of a request that is refused
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 Refuse = Callable[[RequestError], ASGIApp]  # makes the answer
 
@@ -51,6 +53,7 @@ class HostGuard:
             if name.lower().rstrip(".") not in self.hosts:
                 message = f"host {shown[:80]!r}: this server answers to {', '.join(sorted(self.hosts))}; --allowed-host"
                 answer = self.refuse(RequestError(403, f"{message} adds a name"))
+                await _discard_body(receive)
                 return await answer(scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -71,8 +74,22 @@ class TokenGuard:
             if scheme.lower() != b"bearer" or not any(matches):
                 message = "this server asks for its token: Authorization: Bearer TOKEN"
                 answer = self.refuse(RequestError(401, message, headers={"WWW-Authenticate": "Bearer"}))
+                await _discard_body(receive)
                 return await answer(scope, receive, send)
         await self.app(scope, receive, send)
+
+
+async def _discard_body(receive: Receive) -> None:
+    """Reads what a client is still sending: many look for an answer only when they have sent all."""
+
+    async def read() -> None:
+        size, more = 0, True
+        while more and size < MAX_DISCARDED:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DISCARD_SECONDS)
 
 
 def max_body(max_length: int) -> int:
@@ -87,28 +104,30 @@ async def read_body(request: Request, limit: int) -> bytes:
     Raises:
         RequestError: for a longer one, one that does not arrive in time, and one that is not said to be JSON.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        # what a web page may send to another host without asking is anything but JSON
-        raise RequestError(415, f"Content-Type {kind or 'missing'}: send application/json")
-    told = request.headers.get("content-length", "")
-    too_large = f"this server reads at most {limit}; send fewer or shorter prompts"
-    if told.isdigit() and int(told) > limit:
-        raise RequestError(413, f"a body of {told} bytes: {too_large}")
+    body, size = bytearray(), 0
 
-    async def read() -> bytes:
-        body = bytearray()
+    async def read() -> None:
+        nonlocal size
         async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise RequestError(413, f"a body of more than {limit} bytes: {too_large}")
-        return bytes(body)
+            size += len(part)
+            if size <= limit:
+                body.extend(part)
+            elif size > MAX_DISCARDED:  # less is read to its end, as by `_discard_body`
+                return
 
     try:
-        return await asyncio.wait_for(read(), BODY_SECONDS)
+        await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError as error:
         message = f"the body did not arrive within {BODY_SECONDS} seconds"
         raise RequestError(408, message, headers={"Connection": "close"}) from error
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        # what a web page may send to another host without asking is anything but JSON
+        raise RequestError(415, f"Content-Type {kind[:80] or 'missing'}: send application/json")
+    if size > limit:
+        message = f"a body of more than {limit} bytes, the most that this server reads; send fewer or shorter prompts"
+        raise RequestError(413, message, headers={"Connection": "close"} if size > MAX_DISCARDED else None)
+    return bytes(body)
 
 
 def connection_class(max_connections: int) -> type[H11Protocol]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from free_transformer.deploy.onnx_model import check_vocabulary
+from free_transformer.deploy.arrays import check_vocabulary, sample_prior
 from free_transformer.sampling import Sampling
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.detokenizer import TokenTexts
@@ -150,26 +150,43 @@ class Batch(ABC):
             the first column, the plan, and (C, V) logits.
         """
 
+    def score_plans(
+        self, num_tokens: int, count: int, prior: str, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """
+        Plans that the probabilities of a text are averaged over, (S, P, H) bool, and their log-weights: `count` sampled
+        from the prior, or all that there are where those are no more.
+        """
+        log_aggregate = self.prior(prior)
+        if self.plan_span != "sequence" or self.latent_dim > 30 or 2**self.latent_dim > count:
+            shape = (count, self.num_plans(num_tokens))
+            return sample_prior(shape, self.latent_dim, log_aggregate, rng), None
+        plans = np.arange(2**self.latent_dim)[:, None] >> np.arange(self.latent_dim) & 1
+        if log_aggregate is not None and log_aggregate.ndim == 2:  # of each bit's values
+            log_aggregate = log_aggregate[plans, np.arange(self.latent_dim)].sum(1)
+        return plans[:, None].astype(bool), log_aggregate
+
     def score_token(self, logits: Any, row: int, token: int, top: int) -> TokenScore:
         """The log-probability of a token by a row of logits, before temperature, top_k and top_p."""
         return token_scores(_log_softmax(np.asarray(logits[row : row + 1])), [token], top)[0]
 
     def score_prompt(
-        self, tokens: list[int], plans: np.ndarray, top: int
+        self, tokens: list[int], plans: np.ndarray, top: int, log_weights: np.ndarray | None = None
     ) -> Iterator[tuple[list[TokenScore], np.ndarray]]:
         r"""
-        Log-probabilities of a text's tokens, averaged over plans: `p(x_t | x_<t)` of `p(x) = 1/S \sum_s p(x | Z_s)`.
+        Log-probabilities of a text's tokens, averaged over plans: `p(x_t | x_<t)` of `p(x) = \sum_s w_s p(x | Z_s)`.
 
         Args:
-            plans: (S, P, H) bool, drawn from the prior; one plan gives the probabilities under that plan.
+            plans: (S, P, H) bool; one plan gives the probabilities under that plan.
             top: number of most likely tokens to list at each place.
+            log_weights: log w, (S,), default the same for all, as it is for plans sampled from the prior.
 
         Yields:
             after each piece of work the scores that are known by then, of tokens from the first on, and the
             log-probabilities, (V,), of the token after them.
         """
         scores = [TokenScore(tokens[0], None, [])]
-        log_weights = np.zeros(len(plans))  # log p(x_<t | Z_s)
+        log_weights = np.zeros(len(plans)) if log_weights is None else log_weights.copy()  # later w_s p(x_<t | Z_s)
         columns = max(1, SCORED_VALUES // self.vocab_size)
         mixture, total = np.zeros((0, self.vocab_size)), np.zeros(0)
         for start, which, logits in self.prompt_logits(tokens, plans, columns):

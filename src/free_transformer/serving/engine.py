@@ -464,11 +464,10 @@ class _Text:
         if job.logprobs is None:  # only the prompt is wanted
             return iter(())
         if job.num_plans:
-            shape = (job.num_plans, batch.num_plans(len(job.tokens)))
-            plans = sample_prior(shape, batch.latent_dim, batch.prior(job.prior), self.plan_rng)
-        else:
-            plans = self.complete_plan(lambda: batch.infer_plan(job.tokens))[None]
-        return batch.score_prompt(job.tokens, plans, job.logprobs)
+            plans, weights = batch.score_plans(len(job.tokens), job.num_plans, job.prior, self.plan_rng)
+            return batch.score_prompt(job.tokens, plans, job.logprobs, weights)
+        plan = self.complete_plan(lambda: batch.infer_plan(job.tokens))
+        return batch.score_prompt(job.tokens, plan[None], job.logprobs)
 
     def take(self, token: int) -> str | None:
         """The next token; how the text ends, if it does."""
