@@ -93,8 +93,7 @@ def test_log_probabilities_are_the_models(client, model):
     assert streamed == found.token_logprobs
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnx"])
-@pytest.mark.parametrize("span", ["sequence", 4])
+@pytest.mark.parametrize(("span", "kind"), [("sequence", "torch"), (4, "torch"), (4, "onnx")])
 def test_scores_are_averaged_over_plans(span, kind, tmp_path, monkeypatch):
     """Against a sum over plans in float64, read in several pieces."""
     model = build_model(plan_span=span, max_seq_len=64)
