@@ -639,3 +639,20 @@ def test_export_refuses_what_it_cannot_write(command, run, options, message):
 def test_export_refuses_a_baseline(command, runs):
     done = command("export", runs["baseline"])
     assert done.status == 2 and "LlamaForCausalLM has no plan" in done.err
+
+
+def test_nothing_of_others_is_replaced(command, run, tmp_path):
+    for name in ("notes.txt", "page.html", "results.json"):
+        write_text(tmp_path / "desk" / name, "mine")
+    small = ("--to", "torch", "--quantize", "int8-dynamic", "--out")
+    assert_refused(command("export", run, *small, tmp_path / "desk"), 2, "not of an earlier export")
+    for own in (run, run / "model", run.parent):
+        assert_refused(command("export", run, *small, own, "--overwrite"), 2, "holds what is being read")
+    assert_refused(command("report", run, "--out", tmp_path / "desk" / "page.html"), 2, "was not written by this command")
+    done = command("lm-eval", run, "--tasks", "x", "--output", tmp_path / "desk" / "results.json")
+    assert_refused(done, 2, "was not written by this command")
+    assert {file.read_text() for file in (tmp_path / "desk").iterdir()} == {"mine"}
+    for _ in range(2):  # of an earlier export, page or sweep it may be
+        assert command("export", run, *small, tmp_path / "small").status == 0
+        assert command("report", run, "--out", tmp_path / "page.html").status == 0
+    assert command("report", run, "--out", tmp_path / "desk" / "page.html", "--overwrite").status == 0

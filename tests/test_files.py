@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from free_transformer import files
-from free_transformer.files import new_folder, write_text
+from free_transformer.errors import SettingsError
+from free_transformer.files import MARKER, WRITTEN_BY, check_own_file, new_folder, own_folder, write_json, write_text
 
 
 def everything_below(folder: Path) -> dict[str, str]:
@@ -114,3 +115,73 @@ def test_a_folder_that_cannot_take_its_place_gives_it_back_to_the_old_one(tmp_pa
         with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "folder") as folder:
             (folder / "new.txt").write_text("new")
     assert everything_below(tmp_path) == {"folder": "folder", "folder/old.txt": "old"}
+
+
+def fill(path: Path, **options) -> None:
+    with own_folder(path, "export", **options) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "weights").write_text("new")
+
+
+@pytest.mark.parametrize("before", [None, {}])
+def test_a_new_or_empty_folder_may_be_filled_again_and_again(tmp_path, before):
+    if before is not None:
+        (tmp_path / "out").mkdir()
+    for _ in range(2):
+        fill(tmp_path / "out")
+        assert set(everything_below(tmp_path / "out")) == {MARKER, "inner", "inner/weights"}
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "inner/notes.txt"])
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path, mine):
+    fill(tmp_path / "out")
+    (tmp_path / "out" / mine).write_text("mine")
+    before = everything_below(tmp_path)
+    with pytest.raises(
+        SettingsError, match=f"out: holds files that are not of an earlier export: {mine}; name another"
+    ):
+        fill(tmp_path / "out")
+    assert everything_below(tmp_path) == before
+    fill(tmp_path / "out", overwrite=True)
+    assert mine not in everything_below(tmp_path / "out")
+
+
+def test_other_kinds_files_and_damaged_markers_are_no_permission(tmp_path):
+    fill(tmp_path / "out")
+    with pytest.raises(SettingsError, match="not of an earlier tokenizer"), own_folder(tmp_path / "out", "tokenizer"):
+        pass
+    (tmp_path / "out" / MARKER).write_text("[]")
+    with pytest.raises(SettingsError, match="not of an earlier export"):
+        fill(tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SettingsError, match="file: a file; name a folder"):
+        fill(tmp_path / "file")
+
+
+def test_what_is_being_read_is_not_replaced_even_so(tmp_path):
+    fill(tmp_path / "run" / "model")
+    for out in ("run", "run/model", "."):
+        with pytest.raises(SettingsError, match=r"holds what is being read \(model\)"):
+            fill(tmp_path / out, overwrite=True, protected=[tmp_path / "run" / "model"])
+    fill(tmp_path / "run" / "onnx", protected=[tmp_path / "run" / "model"])
+
+
+def test_files_that_come_while_a_folder_is_written_are_kept(tmp_path):
+    with pytest.raises(SettingsError, match=r"notes\.txt"), own_folder(tmp_path / "out", "export") as folder:
+        (folder / "weights").write_text("new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert everything_below(tmp_path) == {"out": "folder", "out/notes.txt": "mine"}
+
+
+def test_only_files_that_we_wrote_are_replaced(tmp_path):
+    file = tmp_path / "results.json"
+    check_own_file(file)
+    file.write_text("{}")
+    with pytest.raises(SettingsError, match=r"results\.json: exists, and was not written by this command"):
+        check_own_file(file)
+    check_own_file(file, overwrite=True)
+    write_json(file, {"written_by": WRITTEN_BY})
+    check_own_file(file)
+    with pytest.raises(SettingsError):
+        check_own_file(tmp_path)
