@@ -1,12 +1,16 @@
 """
 A server under load: 200 requests at once against one by one, whether each answer is the one that the request gets
 alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/serving.md.
+
+With `--beside COMMIT` the servers of this checkout and of a commit answer the same requests in turn; the ratios of
+their times are printed.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import statistics
@@ -15,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +33,7 @@ from free_transformer.deploy.onnx_export import export_onnx
 from free_transformer.files import write_json
 from free_transformer.training import Run
 
+ROOT = Path(__file__).parent.parent
 REQUESTS, LONG_RUN, ROUNDS = 200, 2000, 3
 AT_A_TIME = 64  # of the long run
 PROMPT_CHARACTERS, NEW_TOKENS = (10, 60), (16, 96)
@@ -67,11 +72,12 @@ def build_requests(run_folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def server(arguments: list[str]) -> Iterator[str]:
-    """The address of a server of its own process."""
+def server(arguments: list[str], source: Path | None = None) -> Iterator[str]:
+    """The address of a server in a process of its own, of this checkout or of another folder of sources."""
+    environment = os.environ if source is None else {**os.environ, "PYTHONPATH": str(source)}
     command = [sys.executable, "-u", "-m", "free_transformer", "serve", "--port", "0", *arguments]
     with tempfile.TemporaryFile("a+") as log:  # not a pipe, which fills up if nobody reads it
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             yield _address(process, log)
         finally:
@@ -163,6 +169,55 @@ def time_generate(run_folder: Path, requests: list[dict[str, Any]]) -> float:
     return time.perf_counter() - started
 
 
+async def measure_beside(addresses: list[str], requests: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """Times of the first server over those of the second: medians of the ratios of each round."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(AsyncOpenAI(base_url=each, api_key="none", max_retries=0, timeout=600))
+            for each in addresses
+        ]
+        for client in clients:
+            await send(client, requests[:32], 1)
+        loads: dict[int, list[list[Load]]] = {1: [], len(requests): []}
+        for number in range(rounds):
+            order = [0, 1] if number % 2 else [1, 0]
+            for at_a_time, found in loads.items():
+                by_server = {index: await send(clients[index], requests, at_a_time) for index in order}
+                found.append([by_server[0], by_server[1]])
+
+    def ratio(pairs: list[list[Load]], value: Callable[[Load], float]) -> float:
+        return statistics.median(value(new) / value(old) for new, old in pairs)
+
+    alone, together = loads.values()
+    return {
+        "one by one": ratio(alone, lambda load: load.seconds),
+        "all at once": ratio(together, lambda load: load.seconds),
+        "latency alone, p50": ratio(alone, lambda load: statistics.median(load.latencies)),
+        "latency, p50": ratio(together, lambda load: statistics.median(load.latencies)),
+        "latency, p99": ratio(together, lambda load: sorted(load.latencies)[int(0.99 * len(load.latencies))]),
+        "answers that differ": sum(
+            one != other
+            for new, old in [*alone, *together]
+            for one, other in zip(new.answers, old.answers, strict=True)
+        ),
+    }
+
+
+def beside(commit: str, served: dict[str, list[str]], requests: list[dict[str, Any]], rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", folder, commit], check=True)
+        try:
+            for name, arguments in served.items():
+                with server(arguments) as new, server(arguments, Path(folder) / "src") as old:
+                    found = asyncio.run(measure_beside([new, old], requests, rounds))
+                print(
+                    f"{name}, this checkout over {commit}: ", {what: round(value, 3) for what, value in found.items()}
+                )
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/three_voices"), help="folder that make demo writes")
@@ -170,14 +225,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--long-run", type=int, default=LONG_RUN, help="requests over which memory is watched")
     parser.add_argument("--out", type=Path, default=Path("runs/serving.json"))
+    parser.add_argument("--beside", metavar="COMMIT", help="print times over those of COMMIT, and write nothing")
     options = parser.parse_args()
     requests = build_requests(options.run, options.requests)
     export = options.run / "free" / "onnx"
     if not export.is_dir():
         run = Run(options.run / "free")
         export_onnx(run.load_model(), export, run.load_tokenizer())
+    served = {"PyTorch": [str(options.run / "free")], "onnxruntime": ["--onnx", str(export)]}
+    if options.beside:
+        beside(options.beside, served, requests, options.rounds)
+        return
     results: dict[str, Any] = {}
-    for name, arguments in {"PyTorch": [str(options.run / "free")], "onnxruntime": ["--onnx", str(export)]}.items():
+    for name, arguments in served.items():
         with server(arguments) as address:
             results[name] = asyncio.run(measure(address, requests, options.rounds, options.long_run))
         if name == "PyTorch":

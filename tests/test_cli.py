@@ -648,7 +648,9 @@ def test_nothing_of_others_is_replaced(command, run, tmp_path):
     assert_refused(command("export", run, *small, tmp_path / "desk"), 2, "not of an earlier export")
     for own in (run, run / "model", run.parent):
         assert_refused(command("export", run, *small, own, "--overwrite"), 2, "holds what is being read")
-    assert_refused(command("report", run, "--out", tmp_path / "desk" / "page.html"), 2, "was not written by this command")
+    assert_refused(
+        command("report", run, "--out", tmp_path / "desk" / "page.html"), 2, "was not written by this command"
+    )
     done = command("lm-eval", run, "--tasks", "x", "--output", tmp_path / "desk" / "results.json")
     assert_refused(done, 2, "was not written by this command")
     assert {file.read_text() for file in (tmp_path / "desk").iterdir()} == {"mine"}

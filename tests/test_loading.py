@@ -184,7 +184,7 @@ def test_a_damaged_export_is_named(export, tmp_path, command, name, damage):
     shutil.copytree(export, tmp_path / "copy")
     file = tmp_path / "copy" / name
     file.unlink() if damage == "gone" else half(file)
-    for line in (["generate", tmp_path / "copy"], ["serve", "--onnx", tmp_path / "copy", "--port", 0]):
+    for line in (["generate", tmp_path / "copy", "--prompt", "a"], ["serve", "--onnx", tmp_path / "copy", "--port", 0]):
         status, said = command(*line)
         assert status == 2 and str(tmp_path / "copy" / name.removesuffix(".data")) in said and said.count("\n") == 1, (
             said

@@ -1,7 +1,7 @@
 """
 How tokens are sampled: the settings, their limits and what their edge values mean, the same wherever text is generated.
 
-Python, the command line, the server and ONNX exports all check their settings here (docs/generation.md has the table).
+Python, the command line, the server and ONNX exports all check their settings here (docs/serving.md has the table).
 """
 
 import math

@@ -32,7 +32,7 @@ from free_transformer.sampling import (
 )
 
 EXPORT_FILE, PRIOR_FILE = "export.json", "plan_prior.npy"
-GRAPHS, STATIC_GRAPHS = ("encode", "decode"), ("encode", "prefill", "decode")  # that generation needs
+DECODERS, STATIC_DECODERS = ("decode",), ("prefill", "decode")  # the graphs that generation cannot do without
 ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -68,7 +68,8 @@ class OnnxFreeTransformer:
         self.latent_dim: int = self.config["latent_dim"]
         self.plan_span: int | str = self.config["plan_span"]
         self.static: tuple[int, int] | None = tuple(self.export["static"]) if self.export["static"] else None
-        self._check_files()
+        for graph in self._decoders:  # `encode` is only needed where plans are read
+            self._check_file(graph)
         self._providers = _checked_providers(providers)
         self._threads = threads
         self._sessions: dict[str, Any] = {}
@@ -246,9 +247,13 @@ class OnnxFreeTransformer:
         return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each)) for each in arrays]
 
     def load(self) -> None:
-        """Loads the graphs that generation needs. `ValueError` where one cannot be loaded."""
-        for graph in GRAPHS if self.static is None else STATIC_GRAPHS:
+        """Loads all graphs that generation may need. `ValueError` where one cannot be loaded."""
+        for graph in ("encode", *self._decoders):
             self._session(graph)
+
+    @property
+    def _decoders(self) -> tuple[str, ...]:
+        return DECODERS if self.static is None else STATIC_DECODERS
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
@@ -258,7 +263,7 @@ class OnnxFreeTransformer:
             options.log_severity_level = 4  # fatal: errors are raised
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
-            file = self.folder / f"{graph}.onnx"
+            file = self._check_file(graph)
             beside = file.with_name(f"{file.name}.data")
             try:
                 if beside.is_file():  # weights beside their graph would be mapped, and change with the file
@@ -282,11 +287,11 @@ class OnnxFreeTransformer:
             raise ValueError(f"{file}: {', '.join(missing)} is missing; export the model again")
         return values
 
-    def _check_files(self) -> None:
-        for graph in GRAPHS if self.static is None else STATIC_GRAPHS:
-            file = self.folder / f"{graph}.onnx"
-            if not file.is_file():
-                raise ValueError(f"{file}: missing; copy it too, or export the model again")
+    def _check_file(self, graph: str) -> Path:
+        file = self.folder / f"{graph}.onnx"
+        if not file.is_file():
+            raise ValueError(f"{file}: missing; copy it too, or export the model again")
+        return file
 
     def _complete_plan(
         self,
