@@ -475,6 +475,7 @@ def test_a_command_line_that_is_not_understood_is_one_line_and_status_2(command,
         (["--num-samples", "many"], "--num-samples"),
         (["--top-p", 2], "top_p=2.0: 0 "),
         (["--seed", 2**64], "seed=18446744073709551616"),
+        (["--temperature", "nan"], "temperature=nan: 0 "),
     ],
 )
 def test_an_option_out_of_range_is_one_line_and_status_2(command, runs, option, message):
@@ -654,6 +655,10 @@ def test_nothing_of_others_is_replaced(command, run, tmp_path):
     done = command("lm-eval", run, "--tasks", "x", "--output", tmp_path / "desk" / "results.json")
     assert_refused(done, 2, "was not written by this command")
     assert {file.read_text() for file in (tmp_path / "desk").iterdir()} == {"mine"}
+    write_text(run / "metrics.json", '{"mine": 1}')
+    assert_refused(command("evaluate", run), 2, "metrics.json: not a results file of this command")
+    assert (run / "metrics.json").read_text() == '{"mine": 1}'
+    (run / "metrics.json").unlink()
     for _ in range(2):  # of an earlier export, page or sweep it may be
         assert command("export", run, *small, tmp_path / "small").status == 0
         assert command("report", run, "--out", tmp_path / "page.html").status == 0

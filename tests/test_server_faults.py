@@ -58,6 +58,11 @@ class Faulty(TorchBatch):
             raise RuntimeError("no scores")
         return super().score_token(logits, row, token, top)
 
+    def sample(self, logits, sampling, uniform):
+        if self.armed and self.fault == "sample" and self.rows > 2 and any(each.top_k == 77 for each in sampling):
+            raise OverflowError("no number")
+        return super().sample(logits, sampling, uniform)
+
     def remove(self, row):
         super().remove(row)
         last = self.bad_rows.pop()
@@ -86,10 +91,11 @@ def generate(build, jobs: list[Job], before=lambda engine: None) -> tuple[list[C
     return asyncio.run(work())
 
 
-@pytest.mark.parametrize("fault", ["read", "first token", "NaN", "scores", "memory"])
+@pytest.mark.parametrize("fault", ["read", "first token", "NaN", "sample", "scores", "memory"])
 def test_what_fails_for_one_text_ends_that_text_alone(model, fault):
     prompts = [b"abc", b"long enough to be the longest of all of them!", b"x", b"yz"]
     jobs = [Job([256, *prompt], 12, seed=(place,), logprobs=1) for place, prompt in enumerate(prompts)]
+    jobs[1].sampling = Sampling(top_k=77)
     expected, _ = generate(lambda: Faulty(model, fault), jobs)
 
     def arm(engine):

@@ -221,6 +221,10 @@ def test_a_sweep_needs_a_folder_of_its_own_and_one_process(config, tmp_path, mon
     write_text(tmp_path / "sweep" / "config.yaml", config.read_text())
     with refused("sweep is the folder of a run; give the sweep one of its own, as in run_dir=.*sweep-sweep"):
         load_sweep(config, GRID)
+    for name in ("sweep.json", "report.html"):
+        write_text(tmp_path / name / name, "mine")
+        with refused(f"{name}: not .*would be replaced"):
+            load_sweep(config, [*GRID, f"run_dir={tmp_path / name}"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("start it without torchrun"):
         load_sweep(config, [*GRID, "run_dir=other"])

@@ -20,7 +20,14 @@ from typer.core import TyperCommand
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.errors import SettingsError
-from free_transformer.files import WRITTEN_BY, check_own_file, check_replaceable, own_folder, write_json
+from free_transformer.files import (
+    WRITTEN_BY,
+    check_own_file,
+    check_own_results,
+    check_replaceable,
+    own_folder,
+    write_json,
+)
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
@@ -58,10 +65,18 @@ PriorOption = Annotated[
 ]
 RowsOption = Annotated[int, typer.Option(min=1, help="rows at the most, drawn at random")]
 BatchOption = Annotated[int, typer.Option(min=1, help="rows at a time")]
-SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text, -2**63 to 2**64 - 1")]
 
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what is there, whatever it is")]
+def _seed(value: int) -> int:
+    from free_transformer.sampling import check_seed
+
+    return check_seed(value)
+
+
+SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text, -2**63 to 2**64 - 1", callback=_seed)]
+
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace existing files, whoever wrote them")]
 
 
 class _TrainCommand(TyperCommand):
@@ -142,6 +157,7 @@ def evaluate(
     from free_transformer.evaluation.report import likelihood_table, usage_table
     from free_transformer.training import Run
 
+    check_own_results(Run(run).evaluation_file, "nll")
     with _joined() as processes:
         likelihood, bytes_per_token = _evaluate(
             run, data, num_samples, method, prior, max_rows, batch_size, seed, processes
@@ -175,6 +191,7 @@ def compare(
     from free_transformer.evaluation import compare as compare_likelihoods
     from free_transformer.training import Run
 
+    check_own_results(Run(run).comparison_file, "difference")
     data = data or Run(run).settings.data.validation  # both runs on the same text
     if Run(run).load_tokenizer().get_vocab() != Run(baseline_run).load_tokenizer().get_vocab():
         raise SettingsError(f"{run} and {baseline_run} have different tokenizers: their losses cannot be compared")
@@ -239,14 +256,13 @@ def generate(
     from free_transformer.deploy.onnx_model import EXPORT_FILE
     from free_transformer.plan_ops import plan_of_text
     from free_transformer.plan_text import format_plan, parse_plan
-    from free_transformer.sampling import Sampling, check_seed
+    from free_transformer.sampling import Sampling
 
     if plan is not None and plan_from is not None:
         raise SettingsError("give --plan or --plan-from, not both")
     if stream and num_samples > 1:
         raise SettingsError("--stream shows one text: use --num-samples 1")
     checked = Sampling(temperature, top_k, top_p)
-    seed = check_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False}  # whatever the generation_config.json of a converted Llama says
     if not checked.greedy:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": checked.top_k, "top_p": top_p}
@@ -348,9 +364,7 @@ def export(
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="the folder to write: new, empty or of an earlier export; default RUN/TO-QUANTIZE-BATCHxLENGTH"
-        ),
+        typer.Option(help="folder to write: new, empty or of an earlier export; default: RUN/TO-QUANTIZE-BATCHxLENGTH"),
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -376,64 +390,74 @@ def export(
 def serve(
     run: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Argument(help="folder that train has written, or of a model", metavar="RUN"),
+        typer.Argument(help="folder of a run, or of a saved model", metavar="RUN"),
     ] = None,
     onnx: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="serve this ONNX export instead, with no torch", metavar="FOLDER"),
+        typer.Option(help="serve this ONNX export instead, without PyTorch", metavar="FOLDER"),
     ] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is all, for others to reach")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 0.0.0.0 accepts connections from other machines")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 chooses a free one")] = 8000,
     token: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(envvar="FREE_TRANSFORMER_TOKEN", help="requests have to show it; the variable keeps it from ps"),
+        typer.Option(
+            envvar="FREE_TRANSFORMER_TOKEN",
+            help="token that requests must send; the variable keeps it out of the process list",
+        ),
     ] = None,
     name: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="of the model in requests, default the folder's"),
+        typer.Option(help="name of the model in requests; default: the folder's"),
     ] = None,
     max_batch: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="texts that are written together; default 32, of an ONNX export 8"),
+        typer.Option(min=1, help="maximum number of texts generated together; default: 32, for an ONNX export 8"),
     ] = None,
     max_length: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=2, help="tokens of a prompt and what is written to it; default the model's, at most 2048"),
+        typer.Option(min=2, help="maximum tokens of prompt and answer together; default: the model's, at most 2048"),
     ] = None,
     max_prompt: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="tokens of a prompt, default what max-length leaves"),
+        typer.Option(min=1, help="maximum tokens of a prompt; default: what max-length allows"),
     ] = None,
     max_tokens: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="tokens that are written to a prompt, default what max-length leaves"),
+        typer.Option(min=1, help="maximum tokens of an answer; default: what max-length allows"),
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="texts that may wait; beyond that a request gets 429")] = 512,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="maximum number of texts in the queue; beyond it, requests get status 429")
+    ] = 512,
     threads: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="processor threads for one product; default all cores"),
+        typer.Option(min=1, help="processor threads per matrix product; default: all cores"),
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0, help="seconds that texts in progress have to end after SIGTERM or Ctrl-C")
+        float, typer.Option(min=0, help="seconds that texts in progress have to finish after SIGTERM or Ctrl-C")
     ] = 20,
     keep_alive: Annotated[
-        int, typer.Option(min=1, help="seconds that a connection may be idle; behind a proxy, more than the proxy's")
+        int,
+        typer.Option(
+            min=1, help="seconds until an idle connection is closed; behind a proxy, set more than the proxy's"
+        ),
     ] = 5,
-    max_connections: Annotated[int, typer.Option(min=1, help="open connections; further ones are closed")] = 900,
+    max_connections: Annotated[int, typer.Option(min=1, help="maximum number of open connections")] = 900,
     allowed_host: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="host name that requests may be sent to, * for any; may be given again. Default: this machine's names "
-            "on a loopback address, any name on others"
+            help="host name that requests may be sent to, * for any; can be repeated. Default: this machine's names on a "
+            "loopback address, any name otherwise"
         ),
     ] = None,
     cors_origin: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="origin of web pages that may call the server, * for any; may be given again"),
+        typer.Option(help="origin of web pages that may call the server, * for any; can be repeated"),
     ] = None,
 ) -> None:
     """
-    Serve completions and chat completions over HTTP, as OpenAI's clients ask for them, with plans.
+    Serve a model over HTTP, compatible with OpenAI's completions and chat completions APIs.
 
     Examples: `free-transformer serve runs/my-run`, `free-transformer serve --onnx runs/my-run/onnx --port 9000`
     """
@@ -734,11 +758,13 @@ def _evaluate(
     import torch
     from rich.progress import track
 
+    from free_transformer.deploy.arrays import check_vocabulary
     from free_transformer.evaluation import evaluate_likelihood
     from free_transformer.training import Run
 
     run = Run(path)
     model, text_tokenizer = run.load_model(), run.load_tokenizer()
+    check_vocabulary(text_tokenizer, model.config.vocab_size, path)
     _spread(model, processes)
     rows = run.held_out_rows(text_tokenizer, data).sample(max_rows, seed)
     torch.manual_seed(seed)
@@ -784,7 +810,7 @@ def _write_under(
     """One text under a plan, which holds as far as it goes; later plans come from the prior."""
     import torch
 
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     output = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), plan=plan, max_new_tokens=max_new_tokens, **sampling
     )

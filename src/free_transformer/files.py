@@ -111,6 +111,18 @@ def check_own_file(path: Path, overwrite: bool = False) -> None:
         )
 
 
+def check_own_results(path: Path, *keys: str) -> None:
+    """`SettingsError` where a file is there that has not the keys of the results to be written."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict) or not values.keys() >= set(keys):
+        raise SettingsError(f"{path}: not a results file of this command, and would be replaced; move it away")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, that takes its place (an older one's, if need be) only when all is written."""

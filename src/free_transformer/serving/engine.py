@@ -202,17 +202,20 @@ class Engine:
             self._deliver()
 
     def _fail(self, error: Exception) -> None:
-        """Ends all texts after a failure that no text can be blamed for, and starts again."""
-        log.error("the engine failed, and with it all texts in progress", exc_info=error)
+        """Ends all texts after a failure that no text can be blamed for, and starts again, at once and then later."""
+        failed_before = self.failure is not None
         self.failure = first_line(error)
         for text in [*self._texts, *self._scoring, *self._take_waiting()]:
             self._ready.append((text, text.failed(self.failure)))
         self._texts, self._scoring = [], deque()
+        if failed_before:
+            log.error("the engine could not be restarted: %s", self.failure)
+            return
+        log.error("the engine failed, and with it all texts in progress", exc_info=error)
         try:
             self._restart()
         except Exception as again:
-            log.error("the engine could not be restarted", exc_info=again)
-            self.failure = first_line(again)
+            self._fail(again)
 
     def _restart(self) -> None:
         self.batch.reset()
@@ -311,16 +314,30 @@ class Engine:
         for row in reversed(range(len(tokens))):  # the text that takes the place of one that ends has had its turn
             self._take(row, tokens[row], logits, row)
 
-    def _sample(self, logits: Any, texts: "Sequence[_Text]") -> list[int]:
+    def _sample(self, logits: Any, texts: "Sequence[_Text]") -> list[int | Exception]:
+        """The next token of each text, or why it has none."""
         sampling = [text.job.sampling for text in texts]
-        return self.batch.sample(logits, sampling, np.array([text.token_rng.random() for text in texts]))
+        uniform = np.array([text.token_rng.random() for text in texts])
+        try:
+            return [*self.batch.sample(logits, sampling, uniform)]
+        except Exception as error:
+            if len(texts) == 1:
+                return [error]
+        found: list[int | Exception] = []
+        for row in range(len(texts)):
+            try:
+                found += self.batch.sample(logits[row : row + 1], sampling[row : row + 1], uniform[row : row + 1])
+            except Exception as error:
+                found.append(error)
+        return found
 
-    def _take(self, row: int, token: int, logits: Any, place: int) -> None:
+    def _take(self, row: int, token: int | Exception, logits: Any, place: int) -> None:
         """A text's next token, which row `place` of the logits has given."""
         text = self._texts[row]
         if token == NO_TOKEN:
-            self.metrics.not_finite.inc()
-            self._blame_row(row, RuntimeError(NOT_FINITE))
+            token = RuntimeError(NOT_FINITE)
+        if isinstance(token, Exception):
+            self._blame_row(row, token)
             return
         try:
             if text.job.logprobs is not None:
@@ -348,6 +365,7 @@ class Engine:
     def _blame(self, text: "_Text", error: Exception, what: str) -> None:
         log.error("a text could not be %s", what, exc_info=error)
         self.metrics.failed.inc()
+        self.metrics.not_finite.inc(str(error) == NOT_FINITE)
         self._ready.append((text, text.failed(first_line(error))))
 
     def _blame_row(self, row: int, error: Exception) -> None:

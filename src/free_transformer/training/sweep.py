@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from free_transformer.evaluation import evaluate_likelihood
-from free_transformer.files import first_line, write_json
+from free_transformer.files import check_own_results, first_line, write_json
 from free_transformer.training.checkpoint import CheckpointFailed, list_checkpoints
 from free_transformer.training.loop import TrainingFailed, train
 from free_transformer.training.processes import find_device
@@ -124,10 +124,9 @@ def _check(sweep: Sweep) -> None:
             f"{sweep.folder} is the folder of a run; give the sweep one of its own, as in run_dir={sweep.folder}-sweep"
         )
     summary, report = sweep.folder / "sweep.json", sweep.folder / "report.html"
-    if not _is_summary(summary):
-        for file in (summary, report):
-            if file.exists():
-                raise SettingsError(f"{file}: not of an earlier sweep, and would be replaced; choose another run_dir")
+    check_own_results(summary, "varied", "runs", "groups")
+    if report.exists() and not summary.exists():
+        raise SettingsError(f"{report}: not of an earlier sweep, and would be replaced; choose another run_dir")
     if SEED in sweep.varied and importlib.util.find_spec("scipy") is None:
         raise SettingsError("confidence intervals over seeds need scipy: pip install scipy")
     known: dict[str, SweepRun] = {}
@@ -136,13 +135,6 @@ def _check(sweep: Sweep) -> None:
         if other is not run:
             raise SettingsError(f"{other.name} and {run.name} are the same settings; name each value once")
         _check_folder(run)
-
-
-def _is_summary(file: Path) -> bool:
-    try:
-        return {"varied", "runs", "groups"} <= json.loads(file.read_text(encoding="utf-8")).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _check_folder(run: SweepRun) -> None:
