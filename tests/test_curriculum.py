@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import MixedRows
+from free_transformer.loading import load_pretrained
 from free_transformer.training import SettingsError, loop, train
 from free_transformer.training import step as training_step
 from free_transformer.training.checkpoint import list_checkpoints
-from free_transformer.training.run import load_model
 from free_transformer.training.settings import parse_settings
 from free_transformer.training.stages import stage_at, stages_of
 from processes import SENTENCES, untimed
@@ -251,7 +251,7 @@ def test_the_best_weights_are_those_of_its_step(tiny_settings, monkeypatch):  # 
     held_out_losses(monkeypatch, [3, 1, 2, 2, 2, 2])
     training = {"eval_every": 1, "keep_best": True, "prior_rows": 0}
     run = train(tiny_settings(training=training), quiet=True)
-    found = dict(load_model(run.model_folder).named_parameters())
+    found = dict(load_pretrained(run.model_folder).named_parameters())
     for name, value in stopped[0].items():
         assert_close(found[name], value, atol=0, rtol=0)
 

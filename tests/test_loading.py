@@ -204,6 +204,15 @@ def test_an_export_does_not_depend_on_its_files(export, tmp_path):
     assert model.generate([[256, 97]], **options).tolist() == before
 
 
+def test_graphs_of_another_model_are_not_served(export, tmp_path, command):
+    export_onnx(build_model(plan_span="sequence", hidden_dim=64, max_seq_len=64), tmp_path / "other", byte_tokenizer())
+    shutil.copytree(export, tmp_path / "copy")
+    (tmp_path / "copy" / "decode.onnx.data").unlink()
+    shutil.copyfile(tmp_path / "other" / "decode.onnx", tmp_path / "copy" / "decode.onnx")
+    status, said = command("serve", "--onnx", tmp_path / "copy", "--port", 0)
+    assert status == 2 and "decode.onnx" in said and said.count("\n") == 1, said
+
+
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
 def test_a_server_does_not_start_with_logits_that_are_not_finite(folders, export, kind):
     batch = TorchBatch(load_pretrained(folders / "free"), byte_tokenizer())

@@ -447,8 +447,8 @@ def serve(
     allowed_host: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="host name that requests may be sent to, * for any; can be repeated. Default: this machine's names on a "
-            "loopback address, any name otherwise"
+            help="host name that requests may be sent to, * for any; can be repeated. Default: this machine's names "
+            "on a loopback address, any name otherwise"
         ),
     ] = None,
     cors_origin: Annotated[

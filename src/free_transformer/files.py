@@ -64,6 +64,8 @@ def own_folder(path: Path, kind: str, overwrite: bool = False, protected: Iterab
         SettingsError: where `path` holds anything else.
     """
     protected = list(protected)
+    if path.is_symlink():  # the folder that it points to is meant
+        path = path.resolve()
     check_replaceable(path, kind, overwrite, protected)
     with new_folder(path) as folder:
         yield folder

@@ -213,6 +213,9 @@ class OnnxFreeTransformer:
 
         Returns:
             its outputs, each an `onnxruntime.OrtValue`; the cache stays on the provider's device.
+
+        Raises:
+            ValueError: where the graph cannot be loaded. RuntimeError: where it cannot be run.
         """
         session = self._session(graph)
         device = "cuda" if _name(self._providers[0]) in ON_CUDA else "cpu"
@@ -224,7 +227,10 @@ class OnnxFreeTransformer:
             binding.bind_ortvalue_input(name, value)
         for output in session.get_outputs():
             binding.bind_output(output.name, device if output.name.startswith("present.") else "cpu")
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise RuntimeError(f"{self.folder / graph}.onnx: onnxruntime failed ({first_line(error)})") from error
         return binding.get_outputs()
 
     def read_in_pieces(self, input_ids: np.ndarray, attention_mask: np.ndarray, plan: np.ndarray) -> np.ndarray:

@@ -169,7 +169,10 @@ class Engine:
     def _run(self, build: Callable[[], Batch], built: "Future[Batch]") -> None:
         try:
             batch = build()
-            batch.warm_up()
+            try:
+                batch.warm_up()
+            except RuntimeError as error:
+                raise ValueError(f"the first tokens could not be generated: {first_line(error)}") from error
             built.set_result(batch)
         except BaseException as error:
             built.set_exception(error)
