@@ -201,9 +201,7 @@ def _check_sampling(kwargs: dict[str, Any]) -> None:
     """Checks the sampling settings, and lets a temperature of 0 mean greedy decoding, which `transformers` refuses."""
     for name, check in (("temperature", check_temperature), ("top_k", check_top_k), ("top_p", check_top_p)):
         if kwargs.get(name) is not None:
-            check(kwargs[name])
-    if kwargs.get("temperature") is not None:
-        kwargs["temperature"] = float(kwargs["temperature"])  # `transformers` refuses integers
+            kwargs[name] = check(kwargs[name])  # a float, where `transformers` refuses integers
     if kwargs.get("temperature") is not None and kwargs["temperature"] < MIN_TEMPERATURE:
         for name in ("temperature", "top_k", "top_p"):
             kwargs.pop(name, None)

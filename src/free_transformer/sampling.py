@@ -46,19 +46,22 @@ class Sampling:
         return self.temperature < MIN_TEMPERATURE
 
 
-def check_temperature(value: Any) -> None:
+def check_temperature(value: Any) -> float:
     if not _is_number(value) or not 0 <= value <= MAX_TEMPERATURE:
         raise ValueError(f"temperature={value}: 0 (the most likely token) to {MAX_TEMPERATURE:g}")
+    return float(value)
 
 
-def check_top_k(value: Any) -> None:
+def check_top_k(value: Any) -> int:
     if not _is_integer(value) or value < 0:
         raise ValueError(f"top_k={_shown(value)}: an integer of at least 0 (0 samples from all tokens)")
+    return int(value)
 
 
-def check_top_p(value: Any) -> None:
+def check_top_p(value: Any) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"top_p={value}: 0 (the most likely token) to 1 (all tokens)")
+    return float(value)
 
 
 def check_seed(value: Any) -> int:

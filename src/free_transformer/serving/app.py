@@ -33,7 +33,7 @@ from free_transformer.serving.answers import (
     completion_jobs,
 )
 from free_transformer.serving.batch import Batch
-from free_transformer.serving.engine import Engine, QueueFull, ResponseStream, Stopping
+from free_transformer.serving.engine import Engine, Job, QueueFull, ResponseStream, Stopping
 from free_transformer.serving.metrics import Metrics
 from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, RequestError, parse_body
 
@@ -72,9 +72,6 @@ def create_app(
     """
     metrics = Metrics()
     engine = Engine(build, max_waiting, metrics)
-    batch = engine.batch
-    longest = batch.max_length - 1
-    limits = Limits(max_prompt or longest, max_tokens or longest, engine.max_texts)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -100,32 +97,32 @@ def create_app(
     app.add_middleware(HostGuard, hosts=allowed_hosts, refuse=refuse)  # the last one added is the first one asked
     _answer_errors(app, refuse)
     _add_status_routes(app, engine, metrics, name)
+    longest = engine.batch.max_length - 1
+    limits = Limits(max_prompt or longest, max_tokens or longest, engine.max_texts)
+    _add_completions(app, _Completions(engine, metrics, name, limits))
+    return app
 
-    async def complete(
-        request: Request, body_kind: type[GenerationRequest], to_jobs: Callable, answer_kind: type[Answer]
+
+class _Completions:
+    """Answers requests for completions of either kind."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, name: str, limits: Limits):
+        self.engine, self.metrics, self.name, self.limits = engine, metrics, name, limits
+
+    async def answer(
+        self, request: Request, kind: type[GenerationRequest], to_jobs: Callable, answer_kind: type[Answer]
     ) -> Response:
         started = time.monotonic()
-        raw = await read_body(request, max_body(batch.max_length))
-
-        def prepare() -> tuple[Any, list]:  # in a thread: a long prompt would hold up all other answers
-            body = parse_body(raw, body_kind)
-            if body.model not in (None, name):
-                raise RequestError(404, f"model {body.model[:80]!r}: this server has {name!r}", "model")
-            return body, to_jobs(body, batch, limits)
-
-        try:
-            body, jobs = await asyncio.to_thread(prepare)
-        except ValueError as error:
-            raise RequestError(400, str(error), _field(str(error), body_kind)) from error
-        responses = engine.submit(jobs)
-        answer = answer_kind(body, jobs, name, batch)
+        body, jobs = await self._read(request, kind, to_jobs)
+        responses = self.engine.submit(jobs)
+        answer = answer_kind(body, jobs, self.name, self.engine.batch)
         watch = asyncio.create_task(_cancel_when_gone(request, responses))
 
         def ended(status: int) -> None:
             watch.cancel()
             responses.cancel()
-            metrics.requests.labels(status).inc()
-            metrics.request_seconds.observe(time.monotonic() - started)
+            self.metrics.requests.labels(status).inc()
+            self.metrics.request_seconds.observe(time.monotonic() - started)
 
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # or proxies would hold it back
@@ -140,17 +137,32 @@ def create_app(
             ended(status)
         return JSONResponse(answer.whole()) if status == 200 else _error(status, answer.failure)
 
+    async def _read(self, request: Request, kind: type[GenerationRequest], to_jobs: Callable) -> tuple[Any, list[Job]]:
+        batch = self.engine.batch
+        raw = await read_body(request, max_body(batch.max_length))
+
+        def prepare() -> tuple[Any, list[Job]]:
+            body = parse_body(raw, kind)
+            if body.model not in (None, self.name):
+                raise RequestError(404, f"model {body.model[:80]!r}: this server has {self.name!r}", "model")
+            return body, to_jobs(body, batch, self.limits)
+
+        try:  # in a thread: to tokenize a long prompt would hold up all other answers
+            return await asyncio.to_thread(prepare)
+        except ValueError as error:
+            raise RequestError(400, str(error), _field(str(error), kind)) from error
+
+
+def _add_completions(app: FastAPI, completions: _Completions) -> None:
     @app.post("/v1/completions", response_model=None, openapi_extra=_described(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        return await complete(request, CompletionRequest, completion_jobs, CompletionAnswer)
+    async def complete(request: Request) -> Response:
+        return await completions.answer(request, CompletionRequest, completion_jobs, CompletionAnswer)
 
     @app.post("/v1/chat/completions", response_model=None, openapi_extra=_described(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        if batch.chat is None:
+    async def chat(request: Request) -> Response:
+        if completions.engine.batch.chat is None:
             raise RequestError(400, "this model's tokenizer has no chat template: use /v1/completions with a prompt")
-        return await complete(request, ChatRequest, chat_jobs, ChatAnswer)
-
-    return app
+        return await completions.answer(request, ChatRequest, chat_jobs, ChatAnswer)
 
 
 def _add_status_routes(app: FastAPI, engine: Engine, metrics: Metrics, name: str) -> None:

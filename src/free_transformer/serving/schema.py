@@ -2,9 +2,10 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
 from free_transformer.sampling import check_seed, check_temperature, check_top_k, check_top_p
@@ -18,6 +19,12 @@ MAX_SHOWN = 60  # characters of a value in a message
 PROMPT = f"prompt: a text, its token ids, or a list of up to {MAX_ROWS} of either"
 PLAN = "plan: bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
 
+CHECKS: dict[str | None, Callable[[Any], Any]] = {
+    "temperature": check_temperature,
+    "top_p": check_top_p,
+    "top_k": check_top_k,
+    "seed": check_seed,
+}
 # Checked by validators of our own: pydantic tries every member of a union, on lists of a hundred thousand lists too.
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation]
 Plan = Annotated[str | list[Literal[0, 1]] | list[list[Literal[0, 1]]], SkipValidation]
@@ -72,28 +79,10 @@ class GenerationRequest(_Body):
     )
     top_k: int = Field(0, description="sample from this many most likely tokens; 0 means all")
 
-    @field_validator("temperature")
+    @field_validator("temperature", "top_p", "top_k", "seed")
     @classmethod
-    def _temperature(cls, value: float) -> float:
-        check_temperature(value)
-        return value
-
-    @field_validator("top_p")
-    @classmethod
-    def _top_p(cls, value: float) -> float:
-        check_top_p(value)
-        return value
-
-    @field_validator("top_k")
-    @classmethod
-    def _top_k(cls, value: int) -> int:
-        check_top_k(value)
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def _seed(cls, value: int | None) -> int | None:
-        return None if value is None else check_seed(value)
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
+        return CHECKS[info.field_name](value) if value is not None else None
 
     @field_validator("stop")
     @classmethod
