@@ -19,7 +19,7 @@ from free_transformer.deploy.quantize import quantize
 from free_transformer.loading import load_pretrained
 from free_transformer.serving.onnx_batch import OnnxBatch
 from free_transformer.serving.torch_batch import TorchBatch
-from test_serving import build_model
+from test_serving import build_model, save_model
 
 
 class Evil:
@@ -31,9 +31,7 @@ class Evil:
 def folders(tmp_path_factory):
     """A Free Transformer, one with 8-bit weights, and a Llama."""
     folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = build_model(plan_span="sequence", max_seq_len=64), byte_tokenizer()
-    model.save_pretrained(folder / "free")
-    tokenizer.save_pretrained(folder / "free")
+    model, tokenizer = save_model(folder / "free", plan_span="sequence", max_seq_len=64), byte_tokenizer()
     quantize(model, "int8-dynamic", folder / "quantized", tokenizer)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(folder / "llama")

@@ -16,7 +16,7 @@ from free_transformer.deploy import OnnxFreeTransformer
 from free_transformer.deploy.onnx_export import export_onnx
 from free_transformer.serving.app import create_app
 from free_transformer.serving.torch_batch import TorchBatch
-from test_serving import build_model, post, running
+from test_serving import build_model, post, running, save_model
 
 TINY = sys.float_info.min / 2**40  # a subnormal number
 # as docs/serving.md has them
@@ -50,9 +50,7 @@ TOKENS_REFUSED = [[256, 259], [-1], [256, 10**6], [2**40], []]
 def routes(tmp_path_factory):
     """For each way to generate a function of the settings, which raises ValueError for what it refuses."""
     folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = build_model(plan_span="sequence", max_seq_len=64), byte_tokenizer()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    model, tokenizer = save_model(folder / "model", plan_span="sequence", max_seq_len=64), byte_tokenizer()
     export_onnx(model, folder / "onnx", tokenizer)
     exported = OnnxFreeTransformer(folder / "onnx")
 

@@ -23,7 +23,7 @@ from free_transformer.serving.app import create_app, listen
 from free_transformer.serving.engine import Chunk, Engine, Job, Stopping
 from free_transformer.serving.metrics import Metrics
 from free_transformer.serving.torch_batch import TorchBatch
-from test_serving import build_model, metric, post, running, wait_for
+from test_serving import build_model, metric, post, running, save_model, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ class Faulty(TorchBatch):
 
     def sample(self, logits, sampling, uniform):
         if self.armed and self.fault == "sample" and self.rows > 2 and any(each.top_k == 77 for each in sampling):
-            raise OverflowError("no number")
+            raise OverflowError("too large")
         return super().sample(logits, sampling, uniform)
 
     def remove(self, row):
@@ -162,8 +162,7 @@ def test_texts_have_a_grace_period_and_then_end_with_what_they_have(model):
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_server_that_is_told_to_stop(tmp_path, signals):
     """It answers what it has begun, is gone within the grace period or at the second signal, and logs no traceback."""
-    build_model(plan_span="sequence", max_seq_len=60_000, eos_token_id=None).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model", plan_span="sequence", max_seq_len=60_000, eos_token_id=None)
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     grace = 2 if signals == 1 else 60

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,14 @@ def build_model(**changes) -> FreeTransformer:
     model = FreeTransformer(FreeTransformerConfig(**{**TINY, **TOKENS, "num_layers": 2, **changes})).eval()
     with torch.no_grad():  # so that plans change texts
         model.plan_table.weight.normal_()
+    return model
+
+
+def save_model(folder: Path, **changes) -> FreeTransformer:
+    """A model and the byte tokenizer in a folder."""
+    model = build_model(**changes)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return model
 
 

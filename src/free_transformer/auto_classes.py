@@ -15,6 +15,7 @@ from types import ModuleType
 
 WITHOUT_TORCH = {
     "auto_classes",
+    "byte_alphabet",
     "cli",
     "deploy",
     "errors",

@@ -28,6 +28,7 @@ from free_transformer.files import (
     own_folder,
     write_json,
 )
+from free_transformer.sampling import Sampling, check_seed
 
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
@@ -65,17 +66,9 @@ PriorOption = Annotated[
 ]
 RowsOption = Annotated[int, typer.Option(min=1, help="rows at the most, drawn at random")]
 BatchOption = Annotated[int, typer.Option(min=1, help="rows at a time")]
-
-
-def _seed(value: int) -> int:
-    from free_transformer.sampling import check_seed
-
-    return check_seed(value)
-
-
-SeedOption = Annotated[int, typer.Option(help="seed of the plans and of the text, -2**63 to 2**64 - 1", callback=_seed)]
-
-
+SeedOption = Annotated[
+    int, typer.Option(help="seed of the plans and of the text, -2**63 to 2**64 - 1", callback=check_seed)
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace existing files, whoever wrote them")]
 
 
@@ -256,7 +249,6 @@ def generate(
     from free_transformer.deploy.onnx_model import EXPORT_FILE
     from free_transformer.plan_ops import plan_of_text
     from free_transformer.plan_text import format_plan, parse_plan
-    from free_transformer.sampling import Sampling
 
     if plan is not None and plan_from is not None:
         raise SettingsError("give --plan or --plan-from, not both")

@@ -50,6 +50,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def few(names: list[str]) -> str:
+    """The first of some names, for a message."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
 @contextmanager
 def own_folder(path: Path, kind: str, overwrite: bool = False, protected: Iterable[Path] = ()) -> Iterator[Path]:
     """
@@ -87,9 +93,8 @@ def check_replaceable(path: Path, kind: str, overwrite: bool = False, protected:
     found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MARKER}
     others = sorted(found - _listed(path, kind))
     if others:
-        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
         raise SettingsError(
-            f"{path}: holds files that are not of an earlier {kind}: {', '.join(others[:MAX_NAMED])}{more}; name "
+            f"{path}: holds files that are not of an earlier {kind}: {few(others)}; name "
             "another folder, or use --overwrite to replace all of it"
         )
 

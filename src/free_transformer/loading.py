@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.errors import SettingsError
-from free_transformer.files import first_line
+from free_transformer.files import few, first_line
 from free_transformer.model import FreeTransformer
 
 # what a plain model does not have, and a Free Transformer that is built from it initializes
 PLAN_PARTS = ("encoder.", "plan_table.", "plan_prior.")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, UnpicklingError)
-MAX_NAMED = 3
 
 
 def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -67,11 +66,7 @@ def has_plan(source: str | Path) -> bool:
 def check_names(source: str | Path, what: str, names: list[str]) -> None:
     """`SettingsError` that names the first of some tensors, where there are any."""
     if names:
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        raise SettingsError(
-            f"{source}: {what}: {', '.join(names[:MAX_NAMED])}{more}; the folder is damaged or incomplete: copy it "
-            "again"
-        )
+        raise SettingsError(f"{source}: {what}: {few(names)}; the folder is damaged or incomplete: copy it again")
 
 
 def check_finite(source: str | Path, tensors: Iterable[tuple[str, Any]]) -> None:

@@ -96,7 +96,7 @@ def check_plan_count(num_plans: int, plan_span: int | str) -> None:
 def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
     """`ValueError` for token ids that the vocabulary does not have."""
     if lowest < 0 or highest >= vocab_size:
-        raise ValueError(f"token ids from {lowest} to {highest}: the vocabulary has 0 to {vocab_size - 1}")
+        raise ValueError(f"token ids from {lowest} to {highest}, the vocabulary has 0 to {vocab_size - 1}")
 
 
 def length_warning(length: int, trained: int) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from free_transformer.byte_alphabet import byte_alphabet
+
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 SPECIAL_TOKENS = (BEGIN, END, PADDING)
 BYTES = 256
@@ -13,7 +15,7 @@ BYTES = 256
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte of UTF-8, its id the byte's value, then begin (256), end (257) and padding (258)."""
-    vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
@@ -35,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=_byte_alphabet(),
+        initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -86,10 +88,3 @@ def _finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_alphabet() -> list[str]:
-    """The character that `ByteLevel` writes for each byte: itself if printable in Latin-1, else one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(BYTES)]

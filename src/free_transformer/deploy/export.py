@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.deploy.onnx_model import PRIOR_FILE
@@ -66,10 +67,7 @@ def check_export(model: PreTrainedModel, static: tuple[int, int] | None) -> None
     """`ValueError` for a model without a plan or with 8-bit weights, and sizes that it was not built for."""
     if not isinstance(model, FreeTransformer):
         raise ValueError(f"{type(model).__name__} has no plan: export takes a Free Transformer")
-    dynamic = torch.ao.nn.quantized.dynamic.Linear
-    if getattr(model.config, "quantization_config", None) is not None or any(
-        isinstance(module, dynamic) for module in model.modules()
-    ):
+    if getattr(model.config, "quantization_config", None) is not None or dynamic_layers(model):
         raise ValueError("this model has 8-bit weights already: export the model that it was quantized from")
     if static is None:
         return
@@ -79,6 +77,12 @@ def check_export(model: PreTrainedModel, static: tuple[int, int] | None) -> None
             f"static={static}: at least 1 text, and from 4 to {trained} tokens, for which the model was built "
             "(max_seq_len)"
         )
+
+
+def dynamic_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers that int8-dynamic has made, with their names."""
+    dynamic = torch.ao.nn.quantized.dynamic.Linear
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, dynamic)]
 
 
 def traceable(model: FreeTransformer) -> FreeTransformer:

@@ -8,7 +8,6 @@ of the encoder.
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.config import FreeTransformerConfig
-from free_transformer.deploy.export import SCHEMES, check_export
+from free_transformer.deploy.export import SCHEMES, check_export, dynamic_layers
 from free_transformer.files import first_line, own_folder, write_json
 from free_transformer.loading import check_finite, check_names, load_pretrained
 from free_transformer.model import FreeTransformer
@@ -41,7 +40,6 @@ def quantize(
             A quarter of the size on any device; faster only where memory is slower than the unpacking, and on a CPU
             it is not. `"int8-dynamic"`, PyTorch's own: products of integers, the activations' scale being found while
             it runs; on a CPU alone, where it is faster.
-
         overwrite: replaces a folder whatever it holds; otherwise only a new or empty one, or an earlier export.
 
     Raises:
@@ -78,13 +76,13 @@ def load_quantized(folder: str | Path) -> PreTrainedModel:
     if not is_quantized(folder):
         return load_pretrained(folder, FreeTransformer)
     _check_device(torch.device("cpu"))
-    model = _with_dynamic_layers(FreeTransformer(FreeTransformerConfig.from_pretrained(folder)))
+    model = _withdynamic_layers(FreeTransformer(FreeTransformerConfig.from_pretrained(folder)))
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: the model cannot be read ({first_line(error)})") from error
     places = _plain_tensors(model)
-    layers = dict(_dynamic_layers(model))
+    layers = dict(dynamic_layers(model))
     shapes = {name: place.shape for name, place in places.items()}
     for name, layer in layers.items():
         weight = layer.weight()
@@ -123,9 +121,9 @@ def _write_weight_only(model: FreeTransformer, folder: Path) -> None:
 
 def _write_dynamic(model: FreeTransformer, folder: Path) -> None:
     _check_device(model.device)
-    quantized = _with_dynamic_layers(copy.deepcopy(model).float().eval())
+    quantized = _withdynamic_layers(copy.deepcopy(model).float().eval())
     tensors = {name: value.detach().contiguous() for name, value in _plain_tensors(quantized).items()}
-    for name, layer in _dynamic_layers(quantized):
+    for name, layer in dynamic_layers(quantized):
         weight, bias = layer._weight_bias()
         tensors |= {f"{name}.weight": weight.int_repr(), f"{name}.scale": weight.q_per_channel_scales()}
         if bias is not None:
@@ -140,7 +138,7 @@ def _write_dynamic(model: FreeTransformer, folder: Path) -> None:
 
 def _plain_tensors(model: FreeTransformer) -> dict[str, Tensor]:
     """What a model with dynamic layers keeps besides them; of tied weights the one that others are tied to."""
-    layers = dict(_dynamic_layers(model))
+    layers = dict(dynamic_layers(model))
     return {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
@@ -150,17 +148,12 @@ def _plain_tensors(model: FreeTransformer) -> dict[str, Tensor]:
     }
 
 
-def _with_dynamic_layers(model: FreeTransformer) -> FreeTransformer:
+def _withdynamic_layers(model: FreeTransformer) -> FreeTransformer:
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch points to torchao, whose dynamic int8 is slower on a CPU
         return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
-
-
-def _dynamic_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    dynamic = torch.ao.nn.quantized.dynamic.Linear
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, dynamic)]
 
 
 def _check_device(device: torch.device) -> None:

@@ -53,8 +53,7 @@ class HostGuard:
             if name.lower().rstrip(".") not in self.hosts:
                 message = f"host {shown[:80]!r}: this server answers to {', '.join(sorted(self.hosts))}; --allowed-host"
                 answer = self.refuse(RequestError(403, f"{message} adds a name"))
-                await _discard_body(receive)
-                return await answer(scope, receive, send)
+                return await _answer_at_once(answer, scope, receive, send)
         await self.app(scope, receive, send)
 
 
@@ -74,13 +73,12 @@ class TokenGuard:
             if scheme.lower() != b"bearer" or not any(matches):
                 message = "this server asks for its token: Authorization: Bearer TOKEN"
                 answer = self.refuse(RequestError(401, message, headers={"WWW-Authenticate": "Bearer"}))
-                await _discard_body(receive)
-                return await answer(scope, receive, send)
+                return await _answer_at_once(answer, scope, receive, send)
         await self.app(scope, receive, send)
 
 
-async def _discard_body(receive: Receive) -> None:
-    """Reads what a client is still sending: many look for an answer only when they have sent all."""
+async def _answer_at_once(answer: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers without a look at the body. It is read all the same: many clients wait until they have sent all."""
 
     async def read() -> None:
         size, more = 0, True
@@ -90,6 +88,7 @@ async def _discard_body(receive: Receive) -> None:
 
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(read(), DISCARD_SECONDS)
+    await answer(scope, receive, send)
 
 
 def max_body(max_length: int) -> int:
@@ -112,7 +111,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             size += len(part)
             if size <= limit:
                 body.extend(part)
-            elif size > MAX_DISCARDED:  # less is read to its end, as by `_discard_body`
+            elif size > MAX_DISCARDED:  # less is read to its end, as by `_answer_at_once`
                 return
 
     try:

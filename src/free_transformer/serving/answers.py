@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from free_transformer.plan_text import format_bits, parse_bits
-from free_transformer.sampling import Sampling, check_plan_count
+from free_transformer.sampling import Sampling, check_plan_count, check_token_ids
 from free_transformer.serving.batch import Batch, TokenScore
 from free_transformer.serving.detokenizer import Detokenizer
 from free_transformer.serving.engine import Chunk, Job
@@ -72,6 +72,7 @@ def chat_jobs(request: ChatRequest, batch: Batch, limits: Limits) -> list[Job]:
     tokens = batch.encode_chat(batch.chat.render(messages), limits.prompt)
     if not tokens:
         raise ValueError("messages: the chat template makes an empty prompt of them")
+    _check_prompt(tokens, batch, limits)
     new = request.max_completion_tokens or request.max_tokens
     if new is None:
         new = max(1, min(limits.new, batch.max_length - len(tokens)))
@@ -142,24 +143,21 @@ def _encoded(prompts: Sequence[Any], batch: Batch, limits: Limits) -> list[list[
     found: dict[int, list[int]] = {}
     for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
         prompt = prompts[index]
-        if isinstance(prompt, str):
-            found[index] = batch.encode(prompt, limits.prompt)
-            if len(found[index]) > limits.prompt:
-                raise ValueError(f"prompt: more than {limits.prompt} tokens, the most that this server reads")
-            continue
-        if len(prompt) > limits.prompt:
-            raise ValueError(f"prompt: {len(prompt)} tokens, this server reads at most {limits.prompt}")
-        if min(prompt) < 0 or max(prompt) >= batch.vocab_size:
-            raise ValueError(
-                f"prompt: token ids from {min(prompt)} to {max(prompt)}, the vocabulary has 0 to {batch.vocab_size - 1}"
-            )
-        found[index] = prompt
+        tokens = found[index] = batch.encode(prompt, limits.prompt) if isinstance(prompt, str) else prompt
+        _check_prompt(tokens, batch, limits)
     return [found[index] for index in range(len(prompts))]
 
 
-def _check_length(prompt: int, new: int, limits: Limits, both: int) -> None:
-    if prompt > limits.prompt:
+def _check_prompt(tokens: list[int], batch: Batch, limits: Limits) -> None:
+    if len(tokens) > limits.prompt:
         raise ValueError(f"prompt: more than {limits.prompt} tokens, the most that this server reads")
+    try:
+        check_token_ids(min(tokens), max(tokens), batch.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}") from error
+
+
+def _check_length(prompt: int, new: int, limits: Limits, both: int) -> None:
     if new > limits.new:
         raise ValueError(f"max_tokens={new}: this server generates at most {limits.new}")
     if prompt + new > both:
@@ -171,7 +169,7 @@ def _check_length(prompt: int, new: int, limits: Limits, both: int) -> None:
 class Answer(ABC):
     """The objects that a request is answered with, from the chunks of its texts."""
 
-    prefix = ""
+    prefix = whole_kind = event_kind = ""  # of the identifier, and OpenAI's names of the objects
 
     def __init__(self, request: Any, jobs: Sequence[Job], model: str, batch: Batch):
         self.request, self.batch, self.jobs = request, batch, jobs
@@ -183,18 +181,32 @@ class Answer(ABC):
         self.counts = [0] * len(jobs)
         self.scores: list[list[TokenScore]] = [[] for _ in jobs]
         self.reason: str | None = None
+        self._begun: set[int] = set()  # texts of which a stream has sent something
 
-    @abstractmethod
     def whole(self) -> dict[str, Any]:
         """The answer of a request that does not stream."""
+        choices = [self._whole_choice(index) for index in range(len(self.jobs))]
+        return {**self.head, "object": self.whole_kind, "choices": choices, "usage": self.usage()}
 
-    @abstractmethod
     def event(self, chunk: Chunk) -> dict[str, Any]:
         """What a stream sends of a chunk; the first of a text has its plan."""
+        index = self.add(chunk)
+        first = index not in self._begun
+        self._begun.add(index)
+        plan = self.plans[index] if chunk.plan is not None else None
+        choice = {**self._event_choice(index, chunk, first), "plan": plan}
+        usage = {"usage": None} if self.includes_usage else {}
+        return {**self.head, "object": self.event_kind, "choices": [choice], **usage}
 
-    @abstractmethod
     def last_event(self) -> dict[str, Any]:
         """The usage, which a stream may end with."""
+        return {**self.head, "object": self.event_kind, "choices": [], "usage": self.usage()}
+
+    @abstractmethod
+    def _whole_choice(self, index: int) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _event_choice(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]: ...
 
     def add(self, chunk: Chunk) -> int:
         """Takes a chunk. Returns the index of its text."""
@@ -235,40 +247,27 @@ class Answer(ABC):
 
 
 class CompletionAnswer(Answer):
-    prefix = "cmpl"
+    prefix, whole_kind, event_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, request: Any, jobs: Sequence[Job], model: str, batch: Batch):
         super().__init__(request, jobs, model, batch)
-        self.head["object"] = "text_completion"
         self.offsets = [0] * len(jobs)  # characters of the texts that scores have been sent of
-        self._first: set[int] = set()
         if request.logprobs is not None:  # decode the scored tokens, for their places in the text
             self._decoders = [Detokenizer(batch.texts, () if request.echo else job.tokens) for job in jobs]
 
-    def whole(self) -> dict[str, Any]:
-        choices = [self._choice(index, self._start(index) + text) for index, text in enumerate(self.texts)]
-        return {**self.head, "choices": choices, "usage": self.usage()}
+    def _whole_choice(self, index: int) -> dict[str, Any]:
+        choice = self._choice(index, self._start(index) + self.texts[index], self.scores[index])
+        return {**choice, "plan": self.plans[index]}
 
-    def event(self, chunk: Chunk) -> dict[str, Any]:
-        self.scores[self.index[chunk.job]] = []
-        index = self.add(chunk)
-        first = index not in self._first
-        self._first.add(index)
-        choice = self._choice(index, (self._start(index) if first else "") + chunk.text)
-        choice["plan"] = self.plans[index] if chunk.plan is not None else None
-        usage = {"usage": None} if self.includes_usage else {}
-        return {**self.head, "choices": [choice], **usage}
+    def _event_choice(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]:
+        return self._choice(index, (self._start(index) if first else "") + chunk.text, chunk.scores)
 
-    def last_event(self) -> dict[str, Any]:
-        return {**self.head, "choices": [], "usage": self.usage()}
+    def _choice(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        logprobs = self._logprobs(index, scores) if self.request.logprobs is not None else None
+        return {"index": index, "text": text, "finish_reason": self.ends[index], "logprobs": logprobs}
 
-    def _choice(self, index: int, text: str) -> dict[str, Any]:
-        scores = self._logprobs(index) if self.request.logprobs is not None else None
-        values = {"index": index, "text": text, "finish_reason": self.ends[index], "logprobs": scores}
-        return {**values, "plan": self.plans[index]}
-
-    def _logprobs(self, index: int) -> dict[str, Any]:
-        scores, shown = self.scores[index], self.batch.texts.shown
+    def _logprobs(self, index: int, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        shown = self.batch.texts.shown
         offsets = []
         for score in scores:
             offsets.append(self.offsets[index])
@@ -294,36 +293,17 @@ class CompletionAnswer(Answer):
 
 
 class ChatAnswer(Answer):
-    prefix = "chatcmpl"
+    prefix, whole_kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self) -> dict[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": self.ends[index],
-                "logprobs": self._logprobs(self.scores[index]),
-                "plan": self.plans[index],
-            }
-            for index, text in enumerate(self.texts)
-        ]
-        return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage()}
+    def _whole_choice(self, index: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self.texts[index]}
+        choice = {"index": index, "message": message, "finish_reason": self.ends[index]}
+        return {**choice, "logprobs": self._logprobs(self.scores[index]), "plan": self.plans[index]}
 
-    def event(self, chunk: Chunk) -> dict[str, Any]:
-        index = self.add(chunk)
-        delta = {"role": "assistant", "content": chunk.text} if chunk.plan is not None else {"content": chunk.text}
-        choice = {
-            "index": index,
-            "delta": delta,
-            "finish_reason": chunk.end,
-            "logprobs": self._logprobs(chunk.scores),
-            "plan": self.plans[index] if chunk.plan is not None else None,
-        }
-        usage = {"usage": None} if self.includes_usage else {}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [choice], **usage}
-
-    def last_event(self) -> dict[str, Any]:
-        return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage()}
+    def _event_choice(self, index: int, chunk: Chunk, first: bool) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": chunk.text} if first else {"content": chunk.text}
+        choice = {"index": index, "delta": delta, "finish_reason": chunk.end}
+        return {**choice, "logprobs": self._logprobs(chunk.scores)}
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not self.request.logprobs:

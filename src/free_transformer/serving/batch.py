@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from free_transformer.deploy.arrays import check_vocabulary, sample_prior
+from free_transformer.deploy.arrays import check_vocabulary, draw, sample_prior
 from free_transformer.sampling import Sampling
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.detokenizer import TokenTexts
@@ -214,6 +214,12 @@ def _tokenize(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
             return ids
         size *= 4
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def sample_rows(logits: np.ndarray, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
+    """`arrays.draw` with the settings of each row."""
+    temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
+    return draw(logits, temperature, top_k, top_p, uniform).tolist()
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -4,11 +4,13 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from free_transformer.byte_alphabet import byte_alphabet
+
+BYTES = {character: byte for byte, character in enumerate(byte_alphabet())}
 CONTEXT = 8  # tokens that decide how the next one is decoded, such as whether its leading space is kept
 UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
 MAX_UNFINISHED = 8  # tokens that may wait for the rest of a character
@@ -59,9 +61,8 @@ class TokenTexts:
         if token in self.special or name is None:
             return b""
         if self.byte_level:
-            alphabet = _byte_alphabet()
-            if all(character in alphabet for character in name):
-                return bytes(alphabet[character] for character in name)
+            if all(character in BYTES for character in name):
+                return bytes(BYTES[character] for character in name)
             return name.encode()
         byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name) if self.byte_fallback else None
         return bytes([int(byte[1], 16)]) if byte else None
@@ -176,11 +177,3 @@ def _flattened(decoder: dict[str, Any]) -> Iterator[str]:
             yield from _flattened(each)
     elif decoder:
         yield decoder["type"]
-
-
-@lru_cache
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a `ByteLevel` token stands for."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.deploy.arrays import NO_TOKEN, draw, sample_prior
+from free_transformer.deploy.arrays import NO_TOKEN, sample_prior
 from free_transformer.files import first_line
 from free_transformer.sampling import Sampling
-from free_transformer.serving.batch import NOT_FINITE, Batch, TokenScore, token_scores
+from free_transformer.serving.batch import NOT_FINITE, Batch, TokenScore, sample_rows, token_scores
 from free_transformer.serving.detokenizer import Detokenizer
 from free_transformer.serving.metrics import Metrics
 
@@ -448,7 +448,7 @@ class _Text:
             logits = read().astype(np.float64)
             drawn = rng.random(logits.shape) * (1 + np.exp(-logits)) < 1
             given = np.concatenate([given, drawn[len(given) :]])
-        wanted = batch.num_plans(max(len(job.tokens), len(job.tokens) + job.max_tokens - 1))  # the last one is not read
+        wanted = batch.num_plans(len(job.tokens) + max(job.max_tokens - 1, 0))  # the last one is not read
         missing = max(wanted - len(given), 0)
         drawn = sample_prior((missing,), batch.latent_dim, batch.prior(job.prior), rng)
         self.plan = np.concatenate([given[:wanted], drawn])
@@ -472,10 +472,7 @@ class _Text:
             scores, log_probs = self._scored
             self.scores = list(scores) if job.score_prompt else []
             if job.max_tokens:
-                temperature, top_k, top_p = np.array(
-                    [[job.sampling.temperature], [job.sampling.top_k], [job.sampling.top_p]]
-                )
-                token = int(draw(log_probs[None], temperature, top_k, top_p, self.token_rng.random(1))[0])
+                (token,) = sample_rows(log_probs[None], [job.sampling], self.token_rng.random(1))
                 self.scores += token_scores(log_probs[None], [token], job.logprobs)
                 return self.chunk(self.take(token) or "length")
         return self.chunk("length")

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.deploy.arrays import draw
 from free_transformer.deploy.onnx_model import OnnxFreeTransformer
 from free_transformer.sampling import Sampling
-from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length
+from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length, sample_rows
 from free_transformer.serving.chat import ChatTemplate
 
 PIECE = 256  # tokens of a prompt that are read at a time while it is scored
@@ -80,8 +79,7 @@ class OnnxBatch(Batch):
         return logits[:, -1]
 
     def sample(self, logits: np.ndarray, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-        temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
-        return draw(logits, temperature, top_k, top_p, uniform).tolist()
+        return sample_rows(logits, sampling, uniform)
 
     def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
         pasts = [self.model.no_past(1) for _ in plans]
