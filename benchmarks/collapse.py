@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-import yaml
 from rich.progress import track
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +103,9 @@ def write_text_of_voices(folder: Path) -> None:
 
 def shipped() -> dict[str, dict[str, Any]]:
     """What the shipped configuration says of model and optimizer; how long to train is the task's own."""
-    sections = yaml.safe_load(CONFIG.read_text())
+    from free_transformer.training.settings.yaml_text import load_yaml
+
+    sections = load_yaml(CONFIG.read_text(encoding="utf-8"))
     own = ("max_steps", "batch_size", "seq_len", "warmup_steps", "eval_every", "save_every")
     training = {name: value for name, value in sections["training"].items() if name not in own}
     return {"model": sections["model"], "training": training}

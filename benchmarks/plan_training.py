@@ -87,6 +87,11 @@ def main() -> None:
     show(trials, results)
 
 
+def _last_of_each(overrides: list[str]) -> list[str]:
+    """Of overrides of one setting the last: `load_settings` refuses a setting that is given twice."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
 def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, float]:
     """Trains and judges: losses in nats a row, for voices the information on the voice in bits too."""
     torch.set_num_threads(1)
@@ -100,10 +105,10 @@ def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, fl
         f"training.seed={trial.seed}",
     ]
     if trial.task == "letters":
-        settings = load_settings(CONFIGS / "free_transformer.yaml", LETTERS + overrides)
+        settings = load_settings(CONFIGS / "free_transformer.yaml", _last_of_each(LETTERS + overrides))
     else:
         data = [f"data.train={out / 'text' / 'train.jsonl'}", f"data.validation={out / 'text' / 'validation.jsonl'}"]
-        settings = load_settings(CONFIGS / "three_voices.yaml", VOICES + data + overrides)
+        settings = load_settings(CONFIGS / "three_voices.yaml", _last_of_each(VOICES + data + overrides))
     if not run.model_folder.is_dir():
         train(settings, quiet=True)
     torch.manual_seed(0)

@@ -107,8 +107,8 @@ def everything_below(folder: Path) -> dict[Path, bytes]:
 def test_train_writes_a_run_and_its_report(command, config, tmp_path):
     outcome = command("train", config, "training.max_steps=3", "model.latent_dim=2", f"run_dir={tmp_path / 'new'}")
     assert outcome.status == 0, outcome
-    files = {path.name for path in (tmp_path / "new").iterdir()}
-    assert files == {"config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html"}
+    files = {path.name for path in (tmp_path / "new").iterdir() if not path.name.startswith(".")}
+    assert files == {"config.yaml", "metrics.jsonl", "history.jsonl", "checkpoints", "model", "report.html"}
     assert str(tmp_path / "new" / "report.html") in outcome.out
     settings = Run(tmp_path / "new").settings
     assert (settings.training.max_steps, settings.model.latent_dim) == (3, 2)
@@ -493,7 +493,7 @@ def test_a_run_that_fails_is_status_1(command, config, monkeypatch):
     outcome = command("train", config)
     assert outcome.status == 1
     assert outcome.err.splitlines()[-1].startswith(
-        "free-transformer: error: the loss is nan at step 1 (batch 0 of epoch 0"
+        "free-transformer: error: the loss is nan at step 1 (from row 0 of pass 1 of the data"
     )
     assert "Traceback" not in outcome.err
 
@@ -515,7 +515,7 @@ def test_stopping_by_hand_says_how_to_go_on(command, config, monkeypatch):
     monkeypatch.setattr(step, "training_forward", stop)
     outcome = command("train", config)
     assert outcome.status in (1, 130)
-    assert "goes on from its last checkpoint with the same command" in outcome.err
+    assert "the same command resumes a training from its last checkpoint" in outcome.err
     assert "Traceback" not in outcome.err
 
 

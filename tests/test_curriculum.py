@@ -2,24 +2,25 @@
 
 import json
 import shutil
+from collections import Counter
 from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
-from free_transformer.data.rows import MixedRows
+from free_transformer.data.rows import MixedRows, Rows, SourceOrder
 from free_transformer.loading import load_pretrained
 from free_transformer.training import SettingsError, loop, train
 from free_transformer.training import step as training_step
 from free_transformer.training.checkpoint import list_checkpoints
 from free_transformer.training.settings import parse_settings
 from free_transformer.training.stages import stage_at, stages_of
-from processes import SENTENCES, untimed
+from processes import untimed
 from test_training import assert_same_weights, stop_before_step, tiny_settings, weights  # noqa: F401
 
 STAGES = [
@@ -167,31 +168,103 @@ def test_a_mixture_is_drawn_in_its_shares():
     assert abs(share - 0.75) < 3 * np.sqrt(0.75 * 0.25 / 3200)
 
 
-@given(st.integers(0, 30), st.integers(1, 4), st.integers(0, 3))
-def test_any_batch_of_a_mixture_is_reached_at_once_whoever_reads_it(start, step, seed):
-    rows = mixture(2, 1, 1)
-    whole = list(islice(rows.shuffled(6, seed), start + 9))
-    found = list(islice(rows.shuffled(6, seed, start, step), 3))
-    for index, batch in enumerate(found):
-        if (place := start + index * step) < len(whole):
-            assert torch.equal(batch["input_ids"], whole[place]["input_ids"])
-    parts = [next(rows.shuffled(6, seed, start, share=share)) for share in (slice(0, 4), slice(4, 6))]
-    assert torch.equal(torch.cat([part["input_ids"] for part in parts]), whole[start]["input_ids"])
+def numbered_mixture(*sizes: int) -> MixedRows:
+    """Sources of so many rows, each with its source and its number in its tokens; each source twice as frequent."""
+    parts = [
+        Rows(
+            np.array([[source, row] for row in range(size)], np.int32),
+            np.tile(np.arange(2, dtype=np.int32), (size, 1)),
+            0,
+        )
+        for source, size in enumerate(sizes)
+    ]
+    shares = [2**source / (2 ** len(sizes) - 1) for source in range(len(sizes))]
+    return MixedRows(parts, shares)
+
+
+def rows_read(batches) -> list[tuple[int, int]]:
+    return [tuple(row) for batch in batches for row in batch["input_ids"].tolist()]
+
+
+@given(st.integers(0, 9000), st.integers(1, 6), st.integers(1, 4), st.integers(0, 3))
+def test_any_row_of_a_mixture_is_reached_at_once_whoever_reads_it(start, batch_size, workers, seed):
+    rows = numbered_mixture(5, 3, 200)
+    whole = [rows_read([batch]) for batch in islice(rows.shuffled(batch_size, seed, start), 3 * workers)]
+    for worker in range(workers):
+        own = rows.shuffled(batch_size, seed, start, worker, workers)
+        assert [rows_read([batch]) for batch in islice(own, 3)] == whole[worker::workers]
+    half = batch_size // 2
+    shared = [
+        next(rows.shuffled(batch_size, seed, start, share=share)) for share in (slice(0, half), slice(half, None))
+    ]
+    assert rows_read(shared) == whole[0]
+
+
+@given(st.integers(0, 9000), st.integers(1, 300), st.integers(1, 40), st.integers(0, 3))
+@example(start=10, first_size=9000, second_size=7, seed=0)
+def test_the_rows_of_a_mixture_do_not_depend_on_the_size_of_its_batches(start, first_size, second_size, seed):
+    rows = numbered_mixture(5, 3, 200)
+    count = first_size + 3 * second_size
+    batches = [next(rows.shuffled(first_size, seed, start))]
+    batches += islice(rows.shuffled(second_size, seed, start + first_size), 3)
+    assert Counter(rows_read(batches)) == Counter(rows_read([next(rows.shuffled(count, seed, start))]))
+    assert Counter(rows_read(batches)) == Counter(rows_read(islice(rows.shuffled(1, seed, start), count)))
 
 
 def test_every_row_of_a_source_is_read_before_one_is_read_again():
-    part = build_rows(["".join(SENTENCES)], byte_tokenizer(), 6)
-    for epoch in range(3):
-        numbers = np.arange(epoch * len(part), (epoch + 1) * len(part))
-        assert sorted(part.nth_shuffled(numbers, [0])) == list(range(len(part)))
+    rows = numbered_mixture(5, 3, 200)
+    read = rows_read(islice(rows.shuffled(7, seed=1), 1500))
+    for source, part in enumerate(rows.parts):
+        times = Counter(row for drawn, row in read if drawn == source)
+        assert set(times) == set(range(len(part)))
+        assert max(times.values()) - min(times.values()) <= 1
 
 
-def test_streamed_mixtures_have_their_shares_and_start_anywhere():
-    arguments = ([["a" * 39], ["b" * 39]], [0.25, 0.75], byte_tokenizer(), 9, 8, 3)
-    whole = list(islice(streamed_batches(*arguments, seed=1), 60))
-    assert abs(np.concatenate([letters_in(batch) for batch in whole]).mean() - 0.75) < 0.07
-    later = next(streamed_batches(*arguments, seed=1, start=7))
-    assert torch.equal(later["input_ids"], whole[7]["input_ids"])
+def test_sources_are_drawn_row_by_row_and_not_in_turn():
+    """How often a source occurs among 64 rows varies like a sum of 64 independent draws."""
+    order = SourceOrder([0.25, 0.75], seed=0)
+    counts = np.diff([order.taken_before(place)[0] for place in range(0, 64 * 3000, 64)])
+    assert abs(counts.mean() - 16) < 3 * np.sqrt(12 / 3000)
+    assert abs(counts.var() / 12 - 1) < 0.15
+    assert abs(np.corrcoef(counts[:-1], counts[1:])[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.0, 1.0], [0.2, 0.3, 0.5]])
+@pytest.mark.parametrize("place", [0, 4095, 4096, 4097, 3 * 4096, 5000 * 4096 + 5])
+def test_a_far_place_has_the_sources_of_coming_to_it_step_by_step(shares, place):
+    stepping = SourceOrder(shares, seed=3)
+    for before in range(0, place, 100_003):
+        stepping.taken_before(before)
+    far = SourceOrder(shares, seed=3)
+    assert far.taken_before(place).tolist() == stepping.taken_before(place).tolist()
+    assert far.taken_before(place + 7).sum() == place + 7
+    assert all(count == 0 for count, share in zip(far.taken_before(place + 7), shares, strict=True) if share == 0)
+
+
+def test_batches_of_a_mixture_draw_each_epoch_of_a_source_once(monkeypatch):
+    """However many rows a source has, a batch costs what its own rows cost."""
+    drawn, original = [], np.random.default_rng
+
+    def default_rng(seed):
+        drawn.append(tuple(seed))
+        return original(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", default_rng)
+    rows = numbered_mixture(50, 100_000)
+    for _ in islice(rows.shuffled(32, seed=0, start=10**9), 300):
+        pass
+    assert len(drawn) == len(set(drawn))
+    assert [seed[1] for seed in drawn].count(1) == 1  # one epoch of the large source
+    assert len(drawn) < 10**9 / 4096 / 100  # blocks before the first row are passed over together
+
+
+def test_streamed_mixtures_have_their_shares_and_start_at_any_row():
+    arguments = ([["a" * 39], ["b" * 39]], [0.25, 0.75], byte_tokenizer(), 9)
+    whole = np.concatenate([letters_in(batch) for batch in islice(streamed_batches(*arguments, 8, 3, seed=1), 60)])
+    assert abs(whole.mean() - 0.75) < 0.07
+    for start, batch_size in ((56, 8), (7, 5), (33, 1)):
+        later = next(streamed_batches(*arguments, batch_size, 3, seed=1, start=start))
+        assert letters_in(later).tolist() == whole[start : start + batch_size].tolist()
 
 
 def held_out_losses(monkeypatch, losses: list[float]) -> None:

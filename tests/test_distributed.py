@@ -46,13 +46,13 @@ def train_and_tell(values: dict, of_each: str) -> None:
     """A run whose processes write down how much of each parameter they hold."""
     write_model = _Trainer._write_model
 
-    def tell(self) -> None:
+    def tell(self, trained: int) -> None:
         held = {
             name: (p.to_local() if isinstance(p, DTensor) else p).numel() / p.numel()
             for name, p in self.state.model.named_parameters()
         }
         Path(f"{of_each}.{self.processes.rank}").write_text(json.dumps(held))
-        write_model(self)
+        write_model(self, trained)
 
     _Trainer._write_model = tell
     train_tiny(values)
@@ -111,10 +111,10 @@ def train_and_tell_dtypes(values: dict, out: str) -> None:
     DecoderLayer.forward = watched
     write_model = _Trainer._write_model
 
-    def tell(self) -> None:
+    def tell(self, trained: int) -> None:
         kept = {str(parameter.dtype) for parameter in self.state.model.parameters()}
         Path(f"{out}.{self.processes.rank}").write_text(json.dumps([sorted(map(list, seen)), sorted(kept)]))
-        write_model(self)
+        write_model(self, trained)
 
     _Trainer._write_model = tell
     train_tiny(values)
@@ -228,7 +228,7 @@ def test_an_evaluation_of_two_or_three_processes_has_the_numbers_of_one(tmp_path
     for count in (1, 2, 3):
         processes.run(count, command, *arguments, log=tmp_path / f"{count}.log")
         found[count] = json.loads((trained / "metrics.json").read_text())
-        for text in ("method", "plan_prior", "warning", "data"):
+        for text in ("method", "plan_prior", "warning", "data", "model"):
             del found[count][text]
     for count in (2, 3):
         assert_close(found[count], found[1], atol=1e-6, rtol=1e-6)
@@ -361,4 +361,4 @@ def test_processes_pass_over_a_damaged_checkpoint_together(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     processes.run(2, train_tiny, values, log=tmp_path / "log")
     told = " ".join((tmp_path / "log").read_text().split())
-    assert re.search(r"step-5: cannot be read \(shard-00002\S* has 1000 bytes of \d+\).* going on from step-4", told)
+    assert re.search(r"step-5: cannot be read \(shard-00002\S* has 1000 bytes of \d+\).* resuming from step-4", told)

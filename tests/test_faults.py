@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tm
     assert not any(folder.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_saves_and_says_so_in_one_line(tmp_path, number):
     training = {"max_steps": 100_000, "save_every": 0, "eval_every": 0}
     values = tiny_values(tmp_path, "run", training=training, logging={"sample_every": 0})
@@ -82,7 +82,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_in_one_line(tmp_path, num
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]  # some releases of rich add an empty line
     step = newest_step(tmp_path / "run" / "checkpoints")
     assert last.startswith(f"stopped by {signal.Signals(number).name} at step {step}, saved in ")
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    told = (tmp_path / "log").read_text()
+    assert f"{signal.Signals(number).name}: the run ends after this step and saves its state" in told
+    assert "Traceback" not in told
     assert [line["step"] for line in untimed(tmp_path / "run")] == list(range(1, step + 1))
 
 

@@ -334,7 +334,7 @@ def test_a_card_says_that_the_plan_is_not_used(run, evaluated):
 def test_figures_of_fewer_steps_are_not_shown(run, evaluated):
     evaluated()
     write_json(run.control_file, {"transfer": 0.9})
-    train(run.settings.model_copy(update={"run_dir": run.path}), quiet=True)  # no step is left: the same weights
+    write_model_card(run)
     assert "bound, 3 plans" in card_of(run).text and "## Steering" in card_of(run).text
     further = run.settings.training.model_copy(update={"max_steps": 6})
     train(run.settings.model_copy(update={"run_dir": run.path, "training": further}), quiet=True)

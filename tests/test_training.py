@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import Rows
+from free_transformer.files import LOCK, MARKER
 from free_transformer.model import build_baseline
 from free_transformer.plan import BinaryMapper, PlanTable
 from free_transformer.training import Run, SettingsError, checkpoint, loop, train
@@ -135,7 +136,8 @@ def tiny_state(**changes) -> TrainState:
 def test_a_run_leaves_the_files_of_a_run(tiny_settings, kind):
     settings = tiny_settings(model={"kind": kind}, training={"eval_every": 3, "save_every": 4})
     run = train(settings, quiet=True)
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "model"}
+    found = {path.name for path in run.path.iterdir() if not path.name.startswith(".")}
+    assert found == {"config.yaml", "metrics.jsonl", "history.jsonl", "checkpoints", "model"}
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-4", "step-6"]
     assert run.settings.model.kind == kind
     assert run.load_tokenizer().encode("é", add_special_tokens=False) == list("é".encode())
@@ -337,7 +339,7 @@ def test_a_finished_run_started_again_changes_nothing(tiny_settings):
 def test_resume_never_refuses_a_folder_with_checkpoints_and_leaves_it(tiny_settings):
     before = everything_below(train(tiny_settings(), quiet=True).path)
     settings = tiny_settings(training={"resume": "never"})
-    with pytest.raises(SettingsError, match="take another run_dir, or resume=auto"):
+    with pytest.raises(SettingsError, match=r"choose another run_dir, or training\.resume=auto"):
         train(settings, quiet=True)
     assert everything_below(settings.run_dir) == before
 
@@ -489,7 +491,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_it_is(tiny
     resumed = train(settings)
     name, goes_on = {"cut": ("step-4", "step-2"), "foreign": ("step-99", "step-4")}[how]
     told = " ".join(capsys.readouterr().err.split())
-    assert re.search(rf"warning: \S*{name}: .*going on from {goes_on} instead", told)
+    assert re.search(rf"warning: \S*{name}: .*resuming from {goes_on} instead", told)
     assert f"resumed at step {goes_on.removeprefix('step-')}" in told
     assert_same_weights(resumed, whole)
     assert untimed(resumed.path) == untimed(whole.path)
@@ -555,9 +557,9 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tiny_settings, monkeypatch, log_every, accumulation):
     training = {"save_every": 2, "log_every": log_every, "gradient_accumulation_steps": accumulation}
     settings = tiny_settings(training=training)
-    per_epoch = len(build_rows([(settings.run_dir.parent / "text.txt").read_text()], byte_tokenizer(), 16)) // 4
+    rows = len(build_rows([(settings.run_dir.parent / "text.txt").read_text()], byte_tokenizer(), 16))
     loss_turns_nan(monkeypatch, 3 * accumulation)
-    where = f"batch {3 * accumulation % per_epoch} of epoch {3 * accumulation // per_epoch}"
+    where = f"from row {3 * accumulation * 4 % rows} of pass {3 * accumulation * 4 // rows + 1}"
     with pytest.raises(TrainingFailed, match=rf"the loss is nan at step 4 \({where} of the data\): .*step-2$"):
         train(settings, quiet=True)
     assert not (settings.run_dir / "model").exists()
@@ -599,11 +601,11 @@ def test_steps_that_are_no_numbers_are_left_out_up_to_a_bound(tiny_settings, mon
     assert "warning: step 2 is left out" in capsys.readouterr().err
     assert json.loads((run.checkpoints / "step-6" / "state.json").read_text())["skipped"] == 2
     calls.clear()
-    with pytest.raises(TrainingFailed, match=r"step 5 is the 2th whose .* over training\.max_skipped=1"):
+    with pytest.raises(TrainingFailed, match=r"step 5 is number 2 with .* over training\.max_skipped=1"):
         train(tiny_settings("too-many", training={**training, "max_skipped": 1}), quiet=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(tiny_settings, monkeypatch, number):
     training = {"max_steps": 6, "save_every": 0}
     whole = train(tiny_settings("whole", model={"dropout": 0.2}, training=training), quiet=True)
@@ -670,7 +672,7 @@ def test_refused_data_leaves_the_metrics_of_an_earlier_run(tiny_settings, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train(tiny_settings(), quiet=True)
     before = everything_below(tmp_path / "run")
-    assert len(before) == 2  # config.yaml and metrics.jsonl, no checkpoint yet
+    assert {path.name for path in before} == {"config.yaml", "metrics.jsonl", "history.jsonl", MARKER, LOCK}
     with pytest.raises(SettingsError):
         train(tiny_settings(data={"train": [str(tmp_path / "nowhere.txt")]}), quiet=True)
     assert everything_below(tmp_path / "run") == before

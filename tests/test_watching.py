@@ -212,7 +212,7 @@ def test_a_report_is_of_any_run_also_while_it_trains(tiny_settings, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             train(settings, quiet=True)
     page = write_run_report(settings.run_dir).read_text()
-    assert "step 5 of 6; not at its end" in page and "<svg" in page
+    assert "step 5 of 6; stopped before its end" in page and "<svg" in page
     assert not outside_references(page)
     empty = tiny_settings("empty")
     empty.run_dir.mkdir()

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
+from free_transformer.console import stderr_console, stdout_console, tolerate_any_encoding
 from free_transformer.errors import SettingsError
 from free_transformer.files import (
     WRITTEN_BY,
@@ -44,7 +43,7 @@ app = typer.Typer(
 )
 reproduce = typer.Typer(no_args_is_help=True, help="Experiments of the paper, measured in full.")
 app.add_typer(reproduce, name="reproduce")
-console = Console()
+console = stdout_console()
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of settings", metavar="CONFIG")]
 RunArgument = Annotated[Path, typer.Argument(help="folder that train has written", metavar="RUN")]
@@ -90,22 +89,38 @@ def train(
         typer.Argument(help="changes, as in training.learning_rate=3e-4", metavar="[SECTION.NAME=VALUE]..."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show parameters, memory, tokens and time, by a few steps, and stop")
+        bool,
+        typer.Option(
+            "--dry-run", help="run a few steps, report parameters, memory, tokens and time, and exit without training"
+        ),
     ] = False,
+    allow_change: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="setting that may differ from those of the run that is resumed although the run then continues on "
+            "other text, such as data.train or training.seed; all for every one; can be repeated",
+            metavar="SECTION.NAME",
+        ),
+    ] = None,
 ) -> None:
-    """Train a Free Transformer (model.kind=free) or its baseline, or go on with a run that was stopped."""
-    from free_transformer.training import load_settings
+    """
+    Train a Free Transformer (model.kind=free) or its baseline, or resume a run that was stopped.
+
+    Examples: `free-transformer train config.yaml`, `free-transformer train config.yaml training.max_steps=2000`
+    """
+    from free_transformer.training import Run, load_settings
     from free_transformer.training import train as train_run
 
     settings = load_settings(config, overrides)
     if dry_run:
         _preview(settings)
         return
-    run = train_run(settings)
+    check_own_file(Run(settings.run_dir).report_file)
+    run = train_run(settings, allow_change=allow_change or ())
     if os.environ.get("RANK", "0") == "0":
         from free_transformer.training.report import write_run_report
 
-        console.print(f"report: {write_run_report(run.path)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {write_run_report(run.path)}", soft_wrap=True)
 
 
 @app.command()
@@ -129,7 +144,7 @@ def sweep(
     loaded = load_sweep(config, [*(grid or []), *(more or [])])
     run_sweep(loaded)
     _print_table(*sweep_table(loaded))
-    console.print(f"report: {loaded.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {loaded.folder / 'report.html'}", soft_wrap=True)
     if loaded.failed:
         names = ", ".join(run.name for run in loaded.failed)
         raise RuntimeError(f"{len(loaded.failed)} of {len(loaded.runs)} runs failed: {names}; sweep.json says why")
@@ -157,14 +172,14 @@ def evaluate(
         )
     if not processes.main:
         return
+    evaluated = Run(run)
+    warning = evaluated.write_evaluation(likelihood, bytes_per_token, data)  # before a terminal may fail to show it
     header, rows = likelihood_table(likelihood, bytes_per_token)
     shown = [0, 1, 2, 4]  # what each number is stands in the report; a terminal is narrow
     _print_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
     _print_table(*usage_table(likelihood))
-    evaluated = Run(run)
-    warning = evaluated.write_evaluation(likelihood, bytes_per_token, data)
     if warning:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        console.print(f"warning: {warning}", style="yellow")
     console.print(f"{likelihood.documents} texts, {likelihood.tokens} tokens; written to {evaluated.evaluation_file}")
 
 
@@ -198,6 +213,7 @@ def compare(
     if free.elbo is None or baseline.elbo is not None:
         raise SettingsError("compare takes a run of kind free, then one of kind baseline")
     result = compare_likelihoods(free, baseline)
+    Run(run).write_comparison(result, bytes_per_token)
     rows = [
         ["nll, baseline", f"{result.baseline_nll:.4f}", f"{result.baseline_nll / bytes_per_token:.4f}"],
         ["nll, free", f"{result.nll:.4f}", f"{result.nll / bytes_per_token:.4f}"],
@@ -213,7 +229,6 @@ def compare(
         ],
     ]
     _print_table(["", "nats per token", "nats per byte"], rows)
-    Run(run).write_comparison(result, bytes_per_token)
 
 
 @app.command()
@@ -295,7 +310,7 @@ def generate(
     for index, text in enumerate(tokenizer.batch_decode(output.sequences, skip_special_tokens=True)):
         title = f"sample {index + 1}" if plans is None else f"sample {index + 1}, plan {format_plan(plans[index])}"
         console.rule(title, align="left")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -323,7 +338,7 @@ def convert(
 
     if merge_plan is not None:
         conversion.merge_plan(Path(pretrained), out, merge_plan, overwrite)
-        console.print(f"written to {out}, without a plan", highlight=False, soft_wrap=True)
+        console.print(f"written to {out}, without a plan", soft_wrap=True)
         return
     span = int(plan_span) if plan_span.isdigit() else plan_span
     settings = {"latent_dim": latent_dim, "plan_span": span, "code_bits": code_bits}
@@ -332,8 +347,8 @@ def convert(
     _print_table(["new", "parameters", "starts as"], [[p.name, f"{p.parameters:,}", p.start] for p in done.parts])
     if done.difference is not None:
         difference = f"largest difference from the logits of {pretrained}: {done.difference:.2g}"
-        console.print(difference, highlight=False, soft_wrap=True)
-    console.print(f"written to {out}; train it with model.pretrained={out}", highlight=False, soft_wrap=True)
+        console.print(difference, soft_wrap=True)
+    console.print(f"written to {out}; train it with model.pretrained={out}", soft_wrap=True)
 
 
 @app.command()
@@ -375,7 +390,7 @@ def export(
         differences = _write_export(model, text_tokenizer, to, quantize, static, folder, overwrite)
     _print_table(*_difference_table(differences))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    console.print(f"{size / 1e6:.1f} MB, written to {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{size / 1e6:.1f} MB, written to {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -519,7 +534,9 @@ def lm_eval(
         Optional[Path],  # noqa: UP045
         typer.Option(help="the file of results, default RUN/lm_eval.json"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the plans, of the texts and of the examples")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="seed of the plans, the texts and the few-shot examples")
+    ] = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness, likelihoods averaged over plans; a baseline by the harness's own hf."""
@@ -541,10 +558,10 @@ def lm_eval(
         lm = HFLM(**arguments, backend="causal")
     names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
     results = run_tasks(lm, names, include_path, num_fewshot, limit, seed, apply_chat_template, gen_kwargs)
-    _print_table(*result_table(results))
     write_json(file, {"written_by": WRITTEN_BY, **results})
+    _print_table(*result_table(results))
     meaning = "± nats is over plans, of a request's log-likelihood; " if hasattr(model, "infer_plan") else ""
-    console.print(f"{meaning}written to {file}", highlight=False, soft_wrap=True)
+    console.print(f"{meaning}written to {file}", soft_wrap=True)
 
 
 @app.command(name="plan")
@@ -577,7 +594,7 @@ def what_bits_do(
     given = None if plan is None else parse_plan(plan, model.config.latent_dim)
     rows = _held_out(run, tokenizer, data).sample(max_rows, seed)
     batches = track(
-        rows.in_order(batch_size), "flipping bits", total=-(-len(rows) // batch_size), console=Console(stderr=True)
+        rows.in_order(batch_size), "flipping bits", total=-(-len(rows) // batch_size), console=stderr_console()
     )
     effects = bit_effects(model, batches)
     torch.manual_seed(seed)
@@ -595,7 +612,7 @@ def what_bits_do(
             bits = set_bits(given, {each.bit: value})
             text = _write_under(model, tokenizer, tokens, bits, max_new_tokens, temperature)
             console.rule(f"bit {each.bit} = {value}, plan {format_plan(bits)}", align="left")
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -624,7 +641,7 @@ def report(
 
     if out is not None:
         check_own_file(out, overwrite)
-    console.print(f"report: {write_run_report(*runs, out=out)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {write_run_report(*runs, out=out)}", soft_wrap=True)
 
 
 @app.command()
@@ -646,7 +663,7 @@ def tokenizer(
     trained = train_tokenizer(read_documents(files, column), vocab_size)
     with own_folder(Path(out), "tokenizer", overwrite, map(Path, files)) as folder:
         trained.save_pretrained(folder)
-    console.print(f"{len(trained)} tokens, written to {out}; use data.tokenizer={out}", highlight=False, soft_wrap=True)
+    console.print(f"{len(trained)} tokens, written to {out}; use data.tokenizer={out}", soft_wrap=True)
 
 
 @reproduce.command()
@@ -663,7 +680,7 @@ def letters(
 
     results = reproduce_letters(out, seeds, steps, processes, groups)
     _print_table(*finding_table(results))
-    console.print(f"report: {write_letters_report(results, out)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {write_letters_report(results, out)}", soft_wrap=True)
 
 
 def _preview(settings: Any) -> None:
@@ -675,9 +692,9 @@ def _preview(settings: Any) -> None:
     for table in (found.parameter_table(), found.stage_table(), found.cost_table()):
         _print_table(*table)
     for group in found.groups:
-        console.print(group, highlight=False)
+        console.print(group)
     for warning in found.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def _load(path: Path) -> tuple[Any, Any]:
@@ -764,7 +781,7 @@ def _evaluate(
         rows.in_order(batch_size),
         description=f"evaluate {path.name}",
         total=-(-len(rows) // batch_size),
-        console=Console(stderr=True, quiet=not processes.main),
+        console=stderr_console(not processes.main),
     )
     group = processes.data_group
     return evaluate_likelihood(model, batches, num_samples, method, prior, group), rows.bytes_per_token
@@ -822,7 +839,7 @@ def _write_by_onnx(
         options["plan"] = model.plan_of_text(_read_text(plan_from))
     for index, text in enumerate(model.write(prompt, num_samples, **options)):
         console.rule(f"sample {index + 1}", align="left")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def _torch_batch(path: Path, rows: int | None, length: int | None, threads: int | None) -> Any:
@@ -867,7 +884,7 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     for title, *cells in zip(header, *rows, strict=True):  # a single word is never cut in two or short
         table.add_column(title, no_wrap=not any(" " in text for text in [title, *cells]))
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
 
 
@@ -899,16 +916,18 @@ def as_command(debug: bool = False) -> Iterator[None]:
 
 def main() -> None:
     """Entry point: errors are one line, a traceback only with --debug."""
+    tolerate_any_encoding(sys.stdout, sys.stderr)
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     with as_command(debug):
         status = app(arguments or ["--help"], standalone_mode=False) or 0
         if status == INTERRUPTED:
-            _fail("stopped; a run goes on from its last checkpoint with the same command", INTERRUPTED)
+            _fail("interrupted; the same command resumes a training from its last checkpoint", INTERRUPTED)
         sys.exit(status)
 
 
 def _fail(message: str, status: int) -> None:
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"free-transformer: error{rank}: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print(f"free-transformer: error{rank}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

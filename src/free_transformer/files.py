@@ -1,19 +1,26 @@
-"""Writing that a crash cannot leave half done: a temporary neighbour, fsync, rename."""
+"""
+Writing that a crash cannot leave half done (a temporary neighbor, fsync, rename), and folders that belong to us.
+
+A folder that we write has a marker, a JSON file that says so. Nothing is replaced or deleted without it.
+"""
 
 import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from free_transformer.errors import SettingsError
 
 TEMPORARY = ".tmp-"
-MARKER = ".free-transformer.json"  # in folders that we wrote, with the names of the files in them
+MARKER = ".free-transformer.json"  # in folders that we write: what they are, and which files in them are ours
+LOCK = ".free-transformer.lock"  # held by the process that works in a folder
 WRITTEN_BY = "free-transformer"  # in files that we wrote
 MAX_NAMED = 3
 
@@ -75,8 +82,7 @@ def own_folder(path: Path, kind: str, overwrite: bool = False, protected: Iterab
     check_replaceable(path, kind, overwrite, protected)
     with new_folder(path) as folder:
         yield folder
-        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        write_json(folder / MARKER, {"written_by": WRITTEN_BY, "kind": kind, "files": names})
+        write_json(folder / MARKER, {"written_by": WRITTEN_BY, "kind": kind, "files": files_in(folder)})
         check_replaceable(path, kind, overwrite, protected)  # again: writing may have taken long
 
 
@@ -86,6 +92,7 @@ def check_replaceable(path: Path, kind: str, overwrite: bool = False, protected:
     for each in map(Path.resolve, protected):
         if each == here or here in each.parents:
             raise SettingsError(f"{path}: holds what is being read ({each.name}); name another folder")
+    check_writable(path.absolute().parent)
     if overwrite or not os.path.lexists(path):
         return
     if not path.is_dir():
@@ -101,15 +108,136 @@ def check_replaceable(path: Path, kind: str, overwrite: bool = False, protected:
 
 def _listed(path: Path, kind: str) -> set[str]:
     """The files in a folder that we wrote, by its marker."""
+    marker = read_marker(path)
+    return set(marker.get("files", ())) if marker.get("kind") == kind else set()
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What the marker of a folder says; empty where there is none of ours."""
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        return set(marker["files"]) if marker["kind"] == kind and marker["written_by"] == WRITTEN_BY else set()
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return marker if marker["written_by"] == WRITTEN_BY else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        return {}
+
+
+def update_marker(folder: Path, **values: Any) -> None:
+    """Sets values in the marker of a folder, which `claimed_folder` has made ours."""
+    write_json(folder / MARKER, {**read_marker(folder), "written_by": WRITTEN_BY, **values})
+
+
+@contextmanager
+def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None]:
+    """
+    Holds a folder for one process that fills it over time, such as a run: no other process can claim it meanwhile.
+
+    The lock is the kernel's (`flock`, also over NFS), so it ends with its process however that ends. A folder that is
+    created here and still has nothing in it at the end is removed again.
+
+    Args:
+        kind: what the folder holds, as in `"run"`.
+        names: files and folders that are going to be written in it. Without our marker none of them may be there.
+
+    Raises:
+        SettingsError: where the folder is used by another process, or holds something of these names that is not ours.
+    """
+    check_claimable(path, kind, names)
+    with ExitStack() as cleanup:
+        try:
+            for folder in reversed([each for each in (path, *path.parents) if not each.exists()]):
+                folder.mkdir(exist_ok=True)
+                cleanup.callback(_remove_empty, folder)
+            cleanup.enter_context(_locked(path))
+        except OSError as error:
+            raise SettingsError(f"{path}: cannot be written to ({error.strerror}); choose another folder") from error
+        check_claimable(path, kind, names)  # again: another process may have ended in between
+        before = read_marker(path)
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(timezone.utc).isoformat()}
+        update_marker(path, kind=kind, owner=owner)
+        try:
+            yield
+        finally:
+            update_marker(path, owner=None)
+            if not before and not _others(path):
+                (path / MARKER).unlink()
+
+
+def check_claimable(path: Path, kind: str, names: Iterable[str]) -> None:
+    """`SettingsError` where a folder holds files of these names that are not of this kind and ours."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise SettingsError(f"{path}: a file; name a folder")
+    marker = read_marker(path)
+    if marker.get("kind") == kind:
+        return
+    found = sorted(name for name in names if os.path.lexists(path / name))
+    if marker or found:
+        what = f"the folder of a {marker['kind']}" if marker else f"holds {few(found)}, not written by a {kind}"
+        raise SettingsError(f"{path}: {what}, which would be replaced; choose another folder")
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process has claimed the folder and is still alive."""
+    if not (path / LOCK).exists():
+        return False
+    try:
+        with _locked(path):
+            return False
+    except (SettingsError, OSError):
+        return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = read_marker(folder).get("owner") or {}
+        who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+        raise SettingsError(
+            f"{folder}: {who} is working in this folder; wait until it ends, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _others(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir() if file.name not in (MARKER, LOCK)]
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes a folder that we created and that nothing was written to; the lock alone does not count."""
+    if not any(file.name != LOCK for file in folder.iterdir()):
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def check_writable(folder: Path) -> None:
+    """
+    `SettingsError` where no file can be written in a folder, or none on its disk: for commands that compute for long.
+
+    Folders that are missing are not created.
+    """
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=existing) as file:
+            file.write(b"-" * 4096)
+            file.flush()
+    except OSError as error:
+        raise SettingsError(f"{folder}: cannot be written to ({error.strerror}); choose another place") from error
 
 
 def check_own_file(path: Path, overwrite: bool = False) -> None:
-    """`SettingsError` where a file is there that we did not write."""
+    """`SettingsError` where a file is there that we did not write, or where none can be written."""
+    check_writable(path.parent)
+    if path.is_dir():
+        raise SettingsError(f"{path}: a folder; name a file, as in {path / 'results'}{path.suffix or '.json'}")
     if overwrite or not os.path.lexists(path):
         return
     if not path.is_file() or WRITTEN_BY.encode() not in path.read_bytes():
@@ -119,7 +247,8 @@ def check_own_file(path: Path, overwrite: bool = False) -> None:
 
 
 def check_own_results(path: Path, *keys: str) -> None:
-    """`SettingsError` where a file is there that has not the keys of the results to be written."""
+    """`SettingsError` where a file without the keys of the results to be written is there, or none can be written."""
+    check_writable(path.parent)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,16 +260,37 @@ def check_own_results(path: Path, *keys: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, that takes its place (an older one's, if need be) only when all is written."""
+def new_folder(path: Path, ours: Iterable[str] | None = None) -> Iterator[Path]:
+    """
+    A folder to fill, that takes its place (an older one's, if need be) only when all is written.
+
+    Args:
+        ours: files of the older folder that may be replaced; all others are kept. Default: all may be.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
     try:
         yield temporary
+        if ours is not None and path.is_dir():
+            _keep_others(path, temporary, set(ours))
         publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _keep_others(old: Path, new: Path, ours: set[str]) -> None:
+    """Copies the files of a folder that are not ours into the one that replaces it."""
+    for file in sorted(old.rglob("*")):
+        name = file.relative_to(old)
+        if file.is_file() and str(name) not in ours:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, new / name)
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of all files in a folder, relative to it."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
 def publish_folder(temporary: Path, path: Path) -> None:

@@ -1,9 +1,17 @@
 """Text to documents, documents to tokens, tokens to rows that a model trains on."""
 
-from free_transformer.data.documents import read_documents
+from free_transformer.data.documents import is_path_source, read_documents, source_files
 from free_transformer.data.loading import prefetched
 from free_transformer.data.rows import Rows, build_rows, streamed_batches
-from free_transformer.data.tokenizer import begin_token, byte_tokenizer, encode, load_tokenizer, train_tokenizer
+from free_transformer.data.tokenizer import (
+    begin_token,
+    byte_tokenizer,
+    encode,
+    fingerprint,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 __all__ = [
     "Rows",
@@ -11,9 +19,13 @@ __all__ = [
     "build_rows",
     "byte_tokenizer",
     "encode",
+    "fingerprint",
+    "is_path_source",
     "load_tokenizer",
     "prefetched",
     "read_documents",
+    "source_files",
     "streamed_batches",
     "train_tokenizer",
+    "vocabulary_size",
 ]

@@ -41,6 +41,8 @@ class _OfOneWorker(IterableDataset):
 
 
 def _leave_signals_to_the_run(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the run itself decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Terminals and clusters send these to every process of a run; the run itself decides when its workers end."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first alone
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

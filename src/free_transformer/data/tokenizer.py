@@ -1,6 +1,10 @@
 """Tokenizers: bytes, which need no download, any `AutoTokenizer` by path, and a BPE trained on your own text."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -11,6 +15,13 @@ from free_transformer.byte_alphabet import byte_alphabet
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 SPECIAL_TOKENS = (BEGIN, END, PADDING)
 BYTES = 256
+
+CHUNK = 2**16  # characters of a long text that are tokenized at once
+CONTEXT = 256  # characters on either side of a cut, for which it is tried
+CUTS_TRIED = 4  # of each kind, before a chunk grows
+BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)")
+AFTER_NEWLINE = re.compile(r"(?<=\S)\n+(?=\S)")
+ANYWHERE = re.compile(r"(?<=.)(?=.)", re.DOTALL)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -65,13 +76,91 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of each text alone: nothing added, and what looks like a special token is text like any other."""
+    """
+    Tokens of each text alone: nothing added, and what looks like a special token is text like any other.
+
+    Raises:
+        ValueError: if a text is not valid Unicode.
+    """
+    for text in texts:
+        utf8(text)  # tokenizers raise a TypeError about their own types
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def encode_in_chunks(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
+    """
+    The tokens of `encode`, chunk by chunk, in memory that does not grow with the text.
+
+    Tokenizing takes some 200 bytes of memory per byte of text. The text is cut about every `CHUNK` characters, before a
+    space or after a newline, where the tokens around the cut are those without it. It stays whole where there is no
+    such place, as with normalizers that put a character before each text.
+    """
+    utf8(text)  # here, so that the message counts characters of the whole text
+    start = 0
+    everywhere = len(text) > CHUNK and _has_single_characters_only(tokenizer)
+    while start < len(text):
+        end = _safe_cut(tokenizer, text, start + CHUNK, everywhere)
+        yield encode(tokenizer, [text[start:end]])[0]
+        start = end
+
+
+def utf8(text: str) -> bytes:
+    """The text in UTF-8. `ValueError` for lone surrogates, which Python has for bytes that are not UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid UTF-8: character {error.start} is the lone surrogate {text[error.start]!r}; "
+            "give text that is encoded in UTF-8"
+        ) from error
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for every token: more than there are tokens where their ids have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    A hash, 32 hexadecimal digits, of all that decides which tokens `encode` gives: the vocabulary with its ids, the
+    special tokens, and for fast tokenizers the normalizer, the pre-tokenizer and the model with its merges.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else {"class": type(tokenizer).__name__}
+    for ignored in ("truncation", "padding", "post_processor", "decoder"):  # the first two change with use
+        parts.pop(ignored, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    described = json.dumps([parts, tokenizer.get_vocab(), special], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a text begins with: begin-of-text, or where a tokenizer has none its end-of-text."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def _safe_cut(tokenizer: PreTrainedTokenizerBase, text: str, place: int, everywhere: bool) -> int:
+    """The first place from `place` on, of those that are tried, where a cut changes no token; else the text's end."""
+    patterns = (ANYWHERE,) if everywhere else (BEFORE_SPACE, AFTER_NEWLINE)
+    for begin in range(place, len(text), CHUNK):
+        for pattern in patterns:
+            found = pattern.finditer(text, begin, min(begin + CHUNK, len(text)))
+            for cut in (match.end() for match in islice(found, CUTS_TRIED)):
+                if _changes_no_token(tokenizer, text, cut):
+                    return cut
+    return len(text)
+
+
+def _changes_no_token(tokenizer: PreTrainedTokenizerBase, text: str, cut: int) -> bool:
+    left, right = text[max(0, cut - CONTEXT) : cut], text[cut : cut + CONTEXT]
+    whole, before, after = encode(tokenizer, [left + right, left, right])
+    return whole == before + after
+
+
+def _has_single_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether no token is made of two characters, or of two bytes, so that words need not stay whole."""
+    special = set(tokenizer.all_special_tokens)
+    return all(len(token) == 1 for token in tokenizer.get_vocab() if token not in special)
 
 
 def _finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

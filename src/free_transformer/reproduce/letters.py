@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from free_transformer.config import FreeTransformerConfig
 from free_transformer.data import begin_token, load_tokenizer
 from free_transformer.evaluation import evaluate_likelihood
-from free_transformer.files import new_folder, write_text
+from free_transformer.files import claimed_folder, new_folder, write_text
 from free_transformer.layout import num_plans
 from free_transformer.losses import IGNORED
 from free_transformer.model import FreeTransformer, build_baseline
@@ -116,8 +116,15 @@ def reproduce_letters(
     Trains and measures what `out` does not hold yet, several models at a time with one thread each.
 
     Raises:
-        ValueError: where `out` holds results of another number of steps.
+        ValueError: where `out` holds results of another number of steps, or is not a folder of this experiment.
     """
+    with claimed_folder(out, "reproduction", ["report.html", *(f"seed{seed}" for seed in range(seeds))]):
+        return _reproduce(out, seeds, steps, processes, groups, variants)
+
+
+def _reproduce(
+    out: Path, seeds: int, steps: int, processes: int, groups: int, variants: Sequence[Variant]
+) -> list[Result]:
     jobs = [(variant, seed) for seed in range(seeds) for variant in variants]
     for folder in (_folder(out, *job) for job in jobs):
         if (folder / "result.json").is_file() and read_result(folder).steps != steps:

@@ -1,13 +1,24 @@
 """What each process, and each of its workers, reads of the training text."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from free_transformer.data import Rows, build_rows, prefetched, read_documents, streamed_batches
+from free_transformer.data import (
+    Rows,
+    build_rows,
+    is_path_source,
+    prefetched,
+    read_documents,
+    source_files,
+    streamed_batches,
+)
 from free_transformer.data.rows import Batch, MixedRows, TrainingRows
+from free_transformer.files import few
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import DataSettings, Settings, SettingsError, Sources
 from free_transformer.training.stages import Stage, stages_of
@@ -19,11 +30,13 @@ class Documents:
 
     sources: list[str]
     column: str
+    max_bad_rows: int
     part: int = 0
     parts: int = 1
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.islice(read_documents(self.sources, self.column), self.part, None, self.parts)
+        documents = read_documents(self.sources, self.column, max_bad_rows=self.max_bad_rows)
+        return itertools.islice(documents, self.part, None, self.parts)
 
 
 @dataclass
@@ -38,15 +51,56 @@ TrainingData = TrainingRows | Stream  # in memory, or to stream
 
 
 def load_validation(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-    """Held-out text where there is any. `SettingsError` for text that cannot be used."""
-    data, training = settings.data, settings.training
+    """All held-out text, where there is any. `SettingsError` for text that cannot be used."""
+    data = settings.data
     if not data.validation:
         return None
     try:
-        rows = build_rows(read_documents(data.validation, data.column), tokenizer, training.seq_len)
+        documents = read_documents(data.validation, data.column, "validation", data.max_bad_rows)
+        return build_rows(documents, tokenizer, settings.training.seq_len)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    return rows.sample(training.eval_rows)
+
+
+def overlap_warning(training: list[TrainingData], validation: Rows | None, settings: Settings) -> str | None:
+    """What to say of held-out text that is trained on as well, None where there is none of that."""
+    if validation is None:
+        return None
+    shared = _shared_documents(training, validation) or _shared_sources(training, settings.data.validation)
+    if not shared:
+        return None
+    return (
+        f"data.validation: {shared} also in the training text; the held-out loss, early stopping and the best "
+        "checkpoint then measure how well that is remembered. Name text that is not trained on"
+    )
+
+
+def _shared_documents(training: list[TrainingData], validation: Rows) -> str:
+    parts = [part for data in training if not isinstance(data, Stream) for part in rows_of(data)]
+    if not parts:
+        return ""
+    known = np.concatenate([part.documents for part in parts])
+    count = int(np.isin(validation.documents, known).sum())
+    return f"{count} of {len(validation.documents)} documents are" if count else ""
+
+
+def _shared_sources(training: list[TrainingData], validation: list[str]) -> str:
+    """Files and data sets that are streamed and validated on: the documents of a stream are not known in advance."""
+    streamed = [
+        source for data in training if isinstance(data, Stream) for each in data.documents for source in each.sources
+    ]
+    names = {source for source in set(streamed) & set(validation) if not is_path_source(source)}
+    names |= {str(file) for file in _files(streamed) & _files(validation)}
+    return f"{few(sorted(names))} {'is' if len(names) == 1 else 'are'}" if names else ""
+
+
+def rows_of(data: TrainingRows) -> list[Rows]:
+    """The rows of each source of a mixture, or those of a single one."""
+    return data.parts if isinstance(data, MixedRows) else [data]
+
+
+def _files(sources: Iterable[str]) -> set[Path]:
+    return {file.resolve() for file in source_files(list(sources))}
 
 
 def load_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> list[TrainingData]:
@@ -90,11 +144,10 @@ def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, 
 
 def _stream(sources: Sources, data: DataSettings) -> Stream:
     if isinstance(sources, list):
-        return Stream([Documents(sources, data.column)], [1.0])
+        return Stream([Documents(sources, data.column, data.max_bad_rows)], [1.0])
     total = sum(sources.values())
-    return Stream(
-        [Documents([source], data.column) for source in sources], [share / total for share in sources.values()]
-    )
+    documents = [Documents([source], data.column, data.max_bad_rows) for source in sources]
+    return Stream(documents, [share / total for share in sources.values()])
 
 
 def training_batches(
@@ -105,7 +158,12 @@ def training_batches(
     processes: Processes,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Micro-batches of a stage without end from number `start` on: this process' share of the rows of each."""
+    """
+    Micro-batches of a stage without end: this process' share of the rows of each.
+
+    Args:
+        start: rows of the stage's text that all processes together have read before.
+    """
     source = _Source(
         *(data, stage, tokenizer, settings, start),
         *(processes.share_of(stage.batch_size), processes.data_rank, processes.data_size),
@@ -127,12 +185,15 @@ class _Source:
     parts: int
 
     def __call__(self, worker: int, workers: int) -> Iterator[Batch]:
-        seed, first = self.settings.training.seed, self.start + worker
+        seed, batch_size = self.settings.training.seed, self.stage.batch_size
         if not isinstance(self.data, Stream):
-            return self.data.shuffled(self.stage.batch_size, seed, first, workers, self.share)
+            return self.data.shuffled(batch_size, seed, self.start, worker, workers, self.share)
+        first = self.start // batch_size + worker  # number of this worker's first batch
         part = self.part * workers + first % workers  # the same documents whatever the batch to start with
         own = [replace(documents, part=part, parts=self.parts * workers) for documents in self.data.documents]
+        rows = self.share.stop - self.share.start
+        read = first // workers * rows if self.parts * workers > 1 else self.start
         return streamed_batches(
-            *(own, self.data.shares, self.tokenizer, self.stage.seq_len, self.share.stop - self.share.start),
-            *(self.settings.data.shuffle_buffer, seed, first // workers),
+            *(own, self.data.shares, self.tokenizer, self.stage.seq_len, rows),
+            *(self.settings.data.shuffle_buffer, seed, read),
         )

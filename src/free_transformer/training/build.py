@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.data import begin_token
+from free_transformer.data import begin_token, vocabulary_size
 from free_transformer.loading import load_pretrained
 from free_transformer.model import FreeTransformer, build_baseline
 from free_transformer.training.adapters import add_adapters
@@ -22,7 +22,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         model = _pretrained(settings)
     else:
         config = settings.model.build(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary_size(tokenizer),
             kl_weight=settings.training.kl_weight,
             bos_token_id=begin_token(tokenizer),
             eos_token_id=tokenizer.eos_token_id,
@@ -35,10 +35,10 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
             f"training.seq_len={settings.training.seq_len} is longer than model.max_seq_len="
             f"{model.config.max_position_embeddings}"
         )
-    if model.config.vocab_size < len(tokenizer):
+    if model.config.vocab_size < (size := vocabulary_size(tokenizer)):
         raise SettingsError(
-            f"data.tokenizer={settings.data.tokenizer} has {len(tokenizer)} tokens, {settings.model.pretrained} knows "
-            f"{model.config.vocab_size}: take its own"
+            f"data.tokenizer={settings.data.tokenizer}: token ids up to {size - 1}, {settings.model.pretrained} has "
+            f"{model.config.vocab_size} tokens; use the tokenizer of the model"
         )
     return model
 

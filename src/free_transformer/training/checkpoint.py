@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from free_transformer.files import TEMPORARY, first_line, publish_folder, write_json
+from free_transformer.training.identity import Change, Identity, check_changes
 from free_transformer.training.parallel import SharedBinaryMapper, random_state
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 STATE = "state.json"
 BEST = "best.json"
 LEAST_FILE, MOST_FILES = 64 * 2**20, 32  # bytes of a file of a checkpoint, unless there would be more files
-COUNTS = ("step", "batches", "stage_batches", "skipped")
+FORMAT = 2  # of state.json: positions in the data are counted in rows, and what the run is stands beside them
+COUNTS = ("step", "rows", "stage_rows", "skipped")
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 OF_MUON = {"momentum_buffer"}
 UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, CheckpointException)
@@ -43,6 +45,10 @@ UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, Type
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint that could not be written; those before it are as they were."""
+
+
+class UnusableCheckpoint(SettingsError):
+    """A checkpoint that is damaged or of something else; an older one may do."""
 
 
 @dataclass
@@ -54,9 +60,9 @@ class TrainState:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     adapters: Any = None  # PEFT's tuner, where adapters learn in the place of the decoder's weights
     step: int = 0
-    batches: int = 0  # micro-batches read: the data's position
-    stage_batches: int = 0  # of them, those that stages with other data had read before
-    skipped: int = 0  # steps that were left out because a gradient was no number
+    rows: int = 0  # read from the training text by all processes: the position in the data
+    stage_rows: int = 0  # of them, those that stages with other text had read before
+    skipped: int = 0  # steps that were left out because a loss or gradient was NaN or infinite
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -75,12 +81,20 @@ class Checkpoints:
     Args:
         keep: how many stay, besides the best.
         background: write while training goes on.
+        identity: what the run is, recorded in each checkpoint and compared when one is loaded.
+        allowed: names of settings that may differ from a checkpoint's although that changes the text that is read.
+
+    Attributes:
+        changes: settings that differ from those of the checkpoint that was loaded.
     """
 
     folder: Path
     keep: int
     processes: Processes = field(default_factory=lambda: Processes(torch.device("cpu")))
     background: bool = False
+    identity: Identity | None = None
+    allowed: Sequence[str] = ()
+    changes: list[Change] = field(default_factory=list, init=False)
     _pending: tuple[Path, Future] | None = field(default=None, init=False)
     _group: Any = field(default=None, init=False)
     _publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
@@ -106,8 +120,9 @@ class Checkpoints:
             tensors, alone = _tensors(state, self.processes), self.processes.size == 1
             files = _file_numbers(tensors, self.processes.size)
             writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
-            facts = {**{name: getattr(state, name) for name in COUNTS}, "processes": self.processes.size}
-            facts["scaler"] = state.scaler.state_dict()
+            facts = {name: getattr(state, name) for name in COUNTS}
+            facts |= {"format": FORMAT, "processes": self.processes.size, "scaler": state.scaler.state_dict()}
+            facts["identity"] = self.identity and self.identity.to_json()
             if self.background:
                 if self._group is None and not alone:  # its own, since training talks meanwhile
                     self._group = dist.new_group(backend="gloo", timeout=self.processes.timeout)
@@ -140,6 +155,8 @@ class Checkpoints:
             return
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(json.dumps({**facts, "files": sizes}, indent=2) + "\n")
+        if path.exists() and not _is_ours(path):  # such as a copy that somebody put there
+            path.replace(path.with_name(f"{path.name}-replaced"))
         publish_folder(temporary, path)
         kept = None
         if best is not None:
@@ -147,7 +164,8 @@ class Checkpoints:
             write_json(self.folder / BEST, {"checkpoint": kept.name, "loss": best[0]})
         known = [each for each in list_checkpoints(self.folder) if _step(each) <= facts["step"] and each != kept]
         for old in known[: -self.keep]:  # one with a later step is not of this run, and not ours to delete
-            shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}old-{old.name}")))
+            if _is_ours(old):
+                shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}old-{old.name}")))
 
     @contextmanager
     def _failures_named(self, path: Path, temporary: Path) -> Iterator[None]:
@@ -162,10 +180,11 @@ class Checkpoints:
 
     def load_newest(self, state: TrainState, tell: Callable[[str], None] = logger.warning) -> Path | None:
         """
-        The newest checkpoint that can be used, or None where there is none. One that cannot is named through `tell`.
+        The newest checkpoint that can be used, or None where there is none. Damaged ones are named through `tell`.
 
         Raises:
-            SettingsError: where there are checkpoints and none of them can be used; the newest one's reason.
+            SettingsError: where there are checkpoints and none of them can be used; the newest one's reason. Also
+                where the newest was trained with settings that this run may not change.
         """
         if self.processes.main and self.folder.is_dir():
             for leftover in self.folder.glob(f"{TEMPORARY}*"):  # of a crash
@@ -174,35 +193,54 @@ class Checkpoints:
         reasons: list[str] = []
         for path in reversed(list_checkpoints(self.folder)):
             try:
-                load_checkpoint(path, state, self.processes)
-            except SettingsError as error:
+                self.load(path, state)
+            except UnusableCheckpoint as error:
                 reasons.append(str(error))
                 continue
             for reason in reasons:
-                tell(f"{reason}; going on from {path.name} instead")
+                tell(f"{reason}; resuming from {path.name} instead")
             return path
         if reasons:
             others = f" (nor can the {len(reasons) - 1} before it be used)" if len(reasons) > 1 else ""
             raise SettingsError(reasons[0] + others)
         return None
 
+    def load(self, path: Path, state: TrainState) -> None:
+        """
+        Restores a checkpoint. Text that a changed setting brings is read from its beginning.
+
+        Raises:
+            UnusableCheckpoint: for one that is cut short, cannot be read, or is of another model or optimizer, in all
+                processes if in one.
+            SettingsError: for settings that this run may not change.
+        """
+        problem: SettingsError | None = None
+        changes: list[Change] = []
+        try:
+            facts, saved = _examine(path)
+            if self.identity is not None:
+                changes = self.identity.changes(_identity(path, facts), facts["step"])
+                check_changes(path, changes, self.allowed)
+            _check_shapes(path, state.model, saved)
+            _check_optimizers(path, state, saved)
+        except SettingsError as error:
+            problem = error
+        if self.processes.largest(problem is not None) != [0]:  # those that go on would wait for the others
+            raise problem or UnusableCheckpoint(f"{path}: another process cannot use it")
+        _restore(path, facts, saved, state, self.processes)
+        if any(change.needs_permission and change.name != "training.seed" for change in changes):
+            state.stage_rows = state.rows
+        self.changes = changes
+
 
 def load_checkpoint(path: Path, state: TrainState, processes: Processes | None = None) -> None:
-    """
-    Raises:
-        SettingsError: for a checkpoint that is cut short, cannot be read, or is of another model or optimizer, in all
-            processes if in one.
-    """
-    processes = processes or Processes(torch.device("cpu"))
-    problem = None
-    try:
-        facts, saved = _examine(path)
-        _check_shapes(path, state.model, saved)
-        _check_optimizers(path, state, saved)
-    except SettingsError as error:
-        problem = error
-    if processes.largest(problem is not None) != [0]:  # those that go on would wait for the others
-        raise problem or SettingsError(f"{path}: another process cannot use it")
+    """`Checkpoints.load` of one checkpoint, whatever its run is."""
+    Checkpoints(path.parent, 1, processes or Processes(torch.device("cpu"))).load(path, state)
+
+
+def _restore(
+    path: Path, facts: dict[str, Any], saved: dict[str, torch.Size], state: TrainState, processes: Processes
+) -> None:
     _make_room(state)
     tensors = {name: tensor for name, tensor in _tensors(state, processes).items() if name in saved}
     try:
@@ -224,16 +262,40 @@ def load_checkpoint(path: Path, state: TrainState, processes: Processes | None =
 def _examine(path: Path) -> tuple[dict[str, Any], dict[str, torch.Size]]:
     """What a checkpoint says of itself, and the shapes of what it holds. `SettingsError` where a file is not whole."""
     try:
-        facts = json.loads((path / STATE).read_text())
-        facts.setdefault("stage_batches", 0)  # of an older one
+        facts = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if "files" in facts and facts.get("format") != FORMAT:
+            raise UnusableCheckpoint(
+                f"{path}: written by another version of free-transformer; resume it with that one, or choose another "
+                "run_dir"
+            )
         facts.update({name: int(facts[name]) for name in (*COUNTS, "processes")})
         for name, size in facts["files"].items():
             if (actual := (path / name).stat().st_size) != size:
                 raise OSError(f"{name} has {actual} bytes of {size}")
         metadata: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         return facts, {name: torch.Size(each.size) for name, each in metadata.items()}
+    except UnusableCheckpoint:
+        raise
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def _identity(path: Path, facts: dict[str, Any]) -> Identity:
+    if not facts.get("identity"):
+        raise UnusableCheckpoint(f"{path}: does not say which run it is of")
+    try:
+        return Identity.from_json(facts["identity"])
+    except TypeError as error:
+        raise _unreadable(path, error) from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a checkpoint has only the files that were written with it."""
+    try:
+        files = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
+        return {file.name for file in path.iterdir()} <= {*files, STATE}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -324,9 +386,9 @@ def _check_optimizers(path: Path, state: TrainState, saved: dict[str, torch.Size
         for parameter, kept in _parameters_of(optimizer):
             prefix = f"optimizer.{names[parameter]}."
             if {name.removeprefix(prefix) for name in saved if name.startswith(prefix)} != kept:
-                raise SettingsError(
-                    f"{path}: written with another training.optimizer; take the one it was trained with, another "
-                    "run_dir or resume=never"
+                raise UnusableCheckpoint(
+                    f"{path}: written with another training.optimizer; use the one it was trained with, or choose "
+                    "another run_dir"
                 )
 
 
@@ -335,17 +397,19 @@ def _check_shapes(path: Path, model: nn.Module, saved: dict[str, torch.Size]) ->
     for name in sorted(parameters.keys() ^ {name for name in saved if name.startswith("model.")}):
         where = "the checkpoint" if name in parameters else "this configuration"
         name = name.removeprefix("model.")
-        raise SettingsError(f"{path}: another model's ({where} has no {name}); take another run_dir or resume=never")
+        raise UnusableCheckpoint(f"{path}: of another model ({where} has no {name}); choose another run_dir")
     for name, parameter in parameters.items():
         if parameter.shape != saved[name]:
-            raise SettingsError(
+            raise UnusableCheckpoint(
                 f"{path}: {name.removeprefix('model.')} has shape {tuple(saved[name])}, this configuration needs "
-                f"{tuple(parameter.shape)}; take the settings it was trained with, another run_dir or resume=never"
+                f"{tuple(parameter.shape)}; use the settings it was trained with, or choose another run_dir"
             )
 
 
 def _unreadable(path: Path, error: BaseException) -> SettingsError:
-    return SettingsError(f"{path}: cannot be read ({_cause(error)}); delete it, or take another run_dir, to start anew")
+    return UnusableCheckpoint(
+        f"{path}: cannot be read ({_cause(error)}); delete it, or choose another run_dir, to start anew"
+    )
 
 
 def _step(path: Path) -> int:

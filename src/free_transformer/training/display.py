@@ -1,15 +1,17 @@
 """What a person sees of a run while it trains, and what is written down: bar, lines, metrics.jsonl, trackers."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
+from free_transformer.console import stderr_console
 from free_transformer.training.batches import Stream, TrainingData
 from free_transformer.training.checkpoint import TrainState
+from free_transformer.training.identity import Change
 from free_transformer.training.optimizers import describe_groups
 from free_transformer.training.processes import Processes
 from free_transformer.training.run import Run
@@ -26,20 +28,27 @@ class Display:
     """
     One place for every number of a run. `with Display(...) as display:`
 
-    Attributes:
+    Args:
         watcher: what the lines so far say of the run, the same in every process.
+        resumed: the step of the checkpoint that was loaded, None for a new run.
     """
 
-    def __init__(self, run: Run, settings: Settings, processes: Processes, quiet: bool = False, resumed: bool = False):
-        self.run, self.settings, self.processes = run, settings, processes
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        processes: Processes,
+        watcher: Watcher,
+        quiet: bool = False,
+        resumed: int | None = None,
+    ):
+        self.run, self.settings, self.processes, self.watcher = run, settings, processes, watcher
         quiet = quiet or not processes.main
-        self.console = Console(quiet=quiet, stderr=True)
-        self.watcher = Watcher(settings, run.read_metrics())
+        self.console = stderr_console(quiet)
         self.alarms = [reading.label for reading in self.watcher.alarms()]
         self.trackers: list[Tracker] = open_trackers(run, settings, resumed) if processes.main else []
-        self.name = escape(run.path.name)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -48,6 +57,7 @@ class Display:
             expand=True,
             disable=quiet or not self.console.is_terminal,
         )
+        self.name = run.path.resolve().name
         self.task = self.progress.add_task(self.name, total=settings.training.max_steps, numbers="", alarms="")
 
     def __enter__(self) -> "Display":
@@ -59,21 +69,26 @@ class Display:
         for tracker in self.trackers:
             tracker.close()
         if kind is None:
-            self.console.print(f"trained: {self.run.path}", highlight=False, soft_wrap=True)
+            self.console.print(f"trained: {self.run.path}", soft_wrap=True)
 
-    def start(self, state: TrainState, data: TrainingData) -> None:
+    def start(
+        self, state: TrainState, data: TrainingData, changes: Sequence[Change] = (), warnings: Sequence[str] = ()
+    ) -> None:
+        """Says what is trained, and what differs from the training that is resumed."""
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        text = f"{self.run.path.name}: {parameters / 1e6:.2f} M parameters"
+        text = f"{self.name}: {parameters / 1e6:.2f} M parameters"
         if not isinstance(data, Stream):
             text += f", {len(data)} rows of {data.seq_len} tokens"
-        if state.step >= self.settings.training.max_steps:
-            text += f"; trained to step {state.step} already (raise training.max_steps to go on)"
-        elif state.step:
+        if state.step:
             text += f", resumed at step {state.step}"
-        self.console.print(text, highlight=False)
-        self.console.print(f"optimizers: {'; '.join(describe_groups(state.optimizers))}", highlight=False)
+        self.console.print(text, soft_wrap=True)
+        self.console.print(f"{self.name}: {'; '.join(describe_groups(state.optimizers))}", soft_wrap=True)
         if note := _note_on_processes(self.processes, self.settings.distributed):
-            self.console.print(note, highlight=False)
+            self.console.print(note, soft_wrap=True)
+        for change in changes:
+            self.console.print(f"changed: {change}", soft_wrap=True)
+        for warning in warnings:
+            self.warn(warning)
         self.progress.update(self.task, completed=state.step)
 
     def stage(self, stage: Stage, count: int) -> None:
@@ -81,7 +96,7 @@ class Display:
             weights = {"kl_weight": stage.kl_weight, "free_bits": stage.free_bits}
             named = [f"{name} {value:g}" for name, value in weights.items() if value is not None]
             text = f"stage {stage.number} of {count}, to step {stage.end}: rows of {stage.seq_len} tokens, "
-            self.console.print(text + ", ".join([f"{stage.batch_size} a batch", *named]), highlight=False)
+            self.console.print(text + ", ".join([f"{stage.batch_size} a batch", *named]))
 
     def log(self, step: int, split: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same to the trackers, and the bar; what needs doing is said once."""
@@ -105,35 +120,46 @@ class Display:
             self.progress.update(self.task, completed=step, numbers=_numbers(line, self.watcher.validation))
         self.progress.update(self.task, alarms=f"[red]{', '.join(self.alarms)}![/] " if self.alarms else "")
         if split == "validation" or (split == "train" and self.progress.disable and self._milestone(step)):
-            self.console.print(f"step {step} {split}: {_numbers(line)}", highlight=False)
+            self.console.print(f"step {step} {split}: {_numbers(line)}")
         for label, advice in news.items():
-            self.console.print(f"step {step} {label}: {advice}", style="yellow", highlight=False, markup=False)
+            self.console.print(f"step {step} {label}: {advice}", style="yellow")
         for label in over:
-            self.console.print(f"step {step} {label}: well again", highlight=False)
+            self.console.print(f"step {step} {label}: well again")
 
     def took_best(self, stopped_at: int, loss: float, step: int) -> None:
         text = f"stopped at step {stopped_at}; model/ is that of step {step}, the best on held-out text ({loss:.4f})"
-        self.console.print(text, highlight=False)
+        self.console.print(text)
 
     def skip(self, step: int) -> None:
-        """A step that was left out, since its loss or gradient is no number."""
+        """Records a step that was left out because its loss or gradient is NaN or infinite."""
         if self.processes.main:
             self.run.append_metrics(step=step, split="skipped")
-        self.warn(f"step {step} is left out: its loss or gradient is no number")
+        self.warn(f"step {step} is left out: its loss or gradient is NaN or infinite")
 
     def stopped(self, step: int, signal_name: str) -> None:
-        text = f"stopped by {signal_name} at step {step}, saved in {self.run.checkpoints}; the same command goes on"
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        text = f"stopped by {signal_name} at step {step}, saved in {self.run.checkpoints}; the same command resumes it"
+        self.console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
     def sample(self, step: int, text: str) -> None:
-        self.console.print(f"[dim]step {step} writes:[/] {escape(repr(text))}", highlight=False)
+        self.console.print(Text.assemble((f"step {step} generates: ", "dim"), repr(text)))
 
     def _milestone(self, step: int) -> bool:
         every = max(1, self.settings.training.max_steps // LINES_WITHOUT_A_TERMINAL)
         return step // every != (step - self.settings.training.log_every) // every
+
+
+def say_finished(run: Run, step: int, changes: Sequence[Change], quiet: bool) -> None:
+    """Says that a run is left as it is, since nothing is left to train."""
+    console = stderr_console(quiet)
+    without_effect = f"; without effect: {', '.join(map(str, changes))}" if changes else ""
+    console.print(
+        f"{run.path.resolve().name}: trained to step {step} already; raise training.max_steps to continue"
+        f"{without_effect}",
+        soft_wrap=True,
+    )
 
 
 def _note_on_processes(processes: Processes, settings: DistributedSettings) -> str:

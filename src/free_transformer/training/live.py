@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from free_transformer.console import stdout_console
 from free_transformer.evaluation.plots import values_of
 from free_transformer.training.run import Run, titles_of
 from free_transformer.training.settings import SettingsError
@@ -44,7 +45,7 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
     runs = [Run(path) for path in paths]
     for run in runs:
         _ = run.settings
-    console = Console()
+    console = stdout_console()
     if once:
         console.print(_picture(_look_at(runs), console.width, *FULL))
         return
@@ -73,6 +74,7 @@ def _look_at(runs: Sequence[Run]) -> list[_Look]:
         lines = run.read_metrics()
         watcher = Watcher(run.settings, lines)
         end = "ended" if run.has_ended else f"of {run.settings.training.max_steps}"
+        end += "" if run.has_ended or run.in_use else ", not training now"
         curves = {key: _settled(values_of(lines, split, key)) for key, (split, _) in PANELS.items()}
         looks.append(_Look(name, f"step {watcher.step} {end}", curves, watcher.readings()))
     return looks

@@ -1,17 +1,20 @@
-"""The training loop: settings in, a run's folder out."""
+"""The training loop: settings in, the folder of a run out."""
 
 import contextlib
 import itertools
 import signal
+import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from free_transformer import __version__
 from free_transformer.data import Rows, begin_token, load_tokenizer
 from free_transformer.data.rows import Batch
 from free_transformer.evaluation.likelihood import evaluate_likelihood
@@ -20,10 +23,17 @@ from free_transformer.files import new_folder
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer
 from free_transformer.training.adapters import merge_adapters, write_adapters
-from free_transformer.training.batches import TrainingData, load_training, load_validation, training_batches
+from free_transformer.training.batches import (
+    TrainingData,
+    load_training,
+    load_validation,
+    overlap_warning,
+    training_batches,
+)
 from free_transformer.training.build import new_state, resolved
 from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints, load_checkpoint
-from free_transformer.training.display import Display
+from free_transformer.training.display import Display, say_finished
+from free_transformer.training.identity import Change, Identity
 from free_transformer.training.memory import decide_batch_size
 from free_transformer.training.metrics import VALIDATION_SAMPLES, Entries, Totals
 from free_transformer.training.model_card import write_model_card
@@ -31,44 +41,67 @@ from free_transformer.training.optimizers import set_learning_rate
 from free_transformer.training.parallel import reshard, whole_state_dict
 from free_transformer.training.processes import Processes, join_processes
 from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings, SettingsError
+from free_transformer.training.settings import Settings, SettingsError, settings_warnings
 from free_transformer.training.stages import Stage, stage_at, stages_of
 from free_transformer.training.step import apply_gradients, autocast, compute_gradients
 from free_transformer.training.stopping import StopRequest, TrainingStopped, listen_for_stop
 from free_transformer.training.trackers import check_trackers
+from free_transformer.training.watching import Watcher
 
-LEAST_LOSS_SCALE = 1.0  # of fp16: under it, gradients are no numbers for another reason
+MIN_LOSS_SCALE = 1.0  # of fp16: below it, gradients are NaN or infinite for another reason
 
 
 class TrainingFailed(RuntimeError):
-    """A run that cannot go on, such as one whose loss is no number any more."""
+    """A run that cannot continue, such as one whose loss is NaN."""
 
 
-def train(settings: Settings, quiet: bool = False) -> Run:
+def train(settings: Settings, quiet: bool = False, allow_change: Sequence[str] = ()) -> Run:
     """
     Trains from the start or from the newest checkpoint of `run_dir`, and writes `model/` at the end.
 
     Under `torchrun` the processes share the work as `settings.distributed` says; `run_dir` must then be a folder that
     all of them see.
 
+    Args:
+        allow_change: settings that may differ from those of the run that is resumed although the run then continues on
+            other text, such as `data.train`; `all` for every one.
+
     Raises:
-        SettingsError: for data or settings that cannot be used; nothing is written then.
+        SettingsError: for data or settings that cannot be used, for a folder that is in use or holds something else,
+            and for a run that cannot be resumed with these settings; nothing is written then.
         TrainingFailed: where the loss is not finite; the last checkpoint is as it was.
-        TrainingStopped: after Ctrl-C or SIGTERM, when the state is saved.
+        TrainingStopped: after Ctrl-C or a signal that ends jobs, when the state is saved.
         CheckpointFailed: where a checkpoint cannot be written, such as on a full disk.
         ProcessLost: where another process has ended or does not answer.
     """
     with join_processes(settings.distributed, settings.training.device) as processes:
-        return _train(settings, processes, quiet)
+        run = Run(settings.run_dir)
+        with _claimed(run, processes):
+            _train(settings, run, processes, quiet, allow_change)
+        return run
 
 
-def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
-    run, training = Run(settings.run_dir), settings.training
+@contextlib.contextmanager
+def _claimed(run: Run, processes: Processes) -> Iterator[None]:
+    """Holds the run's folder, by its main process for all of them."""
+    with contextlib.ExitStack() as claim:
+        problem = None
+        if processes.main:
+            try:
+                claim.enter_context(run.claimed())
+            except SettingsError as error:
+                problem = error
+        if processes.largest(problem is not None) != [0]:
+            raise problem or SettingsError(f"{run.path}: the main process cannot use this folder")
+        yield
+
+
+def _train(settings: Settings, run: Run, processes: Processes, quiet: bool, allow_change: Sequence[str]) -> None:
+    training = settings.training
     check_trackers(settings)
     tokenizer = load_tokenizer(settings.data.tokenizer)
     saved = bool(list_checkpoints(run.checkpoints))
-    if saved and training.resume == "never":
-        raise SettingsError(f"{run.path} holds another run's checkpoints: take another run_dir, or resume=auto")
+    _check_start(run, settings, saved)
     settings, loaded, _ = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
     if settings.training.rows < processes.data_size:
         raise SettingsError(
@@ -78,24 +111,67 @@ def _train(settings: Settings, processes: Processes, quiet: bool) -> Run:
     state = new_state(settings, tokenizer, processes)
     training_data = loaded or load_training(settings, tokenizer, processes)
     validation = load_validation(settings, tokenizer)
-    checkpoints = Checkpoints(run.checkpoints, training.save_total, processes, training.async_save)
-    passed_over: list[str] = []
-    goes_on = training.resume == "auto" and checkpoints.load_newest(state, passed_over.append) is not None
-    if processes.main:
-        if not goes_on and training.resume == "auto":  # of a run that was stopped before its first checkpoint
-            run.metrics_file.unlink(missing_ok=True)
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_config(resolved(settings, state.model, alone=processes.size == 1))  # type: ignore[arg-type]
-        run.forget_metrics_after(state.step)
+    overlap = overlap_warning(training_data, validation, settings)
+    settings = resolved(settings, state.model, alone=processes.size == 1)  # type: ignore[arg-type]
+    identity = Identity.of(settings, state.model, tokenizer, training_data, validation, processes)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(
+        *(run.checkpoints, training.save_total, processes, training.async_save, identity, allow_change)
+    )
+    told = [*settings_warnings(settings), *([overlap] if overlap else [])]
+    resuming = checkpoints.load_newest(state, told.append) is not None
+    lines = [line for line in run.read_metrics() if resuming and line["step"] <= state.step]
+    watcher = Watcher(settings, lines)
+    trains = _has_steps_left(settings, state.step, watcher)
+    if not trains and run.has_ended and run.model.get("trained") == state.step:
+        if processes.main:
+            say_finished(run, state.step, checkpoints.changes, quiet)
+        return
+    if processes.main and trains:
+        _record_start(run, settings, state.step if resuming else None, checkpoints.changes)
     processes.barrier()
-    with Display(run, settings, processes, quiet, goes_on) as display:
-        display.start(state, training_data[0])
-        for reason in passed_over:
-            display.warn(reason)
+    with Display(run, settings, processes, watcher, quiet, state.step if resuming else None) as display:
+        display.start(state, training_data[0], checkpoints.changes, told)
         trainer = _Trainer(settings, run, state, tokenizer, processes, display, checkpoints, training_data)
-        with listen_for_stop() as trainer.stop:
-            trainer.run_to_the_end(validation)
-    return run
+        with listen_for_stop(quiet or not processes.main) as trainer.stop:
+            trainer.train(None if validation is None else validation.sample(training.eval_rows))
+
+
+def _has_steps_left(settings: Settings, step: int, watcher: Watcher) -> bool:
+    """Whether neither `max_steps` is reached nor early stopping has waited for long enough."""
+    patience = settings.training.early_stopping
+    return step < settings.training.max_steps and not 0 < patience <= watcher.since_best
+
+
+def _check_start(run: Run, settings: Settings, saved: bool) -> None:
+    """`SettingsError` where training from the start would replace what an earlier training came to."""
+    if saved and settings.training.resume == "never":
+        raise SettingsError(
+            f"{run.path}: holds checkpoints, and training.resume=never; choose another run_dir, or training.resume=auto"
+        )
+    if saved:
+        return
+    logged = max((line["step"] for line in run.read_metrics()), default=0)
+    had_checkpoints = logged > 0 and run.config_file.is_file() and 0 < run.settings.training.save_every < logged
+    if run.model_folder.exists() or had_checkpoints:
+        what = "a trained model" if run.model_folder.exists() else f"the metrics of {logged} steps"
+        raise SettingsError(
+            f"{run.path}: holds {what} and no checkpoint to resume from; choose another run_dir, or delete the folder "
+            "to train from the start"
+        )
+
+
+def _record_start(run: Run, settings: Settings, resumed: int | None, changes: list[Change]) -> None:
+    """Writes the settings as used, and drops what an interrupted training logged after the step that is resumed."""
+    run.begin_training()
+    run.write_config(settings)
+    run.forget_metrics_after(-1 if resumed is None else resumed)
+    run.append_history(
+        resumed or 0,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        host=socket.gethostname(),
+        version=__version__,
+        changes={change.name: [change.old, change.new] for change in changes},
+    )
 
 
 @dataclass
@@ -120,17 +196,18 @@ class _Trainer:
     def device(self) -> torch.device:
         return self.processes.device
 
-    def run_to_the_end(self, validation: Rows | None) -> None:
+    def train(self, validation: Rows | None) -> None:
+        """Trains to the last step and writes `model/`."""
         training, state = self.settings.training, self.state
         totals = Totals()
-        while state.step < training.max_steps and not self._has_levelled_off():
+        while _has_steps_left(self.settings, state.step, self.display.watcher):
             self._enter_stage()
             rate = set_learning_rate(state.optimizers, state.step, training)
             stop = self._optimizer_step(totals)
             state.step += 1
             last = state.step == training.max_steps
             validating = _due(state.step, training.eval_every, last)
-            saving = _due(state.step, training.save_every, last) or stop > 0
+            saving = last or _due(state.step, training.save_every, last) or stop > 0
             logging = (
                 saving
                 or _due(state.step, training.log_every, self._ends_stage())
@@ -141,19 +218,23 @@ class _Trainer:
                 totals = Totals()
             if validating:
                 self._validate(validation)
-                saving |= self._is_best() or self._has_levelled_off()
+                saving |= self._is_best() or not _has_steps_left(self.settings, state.step, self.display.watcher)
             if _due(state.step, self.settings.logging.sample_every, last):
                 self._sample()
             if saving:
-                self.checkpoints.save(state, self.display.watcher.best if training.keeps_best else None)
+                with self.stop.saving():
+                    self.checkpoints.save(state, self.display.watcher.best if training.keeps_best else None)
             if stop and not last:
-                self.checkpoints.wait()
+                with self.stop.saving():
+                    self.checkpoints.wait()
                 self.display.stopped(state.step, signal.Signals(stop).name)
                 raise TrainingStopped(stop)
         self.checkpoints.wait()
+        trained = state.step
         self._take_best()
         self._gather_prior()
-        self._write_model()
+        with self.stop.saving():
+            self._write_model(trained)
 
     def _enter_stage(self) -> None:
         """Opens the text of the stage of this step, where the stage before has not been reading it already."""
@@ -162,10 +243,10 @@ class _Trainer:
             return
         before = self.stages[stage.number - 2] if stage.number > 1 else None
         if state.step == stage.start and before is not None and not stage.reads_as(before):
-            state.stage_batches = state.batches
+            state.stage_rows = state.rows
         if self.stage is None or not stage.reads_as(self.stage):
             data = self.training_data[stage.number - 1]
-            start = state.batches - state.stage_batches
+            start = state.rows - state.stage_rows
             self.batches = training_batches(data, stage, self.tokenizer, self.settings, self.processes, start)
         self.stage = stage
         self.display.stage(stage, len(self.stages))
@@ -190,7 +271,8 @@ class _Trainer:
         for optimizer in state.optimizers:
             optimizer.zero_grad()
         self.last_batches = micro
-        state.batches += len(micro)
+        assert self.stage is not None
+        state.rows += len(micro) * self.stage.batch_size
         return processes.largest(self.stop.signal)[0]
 
     def _is_usable(self, of_step: Totals) -> bool:
@@ -200,7 +282,7 @@ class _Trainer:
             scaler.update(
                 scaler.get_scale() * scaler.get_backoff_factor()
             )  # it falls until the gradients fit into fp16
-            if scaler.get_scale() >= LEAST_LOSS_SCALE:
+            if scaler.get_scale() >= MIN_LOSS_SCALE:
                 return False
         elif training.nonfinite == "stop":  # looked at once for all steps since the last line of metrics
             return True
@@ -210,8 +292,8 @@ class _Trainer:
         self.state.skipped += 1
         if self.state.skipped > training.max_skipped or training.nonfinite == "stop":
             raise TrainingFailed(
-                f"step {self.state.step + 1} is the {self.state.skipped}th whose loss or gradient is no number, over "
-                f"training.max_skipped={training.max_skipped}: {self._advice()}"
+                f"step {self.state.step + 1} is number {self.state.skipped} with a loss or gradient that is NaN or "
+                f"infinite, over training.max_skipped={training.max_skipped}: {self._advice()}"
             )
         self.display.skip(self.state.step + 1)
         return False
@@ -237,17 +319,17 @@ class _Trainer:
         self.display.log(self.state.step, "train", values)
 
     def _check_finite(self, entries: Entries) -> None:
-        """`TrainingFailed` with the first step that was no number, and where its text stands in the data."""
+        """`TrainingFailed` with the first step of a NaN or infinite loss or gradient, and where its text is."""
         if (found := entries.first_without_number()) is None:
             return
         assert self.stage is not None
         offset, micro, what = found
         step = self.state.step - len(entries.gradient_norm) + offset + 1
-        micro += self.state.batches - self.state.stage_batches - len(entries.losses["loss"])
-        where, data = f"micro-batch {micro}", self.training_data[self.stage.number - 1]
+        read = self.state.rows - self.state.stage_rows
+        row = read - (len(entries.losses["loss"]) - micro) * self.stage.batch_size
+        where, data = f"from row {row}", self.training_data[self.stage.number - 1]
         if isinstance(data, Rows):
-            epoch, index = divmod(micro, len(data) // self.stage.batch_size)
-            where = f"batch {index} of epoch {epoch}"
+            where = f"from row {row % len(data)} of pass {row // len(data) + 1}"
         where += f" of stage {self.stage.number}'s data" if len(self.stages) > 1 else " of the data"
         raise TrainingFailed(f"the {what} at step {step} ({where}): {self._advice()}")
 
@@ -265,7 +347,7 @@ class _Trainer:
         if rows is None and not isinstance(self.state.model, FreeTransformer):
             return
         shared = rows is not None and self.processes.data_size > 1
-        with self._beside_training(training.seed), autocast(training.precision, self.processes):
+        with self._evaluation_mode(training.seed), autocast(training.precision, self.processes):
             batches = self.last_batches if rows is None else rows.in_order(training.rows)
             group = self.processes.data_group if shared else None
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES, group=group)  # type: ignore[arg-type]
@@ -282,11 +364,6 @@ class _Trainer:
         """Whether the validation of this step is the best so far, and its state to be kept."""
         best = self.display.watcher.best
         return self.settings.training.keeps_best and best is not None and best[1] == self.state.step
-
-    def _has_levelled_off(self) -> bool:
-        """Whether so many validations were no better than the best that the run is at its end."""
-        patience = self.settings.training.early_stopping
-        return 0 < patience <= self.display.watcher.since_best
 
     def _take_best(self) -> None:
         """The weights of the best validation, where they are kept."""
@@ -310,14 +387,14 @@ class _Trainer:
         count = -(-training.prior_rows // stage.batch_size)
         alone = Processes(self.device)  # so that all read the same
         batches = itertools.islice(training_batches(data, stage, self.tokenizer, self.settings, alone), count)
-        with self._beside_training(training.seed), autocast(training.precision, self.processes):
+        with self._evaluation_mode(training.seed), autocast(training.precision, self.processes):
             model.gather_prior(batches)
 
     def _sample(self) -> None:
         """A text, written by all processes together."""
         prompt = torch.tensor([[begin_token(self.tokenizer)]], device=self.device)
         model: Any = self.state.model
-        with self._beside_training(self.settings.training.seed + self.state.step), warnings.catch_warnings():
+        with self._evaluation_mode(self.settings.training.seed + self.state.step), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokens = model.generate(
                 prompt,
@@ -328,7 +405,7 @@ class _Trainer:
         self.display.sample(self.state.step, self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
     @contextlib.contextmanager
-    def _beside_training(self, seed: int) -> Iterator[None]:
+    def _evaluation_mode(self, seed: int) -> Iterator[None]:
         """
         The model in eval mode. Validation and samples must not move the random numbers of training, or a resumed run
         would differ; nor are their shapes worth a compilation of their own; what they gather is given up.
@@ -341,7 +418,7 @@ class _Trainer:
         self.state.model.train()
         reshard(self.state.model)
 
-    def _write_model(self) -> None:
+    def _write_model(self, trained: int) -> None:
         model: Any = self.state.model
         if self.state.adapters is not None:
             with new_folder(self.run.adapter_folder) as folder:
@@ -349,7 +426,7 @@ class _Trainer:
             model = merge_adapters(self.state.adapters)
         weights = {} if self.processes.size == 1 else {"state_dict": whole_state_dict(model)}
         if self.processes.main:
-            with new_folder(self.run.model_folder) as folder:
+            with self.run.new_model(self.state.step, trained) as folder:
                 model.save_pretrained(folder, **weights)
                 self.tokenizer.save_pretrained(folder)
                 write_model_card(self.run, folder)
@@ -357,4 +434,5 @@ class _Trainer:
 
 
 def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
+    """Whether something happens at this step that happens every so many, and at the last; never where `every` is 0."""
+    return every > 0 and (last or step % every == 0)

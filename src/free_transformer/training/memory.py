@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from free_transformer.console import stderr_console
 from free_transformer.data.rows import Batch
 from free_transformer.losses import predicted_tokens
 from free_transformer.training.batches import Stream, TrainingData, check_batches, load_training, training_batches
@@ -190,7 +190,7 @@ def decide_batch_size(
     text = f"training.batch_size=auto: {rows} rows, {costs.bytes(fitting) / GIB:.2f} of {budget / GIB:.2f} GiB"
     if rows > least:
         text += f"; steps from {least} rows on are hardly faster by the row, and more of them learn more"
-    Console(stderr=True, quiet=quiet or not processes.main).print(text, highlight=False, soft_wrap=True)
+    stderr_console(quiet or not processes.main).print(text, soft_wrap=True)
     settings = _with_rows(settings, rows)
     check_batches(data, settings)
     return settings, data, costs

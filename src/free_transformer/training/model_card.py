@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from free_transformer.evaluation.report import COMPARABLE, nll_method
 from free_transformer.files import write_text
-from free_transformer.training.checkpoint import list_checkpoints
 from free_transformer.training.metrics import VALIDATION_SAMPLES
 from free_transformer.training.stages import stages_of
 from free_transformer.training.watching import Watcher
@@ -121,7 +120,7 @@ def _training(run: "Run") -> list[list[str]]:
 def _figures(run: "Run") -> SimpleNamespace:
     """Of `metrics.json` where it is of these weights, else of the validation that they had while they trained."""
     watcher = Watcher(run.settings, run.read_metrics())
-    if (found := _newer_than_the_model(run, run.evaluation_file)) is not None:
+    if (found := _current(run, run.evaluation_file)) is not None:
         return SimpleNamespace(**{"data": run.settings.data.validation, **found})
     step = _model_step(run)
     of_step = [line for line in run.read_metrics() if line["step"] == step and line["split"] == "validation"]
@@ -166,7 +165,7 @@ def _held_out(figures: SimpleNamespace) -> list[str]:
 
 
 def _compared(run: "Run") -> list[str]:
-    found = _newer_than_the_model(run, run.comparison_file)
+    found = _current(run, run.comparison_file)
     if found is None:
         return []
     difference = _number(found["difference"], found["standard_error"], sign="+")
@@ -178,7 +177,7 @@ def _compared(run: "Run") -> list[str]:
 
 
 def _steering(run: "Run") -> list[str]:
-    found = _newer_than_the_model(run, run.control_file) or {}
+    found = _current(run, run.control_file) or {}
     rows = []
     for name, meaning in CONTROL.items():
         if found.get(name) is not None:
@@ -257,19 +256,13 @@ def _nll_method(figures: SimpleNamespace) -> str:
 
 def _model_step(run: "Run") -> int:
     """The step whose weights `model/` has."""
-    watcher = Watcher(run.settings, run.read_metrics())
-    best = watcher.best
-    if run.settings.training.keeps_best and best is not None and (run.checkpoints / f"step-{best[1]}").is_dir():
-        return best[1]
-    return watcher.step
+    return run.model.get("step") or Watcher(run.settings, run.read_metrics()).step
 
 
-def _newer_than_the_model(run: "Run", file: Path) -> dict[str, Any] | None:
-    """What a file of figures holds, unless the run has been trained further since."""
-    saved = list_checkpoints(run.checkpoints)
-    if not file.is_file() or (saved and file.stat().st_mtime < saved[-1].stat().st_mtime):
-        return None
-    return json.loads(file.read_text(encoding="utf-8"))
+def _current(run: "Run", file: Path) -> dict[str, Any] | None:
+    """What a file of results holds, unless it was measured on an earlier model."""
+    results = run.read_results(file)
+    return results if results is not None and run.is_current(file, results) else None
 
 
 def _is_on_the_hub(name: str | None) -> bool:

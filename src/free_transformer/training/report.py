@@ -1,6 +1,5 @@
 """The report of a run, or of several beside each other: what to watch, curves, likelihood, settings."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +30,11 @@ def write_run_report(*paths: Path, out: Path | None = None) -> Path:
         _add_figures(report, title if len(runs) > 1 else "", run, metrics[title])
     _add_curves(report, metrics)
     for title, run in zip(titles, runs, strict=True):
-        if run.evaluation_file.is_file():
+        if (results := run.read_results(run.evaluation_file)) is not None:
             report.heading(f"Held-out text {title if len(runs) > 1 else ''}")
-            _add_likelihood(report, json.loads(run.evaluation_file.read_text()))
+            _add_likelihood(report, run, results)
+    for title, run in zip(titles, runs, strict=True):
+        _add_history(report, title if len(runs) > 1 else "", run)
     report.heading("Settings")
     report.samples(
         [
@@ -52,7 +53,8 @@ def _add_figures(report: Report, title: str, run: Run, metrics: Sequence[dict[st
     watcher = Watcher(run.settings, metrics)
     steps = f"step {watcher.step} of {run.settings.training.max_steps}"
     report.heading(title or "What to watch")
-    report.paragraph(f"{steps}, ended" if run.has_ended else f"{steps}; not at its end, the page is of now")
+    now = "this page shows the run while it trains" if run.in_use else "stopped before its end"
+    report.paragraph(f"{steps}, ended" if run.has_ended else f"{steps}; {now}")
     readings = sorted(watcher.readings(), key=lambda reading: reading.alarm)
     for reading in readings:
         if reading.alarm:
@@ -74,15 +76,22 @@ def _add_curves(report: Report, metrics: dict[str, Any]) -> None:
         report.paragraph(NO_PLOTS, warning=True)
 
 
-def _add_likelihood(report: Report, values: dict[str, Any]) -> None:
-    if values["warning"]:
+def _add_likelihood(report: Report, run: Run, values: dict[str, Any]) -> None:
+    if not run.is_current(run.evaluation_file, values):
+        step = (values.get("model") or {}).get("step")
+        report.paragraph(
+            f"These values are of an earlier model{f', of step {step}' if step else ''}; the run has been trained "
+            f"since. Measure the model of now with: free-transformer evaluate {run.path}",
+            warning=True,
+        )
+    if values.get("warning"):
         report.paragraph(values["warning"], warning=True)
-    errors = values["standard_errors"]
+    errors = values.get("standard_errors") or {"nll": None}
     report.table(
         ["", "value", "standard error"],
-        [[name, f"{values[name]:.4f}", f"{error:.4f}" if error else "-"] for name, error in errors.items()],
+        [[name, _decimals(values.get(name)), _decimals(error or None)] for name, error in errors.items()],
     )
-    if not values["usage"]:
+    if not values.get("usage"):
         return
     try:
         from free_transformer.evaluation.plots import bits
@@ -90,3 +99,20 @@ def _add_likelihood(report: Report, values: dict[str, Any]) -> None:
         report.figure(bits(values["usage"]["bits_per_position"]), "KL of each bit of the plan")
     except ImportError:
         report.paragraph(NO_PLOTS, warning=True)
+
+
+def _decimals(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _add_history(report: Report, title: str, run: Run) -> None:
+    """When the run was trained, and what changed, where that was more than once."""
+    history = run.read_history()
+    if len(history) < 2:
+        return
+    report.heading(f"History {title}".strip())
+    rows = []
+    for line in history:
+        changes = [f"{name}: {old} → {new}" for name, (old, new) in line.get("changes", {}).items()]
+        rows.append([str(line["step"]), line.get("time", "-"), line.get("host", "-"), "; ".join(changes) or "-"])
+    report.table(["from step", "started (UTC)", "machine", "changed settings"], rows)

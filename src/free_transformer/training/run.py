@@ -1,7 +1,10 @@
 """The folder of a run, and what is in it."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +17,16 @@ from free_transformer.evaluation.comparison import Comparison
 from free_transformer.evaluation.control import Control
 from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.evaluation.usage import usage_warning
-from free_transformer.files import write_json, write_text
+from free_transformer.files import (
+    claimed_folder,
+    files_in,
+    is_in_use,
+    new_folder,
+    read_marker,
+    update_marker,
+    write_json,
+    write_text,
+)
 from free_transformer.loading import load_pretrained
 from free_transformer.training.model_card import write_model_card
 from free_transformer.training.settings import Settings, SettingsError, load_settings
@@ -28,7 +40,11 @@ def titles_of(runs: Sequence["Run"]) -> list[str]:
 
 class Run:
     """
-    `config.yaml` as used, `metrics.jsonl`, `checkpoints/step-N/`, `model/`, `metrics.json`, `report.html`.
+    `config.yaml` as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`, `model/`, `metrics.json`,
+    `report.html`.
+
+    A `config.yaml` in the folder that somebody else wrote or edited is left alone; the settings as used are then in
+    `config.used.yaml`.
 
     Raises:
         SettingsError: by `settings`, `load_model` and the like, where the folder is no run or has no model yet.
@@ -36,8 +52,8 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.history_file = self.path / "history.jsonl"
         self.evaluation_file = self.path / "metrics.json"
         self.comparison_file = self.path / "comparison.json"
         self.control_file = self.path / "control.json"
@@ -46,17 +62,50 @@ class Run:
         self.model_folder = self.path / "model"
         self.adapter_folder = self.path / "adapter"  # of a run with training.lora_rank; model/ has it merged
 
+    @property
+    def config_file(self) -> Path:
+        """The settings as used."""
+        return self._used_config if self._used_config.exists() else self.path / "config.yaml"
+
     @cached_property
     def settings(self) -> Settings:
         if not self.config_file.is_file():
             raise SettingsError(f"{self.path}: not a run (it has no config.yaml); a run is what train writes")
         return load_settings(self.config_file, to_train=False)
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """
+        Holds the folder for this process while it trains.
+
+        Raises:
+            SettingsError: where another process trains in it, or where it holds a model or other files that no run
+                wrote.
+        """
+        written = [
+            *(self.metrics_file, self.history_file, self.evaluation_file, self.comparison_file, self.control_file),
+            *(self.report_file, self.checkpoints, self.model_folder, self.adapter_folder, self._used_config),
+        ]
+        with claimed_folder(self.path, "run", [path.name for path in written]):
+            yield
+
     @property
     def has_ended(self) -> bool:
-        """Whether `model/` is of the settings in the folder, rather than of a shorter training before."""
-        model = self.model_folder / "config.json"
-        return model.is_file() and model.stat().st_mtime >= self.config_file.stat().st_mtime
+        """Whether the last training has come to its end and `model/` is of it."""
+        return (self.model_folder / "config.json").is_file() and read_marker(self.path).get("ended", True)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process is training in this folder."""
+        return is_in_use(self.path)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """
+        What `model/` is: its `id`, new with every training; the `step` of its weights; and the step that `trained` has
+        reached, which is later where the best weights were kept. Empty where that is not known.
+        """
+        return read_marker(self.path).get("model") or {}
 
     def load_model(self) -> PreTrainedModel:
         """The trained model, in eval mode."""
@@ -77,10 +126,65 @@ class Run:
         sources = sources or data.validation
         if not sources:
             raise SettingsError(f"{self.path}: data.validation names no text; give some with --data")
-        return build_rows(read_documents(sources, data.column), tokenizer, self.settings.training.seq_len)
+        documents = read_documents(sources, data.column, "validation", data.max_bad_rows)
+        return build_rows(documents, tokenizer, self.settings.training.seq_len)
 
     def write_config(self, settings: Settings) -> None:
-        write_text(self.config_file, settings.to_yaml())
+        """Records the settings as used. Paths in them are absolute, so that they hold wherever a command runs."""
+        text = settings.with_absolute_paths().to_yaml()
+        marker = read_marker(self.path)
+        file = self.config_file
+        if file != self._used_config and file.exists() and _digest(file.read_bytes()) != marker.get("config"):
+            file = self._used_config
+        write_text(file, text)
+        update_marker(self.path, kind="run", config=_digest(text.encode()))
+
+    @contextmanager
+    def new_model(self, step: int, trained: int) -> Iterator[Path]:
+        """
+        A folder to fill that becomes `model/`. Files in the old one that no training wrote are kept.
+
+        Args:
+            step, trained: as in `model`.
+        """
+        ours = self.model.get("files", [])
+        model = {"id": uuid.uuid4().hex, "step": step, "trained": trained, "files": ours}
+        update_marker(self.path, model=model, ended=False)  # from now on, earlier results are of another model
+        with new_folder(self.model_folder, ours) as folder:
+            yield folder
+            model["files"] = files_in(folder)
+        update_marker(self.path, model=model, ended=True)
+
+    def begin_training(self) -> None:
+        """Records that `model/`, if there is one, is going to be that of a shorter training."""
+        update_marker(self.path, ended=False)
+
+    def read_results(self, file: Path) -> dict[str, Any] | None:
+        """
+        What `metrics.json`, `comparison.json` or `control.json` hold; None where there is no such file, or one that
+        was written by something else.
+        """
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return values if isinstance(values, dict) and values.keys() & {"nll", "transfer", "agreement"} else None
+
+    def is_current(self, file: Path, results: dict[str, Any]) -> bool:
+        """Whether results were measured on the model that is in `model/` now, not on an earlier one."""
+        if results.get("model"):
+            return results["model"].get("id") == self.model.get("id")
+        newer = file.stat().st_mtime >= (self.model_folder / "config.json").stat().st_mtime
+        return self.has_ended and newer  # results that were not written by us
+
+    def append_history(self, step: int, **values: Any) -> None:
+        """Records a training from `step` on. Records of attempts from that step on left nothing, and are dropped."""
+        kept = [line for line in self.read_history() if line["step"] < step]
+        write_text(self.history_file, "".join(json.dumps(line) + "\n" for line in [*kept, {"step": step, **values}]))
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """A line for each time that training began: the step, when, by which version, and which settings changed."""
+        return _read_lines(self.history_file)
 
     def write_evaluation(
         self, likelihood: Likelihood, bytes_per_token: float, data: Sequence[str] | None = None
@@ -89,19 +193,22 @@ class Run:
         values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
         warning = usage_warning(likelihood)
         values |= {"bytes_per_token": bytes_per_token, "warning": warning}
-        write_json(self.evaluation_file, {**values, "data": list(data or self.settings.data.validation)})
+        values["data"] = list(data or self.settings.data.validation)
+        write_json(self.evaluation_file, {**values, "model": self._measured_model})
         write_model_card(self)
         return warning
 
     def write_comparison(self, comparison: Comparison, bytes_per_token: float) -> None:
         """Writes `comparison.json` and the model's card."""
-        write_json(self.comparison_file, {**asdict(comparison), "bytes_per_token": bytes_per_token})
+        values = {**asdict(comparison), "bytes_per_token": bytes_per_token, "model": self._measured_model}
+        write_json(self.comparison_file, values)
         write_model_card(self)
 
     def write_control(self, control: Control) -> None:
         """Writes `control.json`, all numbers of `control`, and the model's card."""
         listed = ("plans", "verdicts", "transferred")
-        write_json(self.control_file, {name: value for name, value in vars(control).items() if name not in listed})
+        values = {name: value for name, value in vars(control).items() if name not in listed}
+        write_json(self.control_file, {**values, "model": self._measured_model})
         write_model_card(self)
 
     def append_metrics(self, **values: Any) -> None:
@@ -113,17 +220,33 @@ class Run:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; a last line that a crash cut short is left out."""
-        if not self.metrics_file.is_file():
-            return []
-        metrics = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                metrics.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return metrics
+        return _read_lines(self.metrics_file)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops what an interrupted run has logged beyond the checkpoint that it resumes from."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    @property
+    def _used_config(self) -> Path:
+        return self.path / "config.used.yaml"
+
+    @property
+    def _measured_model(self) -> dict[str, Any]:
+        return {name: self.model.get(name) for name in ("id", "step")}
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

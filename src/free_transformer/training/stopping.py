@@ -1,14 +1,19 @@
-"""Ctrl-C and SIGTERM: the step is finished, the state saved, and the run left as if it had been planned so."""
+"""Ctrl-C and the signals by which systems end a job: the step is finished, the state saved, and the run ends."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+# A terminal that closes sends SIGHUP; clusters announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has the first two
+HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class TrainingStopped(SystemExit):
@@ -23,23 +28,60 @@ class TrainingStopped(SystemExit):
 
 @dataclass
 class StopRequest:
-    """`signal` is 0 until one has come."""
+    """
+    Attributes:
+        signal: the first signal that asked to stop, 0 until one has come.
+        quiet: do not acknowledge signals on standard error.
+    """
 
     signal: int = 0
+    quiet: bool = False
+    _saving: bool = False
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """While this lasts, further signals do not interrupt: the state is written to its end."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal: the first asks to stop, a second ends the process at once unless the state is saved."""
+        if self._saving and self.signal:
+            self._say(number, "the state is being saved; the run ends when it is on the disk")
+        elif not self.signal:
+            self.signal = number
+            self._say(number, "the run ends after this step and saves its state; once more ends it at once, unsaved")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def _say(self, number: int, text: str) -> None:
+        """Writes past Python's buffers, which the interrupted code may be using."""
+        if not self.quiet and sys.__stderr__ is not None:
+            with contextlib.suppress(OSError, ValueError):
+                os.write(sys.__stderr__.fileno(), f"\n{signal.Signals(number).name}: {text}\n".encode())
 
 
 @contextlib.contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
-    """Takes SIGINT and SIGTERM for as long as it lasts; the same again ends the process at once."""
-    request = StopRequest()
+def listen_for_stop(quiet: bool = False) -> Iterator[StopRequest]:
+    """
+    Takes the signals of `STOPPING` for as long as it lasts. SIGHUP stays ignored where it is, as under `nohup`.
 
-    def remember(number: int, _: FrameType | None) -> None:
-        request.signal = number
-        signal.signal(number, before[number])
-
+    Args:
+        quiet: do not acknowledge signals on standard error.
+    """
+    request = StopRequest(quiet=quiet)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other may
-        before = {number: signal.signal(number, remember) for number in STOPPING}
+        for number in STOPPING:
+            if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            before[number] = signal.signal(number, request.receive)
     try:
         yield request
     finally:

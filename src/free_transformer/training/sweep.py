@@ -7,21 +7,24 @@ import json
 import math
 import os
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
+from free_transformer.console import stderr_console
 from free_transformer.evaluation import evaluate_likelihood
-from free_transformer.files import check_own_results, first_line, write_json
+from free_transformer.files import check_claimable, check_own_results, claimed_folder, first_line, write_json
 from free_transformer.training.checkpoint import CheckpointFailed, list_checkpoints
+from free_transformer.training.identity import flat
 from free_transformer.training.loop import TrainingFailed, train
 from free_transformer.training.processes import find_device
 from free_transformer.training.run import Run
 from free_transformer.training.settings import Settings, SettingsError, load_settings
+from free_transformer.training.settings.yaml_text import YamlError, split_yaml_list
 from free_transformer.training.sweep_summary import (
     SEED,
     Sweep,
@@ -32,10 +35,10 @@ from free_transformer.training.sweep_summary import (
 )
 
 LONGEST_NAME = 100  # of a folder
-FAILURES = (TrainingFailed, CheckpointFailed, ValueError, torch.OutOfMemoryError)  # of one run, not of all
+FAILURES = (TrainingFailed, CheckpointFailed, ValueError, OSError, torch.OutOfMemoryError)  # explained by a line
 NUM_SAMPLES, MAX_ROWS, ROWS_AT_ONCE, EVALUATION_SEED = 16, 1000, 32, 0  # as the command `evaluate` has them
 
-# What may change while a run goes on: it decides nothing of what the run comes to.
+# Settings that do not change the results of a run.
 HARMLESS = re.compile(r"logging\..*|data\.workers|training\.(device|compile|log_every|save_.*|async_save|resume)")
 
 
@@ -63,14 +66,12 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _split_values(setting: str, text: str) -> list[str]:
-    listed = f"[{text}]"  # so that YAML says where a value ends
     try:
-        nodes: list[yaml.Node] = yaml.compose(listed, Loader=yaml.SafeLoader).value  # type: ignore[union-attr]
-    except yaml.YAMLError as error:
+        values = split_yaml_list(text)
+    except YamlError as error:
         raise SettingsError(
             f"{setting!r}: not YAML values with a comma between them (is one empty, a bracket or a quote left open?)"
         ) from error
-    values = [listed[node.start_mark.index : node.end_mark.index] for node in nodes]
     if not values or text.rstrip().endswith(","):
         raise SettingsError(f"{setting!r}: a value is empty; write '' for an empty text, null for none")
     for value in values:
@@ -123,10 +124,8 @@ def _check(sweep: Sweep) -> None:
         raise SettingsError(
             f"{sweep.folder} is the folder of a run; give the sweep one of its own, as in run_dir={sweep.folder}-sweep"
         )
-    summary, report = sweep.folder / "sweep.json", sweep.folder / "report.html"
-    check_own_results(summary, "varied", "runs", "groups")
-    if report.exists() and not summary.exists():
-        raise SettingsError(f"{report}: not of an earlier sweep, and would be replaced; choose another run_dir")
+    check_claimable(sweep.folder, "sweep", ["sweep.json", "report.html"])
+    check_own_results(sweep.folder / "sweep.json", "varied", "runs", "groups")
     if SEED in sweep.varied and importlib.util.find_spec("scipy") is None:
         raise SettingsError("confidence intervals over seeds need scipy: pip install scipy")
     known: dict[str, SweepRun] = {}
@@ -142,10 +141,11 @@ def _check_folder(run: SweepRun) -> None:
     trained = Run(run.settings.run_dir)
     if not (list_checkpoints(trained.checkpoints) or _figures_file(run).is_file()):
         return
-    old, new = _flat(trained.settings), _flat(run.settings)
+    old, new = _flat(trained.settings), _flat(run.settings.with_absolute_paths())
     for name in sorted(old.keys() | new.keys()):
         # config.yaml says how the library has decided what was left to it
         left_open = new.get(name) == "auto" or (name == "model.plan_gradient" and name not in new)
+        left_open |= name == "training.warmup_steps" and "warmup_steps" not in run.settings.training.model_fields_set
         raised = name == "training.max_steps" and old[name] < new[name]
         if old.get(name) != new.get(name) and not (left_open or raised or HARMLESS.fullmatch(name)):
             raise SettingsError(
@@ -156,37 +156,46 @@ def _check_folder(run: SweepRun) -> None:
 
 def _flat(settings: Settings) -> dict[str, Any]:
     """`section.name` and value, without `run_dir`."""
-    sections = settings.model_dump(mode="json", exclude={"run_dir"})
-    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    return flat(settings.model_dump(mode="json", exclude={"run_dir"}))
 
 
 def run_sweep(sweep: Sweep, quiet: bool = False) -> None:
     """
-    Trains and evaluates the runs that are not done, one after the other; a run that fails leaves the others alone
-    (`sweep.failed`). `sweep.json` is up to date after each run, `report.html` is written at the end.
+    Trains and evaluates the runs that are not done, one after the other. A run that fails, for whatever reason, leaves
+    the others alone (`sweep.failed`). `sweep.json` is up to date after each run, `report.html` is written at the end.
 
-    A sweep that was stopped goes on when it is loaded and run again: runs that are done are passed over, one that was
-    stopped in the middle goes on from its checkpoint, failed ones are tried again.
+    A sweep that was stopped continues when it is loaded and run again: runs that are done are skipped, one that was
+    stopped in the middle resumes from its checkpoint, failed ones are tried again.
 
     Raises:
-        TrainingStopped: after Ctrl-C or SIGTERM, when the state of the run is saved.
+        SettingsError: where another process works on the same sweep.
+        TrainingStopped: after Ctrl-C or a signal that ends jobs, when the state of the run is saved.
     """
-    console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
-    write_summary(sweep)
-    for number, run in enumerate(sweep.runs, 1):
-        title = f"run {number} of {len(sweep.runs)}, {run.name}"
-        if run.status == "done":
-            console.print(f"{title}: done already")
-            continue
-        console.print(title)
-        try:
-            _train_and_evaluate(run, quiet)
-            run.status, run.reason = "done", None
-        except FAILURES as error:
-            run.status, run.reason = "failed", first_line(error)
-            console.print(f"{run.name} failed: {run.reason}", style="yellow")
+    console = stderr_console(quiet)
+    with claimed_folder(sweep.folder, "sweep", ["sweep.json", "report.html"]):
         write_summary(sweep)
-    write_sweep_report(sweep)
+        for number, run in enumerate(sweep.runs, 1):
+            title = f"run {number} of {len(sweep.runs)}, {run.name}"
+            if run.status == "done":
+                console.print(f"{title}: done already", soft_wrap=True)
+                continue
+            console.print(title, soft_wrap=True)
+            _run_one(run, quiet, console)
+            write_summary(sweep)
+        write_sweep_report(sweep)
+
+
+def _run_one(run: SweepRun, quiet: bool, console: Console) -> None:
+    """Trains and evaluates a run, and records how it ended."""
+    try:
+        _train_and_evaluate(run, quiet)
+        run.status, run.reason = "done", None
+    except Exception as error:
+        run.status, run.reason = "failed", first_line(error)
+        if not isinstance(error, FAILURES):  # a fault of ours or of the machine: its traceback is needed
+            run.reason = f"{type(error).__name__}: {run.reason}"
+            console.print(traceback.format_exc().rstrip(), soft_wrap=True)
+        console.print(f"{run.name} failed: {run.reason}", style="yellow", soft_wrap=True)
 
 
 def _train_and_evaluate(run: SweepRun, quiet: bool) -> None:

@@ -21,18 +21,21 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def open_trackers(run: Run, settings: Settings, resumed: bool) -> list[Tracker]:
+def open_trackers(run: Run, settings: Settings, resumed: int | None) -> list[Tracker]:
     """
     Those that `settings.logging` asks for, see `check_trackers`. TensorBoard is left out where it is not installed.
+
+    Args:
+        resumed: the step of the checkpoint that was loaded, None for a new run.
     """
     logging, trackers = settings.logging, list[Tracker]()
     if logging.tensorboard:
         with contextlib.suppress(ImportError):
-            trackers.append(TensorBoard(run))
+            trackers.append(TensorBoard(run, resumed))
     if logging.wandb:
-        trackers.append(WandB(run, settings, resumed))
+        trackers.append(WandB(run, settings, resumed is not None))
     if logging.trackio:
-        trackers.append(Trackio(run, settings, resumed))
+        trackers.append(Trackio(run, settings, resumed is not None))
     return trackers
 
 
@@ -47,10 +50,12 @@ def check_trackers(settings: Settings) -> None:
 
 
 class TensorBoard:
-    def __init__(self, run: Run):
+    """Steps after `resumed`, which an interrupted training has logged, are purged, so that none is shown twice."""
+
+    def __init__(self, run: Run, resumed: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.path / "tensorboard"))
+        self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=(resumed or 0) + 1)
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
         for name, value in values.items():
