@@ -749,13 +749,8 @@ def test_default_warmup_fits_the_run(load, steps, warmup):
             "muon_learning_rate=0.1: no effect, because training.optimizer is not muon",
         ),
         (["data.shuffle_buffer=5"], "data.shuffle_buffer=5: no effect, because data.streaming is false"),
-        (["training.eval_rows=5"], "training.eval_rows=5: no effect, because data.validation is empty"),
-        (["training.eval_every=5"], "training.eval_every=5: no effect, because data.validation is empty"),
-        (["training.eval_rows=5", "training.eval_every=0", "data.validation=a"], "because training.eval_every is 0"),
         (["training.early_stopping=5", "data.validation=a"], "early_stopping=5: the run has only 5 evaluations"),
         (["training.max_skipped=3"], "training.max_skipped=3: no effect, because training.nonfinite is stop"),
-        (["logging.project=a"], "logging.project='a': no effect, because logging.wandb and logging.trackio are false"),
-        (["logging.sample_tokens=5", "logging.sample_every=0"], "logging.sample_tokens=5: no effect"),
     ],
 )
 def test_settings_that_are_surely_not_meant_are_named_in_one_line(load, overrides, message):

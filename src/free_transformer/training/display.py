@@ -96,7 +96,7 @@ class Display:
             weights = {"kl_weight": stage.kl_weight, "free_bits": stage.free_bits}
             named = [f"{name} {value:g}" for name, value in weights.items() if value is not None]
             text = f"stage {stage.number} of {count}, to step {stage.end}: rows of {stage.seq_len} tokens, "
-            self.console.print(text + ", ".join([f"{stage.batch_size} a batch", *named]))
+            self.console.print(text + ", ".join([f"{stage.batch_size} a batch", *named]), soft_wrap=True)
 
     def log(self, step: int, split: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same to the trackers, and the bar; what needs doing is said once."""
@@ -120,15 +120,15 @@ class Display:
             self.progress.update(self.task, completed=step, numbers=_numbers(line, self.watcher.validation))
         self.progress.update(self.task, alarms=f"[red]{', '.join(self.alarms)}![/] " if self.alarms else "")
         if split == "validation" or (split == "train" and self.progress.disable and self._milestone(step)):
-            self.console.print(f"step {step} {split}: {_numbers(line)}")
+            self.console.print(f"step {step} {split}: {_numbers(line)}", soft_wrap=True)
         for label, advice in news.items():
-            self.console.print(f"step {step} {label}: {advice}", style="yellow")
+            self.console.print(f"step {step} {label}: {advice}", style="yellow", soft_wrap=True)
         for label in over:
-            self.console.print(f"step {step} {label}: well again")
+            self.console.print(f"step {step} {label}: well again", soft_wrap=True)
 
     def took_best(self, stopped_at: int, loss: float, step: int) -> None:
         text = f"stopped at step {stopped_at}; model/ is that of step {step}, the best on held-out text ({loss:.4f})"
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def skip(self, step: int) -> None:
         """Records a step that was left out because its loss or gradient is NaN or infinite."""
@@ -144,7 +144,7 @@ class Display:
         self.console.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
     def sample(self, step: int, text: str) -> None:
-        self.console.print(Text.assemble((f"step {step} generates: ", "dim"), repr(text)))
+        self.console.print(Text.assemble((f"step {step} generates: ", "dim"), repr(text)), soft_wrap=True)
 
     def _milestone(self, step: int) -> bool:
         every = max(1, self.settings.training.max_steps // LINES_WITHOUT_A_TERMINAL)

@@ -53,7 +53,7 @@ class Change:
     needs_permission: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}={_shown(self.new)}, trained with {_shown(self.old)}"
+        return f"{self.name} from {_shown(self.old)} to {_shown(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,13 @@ def check_changes(where: Path, changes: Iterable[Change], allowed: Sequence[str]
         SettingsError: for the first change that is fixed, or not allowed.
     """
     for change in changes:
+        found = f"{change.name}={_shown(change.new)}: {where} was trained with {_shown(change.old)}"
         if change.fixed:
-            raise SettingsError(
-                f"{change} ({where}): a checkpoint cannot resume with another value; set it back, or choose another "
-                "run_dir"
-            )
+            raise SettingsError(f"{found} and cannot resume with another value; set it back, or choose another run_dir")
         if change.needs_permission and not {change.name, "all"} & set(allowed):
             raise SettingsError(
-                f"{change} ({where}): the run would continue on other text; set it back, choose another run_dir, or "
-                f"allow it with --allow-change {change.name}"
+                f"{found} and would continue with other rows; set it back, choose another run_dir, or allow the change "
+                f"with --allow-change {change.name}"
             )
 
 

@@ -9,13 +9,13 @@ from torch import nn
 from free_transformer.data import load_tokenizer
 from free_transformer.evaluation.report import Table
 from free_transformer.model import FreeTransformer
-from free_transformer.training.batches import Stream, load_training, load_validation
+from free_transformer.training.batches import Stream, load_training, load_validation, overlap_warning
 from free_transformer.training.build import new_state
 from free_transformer.training.memory import MIB, StepCosts, decide_batch_size, memory_budget, try_steps
 from free_transformer.training.optimizers import describe_groups
 from free_transformer.training.processes import Processes, join_processes
 from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings
+from free_transformer.training.settings import Settings, settings_warnings
 from free_transformer.training.stages import Stage, stages_of
 from free_transformer.training.trackers import check_trackers
 
@@ -102,7 +102,7 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     settings, loaded, tried = decide_batch_size(settings, tokenizer, processes, None, quiet)
     data = loaded or load_training(settings, tokenizer, processes)
-    load_validation(settings, tokenizer)
+    validation = load_validation(settings, tokenizer)
     rows = -(-settings.training.rows // processes.data_size)
     costs, budget = tried or try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
     state = new_state(settings, tokenizer, processes)
@@ -115,10 +115,13 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
             "this will not fit: a smaller training.batch_size with more gradient_accumulation_steps, "
             "training.gradient_checkpointing=true, or a smaller model"
         )
+    found.warnings += settings_warnings(settings)
+    if overlap := overlap_warning(data, validation, settings):
+        found.warnings.append(overlap)
     if settings.training.compile:
         found.warnings.append("the time is that of a model that is not compiled")
     if (path := Run(settings.run_dir).checkpoints).is_dir():
-        found.warnings.append(f"{path.parent} is there already: train would go on with it")
+        found.warnings.append(f"{path.parent} holds a run: train would resume it")
     return found
 
 

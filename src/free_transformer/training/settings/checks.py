@@ -110,9 +110,8 @@ def _unused(settings: Settings) -> list[str]:
 
 def _effects(settings: Settings) -> Iterable[tuple[list[str], bool, str]]:
     """Names of settings, whether they have no effect, and why."""
-    training, data, logging = settings.training, settings.data, settings.logging
+    training, data = settings.training, settings.data
     schedules = _schedules(training)
-    held_out = ["training.eval_rows", *(["training.eval_every"] if training.eval_every else [])]
     return [
         (["training.muon_learning_rate"], training.optimizer != "muon", "training.optimizer is not muon"),
         (["training.kl_weight_start"], training.kl_schedule == "constant", "training.kl_schedule is constant"),
@@ -123,12 +122,8 @@ def _effects(settings: Settings) -> Iterable[tuple[list[str], bool, str]]:
         ),
         (["training.anneal_steps"], not schedules, "both schedules are constant"),
         (["training.anneal_cycles"], "cyclical" not in schedules, "no schedule is cyclical"),
-        (held_out, not data.validation, "data.validation is empty"),
-        (["training.eval_rows"], training.eval_every == 0, "training.eval_every is 0"),
         (["training.max_skipped"], training.nonfinite == "stop", "training.nonfinite is stop"),
         (["data.shuffle_buffer"], not data.streaming, "data.streaming is false"),
-        (["logging.project"], not (logging.wandb or logging.trackio), "logging.wandb and logging.trackio are false"),
-        (["logging.sample_tokens"], logging.sample_every == 0, "logging.sample_every is 0"),
     ]
 
 
