@@ -1,4 +1,4 @@
-"""The characters that byte-level tokenizers write for bytes."""
+"""The bytes of a text, and the characters that byte-level tokenizers have for bytes."""
 
 
 def byte_alphabet() -> list[str]:
@@ -6,3 +6,14 @@ def byte_alphabet() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def utf8(text: str) -> bytes:
+    """The text in UTF-8. `ValueError` for lone surrogates, which Python has for bytes that are not UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid UTF-8: character {error.start} is the lone surrogate {text[error.start]!r}; "
+            "give text that is encoded in UTF-8"
+        ) from error

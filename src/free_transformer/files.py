@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ MARKER = ".free-transformer.json"  # in folders that we write: what they are, an
 LOCK = ".free-transformer.lock"  # held by the process that works in a folder
 WRITTEN_BY = "free-transformer"  # in files that we wrote
 MAX_NAMED = 3
+LOCK_PATIENCE = 0.5  # seconds: `is_in_use` holds the lock for a moment
 
 
 def write_text(path: Path, text: str) -> None:
@@ -157,9 +158,10 @@ def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None
         try:
             yield
         finally:
-            update_marker(path, owner=None)
-            if not before and not _others(path):
-                (path / MARKER).unlink()
+            with suppress(OSError):  # a full disk, say, which is not to hide the error that it has caused
+                update_marker(path, owner=None)
+                if not before and not _others(path):
+                    (path / MARKER).unlink()
 
 
 def check_claimable(path: Path, kind: str, names: Iterable[str]) -> None:
@@ -184,8 +186,10 @@ def is_in_use(path: Path) -> bool:
     try:
         with _locked(path):
             return False
-    except (SettingsError, OSError):
+    except SettingsError:
         return True
+    except OSError:  # a folder that can only be read is not trained in
+        return False
 
 
 @contextmanager
@@ -194,7 +198,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout:
         owner = read_marker(folder).get("owner") or {}
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
@@ -213,9 +217,10 @@ def _others(folder: Path) -> list[str]:
 
 def _remove_empty(folder: Path) -> None:
     """Removes a folder that we created and that nothing was written to; the lock alone does not count."""
-    if not any(file.name != LOCK for file in folder.iterdir()):
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
+    with suppress(OSError):
+        if not any(file.name != LOCK for file in folder.iterdir()):
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def check_writable(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from free_transformer.byte_alphabet import byte_alphabet
+from free_transformer.byte_alphabet import byte_alphabet, utf8
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 SPECIAL_TOKENS = (BEGIN, END, PADDING)
@@ -102,17 +102,6 @@ def encode_in_chunks(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[
         end = _safe_cut(tokenizer, text, start + CHUNK, everywhere)
         yield encode(tokenizer, [text[start:end]])[0]
         start = end
-
-
-def utf8(text: str) -> bytes:
-    """The text in UTF-8. `ValueError` for lone surrogates, which Python has for bytes that are not UTF-8."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text is not valid UTF-8: character {error.start} is the lone surrogate {text[error.start]!r}; "
-            "give text that is encoded in UTF-8"
-        ) from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from free_transformer.byte_alphabet import utf8
 from free_transformer.deploy.arrays import (
     NO_TOKEN,
     as_plan,
@@ -350,6 +351,7 @@ class OnnxFreeTransformer:
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a text from its beginning."""
+        utf8(text)  # `tokenizers` raises a TypeError about its own types
         return [self.begin_token, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     @property

@@ -28,7 +28,7 @@ MODEL_IGNORED = {
 # Settings that no checkpoint can resume with another value of,
 FIXED = ("model.kind", "training.optimizer", "training.lora_rank", "training.freeze_first_half")
 # those that decide which rows come next, which can change on purpose,
-ROWS = ("training.seed", "training.seq_len", "data.column", "data.streaming")
+ROWS = ("training.seed", "training.seq_len", "data.streaming")
 ROWS_OF_STREAMS = ("data.shuffle_buffer", "data.workers", "training.batch_size")
 # and those that change no number.
 SILENT = ("logging.", "run_dir", "training.resume")
@@ -156,7 +156,7 @@ class Identity:
 
     def _setting_changes(self, older: "Identity") -> Iterable[Change]:
         old, new = flat(older.settings), flat(self.settings)
-        readers = max(1, self.settings["data"]["workers"]) * self.processes
+        readers = max(max(1, each.settings["data"]["workers"]) * each.processes for each in (older, self))
         streaming = self.settings["data"]["streaming"]
         handled = ("model.", "data.train", "data.validation", "data.tokenizer", "training.stages")
         for name in sorted(old.keys() | new.keys()):
