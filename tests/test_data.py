@@ -573,7 +573,7 @@ def test_damaged_text_in_parquet_is_a_bad_row(tmp_path, caplog):
         ("a.csv", b"text,id\n\n,1\n"),
         ("a.jsonl", b'{"text": ""}\n{"text": " "}'),
         ("a.parquet", parquet_bytes({"text": pyarrow.array([], pyarrow.string())})),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_a_table_without_text_is_named_like_an_empty_text_file(tmp_path, monkeypatch, name, data):
