@@ -63,6 +63,7 @@ def run(runs, tmp_path) -> Path:
 def tiny_settings(folder: Path, kind: str) -> Settings:
     model = {"kind": kind, "hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": BITS}
     training = {"max_steps": 20, "batch_size": 4, "seq_len": 16, "log_every": 5, "eval_every": 10, "device": "cpu"}
+    training["prior_rows"] = 32  # gathering plans of the default 1,024 rows takes a second per run
     text = [str(folder / "text.txt")]
     return parse_settings(
         {

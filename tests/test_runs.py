@@ -127,7 +127,7 @@ def test_checkpoint_with_files_of_others_is_not_dropped():
 
 @pytest.mark.parametrize("lost", ["checkpoints", "checkpoints and model"])
 def test_finished_run_without_checkpoints_is_refused_and_stays(lost):
-    run = train_with("training.save_every=1")
+    run = train_with("training.save_every=1", "training.log_every=1")
     shutil.rmtree(run.checkpoints)
     if "model" in lost:
         shutil.rmtree(run.model_folder)

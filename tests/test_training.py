@@ -48,7 +48,7 @@ KINDS = ["free", "baseline"]
 TINY = {
     "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "free_bits": 0.25},
     "training": {"max_steps": 6, "batch_size": 4, "seq_len": 16, "warmup_steps": 2, "log_every": 1, "eval_every": 0}
-    | {"learning_rate": 3e-3, "save_every": 0, "device": "cpu"},
+    | {"learning_rate": 3e-3, "save_every": 0, "device": "cpu", "prior_rows": 8},
     "logging": {"tensorboard": False, "sample_every": 0, "sample_tokens": 4},
 }
 

@@ -143,7 +143,12 @@ def _has_steps_left(settings: Settings, step: int, watcher: Watcher) -> bool:
 
 
 def _check_start(run: Run, settings: Settings, saved: bool) -> None:
-    """`SettingsError` where training from the start would replace what an earlier training came to."""
+    """
+    `SettingsError` where training from the start would replace what an earlier training came to.
+
+    A run that was stopped before its first checkpoint may start again. The first one is complete for certain once the
+    second is written, also in the background.
+    """
     if saved and settings.training.resume == "never":
         raise SettingsError(
             f"{run.path}: holds checkpoints, and training.resume=never; choose another run_dir, or training.resume=auto"
@@ -151,7 +156,7 @@ def _check_start(run: Run, settings: Settings, saved: bool) -> None:
     if saved:
         return
     logged = max((line["step"] for line in run.read_metrics()), default=0)
-    had_checkpoints = logged > 0 and run.config_file.is_file() and 0 < run.settings.training.save_every < logged
+    had_checkpoints = logged > 0 and run.config_file.is_file() and 0 < 2 * run.settings.training.save_every < logged
     if run.model_folder.exists() or had_checkpoints:
         what = "a trained model" if run.model_folder.exists() else f"the metrics of {logged} steps"
         raise SettingsError(
