@@ -102,11 +102,11 @@ def metric(address: str, name: str) -> float:
 
 
 def wait_for(condition) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not come to be in 10 seconds")
+    raise AssertionError("it did not come to be in a minute")
 
 
 def test_an_answer_holds_the_plan_and_repeats(client):
