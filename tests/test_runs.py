@@ -143,6 +143,13 @@ def test_refused_settings_leave_no_folder_behind(project):
     assert not Path("new").exists()
 
 
+def test_refused_settings_leave_an_existing_folder_as_it_was(project):
+    before = contents(project)
+    with pytest.raises(SettingsError):
+        train_with("run_dir=.", "data.train=nowhere.txt")
+    assert contents(project) == before
+
+
 def test_folder_that_cannot_be_written_to_is_refused_before_training(monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -351,6 +358,13 @@ def test_changes_that_are_allowed_are_said_recorded_and_shown(capsys):
     assert "training.learning_rate: 0.001 → 0.5" in page
 
 
+def test_raised_steps_keep_the_warm_up_that_followed_from_fewer(project):
+    Path("config.yaml").write_text(CONFIG.replace("warmup_steps: 0, ", ""))
+    assert train_with("training.max_steps=20").settings.training.warmup_steps == 2
+    assert train_with("training.max_steps=40").settings.training.warmup_steps == 2
+    assert train_with("training.max_steps=50", "training.warmup_steps=5").settings.training.warmup_steps == 5
+
+
 def test_finished_run_keeps_its_record(capsys):
     run = train_with()
     before = contents(run.path)
@@ -461,7 +475,7 @@ def test_results_of_an_earlier_model_are_named_as_such(command):
     assert nll in card
     train_with("training.max_steps=6", "training.learning_rate=0.02")
     page = write_run_report(run.path).read_text()
-    assert "These values are of an earlier model, of step 4" in page
+    assert "These results are from an earlier model (step 4)" in page
     assert nll not in (run.model_folder / "README.md").read_text()
     assert command("evaluate", "run", "--num-samples", "2") == 0
     assert "earlier model" not in write_run_report(run.path).read_text()

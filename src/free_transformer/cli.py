@@ -32,6 +32,7 @@ from free_transformer.sampling import Sampling, check_seed
 # typer carries click's classes under a name that has changed; this one is theirs in every version
 UsageError: Any = typer.BadParameter.__base__
 INTERRUPTED = 130
+PATH_OPTIONS = ("--out", "--output", "--onnx", "--include-path", "--plan-from")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -918,12 +919,20 @@ def main() -> None:
     """Entry point: errors are one line, a traceback only with --debug."""
     tolerate_any_encoding(sys.stdout, sys.stderr)
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [_with_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
     with as_command(debug):
         status = app(arguments or ["--help"], standalone_mode=False) or 0
         if status == INTERRUPTED:
             _fail("interrupted; the same command resumes a training from its last checkpoint", INTERRUPTED)
         sys.exit(status)
+
+
+def _with_home(argument: str) -> str:
+    """`--out=~/exports` as `--out ~/exports`, whose `~` the shell has expanded."""
+    name, equals, value = argument.partition("=")
+    if not equals or name not in PATH_OPTIONS:
+        return argument
+    return f"{name}={os.path.expanduser(value)}"  # noqa: PTH111 - Path raises for users that are not known
 
 
 def _fail(message: str, status: int) -> None:

@@ -132,8 +132,8 @@ def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None
     """
     Holds a folder for one process that fills it over time, such as a run: no other process can claim it meanwhile.
 
-    The lock is the kernel's (`flock`, also over NFS), so it ends with its process however that ends. A folder that is
-    created here and still has nothing in it at the end is removed again.
+    The lock is the kernel's (`flock`, also over NFS), so it ends with its process however that ends. Where none of
+    `names` is there at the end, marker, lock and folders that were created here are removed again.
 
     Args:
         kind: what the folder holds, as in `"run"`.
@@ -142,12 +142,14 @@ def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None
     Raises:
         SettingsError: where the folder is used by another process, or holds something of these names that is not ours.
     """
+    names = list(names)
     check_claimable(path, kind, names)
     with ExitStack() as cleanup:
         try:
             for folder in reversed([each for each in (path, *path.parents) if not each.exists()]):
                 folder.mkdir(exist_ok=True)
                 cleanup.callback(_remove_empty, folder)
+            cleanup.callback(_remove_unused_lock, path)
             cleanup.enter_context(_locked(path))
         except OSError as error:
             raise SettingsError(f"{path}: cannot be written to ({error.strerror}); choose another folder") from error
@@ -160,7 +162,7 @@ def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None
         finally:
             with suppress(OSError):  # a full disk, say, which is not to hide the error that it has caused
                 update_marker(path, owner=None)
-                if not before and not _others(path):
+                if not before and not any(os.path.lexists(path / name) for name in names):
                     (path / MARKER).unlink()
 
 
@@ -175,7 +177,7 @@ def check_claimable(path: Path, kind: str, names: Iterable[str]) -> None:
         return
     found = sorted(name for name in names if os.path.lexists(path / name))
     if marker or found:
-        what = f"the folder of a {marker['kind']}" if marker else f"holds {few(found)}, not written by a {kind}"
+        what = f"the folder of a {marker.get('kind')}" if marker else f"holds {few(found)}, not written by a {kind}"
         raise SettingsError(f"{path}: {what}, which would be replaced; choose another folder")
 
 
@@ -211,16 +213,16 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _others(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir() if file.name not in (MARKER, LOCK)]
+def _remove_unused_lock(folder: Path) -> None:
+    """Removes the lock of a folder that is not ours after all."""
+    with suppress(OSError):
+        if not (folder / MARKER).exists() and not is_in_use(folder):
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:
-    """Removes a folder that we created and that nothing was written to; the lock alone does not count."""
     with suppress(OSError):
-        if not any(file.name != LOCK for file in folder.iterdir()):
-            (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
+        folder.rmdir()
 
 
 def check_writable(folder: Path) -> None:

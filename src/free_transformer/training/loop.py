@@ -97,11 +97,14 @@ def _claimed(run: Run, processes: Processes) -> Iterator[None]:
 
 
 def _train(settings: Settings, run: Run, processes: Processes, quiet: bool, allow_change: Sequence[str]) -> None:
+    settings = settings.model_copy(deep=True)
     training = settings.training
     check_trackers(settings)
     tokenizer = load_tokenizer(settings.data.tokenizer)
     saved = bool(list_checkpoints(run.checkpoints))
     _check_start(run, settings, saved)
+    if saved and "warmup_steps" not in training.model_fields_set:  # its default follows max_steps, which may be raised
+        training.warmup_steps = run.settings.training.warmup_steps
     settings, loaded, _ = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
     if settings.training.rows < processes.data_size:
         raise SettingsError(

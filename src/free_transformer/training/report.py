@@ -80,8 +80,8 @@ def _add_likelihood(report: Report, run: Run, values: dict[str, Any]) -> None:
     if not run.is_current(run.evaluation_file, values):
         step = (values.get("model") or {}).get("step")
         report.paragraph(
-            f"These values are of an earlier model{f', of step {step}' if step else ''}; the run has been trained "
-            f"since. Measure the model of now with: free-transformer evaluate {run.path}",
+            f"These results are from an earlier model{f' (step {step})' if step else ''}. The run has been trained "
+            f"further since. To measure the current model, run: free-transformer evaluate {run.path}",
             warning=True,
         )
     if values.get("warning"):
