@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import processes
+from free_transformer import cli
 from free_transformer.cli import main
+from free_transformer.console import stdout_console
 from free_transformer.data import byte_tokenizer
 from free_transformer.errors import SettingsError
 from free_transformer.files import LOCK, MARKER, check_writable, is_in_use, read_marker
@@ -496,6 +498,7 @@ def test_results_are_written_before_they_are_shown(command, monkeypatch, what):
     run = train_with()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", broken_output(what))
+        patch.setattr(cli, "console", stdout_console())  # one that has met a closed pipe stays quiet
         status = command("evaluate", "run", "--num-samples", "2")
     assert json.loads(run.evaluation_file.read_text())["nll"] > 0
     assert (status == 0) == (what == "ascii")
