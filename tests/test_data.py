@@ -43,6 +43,7 @@ from free_transformer.data import (
 from free_transformer.data import rows as rows_module
 from free_transformer.data import tokenizer as tokenizer_module
 from free_transformer.data.rows import OPEN_ROWS, EpochOrder, begin_token
+from free_transformer.files import MARKER
 from free_transformer.synthetic_data import letters
 
 TOKENIZER = byte_tokenizer()
@@ -1209,3 +1210,23 @@ def test_few_characters_are_tokenized_at_once():
     rows = build_rows(["x" * 60_000] * 20, tokenizer, 1000)
     assert max(tokenizer.sizes) <= rows_module.CHARACTERS_AT_ONCE
     assert rows.predicted_tokens == 20 * 60_001
+
+
+def test_saved_data_sets_are_read_by_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {"train": ["one", "two"], "test": ["three"]}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    assert list(read_documents([tmp_path / "saved"])) == ["one", "two"]
+    assert list(read_documents([str(tmp_path / "saved" / "test")])) == ["three"]
+    with pytest.raises(ValueError, match=r"no split 'validation'; name the folder of one: train, test"):
+        list(read_documents([tmp_path / "saved"], split="validation"))
+
+
+def test_folders_that_we_write_are_no_text(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "README.md").write_text("a card")
+    (tmp_path / "run" / MARKER).write_text("{}")
+    assert list(read_documents([tmp_path])) == ["mine"]
+    assert source_files([tmp_path]) == [tmp_path / "mine.txt"]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
 import voices
 from demo import decode, key_lines, read_rows, shown_share, train_both
 
+from free_transformer.cli import as_command
 from free_transformer.evaluation import (
     Control,
     Likelihood,
@@ -34,7 +35,7 @@ from free_transformer.evaluation import (
 from free_transformer.evaluation.control import contingency
 from free_transformer.evaluation.plots import curves, plans_by_label
 from free_transformer.evaluation.report import Report, likelihood_table, usage_table
-from free_transformer.files import write_text
+from free_transformer.files import claimed_folder, write_text
 from free_transformer.plan_text import format_plan
 from free_transformer.training import Run
 
@@ -63,7 +64,11 @@ def main() -> None:
     parser.add_argument("--all-layers", action="store_true", help="train the first half, too")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=50")
     options = parser.parse_args()
+    with claimed_folder(options.out, "demo", ["smollm2-135m", "voices", "news"]):
+        run_demo(options)
 
+
+def run_demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     llama, out = options.llama or options.out / "smollm2-135m", options.out / options.corpus
     if not llama.is_dir():
@@ -182,4 +187,5 @@ def write_report(
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

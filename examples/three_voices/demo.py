@@ -19,6 +19,7 @@ from judge import Judge
 from rich.console import Console
 from voices import VOICES, read_label, write_corpus
 
+from free_transformer.cli import as_command
 from free_transformer.data import Rows, build_rows
 from free_transformer.evaluation import (
     Control,
@@ -33,7 +34,7 @@ from free_transformer.evaluation import (
 from free_transformer.evaluation.control import contingency
 from free_transformer.evaluation.plots import bits, curves, plans_by_label
 from free_transformer.evaluation.report import Report, likelihood_table, nll_method, usage_table
-from free_transformer.files import write_text
+from free_transformer.files import claimed_folder, write_text
 from free_transformer.plan import codes_to_bits
 from free_transformer.plan_text import format_plan
 from free_transformer.training import Run
@@ -66,7 +67,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
+    with claimed_folder(options.out, "demo", ["text", "summary.txt", "report.html"]):
+        run_demo(options)
 
+
+def run_demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     corpus = options.out / "text"
     write_corpus(corpus)
@@ -279,4 +284,5 @@ def count_voices(verdicts: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -29,7 +29,8 @@ def read_documents(
             - a text file (one document) in UTF-8, or in UTF-16 or UTF-32 with a byte order mark;
             - a table (one document per row): `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` or `.parquet`;
             - either of them compressed: `.gz`, `.bz2`, `.xz` or `.zst`;
-            - a folder (all files below it, by name, without hidden ones and without runs and exports);
+            - a folder that `datasets` has saved with `save_to_disk`;
+            - any other folder (all files below it, by name, without hidden ones and without runs and exports);
             - a data set that `datasets.load_dataset` knows: `name`, `name:configuration`, `name[split]` or
               `name:configuration[split]`, or `hub:` and any of these where a file has the same name;
             - `letters:COUNT:SEED`, the paper's synthetic task.
@@ -84,7 +85,7 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
 def _read_source(source: str | Path, column: str, split: str, max_bad_rows: int) -> Iterator[str]:
     name = str(source)
     if is_path_source(source):
-        yield from _read_path(Path(source), name, column, max_bad_rows)
+        yield from _read_path(Path(source), name, column, split, max_bad_rows)
     elif synthetic := LETTERS.fullmatch(name):
         yield from letters(int(synthetic[1]), seed=int(synthetic[2] or 0))
     elif name.startswith("letters:"):
@@ -94,7 +95,7 @@ def _read_source(source: str | Path, column: str, split: str, max_bad_rows: int)
         yield from read_data_set(table, name, column, max_bad_rows)
 
 
-def _read_path(path: Path, name: str, column: str, max_bad_rows: int) -> Iterator[str]:
+def _read_path(path: Path, name: str, column: str, split: str, max_bad_rows: int) -> Iterator[str]:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -105,6 +106,8 @@ def _read_path(path: Path, name: str, column: str, max_bad_rows: int) -> Iterato
         raise ValueError(f"{name}: cannot be read ({reason(error)})") from error
     if path.is_file():
         yield from _read_file(path, column, max_bad_rows)
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from read_data_set(_load_from_disk(path, split), name, column, max_bad_rows)
     elif path.is_dir():
         yield from _read_folder(path, column, max_bad_rows)
     else:
@@ -164,6 +167,22 @@ class _DataSet:
         if source.startswith(HUB) and Path(names[0]).is_dir():
             names = (f"hf://datasets/{names[0]}", *names[1:])  # or `datasets` would read the folder
         return cls(source, names, parts["split"] or default_split)
+
+
+def _load_from_disk(folder: Path, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{folder}: a saved data set needs the extra: {TRAIN_EXTRA}") from error
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # as in `_load_data_set`
+        raise ValueError(f"{folder}: cannot be read as a saved data set ({first_line(error)})") from error
+    if not isinstance(saved, dict):
+        return saved
+    if split not in saved:
+        raise ValueError(f"{folder}: no split {split!r}; name the folder of one: {', '.join(map(str, saved))}")
+    return saved[split]
 
 
 def _load_data_set(data_set: _DataSet) -> Any:

@@ -89,9 +89,15 @@ def _shared_sources(training: list[TrainingData], validation: list[str]) -> str:
     streamed = [
         source for data in training if isinstance(data, Stream) for each in data.documents for source in each.sources
     ]
-    names = {source for source in set(streamed) & set(validation) if not is_path_source(source)}
+    names = _data_sets(streamed, "train") & _data_sets(validation, "validation")
     names |= {str(file) for file in _files(streamed) & _files(validation)}
     return f"{few(sorted(names))} {'is' if len(names) == 1 else 'are'}" if names else ""
+
+
+def _data_sets(sources: list[str], split: str) -> set[str]:
+    """The sources that are not files, each with the split that is read."""
+    names = [source for source in sources if not is_path_source(source)]
+    return {name if name.endswith("]") or name.startswith("letters:") else f"{name}[{split}]" for name in names}
 
 
 def rows_of(data: TrainingRows) -> list[Rows]:
