@@ -21,6 +21,7 @@ from free_transformer.data import byte_tokenizer
 from free_transformer.errors import SettingsError
 from free_transformer.files import LOCK, MARKER, check_writable, is_in_use, read_marker
 from free_transformer.training import Run, load_settings, train
+from free_transformer.training import step as training_step
 from free_transformer.training.checkpoint import list_checkpoints
 from free_transformer.training.report import write_run_report
 from processes import untimed
@@ -63,6 +64,19 @@ def command(monkeypatch):
         return end.value.code or 0
 
     return run
+
+
+@pytest.fixture
+def batches_read(monkeypatch) -> list:
+    """The tokens of each batch that training reads, (B, T) each."""
+    read, original = [], training_step.training_forward
+
+    def forward(model, batch, *others):
+        read.append(batch["input_ids"])
+        return original(model, batch, *others)
+
+    monkeypatch.setattr(training_step, "training_forward", forward)
+    return read
 
 
 def command_in(folder: Path, *arguments: str) -> None:
@@ -311,38 +325,19 @@ def test_text_that_was_moved_is_the_same():
     train_with("data.train=texts/moved.txt", "training.max_steps=6")
 
 
-def test_allowed_text_is_read_from_its_beginning(monkeypatch):
-    from free_transformer.training import step as training_step
-
-    read = []
-    original = training_step.training_forward
-
-    def forward(model, batch, *others):
-        read.append(batch["input_ids"])
-        return original(model, batch, *others)
-
-    monkeypatch.setattr(training_step, "training_forward", forward)
+def test_allowed_text_is_read_from_its_beginning(batches_read):
     Path("other.txt").write_text("zebra yak newt owl ox. " * 300)
     train_with("run_dir=alone", "data.train=other.txt", "training.max_steps=2")
     train_with()
     train_with("training.max_steps=6", "data.train=other.txt", allow_change=["data.train"])
-    assert all((one == other).all() for one, other in zip(read[:2], read[-2:], strict=True))
+    assert all((one == other).all() for one, other in zip(batches_read[:2], batches_read[-2:], strict=True))
 
 
-def test_another_batch_size_reads_on_without_repeating_rows(monkeypatch):
-    from free_transformer.training import step as training_step
-
-    rows = []
-    original = training_step.training_forward
-
-    def forward(model, batch, *others):
-        rows.extend(map(tuple, batch["input_ids"].tolist()))
-        return original(model, batch, *others)
-
-    monkeypatch.setattr(training_step, "training_forward", forward)
+def test_another_batch_size_reads_on_without_repeating_rows(batches_read):
     Path("train.txt").write_text(" ".join(f"{number:06d}" for number in range(200)))  # 45 rows, all different
     train_with("training.batch_size=9", "training.max_steps=2", "training.seq_len=32")
     train_with("training.batch_size=3", "training.max_steps=11", "training.seq_len=32")
+    rows = [tuple(row) for batch in batches_read for row in batch.tolist()]
     assert len(rows) == 45
     assert len(set(rows)) == 45
 
