@@ -50,7 +50,7 @@ class Spelled(Free):
 @contextlib.contextmanager
 def as_transformers_spells_them() -> Iterator[None]:
     def rotate(states: Tensor, rotation: attention.Rotation) -> Tensor:
-        cos, sin = rotation[0].unsqueeze(2), rotation[1].unsqueeze(2)
+        cos, sin = rotation
         half = sin.shape[-1] // 2
         return states * cos + rotate_half(states) * sin[..., half:].repeat(1, 1, 1, 2)
 

@@ -133,6 +133,8 @@ def run_line(line: str, running: contextlib.ExitStack) -> None:
         running.callback(server.terminate)
         wait_for(8000)
     elif not any(re.match(pattern, line) for pattern in ELSEWHERE):
+        if " train " in line and (run := re.search(r"run_dir=(\S+)", line)):  # of a reader who has not trained it yet
+            shutil.rmtree(run[1], ignore_errors=True)
         subprocess.run(["bash", "-c", line], check=True, timeout=1200)
 
 
