@@ -270,9 +270,10 @@ class _Trainer:
             the signal that has asked some process to stop, or 0.
         """
         training, state, processes = self.settings.training, self.state, self.processes
-        micro = [next(self.batches) for _ in range(training.gradient_accumulation_steps)]
+        micro = [next(self.batches) for _ in self.stop.checked(range(training.gradient_accumulation_steps))]
         tokens = int(processes.sum(torch.stack([predicted_tokens(batch["labels"]) for batch in micro]).sum()))
-        of_step = compute_gradients(state, micro, tokens, self._scheduled_weights(), training, processes)
+        weights, check = self._scheduled_weights(), self.stop.check
+        of_step = compute_gradients(state, micro, tokens, weights, training, processes, check)
         if self._is_usable(of_step):
             apply_gradients(state)
             totals.extend(of_step)
@@ -356,7 +357,7 @@ class _Trainer:
             return
         shared = rows is not None and self.processes.data_size > 1
         with self._evaluation_mode(training.seed), autocast(training.precision, self.processes):
-            batches = self.last_batches if rows is None else rows.in_order(training.rows)
+            batches = self.stop.checked(self.last_batches if rows is None else rows.in_order(training.rows))
             group = self.processes.data_group if shared else None
             result = evaluate_likelihood(self.state.model, batches, VALIDATION_SAMPLES, group=group)  # type: ignore[arg-type]
         if rows is not None:
@@ -396,7 +397,7 @@ class _Trainer:
         alone = Processes(self.device)  # so that all read the same
         batches = itertools.islice(training_batches(data, stage, self.tokenizer, self.settings, alone), count)
         with self._evaluation_mode(training.seed), autocast(training.precision, self.processes):
-            model.gather_prior(batches)
+            model.gather_prior(self.stop.checked(batches))
 
     def _sample(self) -> None:
         """A text, written by all processes together."""

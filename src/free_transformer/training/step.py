@@ -1,7 +1,7 @@
 """One optimizer step: forward, backward, clipping, and the update, in the precision that the settings name."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +44,17 @@ def compute_gradients(
     weights: Mapping[str, float | Tensor],
     training: TrainingSettings,
     processes: Processes,
+    check: Callable[[], None] = lambda: None,
 ) -> Totals:
-    """Forward and backward of the micro-batches of a step, and the clipping of the gradients' sum."""
+    """
+    Forward and backward of the micro-batches of a step, and the clipping of the gradients' sum.
+
+    Args:
+        check: called before each micro-batch; it may raise an error to end the step.
+    """
     of_step = Totals(tokens=num_tokens)
     for index, batch in enumerate(micro):
+        check()
         synchronize_gradients(state.model, index == len(micro) - 1)
         batch = {name: values.to(processes.device, non_blocking=True) for name, values in batch.items()}
         with autocast(training.precision, processes):

@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # A terminal that closes sends SIGHUP; clusters announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -37,6 +39,7 @@ class StopRequest:
     signal: int = 0
     quiet: bool = False
     _saving: bool = False
+    _abort: bool = False
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -48,17 +51,35 @@ class StopRequest:
             self._saving = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal: the first asks to stop, a second ends the process at once unless the state is saved."""
+        """
+        Handles a signal: the first asks to stop after the step, a second to end unsaved at the next `check`.
+
+        Only a third interrupts whatever runs: an error that is raised anywhere may reach a finalizer, which drops it.
+        """
         if self._saving and self.signal:
             self._say(number, "the state is being saved; the run ends when it is on the disk")
         elif not self.signal:
             self.signal = number
-            self._say(number, "the run ends after this step and saves its state; once more ends it at once, unsaved")
+            self._say(number, "the run ends after this step and saves its state; once more ends it unsaved")
+        elif not self._abort:
+            self._abort = True
+            self._say(number, "the run ends unsaved")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+    def check(self) -> None:
+        """Where a second signal has come: `KeyboardInterrupt` for Ctrl-C, else `SystemExit` with its status."""
+        if self._abort:
+            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with a `check` before each."""
+        for item in items:
+            self.check()
+            yield item
 
     def _say(self, number: int, text: str) -> None:
         """Writes past Python's buffers, which the interrupted code may be using."""
