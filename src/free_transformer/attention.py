@@ -1,13 +1,26 @@
 """Llama's attention with separate inputs for queries and for keys and values, as injection and encoder need it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
-from .compat import ALL_ATTENTION_FUNCTIONS, Cache, LlamaAttention, eager_attention_forward
+from .compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    Cache,
+    LlamaAttention,
+    eager_attention_forward,
+    is_flash_attention_requested,
+)
+from .layout import Boundaries
+
+# `varlen_attn` is new in PyTorch 2.10 and its options differ between releases.
+VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+HALF = (torch.float16, torch.bfloat16)
 
 Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in their first half, (B, T, 1, head_dim)
 
@@ -58,6 +71,54 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def takes_boundaries(config: Any, hidden_states: Tensor) -> bool:
+    """
+    Whether attention tells the documents of a batch apart by their boundaries, which needs no mask of T x T values.
+
+    Flash Attention does, and so does PyTorch's own attention (`sdpa`) where `has_varlen_kernel`.
+    """
+    if is_flash_attention_requested(config):
+        return True
+    return config._attn_implementation == "sdpa" and has_varlen_kernel(config, hidden_states)
+
+
+def has_varlen_kernel(config: Any, hidden_states: Tensor) -> bool:
+    """Whether `varlen_attention` runs: on CUDA in half precision, without dropout, for heads of at most 256."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    fits = config.attention_dropout == 0 and config.head_dim % 8 == 0 and config.head_dim <= 256
+    return device == "cuda" and dtype in HALF and fits
+
+
+def varlen_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
+) -> tuple[Tensor, None]:
+    """
+    Attention inside the documents of a batch by PyTorch's Flash Attention kernel, all (B, heads, T, head_dim).
+
+    The queries of a causal module are the tokens; those of the encoder, which is not causal, are the plans.
+
+    Returns:
+        the output, (B, T, heads, head_dim), and None.
+    """
+    batch, heads, queries = query.shape[:3]
+    causal = bool(module.is_causal)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "window_size" not in VARLEN_OPTIONS:
+        options = {"is_causal": causal}
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options["enable_gqa"] = True
+    else:
+        key, value = (each.repeat_interleave(heads // each.shape[1], 1) for each in (key, value))
+    query, key, value = (each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value))
+    tokens, longest = boundaries.tokens, boundaries.max_tokens
+    of_queries = (tokens, longest) if causal else (boundaries.plans, boundaries.max_plans)
+    output = varlen_attn(query, key, value, of_queries[0], tokens, of_queries[1], longest, **options)
+    assert isinstance(output, Tensor)
+    return output.view(batch, queries, heads, -1), None
+
+
 class SplitAttention(LlamaAttention):
     """
     `LlamaAttention` with separate inputs for queries and for keys and values; same weights, same names.
@@ -85,6 +146,7 @@ class SplitAttention(LlamaAttention):
         key_value_states: Tensor | None = None,
         key_value_position_embeddings: Rotation | None = None,
         implementation: str | None = None,
+        boundaries: Boundaries | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """
@@ -94,6 +156,7 @@ class SplitAttention(LlamaAttention):
             key_value_states: input of the keys and values, (B, T, D), default `hidden_states`.
             key_value_position_embeddings: positions of the keys, default those of the queries.
             implementation: attention backend, default the configuration's.
+            boundaries: of the documents, in the place of a mask; see `takes_boundaries`.
 
         Returns:
             the output, (B, Q, D), and the attention weights, (B, heads, Q, T), None for backends that compute none.
@@ -114,6 +177,9 @@ class SplitAttention(LlamaAttention):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
+        if boundaries is not None:
+            output, weights = varlen_attention(self, query, key, value, boundaries)
+            return self.o_proj(output.flatten(2)), weights
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             implementation or self.config._attn_implementation, eager_attention
         )

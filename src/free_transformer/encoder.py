@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import SplitAttention, rotary
+from .attention import SplitAttention, has_varlen_kernel, rotary, takes_boundaries
 from .compat import LlamaRotaryEmbedding, create_bidirectional_mask, is_flash_attention_requested
 from .config import FreeTransformerConfig
 from .layers import MLP, RMSNorm
@@ -43,32 +43,34 @@ class PlanEncoder(nn.Module):
             (B, P, H), the logit of each bit of each plan.
         """
         query = self.query.to(hidden_states.dtype).expand(1, 1, -1)  # the same for all plans, up to their rotation
-        mask, attention = self._mask(hidden_states, layout)
         attended, _ = self.attention(
             self.query_norm(query),
             rotary(self.rotary_emb, query, layout.plan_position),
-            mask,
             key_value_states=self.key_value_norm(hidden_states),
             key_value_position_embeddings=rotary(self.rotary_emb, hidden_states, layout.position_ids),
-            implementation=attention,
+            **self._readable(hidden_states, layout),
         )
         plans = query + attended
         plans = plans + self.mlp(self.mlp_norm(plans))
         return self.readout(self.norm(plans))
 
-    def _mask(self, hidden_states: Tensor, layout: PlanLayout) -> tuple[Any, str | None]:
-        """What plans may read, in the form that the attention takes it, and which one that is, None for the model's."""
-        inside = None
-        if layout.token_document is not None and layout.plan_document is not None:
-            inside = same_document(layout.plan_document, layout.token_document)
+    def _readable(self, hidden_states: Tensor, layout: PlanLayout) -> dict[str, Any]:
+        """What each plan may read: arguments of the attention."""
+        masked = layout.token_document is not None or layout.token_mask is not None
+        by_boundaries = layout.boundaries is not None and takes_boundaries(self.config, hidden_states)
+        if by_boundaries and has_varlen_kernel(self.config, hidden_states):
+            return {"boundaries": layout.boundaries}
         if is_flash_attention_requested(self.config):  # which would take the tokens' padding for that of the plans
-            masked = inside is not None or layout.token_mask is not None
-            return (layout.mask[:, None], "sdpa") if masked else (None, None)
+            return {"attention_mask": layout.mask[:, None], "implementation": "sdpa"} if masked else {}
+        inside, padding = None, layout.token_mask
+        if layout.token_document is not None or layout.boundaries is not None:
+            tokens, plans = layout.attention_groups
+            inside, padding = same_document(plans, tokens), None  # no value is read then
         mask = create_bidirectional_mask(
             self.config,
             hidden_states[:, :1].expand(-1, layout.num_plans, -1),  # its shape tells the queries'
-            layout.token_mask,
+            padding,
             encoder_hidden_states=hidden_states,
             and_mask_function=inside,
         )
-        return mask, None
+        return {"attention_mask": mask}

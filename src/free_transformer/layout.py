@@ -1,10 +1,29 @@
 """Which plan covers which token: spans, padding and packed documents, worked out once for a batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass
+class Boundaries:
+    """
+    Where the documents of a batch end if its B rows are laid one after the other, as kernels for sequences of different
+    lengths need it. Padding counts as a document. S is the number of documents.
+    """
+
+    tokens: Tensor  # (S + 1,) int32, the first token of each document, and B * T
+    plans: Tensor  # (S + 1,) int32, the first plan of each document, and B * P
+    max_tokens: int  # an upper bound of the tokens of a document
+    max_plans: int
+
+    def for_flash_attention(self) -> dict[str, Any]:
+        """The arguments that `transformers` passes on to the `flash_attention_*` backends."""
+        names = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+        return {**dict.fromkeys(names[0], self.tokens), **dict.fromkeys(names[1], self.max_tokens)}
 
 
 @dataclass
@@ -22,10 +41,30 @@ class PlanLayout:
     plan_mask: Tensor  # (B, P) bool, True where the plan covers a real token
     token_document: Tensor | None  # (B, T) number of each token's document in its row; None where a row is one
     plan_document: Tensor | None  # (B, P)
+    boundaries: Boundaries | None = None  # where they are known; each document must be contiguous
 
     @property
     def num_plans(self) -> int:
         return self.plan_mask.shape[1]
+
+    @property
+    def attention_groups(self) -> tuple[Tensor, Tensor]:
+        """Numbers of the documents of tokens, (B, T), -1 on padding, and of plans, (B, P), all 0 in whole rows."""
+        of_tokens = torch.zeros_like(self.token_plan) if self.token_document is None else self.token_document
+        of_plans = torch.zeros_like(self.plan_position) if self.plan_document is None else self.plan_document
+        return (of_tokens if self.token_mask is None else of_tokens.where(self.token_mask, -1)), of_plans
+
+    def to(self, device: torch.device) -> "PlanLayout":
+        """The layout on a device. A copy from the CPU to a GPU does not make the CPU wait."""
+
+        def moved(part: Any) -> dict[str, Any]:
+            found = {each.name: getattr(part, each.name) for each in fields(part)}
+            return {name: to_device(value, device) for name, value in found.items() if isinstance(value, Tensor)}
+
+        boundaries = self.boundaries
+        if boundaries is not None:
+            boundaries = replace(boundaries, **moved(boundaries))
+        return replace(self, **moved(self), boundaries=boundaries)
 
     @property
     def mask(self) -> Tensor:
@@ -59,18 +98,11 @@ def same_document(of_query: Tensor, of_key: Tensor) -> Callable[..., Tensor]:
     return mask
 
 
-def flash_boundaries(documents: Tensor, token_mask: Tensor | None) -> dict[str, Tensor | int]:
-    """
-    Where the documents of a batch end, (B, T) their numbers, in the arguments by which `transformers` tells Flash
-    Attention, which takes no mask; padding is made a document of its own.
-    """
-    ends = torch.ones_like(documents, dtype=torch.bool)
-    ends[:, :-1] = documents[:, 1:] != documents[:, :-1]
-    if token_mask is not None:
-        ends[:, :-1] |= token_mask[:, 1:] != token_mask[:, :-1]
-    places = torch.nn.functional.pad(ends.flatten().nonzero().flatten() + 1, (1, 0)).int()
-    longest = int(places.diff().max())
-    return {"cu_seq_lens_q": places, "cu_seq_lens_k": places, "max_length_q": longest, "max_length_k": longest}
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device, copied without making the CPU wait where they go to a GPU."""
+    if device.type == "cuda" and values.is_cpu:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def num_plans(plan_span: int | str, num_tokens: int) -> int:
@@ -80,7 +112,7 @@ def num_plans(plan_span: int | str, num_tokens: int) -> int:
     return (num_tokens + int(plan_span) - 1) // int(plan_span)  # ONNX would round a negative quotient upwards
 
 
-def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: torch.device) -> Tensor:
+def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: torch.device | None = None) -> Tensor:
     """
     How many real tokens of its text stand before each token, (B, T), or (1, T) where no mask is given.
 
@@ -144,3 +176,53 @@ def is_packed(position_ids: Tensor, token_mask: Tensor | None) -> bool:
     real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask
     rank = (real.cumsum(1) - 1).expand_as(position_ids)
     return bool((_document_starts(position_ids, real.expand_as(position_ids), rank) & (rank > 0)).any())
+
+
+def batch_layout(
+    plan_span: int | str, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None
+) -> PlanLayout:
+    """
+    The layout of texts from their beginning. It reads values of the arguments, so a training loop calls it before a
+    batch goes to a GPU and hands the result to the model.
+
+    Args:
+        shape: B and T; attention_mask, position_ids: as in `FreeTransformer.forward`, the mask with two dimensions.
+    """
+    mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
+    packed = position_ids is not None and is_packed(position_ids, mask)
+    if position_ids is None:
+        device = None if attention_mask is None else attention_mask.device
+        position_ids = token_ranks(mask, 0, shape[1], device)
+    layout = plan_layout(plan_span, position_ids.expand(shape[0], -1), mask, packed)
+    layout.boundaries = find_boundaries(layout)
+    return layout
+
+
+def find_boundaries(layout: PlanLayout) -> Boundaries | None:
+    """The boundaries of a layout's documents; None for whole rows, and where padding divides a document."""
+    if layout.token_mask is None and layout.token_document is None:
+        return None
+    document, of_plan = layout.attention_groups
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    real = starts & (document >= 0)
+    if (real.sum(1) > document.amax(1) + 1).any():
+        return None
+    batch, tokens = document.shape
+    first = starts.flatten().nonzero().flatten()
+    # A plan that covers no token reads the last document of its row, or the row's padding where there is none.
+    last = document.amax(1, keepdim=True)
+    of_plan = torch.where(layout.plan_mask, of_plan, last.clamp(min=0))
+    place = torch.where(real, document, document.shape[1])  # of each document's first token, by its number
+    where = document.new_zeros(batch, tokens + 1).scatter(
+        1, place, torch.arange(tokens, device=place.device).expand_as(place)
+    )
+    token_of_plan = where.gather(1, of_plan) + tokens * torch.arange(batch, device=place.device)[:, None]
+    segment = starts.flatten().cumsum(0) - 1
+    counts = torch.bincount(segment[token_of_plan.flatten()], minlength=len(first))
+    return Boundaries(
+        tokens=torch.nn.functional.pad(first, (0, 1), value=batch * tokens).int(),
+        plans=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
+        max_tokens=tokens,
+        max_plans=layout.num_plans,
+    )

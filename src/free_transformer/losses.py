@@ -14,7 +14,8 @@ from .numerics import first_order_only
 IGNORED = -100
 WITHOUT_SKIPPING = "for a gradient penalty or other second derivatives, leave skip_logits=True out"
 MAX_PAIRED_PLANS = 256
-CHUNK_BYTES = 8 * 2**20  # of logits held at a time, what a processor's cache has room for
+# Logits held at a time: what a CPU's cache has room for; on a GPU enough for large products.
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
 MIN_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight takes longer than the products
 
 
@@ -46,7 +47,7 @@ def min_bits_shortfall(kl: Tensor, min_bits: float) -> Tensor:
     return (min_bits - kl).clamp(min=0)
 
 
-def aggregate_divergence(plan_logits: Tensor) -> Tensor:
+def aggregate_divergence(plan_logits: Tensor, used: Tensor | None = None) -> Tensor:
     """
     How far the plans that a batch takes *together* are from the uniform prior, in bits: Rényi's divergence of order 2.
 
@@ -56,21 +57,35 @@ def aggregate_divergence(plan_logits: Tensor) -> Tensor:
     also where no plan says anything: use it with `min_bits`.
 
     Args:
-        plan_logits: (N, H) of N plans; of more than 256, so many evenly spaced.
+        plan_logits: (N, H) of N plans; used: (N,) bool, which of them count, default all. Of more than 256, so many
+            evenly spaced.
     """
-    count = len(plan_logits)
-    if count < 2:
-        return plan_logits.new_zeros(())
-    if count > MAX_PAIRED_PLANS:
-        plan_logits = plan_logits[:: -(-count // MAX_PAIRED_PLANS)]
-        count = len(plan_logits)
-    p = plan_logits.to(torch.promote_types(plan_logits.dtype, torch.float32)).sigmoid()
+    chosen, valid = _evenly_spaced(len(plan_logits), used, plan_logits.device)
+    count = valid.sum()
+    p = plan_logits[chosen].to(torch.promote_types(plan_logits.dtype, torch.float32)).sigmoid()
     same = p[:, None] * p + (1 - p)[:, None] * (1 - p)  # (N, N, H), each bit equal
     tiny = torch.finfo(same.dtype).tiny
     log_collision = same.clamp(min=tiny).log().sum(-1)
-    others = ~torch.eye(count, dtype=torch.bool, device=p.device)
-    mean_log = log_collision[others].logsumexp(0) - math.log(count * (count - 1))
-    return mean_log / math.log(2) + plan_logits.shape[-1]
+    # Shapes do not depend on values, so that a GPU is not waited for.
+    pairs = valid[:, None] & valid & ~torch.eye(len(valid), dtype=torch.bool, device=valid.device)
+    any_pair = count > 1
+    log_collision = log_collision.masked_fill(~(pairs | ~any_pair), -math.inf)
+    mean_log = log_collision.flatten().logsumexp(0) - (count * (count - 1)).clamp(min=1).log()
+    return (mean_log / math.log(2) + plan_logits.shape[-1]).where(any_pair, 0.0)
+
+
+def _evenly_spaced(count: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of at most `MAX_PAIRED_PLANS` plans that count, (M,), and which of these M places are taken."""
+    if used is None:
+        chosen = torch.arange(0, count, max(1, -(-count // MAX_PAIRED_PLANS)), device=device)
+        return chosen, torch.ones_like(chosen, dtype=torch.bool)
+    places = min(count, MAX_PAIRED_PLANS)
+    stride = ((used.sum() + MAX_PAIRED_PLANS - 1) // MAX_PAIRED_PLANS).clamp(min=1)
+    rank = used.cumsum(0) - 1
+    place = torch.where(used & (rank % stride == 0), rank // stride, places)  # the others go to a place that is dropped
+    chosen = torch.zeros(places + 1, dtype=torch.long, device=device)
+    chosen = chosen.scatter(0, place, torch.arange(count, device=device))[:places]
+    return chosen, torch.arange(places, device=device) < (used.sum() + stride - 1) // stride
 
 
 def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -93,7 +108,7 @@ def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: T
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * len(weight)))
+    rows = max(MIN_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(weight)))
     with torch.autocast(device, enabled=False):
         if labels.numel() <= rows or torch.compiler.is_compiling():
             return reconstruction_loss(F.linear(hidden_states, weight), labels)
@@ -191,7 +206,7 @@ def objective(
     num_tokens: int | Tensor | None = None,
     min_bits: float = 0.0,
     aggregate_weight: float = 0.0,
-    gather_plans: Callable[[Tensor], Tensor] | None = None,
+    gather_plans: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     reconstruction: Tensor | None = None,
 ) -> Objective:
     """
@@ -203,7 +218,7 @@ def objective(
             of the whole batch, for reconstruction *and* KL. With 0 there is nothing to learn: the loss is 0.
         min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
             `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
-        gather_plans: from the logits of this process' plans, (N, H), to those of all that share the batch.
+        gather_plans: from this process' `plan_logits` and `plan_mask` to those of all processes that share the batch.
         reconstruction: the sum of the cross-entropies, where it is known without `logits`.
     """
     num_tokens = torch.as_tensor(predicted_tokens(labels) if num_tokens is None else num_tokens)
@@ -222,10 +237,11 @@ def objective(
     if min_bits > 0:
         bits = bits + (1 + aggregate_weight) * (min_bits_shortfall(kl, min_bits) * mask).sum()
     if aggregate_weight > 0:
-        together = plan_logits[mask.bool()]
+        together, used = plan_logits, mask.bool()
         if gather_plans is not None:
-            together = gather_plans(together)
-        bits = bits + aggregate_weight * aggregate_divergence(together) * mask.sum()
+            together, used = gather_plans(together, used)
+        divergence = aggregate_divergence(together.flatten(0, 1), used.flatten())
+        bits = bits + aggregate_weight * divergence * mask.sum()
     plans = mask.sum().clamp(min=1)
     return Objective(
         *(reconstruction + bits * any_token * math.log(2) / num_tokens, reconstruction),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .attention import rotary
+from .attention import rotary, takes_boundaries
 from .cache import PlanCache, PlanState
 from .compat import (
     CACHE_NAME,
@@ -43,7 +43,7 @@ from .injection import InjectedDecoderLayer
 from .layers import DecoderLayer, Head, RMSNorm, is_observed
 from .layout import (
     PlanLayout,
-    flash_boundaries,
+    find_boundaries,
     is_packed,
     num_plans,
     plan_layout,
@@ -103,8 +103,8 @@ class FirstHalf:
     @property
     def last_row_suffices(self) -> bool:
         """Whether the last row of the attention mask describes the attention of the last token alone."""
-        if "cu_seq_lens_q" in self.layer_arguments or "attentions" in self.layer_arguments:
-            return False  # Flash Attention's documents; or all tokens' attention is asked for
+        if self.layer_arguments.keys() & {"boundaries", "cu_seq_lens_q", "attentions"}:
+            return False  # documents are told apart without a mask, or all tokens' attention is asked for
         mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["cache"]
         if mask is None:  # a causal one, which also hides what a static cache has not written yet
             return cache is None or not cache.is_compileable
@@ -165,7 +165,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    gather_plans: Callable[[Tensor], Tensor] | None = None  # where processes share a batch, see `losses.objective`
+    # Where processes share a batch, see `losses.objective`.
+    gather_plans: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
@@ -261,6 +262,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        layout: PlanLayout | None = None,
         **kwargs: Any,
     ) -> FreeTransformerOutput | tuple:
         """
@@ -291,6 +293,8 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             output_attentions: return the attention weights of each layer, (B, heads, T, past + T). Needs
                 `attn_implementation="eager"`.
             return_dict: False for a tuple of the fields that are not None.
+            layout: what `batch_layout` finds in `attention_mask` and `position_ids`, in their place. A training loop
+                computes it before a batch goes to a GPU, and the model then never waits for the GPU.
 
         Raises:
             ValueError: for arguments that contradict each other, and a cache of tokens whose plan is not known.
@@ -307,7 +311,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         if state is not None and state.columns is not None and cache is not None:
             read: Callable[..., FirstHalf] = functools.partial(self._next_half, state)
         else:
-            read = self.first_half
+            read = functools.partial(self.first_half, layout=layout)
         half = read(
             *(input_ids, attention_mask, position_ids, cache, inputs_embeds),
             output_hidden_states=self._asked("output_hidden_states", output_hidden_states),
@@ -356,6 +360,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        layout: PlanLayout | None = None,
         **kwargs: Any,
     ) -> FirstHalf:
         """Layers 0 to K-1: what the encoder reads, the same under every plan. Arguments as in `forward`."""
@@ -366,41 +371,82 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and getattr(cache, "packed", False):
             raise ValueError("cache: it holds packed rows of several documents, which cannot be continued")
-        token_mask = _token_mask(attention_mask, batch, past, tokens)
-        packed = position_ids is not None and past == 0 and is_packed(position_ids, token_mask)
-        ranks = token_ranks(token_mask, past, tokens, hidden_states.device)
-        if position_ids is None:
-            position_ids = ranks
-        layout = token_plan = None
-        if past == 0:
-            layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), token_mask, packed)
-            plans = layout.num_plans
+        token_plan = None
+        if layout is not None:
+            self._check_layout(layout, (batch, tokens), past, attention_mask, position_ids)
+            plans, position_ids = layout.num_plans, layout.position_ids
+            mask, own = self._mask_of_layout(layout, hidden_states, cache)
         else:
-            plans, token_plan = num_plans(self.config.plan_span, past + tokens), self._plan_of_rank(ranks)
+            token_mask = _token_mask(attention_mask, batch, past, tokens)
+            packed = position_ids is not None and past == 0 and is_packed(position_ids, token_mask)
+            ranks = token_ranks(token_mask, past, tokens, hidden_states.device)
+            if position_ids is None:
+                position_ids = ranks
+            if past == 0:
+                layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), token_mask, packed)
+                plans = layout.num_plans
+            else:
+                plans, token_plan = num_plans(self.config.plan_span, past + tokens), self._plan_of_rank(ranks)
+            mask, own = self._mask_of_text(attention_mask, token_mask, layout if packed else None, hidden_states, cache)
         if isinstance(cache, PlanCache):
-            cache.packed = packed
-        documents = layout.token_document if layout is not None else None
-        if attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = self._checked_mask(attention_mask, hidden_states)
-        elif documents is not None and is_flash_attention_requested(self.config):
-            attention_mask = None
-            kwargs |= flash_boundaries(documents, token_mask)
-        else:
-            attention_mask = create_causal_mask(
-                self.config,
-                hidden_states,
-                token_mask,
-                cache,
-                position_ids=None,  # documents are told apart here, padding or not
-                and_mask_function=None if documents is None else same_document(documents, documents),
-            )
+            cache.packed = layout is not None and layout.token_document is not None
         return self.below_plan(
-            *(hidden_states, attention_mask, position_ids, cache, layout, plans, token_plan),
+            *(hidden_states, mask, position_ids, cache, layout, plans, token_plan),
             num_tokens=past + tokens,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            **kwargs,
+            **(kwargs | own),
         )
+
+    def _mask_of_text(
+        self,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+        packed: PlanLayout | None,
+        hidden_states: Tensor,
+        cache: Cache | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The mask of the lower and upper layers, and arguments of the attention backend in the place of a mask."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return self._checked_mask(attention_mask, hidden_states), {}
+        if packed is not None:
+            packed.boundaries = find_boundaries(packed) if takes_boundaries(self.config, hidden_states) else None
+            return self._mask_of_layout(packed, hidden_states, cache)
+        # without positions: documents are told apart here, padding or not
+        return create_causal_mask(self.config, hidden_states, token_mask, cache, position_ids=None), {}
+
+    def _mask_of_layout(
+        self, layout: PlanLayout, hidden_states: Tensor, cache: Cache | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """`_mask_of_text` of a layout, without reading values: padding is masked as a document of its own."""
+        if layout.boundaries is not None and takes_boundaries(self.config, hidden_states):
+            if is_flash_attention_requested(self.config):
+                return None, layout.boundaries.for_flash_attention()
+            return None, {"boundaries": layout.boundaries}
+        inside = None
+        if layout.token_mask is not None or layout.token_document is not None:
+            if is_flash_attention_requested(self.config):
+                raise ValueError(
+                    f"attn_implementation={self.config._attn_implementation!r} takes no packed rows with padding "
+                    "inside a document; call model.set_attn_implementation('sdpa')"
+                )
+            groups, _ = layout.attention_groups
+            inside = same_document(groups, groups)
+        mask = create_causal_mask(self.config, hidden_states, None, cache, position_ids=None, and_mask_function=inside)
+        return mask, {}
+
+    def _check_layout(
+        self,
+        layout: PlanLayout,
+        shape: tuple[int, int],
+        past: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        if past or attention_mask is not None or position_ids is not None:
+            raise ValueError("layout replaces attention_mask and position_ids, and takes no cache that holds tokens")
+        if layout.token_plan.shape != shape:
+            raise ValueError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
 
     def _next_half(
         self,

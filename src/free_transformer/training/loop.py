@@ -20,7 +20,6 @@ from free_transformer.data.rows import Batch
 from free_transformer.evaluation.likelihood import evaluate_likelihood
 from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
-from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer
 from free_transformer.training.adapters import merge_adapters, write_adapters
 from free_transformer.training.batches import (
@@ -43,7 +42,7 @@ from free_transformer.training.processes import Processes, join_processes
 from free_transformer.training.run import Run
 from free_transformer.training.settings import Settings, SettingsError, settings_warnings
 from free_transformer.training.stages import Stage, stage_at, stages_of
-from free_transformer.training.step import apply_gradients, autocast, compute_gradients
+from free_transformer.training.step import agree_on_step, apply_gradients, autocast, compute_gradients, with_layout
 from free_transformer.training.stopping import StopRequest, TrainingStopped, listen_for_stop
 from free_transformer.training.trackers import check_trackers
 from free_transformer.training.watching import Watcher
@@ -267,13 +266,14 @@ class _Trainer:
         One step over all micro-batches; each loss is divided by the predicted tokens of them all.
 
         Returns:
-            the signal that has asked some process to stop, or 0.
+            the signal that has asked some process to stop, or 0. Several processes learn of it in the next step.
         """
         training, state, processes = self.settings.training, self.state, self.processes
         micro = [next(self.batches) for _ in self.stop.checked(range(training.gradient_accumulation_steps))]
-        tokens = int(processes.sum(torch.stack([predicted_tokens(batch["labels"]) for batch in micro]).sum()))
+        inputs = [with_layout(state.model, batch) for batch in micro]
+        shared = agree_on_step(processes, state.model, inputs, self.stop.signal)
         weights, check = self._scheduled_weights(), self.stop.check
-        of_step = compute_gradients(state, micro, tokens, weights, training, processes, check)
+        of_step = compute_gradients(state, inputs, shared.tokens, weights, training, processes, check, shared.places)
         if self._is_usable(of_step):
             apply_gradients(state)
             totals.extend(of_step)
@@ -282,7 +282,7 @@ class _Trainer:
         self.last_batches = micro
         assert self.stage is not None
         state.rows += len(micro) * self.stage.batch_size
-        return processes.largest(self.stop.signal)[0]
+        return self.stop.signal if processes.size == 1 else shared.signal
 
     def _is_usable(self, of_step: Totals) -> bool:
         """Whether a step is to be taken; one that is left out is written down, and too many of them end the run."""
@@ -312,7 +312,7 @@ class _Trainer:
         if self.settings.model.kind == "baseline":
             return {}
         weights = stage_at(self.stages, self.state.step).weights(self.settings, self.state.step)
-        return {name: torch.tensor(value, device=self.device) for name, value in weights.items()}
+        return {name: torch.full((), value, device=self.device) for name, value in weights.items()}  # no copy to a GPU
 
     def _log(self, totals: Totals, rate: float) -> None:
         entries = totals.over(self.processes)

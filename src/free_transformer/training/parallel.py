@@ -3,6 +3,7 @@
 import functools
 import itertools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,7 +150,16 @@ def spread_plans(model: FreeTransformer, processes: Processes) -> None:
     """Plans are drawn and compared as one process with all rows would: their number changes nothing."""
     model.plan_mapper = SharedBinaryMapper(processes).train(model.training)
     if processes.data_size > 1:
-        model.gather_plans = functools.partial(_plans_of_all, processes=processes)
+        model.gather_plans = functools.partial(_plans_of_all, mapper=model.plan_mapper)
+
+
+@dataclass
+class PlanPlace:
+    """Where a process' rows of a micro-batch are among those of all processes that share it."""
+
+    first_row: int
+    rows: int  # of all processes
+    plans: int  # the most that a row of any process has
 
 
 class SharedBinaryMapper(BinaryMapper):
@@ -158,23 +168,51 @@ class SharedBinaryMapper(BinaryMapper):
 
     Attributes:
         generator: that stream. It goes on from the random numbers of a single process that has built its model.
+        place: of the next batch, where the training loop has told it; otherwise the processes ask each other.
     """
 
     def __init__(self, processes: Processes):
         super().__init__()
         self.processes = processes
+        self.place: PlanPlace | None = None
         self.generator = torch.Generator(processes.device)
         self.generator.set_state(random_state(processes.device))
 
     def forward(self, plan_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if not self.training:
             return super().forward(plan_logits, generator)
-        rows, plans, bits = plan_logits.shape
-        start, all_rows = place_among(rows, self.processes)
-        (most,) = self.processes.largest(plans)  # packed rows have as many plans as their documents ask for
-        padded = plan_logits.new_zeros(all_rows, most, bits)
-        padded[start : start + rows, :plans] = plan_logits.detach()
-        return super().forward(padded, self.generator)[start : start + rows, :plans]
+        rows, plans = plan_logits.shape[:2]
+        own = slice(self.place_of(plan_logits).first_row, None)
+        drawn = super().forward(self.among_all(plan_logits.detach()), self.generator)
+        return drawn[own][:rows, :plans]
+
+    def place_of(self, values: Tensor) -> PlanPlace:
+        """Of values of this process' plans, (B, P, ...)."""
+        if self.place is not None:
+            return self.place
+        return plan_places(self.processes.exchange(*values.shape[:2])[:: self.processes.tensor], self.processes)[0]
+
+    def among_all(self, values: Tensor) -> Tensor:
+        """(B, P, X) of this process' plans -> (rows, plans, X) of all processes, with zeros in the others' places."""
+        place = self.place_of(values)
+        padded = values.new_zeros(place.rows, place.plans, values.shape[-1])
+        padded[place.first_row : place.first_row + len(values), : values.shape[1]] = values
+        return padded
+
+
+def plan_places(shapes: list[list[int]], processes: Processes) -> list[PlanPlace]:
+    """
+    This process' place in each micro-batch.
+
+    Args:
+        shapes: of each data process, the rows and plans of each micro-batch, one after the other.
+    """
+    places = []
+    for micro in range(len(shapes[0]) // 2):
+        rows = [each[2 * micro] for each in shapes]
+        plans = [each[2 * micro + 1] for each in shapes]  # packed rows have as many as their documents ask for
+        places.append(PlanPlace(sum(rows[: processes.data_rank]), sum(rows), max(plans)))
+    return places
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -182,19 +220,11 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def place_among(count: int, processes: Processes) -> tuple[int, int]:
-    """Where this process' things begin when those of all data processes stand in a row, and how many all are."""
-    counts = torch.zeros(processes.data_size, dtype=torch.long)
-    counts[processes.data_rank] = count
-    counts = processes.sum(counts)
-    return int(counts[: processes.data_rank].sum()), int(counts.sum())
-
-
-def _plans_of_all(plan_logits: Tensor, processes: Processes) -> Tensor:
-    """(N, H) of this process' plans -> those of all, in the order of the rows."""
-    start, count = place_among(len(plan_logits), processes)
-    own = nn.functional.pad(plan_logits, (0, 0, start, count - start - len(plan_logits)))
-    return _Sum.apply(own, processes.data_group)
+def _plans_of_all(plan_logits: Tensor, used: Tensor, mapper: SharedBinaryMapper) -> tuple[Tensor, Tensor]:
+    """(B, P, H) and (B, P) of this process -> those of all, in the order of the rows, by one collective."""
+    own = torch.cat([plan_logits, used[..., None].to(plan_logits.dtype)], -1)
+    whole = _Sum.apply(mapper.among_all(own), mapper.processes.data_group)
+    return whole[..., :-1], whole[..., -1] > 0
 
 
 class _Sum(torch.autograd.Function):

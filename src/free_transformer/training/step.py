@@ -2,24 +2,26 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from free_transformer.data.rows import Batch
 from free_transformer.evaluation.likelihood import baseline_inputs
+from free_transformer.layout import PlanLayout, batch_layout, num_plans, to_device
+from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.metrics import Totals
 from free_transformer.training.optimizers import clip_gradients
-from free_transformer.training.parallel import synchronize_gradients
+from free_transformer.training.parallel import PlanPlace, SharedBinaryMapper, plan_places, synchronize_gradients
 from free_transformer.training.processes import Processes
 from free_transformer.training.settings import SettingsError, TrainingSettings
 
 
 def training_forward(
-    model: Any, batch: Batch, num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
+    model: Any, batch: Mapping[str, Any], num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Any]:
     """
     Loss and reconstruction of a batch, divided by `num_tokens`, for either kind of model; of a free one also `kl`,
@@ -37,26 +39,73 @@ def training_forward(
     return {"loss": output.loss, "reconstruction": output.loss}
 
 
+def with_layout(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A batch on the CPU as a Free Transformer takes it without waiting for a GPU: the layout of padded or packed rows in
+    the place of `attention_mask` and `position_ids`. A batch for another model stays as it is.
+    """
+    inputs = dict(batch)
+    if isinstance(model, FreeTransformer) and inputs.keys() & {"attention_mask", "position_ids"}:
+        described = (inputs.pop("attention_mask", None), inputs.pop("position_ids", None))
+        inputs["layout"] = batch_layout(model.config.plan_span, tuple(inputs["input_ids"].shape), *described)
+    return inputs
+
+
+@dataclass
+class SharedStep:
+    """What the processes of a run tell each other before a step, all in one collective."""
+
+    tokens: int  # to predict in the step
+    signal: int  # that has asked some process to stop, or 0
+    places: list[PlanPlace]  # of each micro-batch
+
+
+def agree_on_step(processes: Processes, model: Any, micro: Sequence[Mapping[str, Any]], signal: int) -> SharedStep:
+    """
+    Args:
+        micro: this process' micro-batches, from `with_layout`.
+        signal: that has asked this process to stop, or 0.
+    """
+    tokens = sum(int(predicted_tokens(batch["labels"])) for batch in micro)
+    shapes = []
+    for batch in micro:
+        rows, length = batch["input_ids"].shape
+        span = getattr(model.config, "plan_span", "sequence")
+        plans = batch["layout"].num_plans if "layout" in batch else num_plans(span, length)
+        shapes += [rows, plans]
+    found = processes.exchange(signal, tokens, *shapes)
+    of_data = found[:: processes.tensor]  # processes of one tensor group read the same rows
+    places = plan_places([each[2:] for each in of_data], processes)
+    return SharedStep(sum(each[1] for each in of_data), max(each[0] for each in found), places)
+
+
 def compute_gradients(
     state: TrainState,
-    micro: Sequence[Batch],
+    micro: Sequence[Mapping[str, Any]],
     num_tokens: int,
     weights: Mapping[str, float | Tensor],
     training: TrainingSettings,
     processes: Processes,
     check: Callable[[], None] = lambda: None,
+    places: Sequence[PlanPlace] | None = None,
 ) -> Totals:
     """
     Forward and backward of the micro-batches of a step, and the clipping of the gradients' sum.
 
+    On a GPU nothing here waits for it, except where fp16 looks for infinite gradients.
+
     Args:
+        micro: batches on the CPU.
         check: called before each micro-batch; it may raise an error to end the step.
+        places: of the micro-batches, from `agree_on_step`; several processes ask each other where they are not given.
     """
     of_step = Totals(tokens=num_tokens)
     for index, batch in enumerate(micro):
         check()
         synchronize_gradients(state.model, index == len(micro) - 1)
-        batch = {name: values.to(processes.device, non_blocking=True) for name, values in batch.items()}
+        if isinstance(mapper := getattr(state.model, "plan_mapper", None), SharedBinaryMapper):
+            mapper.place = None if places is None else places[index]
+        batch = _on_device(with_layout(state.model, batch), processes.device)
         with autocast(training.precision, processes):
             losses = training_forward(state.model, batch, num_tokens, weights)
         state.scaler.scale(losses["loss"] * processes.data_size).backward()  # sharded gradients are averaged
@@ -65,6 +114,13 @@ def compute_gradients(
         state.scaler.unscale_(optimizer)
     of_step.gradient_norm.append(clip_gradients(state.model.parameters(), training.grad_clip))
     return of_step
+
+
+def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device) if isinstance(value, PlanLayout) else to_device(value, device)
+        for name, value in inputs.items()
+    }
 
 
 def apply_gradients(state: TrainState) -> None:
