@@ -27,14 +27,18 @@ PROMPT = 32
 
 
 class Contestant:
-    """What every implementation is asked for; `spec` has width, layers, heads, ffn, length, batch, bits and more."""
+    """
+    What every implementation is asked for; `spec` has width, layers, heads, ffn, length, batch, bits and more, and may
+    have a device and a vocabulary.
+    """
 
     def __init__(self, spec: dict[str, Any]):
         self.spec = spec
+        self.device, self.vocabulary = spec.get("device", "cpu"), spec.get("vocabulary", VOCABULARY)
         torch.manual_seed(0)
-        self.model: Any = self.build()
+        self.model: Any = self.build().to(self.device)
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.tokens = torch.randint(3, VOCABULARY, (spec["batch"], spec["length"]))
+        self.tokens = torch.randint(3, self.vocabulary, (spec["batch"], spec["length"]), device=self.device)
 
     @staticmethod
     def load() -> None:
@@ -59,7 +63,7 @@ class Contestant:
     def train_step(self) -> None:
         self.model.train()
         self.optimizers = self.optimizers or self.build_optimizers()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.spec.get("bf16", False)):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("bf16", False)):
             loss = self.loss(self.tokens)
         loss.backward()
         for optimizer in self.optimizers:
@@ -69,7 +73,7 @@ class Contestant:
     def generate_text(self, batch: int, prompt: int, new: int) -> None:
         self.model.eval()
         with torch.no_grad():
-            self.generate(torch.randint(3, VOCABULARY, (batch, prompt)), new)
+            self.generate(torch.randint(3, self.vocabulary, (batch, prompt), device=self.device), new)
 
 
 class Llama(Contestant):
@@ -91,7 +95,7 @@ class Llama(Contestant):
 
         spec = self.spec
         return FreeTransformerConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=self.vocabulary,
             hidden_dim=spec["width"],
             num_layers=spec["layers"],
             num_heads=spec["heads"],
@@ -156,7 +160,7 @@ class XTransformers(Contestant):
         spec = self.spec
         half = spec["layers"] // 2
         return FreeTransformer(
-            num_tokens=VOCABULARY,
+            num_tokens=self.vocabulary,
             dim=spec["width"],
             dec_head_depth=half,
             dec_tail_depth=spec["layers"] - half,
@@ -197,7 +201,7 @@ class FreeTransformer012(Contestant):
         spec = self.spec
         return FreeTransformer(
             ModelConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=self.vocabulary,
                 hidden_dim=spec["width"],
                 num_layers=spec["layers"],
                 num_heads=spec["heads"],
