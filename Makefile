@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving bench-paper docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -131,8 +131,9 @@ bench-deployment: $(VENV)/.dev ## exports and 8-bit weights of the demo's model:
 	@test -d runs/three_voices/free/model || $(MAKE) demo
 	$(BIN)/python benchmarks/deployment.py
 
-bench-paper: $(VENV)/.train ## the paper's 1.5B model on one GPU, beside the Llama of its shape
-	$(BIN)/python benchmarks/paper_model.py
+gpu: $(VENV)/.dev ## correctness, speed and learning on one GPU: docs/gpu.md; under 8 minutes
+	PYTHON=$(BIN)/python benchmarks/gpu/run.sh $(PARTS)
+	$(BIN)/python benchmarks/gpu/report.py runs/gpu
 
 bench-serving: $(VENV)/.dev ## 200 requests at once, latency, memory: docs/serving.md; 7 minutes
 	@test -d runs/three_voices/free/model || $(MAKE) demo

@@ -31,7 +31,7 @@ from free_transformer import BinaryMapper, FreeTransformer, FreeTransformerConfi
 from free_transformer.losses import free_bits_hinge, kl_bits, predicted_tokens
 from free_transformer.model import build_baseline
 from free_transformer.straight_through import exact_gradient
-from free_transformer.training.optimizers import LARGE_TABLE, build_optimizers
+from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, build_optimizers
 from free_transformer.training.settings import TrainingSettings
 from free_transformer.training.step import training_forward
 
@@ -184,7 +184,7 @@ def table_step(optimizer: str) -> Callable[[], None]:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(2**16, WIDTH))
     sparse = optimizer == "sparse_adam"
-    update = torch.optim.SparseAdam([weight]) if sparse else torch.optim.AdamW([weight], fused=True)
+    update = RowAdamW([{"params": [weight], "by_row": sparse}], fused=True)
     codes, grad = torch.randint(0, 2**16, (PLANS, 1)), torch.randn(PLANS, WIDTH)
 
     def run() -> None:

@@ -1,14 +1,18 @@
 import importlib
 import json
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import processes
+from free_transformer import FreeTransformer
 from free_transformer.data import byte_tokenizer
 from free_transformer.model import build_baseline
 from free_transformer.reproduce.letters import Result, build_variant
@@ -223,10 +227,84 @@ def test_scaling_on_paper_adds_up(benchmark_module, monkeypatch, capsys):
     assert "memory of a GPU, GB" in shown
 
 
-def test_the_paper_model_is_tried_out_on_a_cpu(benchmark_module, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["paper_model.py", "--small", "--length", "16", "--batch", "2", "--steps", "1"])
-    benchmark_module("paper_model").main()
-    assert "Free Transformer" in capsys.readouterr().out
+@pytest.fixture
+def gpu_module(monkeypatch, tmp_path):
+    """Imports a script of benchmarks/gpu, ready to write `tmp_path/NAME.json` from tiny shapes on the CPU."""
+    folder = ROOT / "benchmarks" / "gpu"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def load(name):
+        out = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--small", "--out", str(out), "--seconds", "60"])
+        return importlib.import_module(name)
+
+    yield load
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == folder:
+            del sys.modules[name]
+
+
+def test_gpu_scripts_measure_tiny_shapes_on_a_cpu(gpu_module, tmp_path):
+    for name in ("training", "plan_gradient", "generation"):
+        gpu_module(name).main()
+        assert '"error":' not in (tmp_path / f"{name}.json").read_text()
+    training = json.loads((tmp_path / "training.json").read_text())
+    assert training["token_32"]["mfu"] > 0 and training["llama_again_32"]["seconds"] > 0
+    parts = training["profile_token"]["parts_ms"]
+    assert set(parts) == {*gpu_module("profiling").PARTS, "layers and the rest"}
+    assert set(training["syncs_token"]) == {"whole", "packed", "packed_and_padded"}
+    report = gpu_module("report")
+    page = report.with_tables(
+        report.new_page(), {k: v(report.read_results(tmp_path)) for k, v in report.SECTIONS.items()}
+    )
+    assert "A trial with tiny shapes" in page and "| sampled 64 |" in page
+    assert "Correctness tests on the GPU: not run." in page
+
+
+def test_gpu_peers_measures_in_processes_of_their_own(gpu_module, monkeypatch, tmp_path):
+    peers = gpu_module("peers")
+    monkeypatch.setattr(peers, "CONTESTANTS", {name: peers.CONTESTANTS[name] for name in ("llama", "x_transformers")})
+    peers.main()
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert found["llama_4"]["seconds"] > 0
+    assert "not installed" in found["x_transformers_4"]["error"]
+
+
+def test_gpu_results_keep_errors_and_stop_when_the_time_is_up(gpu_module, tmp_path):
+    common = gpu_module("common")
+    results = common.Results(tmp_path / "results.json", 60)
+    assert results.record("fails", lambda: 1 / 0) is None
+    assert results.record("works", lambda: 2) == 2
+    results.ends = 0.0
+    assert results.record("late", lambda: 3) is None
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["fails"]["error"] == "ZeroDivisionError: division by zero" and kept["works"] == 2
+    assert kept["late"] == {"error": common.TIME_IS_UP}
+
+
+def test_gpu_profiling_names_the_line_that_waits(gpu_module):
+    def step():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    found = gpu_module("profiling").host_syncs(step, torch.device("cpu"))
+    assert found["count"] == 1
+    assert re.match(r".*test_benchmarks\.py:\d+ step < ", next(iter(found["places"])))
+
+
+@pytest.mark.parametrize("span", [1, "sequence", None])
+def test_gpu_training_counts_flops(gpu_module, tiny_config, span):
+    """Against PyTorch's counter, with attention as plain matmuls, which compute the upper half too."""
+    training, length = gpu_module("training"), 16
+    config = tiny_config(plan_span=span or 1, plan_gradient="sampled")
+    model = build_baseline(config) if span is None else FreeTransformer(config)
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(3, 32, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).loss.backward()
+    upper_half = 3 * 2 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    expected = counter.get_total_flops() / tokens.numel() - upper_half
+    assert training.flops_per_token(model, length) == pytest.approx(expected, rel=0.02)
 
 
 def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_config, monkeypatch, tmp_path):

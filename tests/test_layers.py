@@ -84,13 +84,14 @@ def test_gated_unit_is_that_of_llama(tiny_config, act):
         assert_close(own, expected)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("vocabulary", [7, 9000])
-def test_loss_in_chunks_is_the_loss_and_has_its_gradients(vocabulary):
+def test_loss_in_chunks_is_the_loss_and_has_its_gradients(vocabulary, fused):
     labels = torch.randint(vocabulary, (3, 200))
     labels[0, 100:] = -100
     states, weight = torch.randn(3, 200, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
     expected = reconstruction_loss(F.linear(states, weight), labels) / 500
-    found = chunked_reconstruction_loss(states, weight, labels) / 500
+    found = chunked_reconstruction_loss(states, weight, labels, fused) / 500
     assert_close(found, expected, atol=0, rtol=1e-5)
     for own, reference in zip(
         torch.autograd.grad(found, (states, weight)), torch.autograd.grad(expected, (states, weight)), strict=True
@@ -98,10 +99,11 @@ def test_loss_in_chunks_is_the_loss_and_has_its_gradients(vocabulary):
         assert_close(own, reference, atol=1e-6, rtol=1e-4)
 
 
-def test_loss_in_chunks_under_autocast_is_that_of_bf16_logits():
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_in_chunks_under_autocast_is_that_of_bf16_logits(fused):
     states, weight, labels = torch.randn(3, 200, 8), torch.randn(9000, 8), torch.randint(9000, (3, 200))
     with torch.autocast("cpu", torch.bfloat16):
-        found = chunked_reconstruction_loss(states, weight, labels)
+        found = chunked_reconstruction_loss(states, weight, labels, fused)
         expected = reconstruction_loss(F.linear(states, weight), labels)
     assert_close(found.float(), expected.float(), atol=0, rtol=2e-3)
 

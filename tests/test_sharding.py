@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
+from free_transformer.training.optimizers import RowAdamW
 from processes import free_port
 
 PROCESSES = 2
@@ -28,6 +29,13 @@ def gradients(model: FreeTransformer, tokens: torch.Tensor) -> dict[str, torch.T
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def updated_table(model: FreeTransformer) -> torch.Tensor:
+    """The codebook after a step for the rows that have a gradient."""
+    table = model.plan_table.weight
+    RowAdamW([{"params": [table], "by_row": True}], lr=0.1, eps=1e-3, fused=True).step()
+    return (table.full_tensor() if isinstance(table, DTensor) else table).detach()
+
+
 def shard_and_compare(rank: int, port: int, expected: dict[str, dict[str, torch.Tensor]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
@@ -43,12 +51,19 @@ def shard_and_compare(rank: int, port: int, expected: dict[str, dict[str, torch.
             for name, grad in gradients(model, tokens[rank::PROCESSES]).items():
                 assert isinstance(grad, DTensor), name
                 assert_close(grad.full_tensor(), whole[name], msg=lambda text, name=name: f"{name}: {text}")
+            assert_close(updated_table(model), whole["updated table"])
     finally:
         dist.destroy_process_group()
 
 
-def test_sharded_table_has_the_gradients_of_one_process():
-    expected = {gradient: gradients(*build(gradient)) for gradient in ("exact", "sampled")}
-    for whole in expected.values():
+def test_sharded_table_has_the_gradients_and_updates_of_one_process():
+    expected = {}
+    for gradient in ("exact", "sampled"):
+        model, tokens = build(gradient)
+        before = model.plan_table.weight.detach().clone()
+        whole = expected[gradient] = gradients(model, tokens)
+        whole["updated table"] = updated_table(model)
+        moved = (whole["updated table"] != before).any(1)
+        assert torch.equal(moved, whole["plan_table.weight"].any(1)) and not moved.all()
         assert whole["encoder.readout.weight"].any() and whole["plan_table.weight"].any()
     mp.spawn(shard_and_compare, (free_port(), expected), nprocs=PROCESSES)

@@ -407,3 +407,25 @@ def test_what_a_pretrained_model_does_not_bring_learns_at_rates_of_its_own(tiny_
         assert rate == pytest.approx(expected), name
     again = PlanTrainer(model, settings, train_dataset=rows(), plan_learning_rate=0.5)
     assert 0.5 in {group["lr"] for group in again.create_optimizer().param_groups}
+
+
+@pytest.mark.parametrize(("changes", "by_row"), [({}, True), ({"optim": "sgd"}, False)])
+def test_of_a_large_codebook_only_rows_of_sampled_plans_are_updated(model, arguments, monkeypatch, changes, by_row):
+    certain_plans(monkeypatch)
+    net = model(latent_dim=13)
+    with torch.no_grad():
+        plan_logits = net(batch(rows())["input_ids"], mode="training").plan_logits
+    before = copied(net)
+    trainer = PlanTrainer(net, arguments(max_steps=1, weight_decay=0.5, **changes), train_dataset=rows())
+    trainer.train()
+    (group,) = [g for g in trainer.optimizer.param_groups if any(p is net.plan_table.weight for p in g["params"])]
+    assert group.get("by_row", False) == by_row
+    moved = (net.plan_table.weight != before["plan_table.weight"]).any(1)
+    if by_row:
+        sampled = net.plan_table.group_codes(plan_logits > 0).flatten().tolist()
+        assert group["weight_decay"] == 0
+        assert moved.any() and {*moved.nonzero().flatten().tolist()} <= {*sampled}
+        state = trainer.optimizer.state_dict()
+        again = PlanTrainer(net, arguments(max_steps=1), train_dataset=rows()).create_optimizer()
+        again.load_state_dict(state)
+        assert any(each.get("by_row") for each in again.param_groups)

@@ -760,9 +760,11 @@ def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expe
     (of_table,) = [
         o for o in optimizers if any(p is model.plan_table.weight for g in o.param_groups for p in g["params"])
     ]
-    assert type(of_table).__name__ == {"adamw": "AdamW", "sparse_adam": "SparseAdam"}[expected]
+    (group,) = [g for g in of_table.param_groups if any(p is model.plan_table.weight for p in g["params"])]
+    assert group.get("by_row", False) == (expected == "sparse_adam")
+    assert not any(o.get("by_row") for o in of_table.param_groups if o is not group)
     set_learning_rate(optimizers, 0, settings)
-    assert {group["lr"] for group in of_table.param_groups} == {0.5}
+    assert {each["lr"] for each in of_table.param_groups} == {0.5}
     assert table_optimizer(build_baseline(model.config), settings) == "adamw"
 
 

@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# Collects what a GPU machine without a network needs beside a checkout: wheels, peers and text, about 20 MB in .gpu/.
-# The wheels fit Python 3.12 on Linux. Run it once, where there is a network: benchmarks/gpu/bundle.sh
+# Fills .gpu/ (12 MB) with what a GPU machine without a network lacks: wheels for Python 3.12 on Linux, the peers, and
+# the demo's text. Run it after `make .venv/.dev`, where there is a network. `run.sh` installs from .gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 rm -rf .gpu/wheels .gpu/peers .gpu/text
-mkdir -p .gpu/wheels .gpu/peers/x-transformers .gpu/peers/free-transformer .gpu/text
+mkdir -p .gpu/text
 
-download() { # folder, then requirements; nothing that they need comes along
+download() { # folder, requirements: these wheels alone, without their dependencies
   local folder=$1
   shift
   "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
-    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --dest "$folder" "$@"
+    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+    --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --platform manylinux1_x86_64 --dest "$folder" "$@"
 }
+installed() { # NAME==VERSION of packages, in the versions that the tests run with here
+  "$python" -c 'import sys, importlib.metadata as m; print(*(f"{name}=={m.version(name)}" for name in sys.argv[1:]))' "$@"
+}
+peer() { grep --only-matching "PEER = $1==.*" Makefile | cut --delimiter=' ' --fields=3; }
 
-# What `free-transformer train`, `serve` and int8 need beside PyTorch, transformers and the usual scientific packages.
-download .gpu/wheels pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions \
-  ruamel.yaml==0.19.1 plotext==6.1.0 fastapi==0.140.0 starlette uvicorn==0.54.0 torchao==0.18.0
-download .gpu/peers/x-transformers x-transformers==2.31.10 einx frozendict loguru torch-einops-utils
-download .gpu/peers/free-transformer free-transformer==0.1.2
+# What `train`, `serve` and int8 weights need besides PyTorch, transformers and the usual scientific packages. This
+# release of fastapi does not need opentelemetry-api, as 0.165 does.
+versions=$(installed pydantic pydantic-core annotated-types typing-inspection typing-extensions ruamel.yaml plotext \
+  starlette uvicorn torchao)
+read -ra wheels <<<"$versions"
+download .gpu/wheels "${wheels[@]}" fastapi==0.140.0
+download .gpu/peers/x-transformers "$(peer x-transformers)" einx==0.4.3 frozendict==2.5.1 loguru==0.7.3 \
+  torch-einops-utils==0.2.0
+download .gpu/peers/free-transformer "$(peer free-transformer)"
 
-# The demo's text.
-"$python" - <<'PYTHON'
-import sys
-from pathlib import Path
-
-sys.path.insert(0, "examples/three_voices")
-from voices import write_corpus
-
-write_corpus(Path(".gpu/text"))
-PYTHON
-gzip --force --best .gpu/text/*.jsonl
-du --summarize --human-readable .gpu/*
+PYTHONPATH=src:examples/three_voices "$python" -c \
+  'from pathlib import Path; from voices import write_corpus; write_corpus(Path(".gpu/text"))'
+gzip --force --best --no-name .gpu/text/*.jsonl
+(cd .gpu && find . -type f -printf '%9s %P\n' | sort --key=2 && du --summarize --human-readable .)

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -106,6 +107,12 @@ def card(device: torch.device, small: bool) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found |= {"card": properties.name, "memory_gb": properties.total_memory / 1e9}
         found |= {"multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda, "driver": _driver()}
+    found |= _limits(device, small)
+    forget(device)
+    return found
+
+
+def _limits(device: torch.device, small: bool) -> dict[str, float]:
     size, copied = (256, 2**20) if small else (MATMUL_SIZE, COPY_BYTES)
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(left)
@@ -114,7 +121,6 @@ def card(device: torch.device, small: bool) -> dict[str, Any]:
     matmul = timed(lambda: torch.mm(left, right, out=product), device, steps=20)
     copy = timed(lambda: target.copy_(source), device, steps=20)
     return {
-        **found,
         "bf16_tflops": 2 * size**3 / matmul["seconds"] / 1e12,
         "copy_tb_s": 2 * copied / copy["seconds"] / 1e12,  # read and written
     }
@@ -161,7 +167,7 @@ def _on_gpu(step: Callable[[], Any], device: torch.device, steps: int) -> list[f
         step()
         event.record()
     torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)]
 
 
 def _on_cpu(step: Callable[[], Any], steps: int) -> list[float]:

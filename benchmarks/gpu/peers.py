@@ -25,6 +25,7 @@ CONTESTANTS = {  # label: class of contestants.py, and the span of a plan
     "x_transformers": ("XTransformers", 1),
     "free_transformer_012": ("FreeTransformer012", 1),
 }
+PEERS = {"XTransformers": "x_transformers", "FreeTransformer012": "free_transformer_012"}  # and their options
 BITS = (8, 16)
 LIMIT = 60  # seconds of a contestant
 WARM_UP, STEPS = 4, 10
@@ -38,42 +39,43 @@ def main() -> None:
     parser.add_argument("--free-transformer-012", type=Path, help="folder that free-transformer 0.1.2 is installed in")
     options = options_of(__doc__, "peers.json", 50, parser)
     results = Results(options.out, options.seconds)
-    running = {}
+    running: dict[str, subprocess.Popen[str] | None] = {}
     try:
         for label, name, spec in cases(options):
-            running[label] = start(name, spec, options)
+            installed = name not in PEERS or folder_of(name, options) is not None
+            running[label] = start(name, spec, options) if installed else None
         results.record("card", lambda: card(options.device, options.small))
         for label, process in running.items():
             results.record(label, lambda process=process: answer(process))
     finally:
-        for process in running.values():
+        for process in filter(None, running.values()):
             process.kill()
+            process.wait()
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
-    """Label, contestant and its sizes; peers that are not installed are left out."""
-    missing = {"x_transformers": options.x_transformers is None}
-    missing["free_transformer_012"] = options.free_transformer_012 is None
+    """Label, contestant and its sizes. The Llama has no plan and runs once."""
     found = []
-    for bits in (4,) if options.small else BITS:
+    for place, bits in enumerate((4,) if options.small else BITS):
         for label, (name, span) in CONTESTANTS.items():
-            if missing.get(label) or (label == "llama" and bits != (4 if options.small else BITS[0])):
+            if label == "llama" and place > 0:
                 continue
             spec = {**(SMALL if options.small else SHAPE), "bits": bits, "span": span, "bf16": True}
             found.append((f"{label}_{bits}", name, {**spec, "device": options.device.type}))
     return found
 
 
+def folder_of(name: str, options: argparse.Namespace) -> Path | None:
+    """Where a public implementation is installed."""
+    return getattr(options, PEERS[name]) if name in PEERS else None
+
+
 def start(name: str, spec: dict[str, Any], options: argparse.Namespace) -> subprocess.Popen[str]:
     """The process of a contestant. It imports at once and measures when it is told to."""
-    folders = {"XTransformers": options.x_transformers, "FreeTransformer012": options.free_transformer_012}
-    folder = folders.get(name)
-    if folder is None:
-        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    else:
-        paths = [str(folder.resolve())]  # without this library, whose name one of them has
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in paths if each)}
-    environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    folder = folder_of(name, options)
+    ours = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    # A peer does not see this library, whose name one of them has.
+    environment = {**os.environ, "PYTHONPATH": ours if folder is None else str(folder.resolve())}
     steps = WARM_UP + (2 if options.small else STEPS)
     command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--contestant", name]
     command += [json.dumps(spec), str(steps)]
@@ -81,8 +83,10 @@ def start(name: str, spec: dict[str, Any], options: argparse.Namespace) -> subpr
     return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Lets a process measure, and returns what it found."""
+def answer(process: subprocess.Popen[str] | None) -> dict[str, Any]:
+    """Lets a process measure, and returns what it found. `RuntimeError` where it failed."""
+    if process is None:
+        raise RuntimeError("this implementation is not installed: give its folder")
     output, errors = process.communicate("go\n", timeout=LIMIT)
     if process.returncode:
         said = [line.strip() for line in errors.splitlines() if line.strip()]

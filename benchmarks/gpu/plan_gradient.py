@@ -18,7 +18,7 @@ from free_transformer import FreeTransformerConfig
 from free_transformer.losses import free_bits_hinge, kl_bits
 from free_transformer.plan import BinaryMapper, PlanTable, bits_to_codes
 from free_transformer.straight_through import exact_gradient, sampled_gradient
-from free_transformer.training.optimizers import BETAS
+from free_transformer.training.optimizers import BETAS, RowAdamW
 
 WIDTH, BITS = 1536, 16
 PLANS = (8192, 2048)
@@ -31,21 +31,21 @@ def main() -> None:
     options = options_of(__doc__, "plan_gradient.json", 20)
     results = Results(options.out, options.seconds)
     results.record("card", lambda: card(options.device, options.small))
-    results.record("error", lambda: errors(options))
+    results.record("relative_error", lambda: errors(options))
     step = step_seconds(options)
     width, bits = (32, 10) if options.small else (WIDTH, BITS)
+    for rule in ("sparse_adam", "adamw"):
+        forget(options.device)
+        results.record(f"update_{rule}", lambda rule=rule: update(rule, width, bits, options, step))
     for plans in (64,) if options.small else PLANS:
+        forget(options.device)
+        results.record(f"plan_part_{plans}", lambda n=plans: plan_part(n, width, bits, options, step))
         inputs = functools.partial(random_inputs, plans, width, bits, options.device)
         for kind in ("sampled", "exact", "exact_tf32"):
             for suffix, chunk in CHUNKS.items():
                 forget(options.device)
                 measure = functools.partial(gradient, kind, chunk, bits, inputs, options, step)
                 results.record(f"{kind}{suffix}_{plans}", measure)
-        forget(options.device)
-        results.record(f"plan_part_{plans}", lambda n=plans: plan_part(n, width, bits, options, step))
-    for rule in ("sparse_adam", "adamw"):
-        forget(options.device)
-        results.record(f"update_{rule}", lambda rule=rule: update(rule, width, bits, options, step))
 
 
 def step_seconds(options: Any) -> float | None:
@@ -137,10 +137,8 @@ def update(rule: str, width: int, bits: int, options: Any, step: float | None) -
         weight = torch.nn.Parameter(torch.randn(2**bits, width))
         codes, grad = torch.randint(2**bits, (plans,)), torch.randn(plans, width)
     sparse = rule == "sparse_adam"
-    if sparse:
-        optimizer: torch.optim.Optimizer = torch.optim.SparseAdam([weight], lr=1e-4, betas=BETAS)
-    else:
-        optimizer = torch.optim.AdamW([weight], lr=1e-4, betas=BETAS, weight_decay=0.0, fused=True)
+    group = {"params": [weight], "by_row": sparse, "weight_decay": 0.0}
+    optimizer = RowAdamW([group], lr=1e-4, betas=BETAS, fused=True)
 
     def run() -> None:
         torch.nn.functional.embedding(codes, weight, sparse=sparse).backward(grad)

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from free_transformer import FreeTransformer, layers
 from free_transformer.training import step as training_step_module
+from free_transformer.training.optimizers import RowAdamW
 
 STEPS = 2
 LONGEST = 25  # kernels that are listed
@@ -33,7 +34,7 @@ PARTS = {  # events by name; ranges that `ranges` opens begin with "part:"
     "losses of the plan": r"^part:losses$",
     "head and reconstruction": r"^part:head$|_ChunkedLoss",
     "gradient clipping": r"^part:clipping$",
-    "codebook optimizer": r"^Optimizer\.step#SparseAdam",
+    "codebook optimizer": r"^part:rows$",
     "optimizer": r"^Optimizer\.step#",
 }
 REST = "layers and the rest"
@@ -85,6 +86,7 @@ def ranges(model: Any) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, attribute, named))
 
         name_calls(training_step_module, "clip_gradients", "clipping")
+        name_calls(RowAdamW, "_update_rows", "rows")
         if isinstance(model, FreeTransformer):
             name_calls(layers, "chunked_reconstruction_loss", "head")
             name_calls(model, "encode", "encoder")
@@ -93,6 +95,8 @@ def ranges(model: Any) -> Iterator[None]:
             name_calls(model, "_losses", "losses")
         elif hasattr(model, "lm_head"):
             name_calls(model.lm_head, "forward", "head")
+            model._loss_function = model.loss_function  # what its property returns
+            stack.callback(delattr, model, "_loss_function")
             name_calls(model, "_loss_function", "head")
         yield
 
@@ -133,7 +137,8 @@ def part_times(events: list[Any], on_gpu: bool) -> dict[str, float]:
         part, node = part_of[id(event)], node_of[id(event)]
         if part is None and node is not None:
             part = made_by.get(node.sequence_nr)
-        spent = sum(each.duration for each in event.kernels if each.name not in names) if on_gpu else event.self_cpu_time_total
+        kernels = [each.duration for each in event.kernels if each.name not in names]
+        spent = sum(kernels) if on_gpu else event.self_cpu_time_total
         found[part or REST] += spent / 1000 / STEPS
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 

@@ -1,42 +1,54 @@
 #!/usr/bin/env bash
-# Everything on one GPU in under eight minutes: correctness first, then speed and learning. Usage: benchmarks/gpu/run.sh
-# [PART ...] with the parts tests, training, plan_gradient, generation, peers and learning. Results go to $OUT, by
-# default runs/gpu, and are kept where a part is cut. SMALL=1 tries everything out on a CPU.
-cd "$(dirname "$0")/../.."
+# Measures everything on one GPU: correctness, then speed and learning. Results go to $OUT (default runs/gpu), and each
+# part keeps what it has measured when its time is up.
+#   benchmarks/gpu/run.sh [PART[:SECONDS] ...]   parts: tests training plan_gradient generation peers learning
+#   SMALL=1 benchmarks/gpu/run.sh ...            the same with tiny shapes, to try it on a CPU
+cd "$(dirname "$0")/../.." || exit 1
 OUT=${OUT:-runs/gpu}
 PYTHON=${PYTHON:-python3}
+SITE=${SITE:-/tmp/site}
+declare -A limit=([tests]=150 [training]=170 [plan_gradient]=25 [generation]=70 [peers]=50 [learning]=170)
 parts=${*:-tests training plan_gradient generation peers learning}
-declare -A seconds=([tests]=110 [training]=170 [plan_gradient]=40 [generation]=80 [peers]=70 [learning]=240)
 mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
 
-install_from() { # wheels, folder: what a machine without a network lacks, see bundle.sh
-  [ -d "$1" ] && "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$2" "$1"/*.whl
+install() { # folder of wheels, target: for a machine without a network, see bundle.sh
+  [ -d "$1" ] || return
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$2" "$1"/*.whl \
+    >>"$OUT/log.txt" 2>&1
 }
-if [ -d .gpu/wheels ] && [ -z "${SMALL:-}" ]; then
-  site=$(mktemp -d)
-  install_from .gpu/wheels "$site" 2>>"$OUT/log.txt"
-  install_from .gpu/peers/x-transformers .gpu/peers/x-transformers/site 2>>"$OUT/log.txt"
-  install_from .gpu/peers/free-transformer .gpu/peers/free-transformer/site 2>>"$OUT/log.txt"
-  export PYTHONPATH=$site
+peers=()
+if [ -z "${SMALL:-}" ]; then
+  install .gpu/wheels "$SITE"
+  [ -d "$SITE" ] && export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+  install .gpu/peers/x-transformers "$SITE-x-transformers" && peers+=(--x-transformers "$SITE-x-transformers")
+  install .gpu/peers/free-transformer "$SITE-free-transformer" && peers+=(--free-transformer-012 "$SITE-free-transformer")
 fi
-export PYTHONPATH=src:benchmarks/gpu${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(mktemp -d)}
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 
-run_part() {
-  if [ "$1" = tests ]; then
-    FREE_TRANSFORMER_TEST_DEVICE=${SMALL:+cpu} timeout "${seconds[tests]}" "$PYTHON" -m pytest -q -p no:cacheprovider \
-      -n 4 --dist worksteal --junitxml "$OUT/tests.xml" tests/test_cuda.py tests/test_gpu_step.py
-  else
-    timeout "${seconds[$1]}" "$PYTHON" -W ignore "benchmarks/gpu/$1.py" --out "$OUT/$1.json" \
-      --seconds "${SECONDS_EACH:-${seconds[$1]}}" ${SMALL:+--small}
-  fi
+run_tests() {
+  [ -z "${SMALL:-}" ] || export FREE_TRANSFORMER_TEST_DEVICE=cpu
+  timeout --kill-after=5 "$1" "$PYTHON" -m pytest -q -p no:cacheprovider -n 4 --dist worksteal \
+    --junitxml "$OUT/tests.xml" tests/test_cuda.py
 }
-for part in $parts; do
-  echo "== $part, $(date +%T)" | tee -a "$OUT/log.txt"
-  run_part "$part" >"$OUT/part.txt" 2>&1
-  echo "exit $?" >>"$OUT/part.txt"
+
+run_part() { # part, seconds: no measurement starts in the last tenth
+  local more=()
+  [ "$1" = peers ] && more=("${peers[@]}")
+  timeout --kill-after=5 "$2" "$PYTHON" -W ignore "benchmarks/gpu/$1.py" --out "$OUT/$1.json" --seconds "$(($2 * 9 / 10))" \
+    ${SMALL:+--small} "${more[@]}"
+}
+
+for each in $parts; do
+  part=${each%%:*} seconds=${limit[${each%%:*}]}
+  [ -n "$seconds" ] || { echo "unknown part $part: one of ${!limit[*]}"; exit 2; }
+  [ "$each" = "$part" ] || seconds=${each#*:}
+  echo "== $part, at most $seconds s, $(date +%T)" | tee -a "$OUT/log.txt"
+  if [ "$part" = tests ]; then run_tests "$seconds"; else run_part "$part" "$seconds"; fi >"$OUT/part.txt" 2>&1
+  echo "exit code $?" >>"$OUT/part.txt"
   cat "$OUT/part.txt" >>"$OUT/log.txt"
-  grep -E "^(FAILED|ERROR|exit|[0-9]+ (passed|failed))|passed|^[a-zA-Z_0-9]+ \(" "$OUT/part.txt" | cut -c1-420 | tail -40
+  grep -E '^(FAILED|ERROR|exit code)|[0-9]+ (passed|failed)|"error"' "$OUT/part.txt" | cut -c1-300 | tail -12
 done
-rm -f "$OUT/part.txt"
-rm -rf "$OUT/learning"
+rm -rf "$OUT/part.txt" "$OUT/learning"
+"$PYTHON" benchmarks/gpu/report.py "$OUT" --print 2>&1 | tee -a "$OUT/log.txt" | cut -c1-400 | tail -c 8500

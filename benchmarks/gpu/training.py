@@ -57,7 +57,7 @@ class ChunkedLlama(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: int, **_: Any) -> Any:
         states = self.llama.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        total = chunked_reconstruction_loss(states, self.llama.lm_head.weight, labels)
+        total = chunked_reconstruction_loss(states, self.llama.lm_head.weight, labels, fused=states.is_cuda)
         return SimpleNamespace(loss=total / num_items_in_batch)
 
 

@@ -102,9 +102,11 @@ class Head(nn.Linear):
 
     Attributes:
         in_columns: whether its weight is split over processes by columns, which then have to gather the logits.
+        fused_loss: see `chunked_reconstruction_loss`.
     """
 
     in_columns = False
+    fused_loss = False
 
     def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
         """
@@ -117,7 +119,7 @@ class Head(nn.Linear):
         """
         if labels is None:
             return super().forward(input)
-        return chunked_reconstruction_loss(input, self.weight, labels)
+        return chunked_reconstruction_loss(input, self.weight, labels, self.fused_loss)
 
 
 def is_observed(module: nn.Module) -> bool:

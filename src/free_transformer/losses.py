@@ -1,5 +1,6 @@
 """The objective: reconstruction, KL in bits, free bits. Losses are in nats per predicted token, KL in bits."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, _next_labels(labels), ignore_index=IGNORED, reduction="sum")
 
 
-def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor, fused: bool = False) -> Tensor:
     """
     `reconstruction_loss` of the logits `hidden_states @ weightᵀ`, a chunk of tokens at a time where they are many.
 
@@ -103,18 +104,20 @@ def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: T
 
     Args:
         hidden_states: (B, T, D); weight: (V, D); labels: (B, T).
+        fused: compiles what is done with the logits of a chunk, which then are read twice and written once.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    rows = max(MIN_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(weight)))
+    bytes_per_logit = hidden_states.element_size() if fused else 4
+    rows = max(MIN_ROWS, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (bytes_per_logit * len(weight)))
     with torch.autocast(device, enabled=False):
         if labels.numel() <= rows or torch.compiler.is_compiling():
             return reconstruction_loss(F.linear(hidden_states, weight), labels)
         states = hidden_states.flatten(0, 1)
         needed = (states.requires_grad, weight.requires_grad)
-        return _ChunkedLoss.apply(states, weight, _next_labels(labels), rows, needed)[0]
+        return _ChunkedLoss.apply(states, weight, _next_labels(labels), rows, needed, fused)[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -126,25 +129,19 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        states: Tensor, weight: Tensor, targets: Tensor, rows: int, needed: tuple[bool, bool]
+        states: Tensor, weight: Tensor, targets: Tensor, rows: int, needed: tuple[bool, bool], fused: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(states.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=states.device)
         grad_states = torch.empty_like(states if needed[0] else states[:0])
         grad_weight = torch.zeros_like(weight if needed[1] else weight[:0], dtype=wide)
         products = states.new_empty(min(rows, len(states)), len(weight))
+        loss_and_slope = _compiled_loss_and_slope() if fused else _loss_and_slope
         for start in range(0, len(states), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None]
-            counts = target != IGNORED
-            target = target.where(counts, 0)  # other labels that are no token raise in `gather`
-            logits = torch.mm(chunk, weight.T, out=products[: len(chunk)]).to(wide)
-            largest, own = logits.amax(1, keepdim=True), logits.gather(1, target)
-            exponentials = logits.sub_(largest).exp_()
-            norm = exponentials.sum(1, keepdim=True)
-            total += ((norm.log() + largest - own) * counts).sum()
-            # The derivative by the logits, times the norm, which the narrower factors of the products divide by.
-            slope = exponentials.scatter_add_(1, target, -norm).to(states.dtype)
-            share = (counts / norm).to(states.dtype)
+            logits = torch.mm(chunk, weight.T, out=products[: len(chunk)])
+            loss, slope, share = loss_and_slope(logits, target)
+            total += loss
             if needed[0]:
                 torch.mm(slope, weight, out=grad_states[start : start + rows]).mul_(share)
             if needed[1] and wide == weight.dtype:
@@ -155,12 +152,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        states, weight, _, _, ctx.needed = inputs
+        states, weight, _, _, ctx.needed, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(states, weight, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         states, weight, grad_states, grad_weight = ctx.saved_tensors
         found: list[Tensor | None] = [None, None]
         if ctx.needed[0]:
@@ -169,7 +166,35 @@ class _ChunkedLoss(torch.autograd.Function):
             found[1] = (grad_weight * grad).to(weight.dtype)
         sources = (states, weight)  # what was computed on the way forward would count as constant from here on
         found = [each if each is None else first_order_only(each, sources, WITHOUT_SKIPPING) for each in found]
-        return found[0], found[1], None, None, None
+        return found[0], found[1], None, None, None, None
+
+
+def _loss_and_slope(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Sum of the cross-entropies of a chunk, and their derivative by the logits as a product, which the narrower factors
+    of the matrix products are scaled by: `slope * share`. The logits are overwritten.
+
+    Args:
+        logits: (n, V); target: (n, 1).
+
+    Returns:
+        the sum, fp32 or better; slope, (n, V), and share, (n, 1), in the logits' type.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    counts = target != IGNORED
+    target = target.where(counts, 0)  # other labels that are no token raise in `gather`
+    values = logits.to(wide)
+    largest, own = values.amax(1, keepdim=True), values.gather(1, target)
+    exponentials = values.sub_(largest).exp_()
+    norm = exponentials.sum(1, keepdim=True)
+    own = own - largest
+    slope = exponentials.to(logits.dtype).scatter_(1, target, (own.exp() - norm).to(logits.dtype))
+    return ((norm.log() - own) * counts).sum(), slope, (counts / norm).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_loss_and_slope() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_loss_and_slope)
 
 
 def _next_labels(labels: Tensor) -> Tensor:

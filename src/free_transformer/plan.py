@@ -213,8 +213,9 @@ class PlanTable(nn.Module):
         start: `"bit_linear"`, `"normal"` or `"zero"`.
 
     Attributes:
-        sparse: whether `weight.grad` holds the rows drawn alone, as a sparse tensor, for `torch.optim.SparseAdam` and
-            other optimizers that take one; off by default. A dense gradient has the size of the table.
+        sparse: whether `weight.grad` holds the sampled rows alone, as a sparse tensor, for
+            `training.optimizers.RowAdamW` and other optimizers that take one; off by default. A dense gradient has the
+            size of the table.
     """
 
     def __init__(

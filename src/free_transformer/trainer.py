@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.losses import predicted_tokens
 from free_transformer.model import FreeTransformer
-from free_transformer.training.optimizers import plan_rates
+from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, plan_rates
 
 NEW = ("encoder", "plan_table")  # parts that no pretrained model brings
 LOGGED = ("reconstruction", "kl", "hinge")
@@ -91,23 +91,33 @@ class PlanTrainer(Trainer):
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, with the new parts in groups of their own rates."""
-        made = self.optimizer is None
+        """
+        The Trainer's own, with the new parts in groups of their own rates. Where it is AdamW and the codebook is large,
+        only the rows of sampled plans are updated, see `RowAdamW`.
+        """
+        made: bool = self.optimizer is None  # type: ignore[has-type]
         optimizer = super().create_optimizer(*args, **kwargs)
         model = self._free_transformer()
         if model is None or not made:
             return optimizer
+        by_row = type(optimizer) is torch.optim.AdamW and len(model.plan_table.weight) > LARGE_TABLE
         rates = dict(zip(NEW, plan_rates(model, self.args.learning_rate, self.plan_learning_rate), strict=True))
         part_of = {
             parameter: part for name, parameter in model.named_parameters() for part in NEW if name.startswith(part)
         }
         for group in list(optimizer.param_groups):
             for part, rate in rates.items():
+                changes = {"lr": rate}
+                if by_row and part == "plan_table":
+                    changes |= {"weight_decay": 0.0, "by_row": True}
                 moved = [parameter for parameter in group["params"] if part_of.get(parameter) == part]
-                if moved and rate != group["lr"]:
+                if moved and any(group.get(name) != value for name, value in changes.items()):
                     group["params"] = [parameter for parameter in group["params"] if part_of.get(parameter) != part]
-                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+                    optimizer.add_param_group({**group, "params": moved, **changes})
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        if by_row:
+            defaults = {k: v for k, v in optimizer.defaults.items() if k != "decoupled_weight_decay"}
+            self.optimizer = optimizer = RowAdamW(optimizer.param_groups, **defaults)
         return optimizer
 
     def compute_loss(

@@ -89,10 +89,10 @@ def new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes:
     return TrainState(model, build_optimizers(model, training, sparse_tables=alone), scaler, adapters)
 
 
-def resolved(settings: Settings, model: PreTrainedModel, alone: bool) -> Settings:
+def resolved(settings: Settings, model: PreTrainedModel) -> Settings:
     """The settings with what was left to the library as it was decided."""
     settings = settings.model_copy(deep=True)
     if isinstance(model, FreeTransformer):
         settings.model = settings.model.model_copy(update={"plan_gradient": model.config.plan_gradient})
-        settings.training.table_optimizer = table_optimizer(model, settings.training, sparse_tables=alone)
+        settings.training.table_optimizer = table_optimizer(model, settings.training)
     return settings

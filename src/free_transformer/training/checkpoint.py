@@ -248,10 +248,6 @@ def _restore(
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=processes.size == 1)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
-    for optimizer in state.optimizers:
-        if isinstance(optimizer, torch.optim.SparseAdam):
-            for values in optimizer.state.values():
-                values["step"] = int(values["step"])
     _restore_randomness(state, processes, tensors, facts["processes"])
     for name in COUNTS:
         setattr(state, name, facts[name])

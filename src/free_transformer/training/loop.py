@@ -114,7 +114,7 @@ def _train(settings: Settings, run: Run, processes: Processes, quiet: bool, allo
     training_data = loaded or load_training(settings, tokenizer, processes)
     validation = load_validation(settings, tokenizer)
     overlap = overlap_warning(training_data, validation, settings)
-    settings = resolved(settings, state.model, alone=processes.size == 1)  # type: ignore[arg-type]
+    settings = resolved(settings, state.model)  # type: ignore[arg-type]
     identity = Identity.of(settings, state.model, tokenizer, training_data, validation, processes)  # type: ignore[arg-type]
     checkpoints = Checkpoints(
         *(run.checkpoints, training.save_total, processes, training.async_save, identity, allow_change)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from free_transformer.model import FreeTransformer
-from free_transformer.training.settings import SettingsError, TableOptimizer, TrainingSettings
+from free_transformer.training.settings import TableOptimizer, TrainingSettings
 
 LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that were not drawn
 
@@ -26,22 +26,24 @@ def build_optimizers(
     """
     AdamW, with weight decay on matrices alone; with `muon`, Muon for the matrices inside the blocks.
 
-    The plan's table has no decay: a row moves only when its code is drawn, and decay would erase the rare ones. With
-    `sparse_adam` the other rows are not even read, and the table's gradient becomes a sparse one. Each group keeps its
-    peak rate as `peak_lr`.
+    The codebook has no decay: a row moves only when its code is sampled, and decay would erase the rare ones. With
+    `sparse_adam` the other rows are not updated at all. Each group keeps its peak rate as `peak_lr`.
+
+    Args:
+        sparse_tables: whether the codebook's gradient holds the sampled rows alone, which several processes cannot sum.
     """
     muon: list[nn.Parameter] = []
     of_adam: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     table: list[nn.Parameter] = []
-    sparse = table_optimizer(model, settings, sparse_tables) == "sparse_adam"
+    by_row = table_optimizer(model, settings) == "sparse_adam"
     if isinstance(model, FreeTransformer):
-        model.plan_table.sparse = sparse
+        model.plan_table.sparse = by_row and sparse_tables
     rate = settings.learning_rate
     plan_rate, table_rate = plan_rates(model, rate, settings.plan_learning_rate)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if "plan_table" in name and sparse:
+        if "plan_table" in name and by_row:
             table.append(parameter)
         elif "plan_table" in name:
             of_adam.setdefault((table_rate, 0.0), []).append(parameter)
@@ -50,17 +52,17 @@ def build_optimizers(
         else:
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
             of_adam.setdefault((plan_rate if name.startswith("encoder.") else rate, decay), []).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": alike, "lr": lr, "weight_decay": decay}
         for (lr, decay), parameters in of_adam.items()
         for alike in _by_mesh(parameters)
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=BETAS, fused=True)]
+    if table:
+        groups.append({"params": table, "lr": table_rate, "weight_decay": 0.0, "by_row": True})
+    optimizers: list[torch.optim.Optimizer] = [RowAdamW(groups, betas=BETAS, fused=True)]
     if muon:
         kind = SharedMuon if any(isinstance(each, DTensor) for each in muon) else torch.optim.Muon
         optimizers.append(kind(muon, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
-    if table:
-        optimizers.append(torch.optim.SparseAdam(table, lr=table_rate, betas=BETAS))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -86,14 +88,106 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
     """Each group of parameters in words: how many, by which optimizer, at which peak rate and decay."""
     found: dict[tuple[str, float, float], int] = {}
     for optimizer in optimizers:
-        name = "Muon" if isinstance(optimizer, torch.optim.Muon) else type(optimizer).__name__
         for group in optimizer.param_groups:
+            name = "Muon" if isinstance(optimizer, torch.optim.Muon) else "AdamW"
+            if group.get("by_row"):
+                name = "AdamW by row"
             kind = (name, group["lr"], group.get("weight_decay", 0.0))
             found[kind] = found.get(kind, 0) + sum(parameter.numel() for parameter in group["params"])
     return [
         f"{name} {count:,} parameters at {rate:g}, {f'decay {decay:g}' if decay else 'no decay'}"
         for (name, rate, decay), count in found.items()
     ]
+
+
+class RowAdamW(torch.optim.AdamW):
+    """
+    AdamW that in groups with `by_row` updates only the rows that have a gradient, sparse or dense.
+
+    The moments and the weights of the other rows stay as they are: what AdamW's momentum would add after a row's last
+    gradient is left out, and weight decay reaches a row only with its gradient. Where each row has a gradient in each
+    step, the update is AdamW's. On a GPU no step waits for the device.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        by_row = [(each, group) for group in self.param_groups if group.get("by_row") for each in group["params"]]
+        gradients = [each.grad for each, _ in by_row]
+        for each, _ in by_row:
+            each.grad = None  # hidden from AdamW
+        super().step()
+        for (each, group), gradient in zip(by_row, gradients, strict=True):
+            each.grad = gradient
+            if gradient is not None:
+                self._update_rows(each, gradient, group)
+        return loss
+
+    def _update_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        weight, mean, square = (_local(each) for each in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        rows, values, used = _rows_of(_local(gradient))
+        if (scale := getattr(self, "grad_scale", None)) is not None:  # both are set by `torch.amp.GradScaler`
+            values = values / scale
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            used = used & (found_inf == 0)
+            state["step"] += 1 - found_inf
+        else:
+            state["step"] += 1
+        old = [weight[rows], mean[rows], square[rows]]
+        first, second = group["betas"]
+        new_mean = old[1].lerp(values, 1 - first)
+        new_square = old[2].lerp(values.square(), 1 - second)
+        # 1 - beta ** step, to float32's precision
+        to_mean, to_square = (-torch.expm1(state["step"] * math.log(beta)) for beta in (first, second))
+        root = (new_square / to_square).sqrt_().add_(group["eps"])
+        update = (new_mean / to_mean).div_(root).add_(old[0], alpha=group["weight_decay"])
+        changes = (update.mul_(-group["lr"]), new_mean.sub_(old[1]), new_square.sub_(old[2]))
+        for target, change in zip((weight, mean, square), changes, strict=True):
+            change = torch.where(used[:, None], change, 0)
+            if isinstance(rows, slice):
+                target.add_(change)
+            else:
+                target.index_add_(0, rows, change)
+
+
+def _rows_of(gradient: Tensor) -> tuple[Tensor | slice, Tensor, Tensor]:
+    """Which rows have a gradient, their gradients, and which of these places are used: (N,), (N, D), (N,) bool."""
+    if gradient.is_sparse:
+        return sum_rows(gradient)
+    used = gradient.any(1)
+    if gradient.is_cuda:  # their number is not asked for
+        return slice(None), gradient, used
+    rows = used.nonzero().flatten()
+    return rows, gradient[rows], torch.ones_like(rows, dtype=torch.bool)
+
+
+def sum_rows(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    `coalesce` with as many rows as the gradient has entries, so that a GPU need not tell how many differ.
+
+    Returns:
+        rows, (N,), their sums, (N, D), and which of the N places are used, (N,); the others hold zeros for a row that
+        stands in another place.
+    """
+    rows, order = gradient._indices()[0].sort(stable=True)
+    starts = torch.ones_like(rows, dtype=torch.bool)
+    starts[1:] = rows[1:] != rows[:-1]
+    place = starts.cumsum(0) - 1
+    values = gradient._values()[order]
+    sums = torch.zeros_like(values).index_add_(0, place, values)
+    used = torch.arange(len(rows), device=rows.device) < starts.sum()
+    return rows[:1].repeat(len(rows)).scatter(0, place, rows), sums, used
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 class SharedMuon(torch.optim.Muon):
@@ -145,20 +239,13 @@ def _spread_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(whole, mesh, everywhere, run_check=False).redistribute(placements=parameter.placements)
 
 
-def table_optimizer(model: nn.Module, settings: TrainingSettings, sparse_tables: bool = True) -> TableOptimizer:
-    """
-    `training.table_optimizer` with `auto` resolved for this model.
-
-    Args:
-        sparse_tables: whether gradients may be sparse; those of a model on several processes may not.
-    """
+def table_optimizer(model: nn.Module, settings: TrainingSettings) -> TableOptimizer:
+    """`training.table_optimizer` with `auto` resolved for this model."""
     if not isinstance(model, FreeTransformer):
         return "adamw"
-    if settings.table_optimizer == "sparse_adam" and not sparse_tables:
-        raise SettingsError("training.table_optimizer=sparse_adam: one process alone has it; use adamw, or auto")
     if settings.table_optimizer != "auto":
         return settings.table_optimizer
-    return "sparse_adam" if sparse_tables and len(model.plan_table.weight) > LARGE_TABLE else "adamw"
+    return "sparse_adam" if len(model.plan_table.weight) > LARGE_TABLE else "adamw"
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -189,10 +276,11 @@ def _with_dense_gradient(parameter: nn.Parameter) -> nn.Parameter:
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
         return parameter
-    parameter.grad = parameter.grad.coalesce()  # a row that was drawn twice stands there once, as a sum
-    rows = parameter.grad.values().detach()
-    rows.grad = parameter.grad.values()
-    return rows  # type: ignore[return-value]
+    rows, sums, _ = sum_rows(parameter.grad)  # the norm is that of the sums
+    parameter.grad = torch.sparse_coo_tensor(rows[None], sums, parameter.shape, check_invariants=False)
+    holder = sums.detach()
+    holder.grad = parameter.grad._values()
+    return holder  # type: ignore[return-value]
 
 
 def _whole(value: Tensor) -> Tensor:

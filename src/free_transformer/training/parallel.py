@@ -55,6 +55,8 @@ def parallelize(
     if compile_blocks:
         for block in blocks(model):
             block.compile()
+        if isinstance(model, FreeTransformer):
+            model.lm_head.fused_loss = True
     if processes.data_size > 1:
         shard(model, processes, dtype)
 
