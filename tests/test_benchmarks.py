@@ -259,7 +259,7 @@ def test_gpu_scripts_measure_tiny_shapes_on_a_cpu(gpu_module, tmp_path):
         report.new_page(), {k: v(report.read_results(tmp_path)) for k, v in report.SECTIONS.items()}
     )
     assert "A trial with tiny shapes" in page and "| sampled 64 |" in page
-    assert "Correctness tests on the GPU: not run." in page
+    assert f"<!-- gpu correctness -->\n{report.NOT_RUN}\n" in page
 
 
 def test_gpu_peers_measures_in_processes_of_their_own(gpu_module, monkeypatch, tmp_path):

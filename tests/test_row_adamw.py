@@ -20,7 +20,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def gradient_of(rows: Tensor, values: Tensor, sparse: bool) -> Tensor:
-    found = torch.sparse_coo_tensor(rows[None], values, (ROWS, WIDTH))
+    found = torch.sparse_coo_tensor(rows[None], values, (ROWS, WIDTH), check_invariants=True)
     return found if sparse else found.to_dense()
 
 
@@ -71,6 +71,19 @@ def test_with_a_gradient_for_every_row_it_is_adamw(sparse):
             optimizer.step()
     assert_close(ours, theirs)
     assert torch.equal(other, torch.ones(2))
+
+
+def test_the_update_is_that_of_sparse_adam():
+    """Whose learning curves docs/plan-cost.md shows."""
+    ours, theirs = (nn.Parameter(torch.ones(ROWS, WIDTH, dtype=torch.float64)) for _ in range(2))
+    optimizers = [optimizer_of(ours), torch.optim.SparseAdam([theirs], lr=RATE, betas=BETAS)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["eps"] = 0.0  # SparseAdam adds it before the bias is corrected
+    for rows, values in batches():
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = gradient_of(rows, values, sparse=True)
+            optimizer.step()
+    assert_close(ours, theirs)
 
 
 def test_state_comes_back_and_goes_on(tmp_path):

@@ -23,8 +23,9 @@ from free_transformer.training import Run
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples/three_voices"))
 import demo  # noqa: E402
+from voices import write_corpus  # noqa: E402
 
-STEPS, SECONDS = 3000, 240  # with less time, fewer steps
+STEPS, SECONDS = 2000, 240  # with less time, fewer steps
 SIZES = {
     "model.hidden_dim": 512,
     "model.num_layers": 8,
@@ -53,9 +54,14 @@ class Learning:
         self.numbers = (2, 2, 2) if options.small else (RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES)
 
     def unpack(self) -> None:
+        """The text of `bundle.sh`, or where there is none, as the demo makes it."""
         self.text.mkdir(parents=True, exist_ok=True)
+        bundled = ROOT / ".gpu" / "text"
+        if not bundled.is_dir():
+            write_corpus(self.text)
+            return
         for name in ("train", "validation"):
-            content = gzip.decompress((ROOT / ".gpu/text" / f"{name}.jsonl.gz").read_bytes())
+            content = gzip.decompress((bundled / f"{name}.jsonl.gz").read_bytes())
             (self.text / f"{name}.jsonl").write_bytes(content)
 
     def train(self) -> dict[str, Any]:

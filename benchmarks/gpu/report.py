@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PAGE = ROOT / "docs" / "gpu.md"
 PARTS = ("training", "plan_gradient", "generation", "peers", "learning")
-NOT_RUN = "not run"
+NOT_RUN = "Not run."
 NAMES = {
     "llama": "Llama",
     "llama_chunked": "Llama, loss in chunks",
@@ -83,7 +83,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: Any, digits: int = 2, unit: str = "", scale: float = 1.0) -> str:
-    return NOT_RUN if value is None else f"{value * scale:,.{digits}f}{unit}"
+    return "not run" if value is None else f"{value * scale:,.{digits}f}{unit}"
 
 
 def value_of(results: dict[str, Any], *names: str) -> Any:
@@ -103,7 +103,7 @@ def ratio(value: float | None, base: float | None) -> float | None:
 def why_not(measured: Any) -> str:
     """Why there is no value: its error, or that it was not run."""
     error = value_of(measured or {}, "error")
-    return NOT_RUN if error is None or error.startswith("not measured") else f"failed: {error[:80]}"
+    return "not run" if error is None or error.startswith("not measured") else f"failed: {error[:80]}"
 
 
 def machine(results: Results) -> str:
@@ -122,7 +122,7 @@ def machine(results: Results) -> str:
 def tests(results: Results) -> str:
     found = results["tests"]
     if not found:
-        return f"Correctness tests on the GPU: {NOT_RUN}."
+        return NOT_RUN
     bad = found["failures"] + found["errors"]
     passed = found["tests"] - bad - found["skipped"]
     names = f" Failed: {', '.join(f'`{name}`' for name in found['failed'][:20])}." if found["failed"] else ""
@@ -138,6 +138,8 @@ def lengths_of(training: dict[str, Any]) -> list[int]:
 
 
 def goals(results: Results) -> str:
+    if not results["training"]:
+        return NOT_RUN
     training = results["training"]
     rows = []
     for length in lengths_of(training):
@@ -165,10 +167,12 @@ def goals(results: Results) -> str:
 
 
 def _percent_more(value: float | None) -> str:
-    return NOT_RUN if value is None else f"{100 * (value - 1):+.1f} %"
+    return "not run" if value is None else f"{100 * (value - 1):+.1f} %"
 
 
 def training_table(results: Results) -> str:
+    if not results["training"]:
+        return NOT_RUN
     training = results["training"]
     rows = []
     for length in lengths_of(training):
@@ -201,6 +205,8 @@ def _training_cells(found: dict[str, Any], llama: dict[str, Any]) -> list[str]:
 
 
 def profile_table(results: Results) -> str:
+    if not results["training"]:
+        return NOT_RUN
     profiles = {name: results["training"].get(f"profile_{name}", {}) for name in ("llama", "token")}
     rows = []
     for kind, title in (("parts_ms", "by part"), ("groups_ms", "by kernel")):
@@ -217,6 +223,8 @@ def profile_table(results: Results) -> str:
 
 
 def syncs_table(results: Results) -> str:
+    if not results["training"]:
+        return NOT_RUN
     training, rows, places = results["training"], [], {}
     for name in ("syncs_compiled_llama", "syncs_compiled_token", "syncs_token", "syncs_sequence"):
         found = training.get(name, {})
@@ -253,7 +261,7 @@ def plan_gradient_table(results: Results) -> str:
     )
     caption = "Straight-through gradient of 2^16 codes of width 1536, by number of plans, and the codebook's optimizer."
     head = ["", "ms", "memory, GB", "share of a training step"]
-    return f"{caption}\n\n{table(head, rows)}\n\nRelative error against float64: {listed or NOT_RUN}."
+    return f"{caption}\n\n{table(head, rows)}\n\nRelative error against float64: {listed or 'not run'}."
 
 
 def generation_table(results: Results) -> str:
@@ -300,7 +308,9 @@ def learning_table(results: Results) -> str:
     found = results["learning"]
     if not found:
         return NOT_RUN
-    likelihood, control, rows = found.get("likelihood", {}), found.get("control", {}), []
+    parts = (found.get(part, {}) for part in ("likelihood", "control"))
+    likelihood, control = ({} if "error" in each else each for each in parts)
+    rows = []
     for name in ("nll", "baseline_nll", "difference", "kl", "gap"):
         error = number(likelihood.get("standard_error"), 4) if name == "difference" else ""
         rows.append([name.replace("_", " "), number(likelihood.get(name), 4), error])
@@ -310,7 +320,7 @@ def learning_table(results: Results) -> str:
         elif isinstance(each, float):
             rows.append([name.replace("_", " "), number(each, 3), ""])
     steps = value_of(found, "train", "steps")
-    caption = f"Learning of a 26M model on the demo's text, {steps or NOT_RUN} steps; likelihoods in nats per byte."
+    caption = f"Learning of a 26M model on the demo's text, {steps or 'no'} steps; likelihoods in nats per byte."
     return f"{caption}\n\n" + table(["", "value", "standard error"], rows)
 
 
