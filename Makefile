@@ -51,7 +51,7 @@ endef
 
 test-docs: $(VENV)/.dev docs ## build the site, run every command and block of README and docs as written, on short runs; 15 minutes
 	$(PIP) optuna
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_docs.py tests/test_pages.py -m "docs or not docs"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/project/test_docs.py tests/project/test_pages.py -m "docs or not docs"
 
 quality: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -103,7 +103,7 @@ def write_text_of_voices(folder: Path) -> None:
 
 def shipped() -> dict[str, dict[str, Any]]:
     """What the shipped configuration says of model and optimizer; how long to train is the task's own."""
-    from free_transformer.training.settings.yaml_text import load_yaml
+    from free_transformer.settings.yaml_text import load_yaml
 
     sections = load_yaml(CONFIG.read_text(encoding="utf-8"))
     own = ("max_steps", "batch_size", "seq_len", "warmup_steps", "eval_every", "save_every")
@@ -143,8 +143,8 @@ def run_cell(cell: tuple[str, str, float, int], out: Path, steps: int) -> dict[s
 
     torch.set_num_threads(1)
     from free_transformer.evaluation import collapse_warning, evaluate_likelihood
+    from free_transformer.settings import parse_settings
     from free_transformer.training import train
-    from free_transformer.training.settings import parse_settings
 
     settings = parse_settings(settings_of(*cell, out, steps))
     run = train(settings, quiet=True)  # nothing to do where it is trained

@@ -86,7 +86,7 @@ class Llama(Contestant):
         import free_transformer.training.optimizers  # noqa: F401
 
     def build(self) -> Any:
-        from free_transformer.model import build_baseline
+        from free_transformer.model.modeling import build_baseline
 
         return build_baseline(self.config())
 
@@ -132,8 +132,8 @@ class Free(Llama):
         return FreeTransformer(self.config())
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
+        from free_transformer.settings import TrainingSettings
         from free_transformer.training.optimizers import build_optimizers
-        from free_transformer.training.settings import TrainingSettings
 
         return build_optimizers(self.model, TrainingSettings(learning_rate=1e-4))
 
@@ -191,12 +191,12 @@ class FreeTransformer012(Contestant):
 
     @staticmethod
     def load() -> None:
-        import free_transformer.losses
-        import free_transformer.model  # noqa: F401
+        import free_transformer.model.losses
+        import free_transformer.model.modeling  # noqa: F401
 
     def build(self) -> Any:
-        from free_transformer.config import ModelConfig
-        from free_transformer.model import FreeTransformer
+        from free_transformer.model.configuration import ModelConfig
+        from free_transformer.model.modeling import FreeTransformer
 
         spec = self.spec
         return FreeTransformer(
@@ -212,7 +212,7 @@ class FreeTransformer012(Contestant):
         )
 
     def loss(self, tokens: Tensor) -> Tensor:
-        from free_transformer.losses import compute_vae_loss
+        from free_transformer.model.losses import compute_vae_loss
 
         logits, plan_logits = self.model(tokens, mode="training")
         arguments = (logits[:, :-1].contiguous(), tokens[:, 1:].contiguous(), plan_logits)

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
+from free_transformer.settings import TrainingSettings
 from free_transformer.training.optimizers import build_optimizers
-from free_transformer.training.settings import TrainingSettings
 
 SHAPE = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4, "ffn_hidden_dim": 688, "latent_dim": 8}
 LENGTHS = [2**power for power in range(7, 14)]

@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from free_transformer import FreeTransformer, FreeTransformerConfig, build_baseline
-from free_transformer.compat import LlamaMLP, LlamaRMSNorm
-from free_transformer.layers import MLP, RMSNorm
+from free_transformer.model.compat import LlamaMLP, LlamaRMSNorm
+from free_transformer.model.layers import MLP, RMSNorm
 
 SHAPE = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4, "ffn_hidden_dim": 688}
 SHORT, LONG = 20, 40  # new tokens; the difference of two texts is that of the steps between them

@@ -24,12 +24,12 @@ from transformers.utils import logging
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.deploy import OnnxFreeTransformer
-from free_transformer.deploy.export import SCHEMES
-from free_transformer.deploy.onnx_export import export_onnx
-from free_transformer.deploy.quantize import quantize
 from free_transformer.evaluation import Likelihood, compare, evaluate_likelihood, measure_control
+from free_transformer.export.files import SCHEMES
+from free_transformer.export.onnx import export_onnx
+from free_transformer.export.quantize import quantize
 from free_transformer.files import write_json
-from free_transformer.model import FirstHalf
+from free_transformer.model.modeling import FirstHalf
 from free_transformer.training import Run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "three_voices"))

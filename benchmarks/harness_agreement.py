@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from free_transformer import FreeTransformer
-from free_transformer.evaluation.harness import PlanHarnessLM, run_tasks
+from free_transformer.integrations.harness import PlanHarnessLM, run_tasks
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid", "Cuba": "Havana",

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from free_transformer.data.letters import NOISE
 from free_transformer.reproduce.letters import Result, Variant, reproduce_letters
-from free_transformer.synthetic_data import NOISE
 
 FREE_BITS = (1 / 8, 1.0)
 BITS = " bit a token, "

@@ -28,11 +28,11 @@ from rich.table import Table
 from torch import Tensor
 
 from free_transformer import BinaryMapper, FreeTransformer, FreeTransformerConfig, PlanTable
-from free_transformer.losses import free_bits_hinge, kl_bits, predicted_tokens
-from free_transformer.model import build_baseline
-from free_transformer.straight_through import exact_gradient
+from free_transformer.model.losses import free_bits_hinge, kl_bits, predicted_tokens
+from free_transformer.model.modeling import build_baseline
+from free_transformer.model.straight_through import exact_gradient
+from free_transformer.settings import TrainingSettings
 from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, build_optimizers
-from free_transformer.training.settings import TrainingSettings
 from free_transformer.training.step import training_forward
 
 WIDTH, LAYERS, HEADS = 256, 6, 4

@@ -87,8 +87,8 @@ def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
     from free_transformer.evaluation import evaluate_likelihood, mutual_information
     from free_transformer.evaluation.control import mutual_information_bias, sampled_codes
     from free_transformer.files import write_text
+    from free_transformer.settings import parse_settings
     from free_transformer.training import train
-    from free_transformer.training.settings import parse_settings
 
     settings = parse_settings(cell_settings(cell, out, steps))
     kept = Path(settings.run_dir) / "result.json"

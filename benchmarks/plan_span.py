@@ -61,8 +61,8 @@ def train_cell(cell: Cell, out: Path, changes: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from free_transformer.settings import load_settings
     from free_transformer.training import train
-    from free_transformer.training.settings import load_settings
 
     plan, seed = cell
     model = ["model.kind=baseline"]

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
 
-from free_transformer import attention
-from free_transformer.layers import MLP, RMSNorm
+from free_transformer.model import attention
+from free_transformer.model.layers import MLP, RMSNorm
 
 SPEC = spec(SMALL, 8)
 KINDS = {

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
-from free_transformer.losses import predicted_tokens
+from free_transformer.distributed.parallelize import parallelize
+from free_transformer.distributed.processes import MESH, Processes, join_processes
+from free_transformer.model.losses import predicted_tokens
+from free_transformer.settings import DistributedSettings, TrainingSettings
 from free_transformer.training import Run
 from free_transformer.training.optimizers import build_optimizers, clip_gradients
-from free_transformer.training.parallel import parallelize
-from free_transformer.training.processes import MESH, Processes, join_processes
-from free_transformer.training.settings import DistributedSettings, TrainingSettings
 from free_transformer.training.step import training_forward
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from comparison_report import table
 from openai import AsyncOpenAI
 
 from free_transformer.data import begin_token, encode
-from free_transformer.deploy.onnx_export import export_onnx
+from free_transformer.export.onnx import export_onnx
 from free_transformer.files import write_json
 from free_transformer.training import Run
 

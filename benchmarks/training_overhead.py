@@ -119,10 +119,10 @@ def in_a_process(what: str, overrides: list[str], folder: str = ".") -> Any:
 
 
 def child(what: str, overrides: list[str]) -> Any:
+    from free_transformer.distributed.processes import find_device
     from free_transformer.training import load_settings, train
-    from free_transformer.training.memory import peak_bytes
+    from free_transformer.training.batch_size import peak_bytes
     from free_transformer.training.preview import preview
-    from free_transformer.training.processes import find_device
 
     settings = load_settings(CONFIGS / "free_transformer.yaml", overrides)
     if what == "foretell":
@@ -151,8 +151,9 @@ def time_loop(settings: Any) -> float:
 
 def time_blocks(settings: Any) -> dict[str, Any]:
     """Seconds of the blocks that log and of those that do not, of a line, and of opening and closing the trackers."""
-    from free_transformer.training import display, loop, train
-    from free_transformer.training.display import Display
+    from free_transformer.runs import display
+    from free_transformer.runs.display import Display
+    from free_transformer.training import loop, train
 
     found: dict[str, Any] = {"logging": [], "silent": []}
     lines: list[float] = []

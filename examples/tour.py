@@ -16,10 +16,10 @@ from free_transformer import quiet  # noqa: F401
 from free_transformer.data import build_rows, byte_tokenizer
 from free_transformer.evaluation import bit_effects, compare, evaluate_likelihood, measure_control
 from free_transformer.evaluation.control import contingency
-from free_transformer.evaluation.plots import plans_by_label
-from free_transformer.plan import bits_to_codes
-from free_transformer.plan_ops import flip_bit
-from free_transformer.plan_text import format_plan
+from free_transformer.evaluation.plan_ops import flip_bit
+from free_transformer.model.plan import bits_to_codes
+from free_transformer.model.plan_text import format_plan
+from free_transformer.reporting.plots import plans_by_label
 from free_transformer.training import load_settings, train
 
 RUNS, SEQ_LEN, STEPS, TEXTS = Path("runs/tour"), 128, 1200, 150

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["free_transformer.cli", "free_transformer.training", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(["free_transformer.cli.main", "free_transformer.training", "torch.distributed.fsdp"])
 SECONDS = 120
 
 SENTENCES = ["the cat sat on the mat. ", "a dog ran home again. ", "all work and no play. ", "rain in spain falls. "]
@@ -90,9 +90,9 @@ def _run(environment: dict[str, Any], log: Path, target: Callable[..., None], ar
 
 def train_tiny(values: dict[str, Any]) -> None:
     """A run, with errors as the command line shows them."""
-    from free_transformer.cli import as_command
+    from free_transformer.cli.main import as_command
+    from free_transformer.settings import parse_settings
     from free_transformer.training import train
-    from free_transformer.training.settings import parse_settings
 
     with as_command():
         train(parse_settings(values))
@@ -100,7 +100,7 @@ def train_tiny(values: dict[str, Any]) -> None:
 
 def command(*arguments: str) -> None:
     """The command line."""
-    from free_transformer.cli import main
+    from free_transformer.cli.main import main
 
     sys.argv = ["free-transformer", *arguments]
     try:

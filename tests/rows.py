@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from free_transformer.sampling import Sampling
+from free_transformer.model.sampling import Sampling
 from free_transformer.serving.batch import Batch
 
 

@@ -17,7 +17,7 @@ import torch
 from common import Results, card, options_of
 
 from free_transformer.evaluation import compare, evaluate_likelihood, measure_control, write_texts
-from free_transformer.plan_text import format_plan
+from free_transformer.model.plan_text import format_plan
 from free_transformer.training import Run
 
 ROOT = Path(__file__).parent.parent.parent

@@ -15,9 +15,9 @@ from common import Results, card, failed, forget, options_of, peak_gb, timed
 from torch import Tensor
 
 from free_transformer import FreeTransformerConfig
-from free_transformer.losses import free_bits_hinge, kl_bits
-from free_transformer.plan import BinaryMapper, PlanTable, bits_to_codes
-from free_transformer.straight_through import exact_gradient, sampled_gradient
+from free_transformer.model.losses import free_bits_hinge, kl_bits
+from free_transformer.model.plan import BinaryMapper, PlanTable, bits_to_codes
+from free_transformer.model.straight_through import exact_gradient, sampled_gradient
 from free_transformer.training.optimizers import BETAS, RowAdamW
 
 WIDTH, BITS = 1536, 16

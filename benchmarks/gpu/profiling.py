@@ -12,7 +12,8 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from free_transformer import FreeTransformer, layers
+from free_transformer import FreeTransformer
+from free_transformer.model import layers
 from free_transformer.training import step as training_step_module
 from free_transformer.training.optimizers import RowAdamW
 

@@ -30,7 +30,7 @@ export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 run_tests() {
   [ -z "${SMALL:-}" ] || export FREE_TRANSFORMER_TEST_DEVICE=cpu
   timeout --signal=INT --kill-after=10 "$1" "$PYTHON" -m pytest -q -p no:cacheprovider -n 8 --dist worksteal \
-    --junitxml "$OUT/tests.xml" tests/test_cuda.py
+    --junitxml "$OUT/tests.xml" tests/model/test_cuda.py
 }
 
 run_part() { # part, seconds: no measurement starts in the last tenth

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import Rows
-from free_transformer.losses import chunked_reconstruction_loss
-from free_transformer.model import build_baseline
+from free_transformer.distributed.parallelize import parallelize
+from free_transformer.distributed.processes import Processes
+from free_transformer.model.losses import chunked_reconstruction_loss
+from free_transformer.model.modeling import build_baseline
+from free_transformer.settings import TrainingSettings
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import build_optimizers
-from free_transformer.training.parallel import parallelize
-from free_transformer.training.processes import Processes
-from free_transformer.training.settings import TrainingSettings
 from free_transformer.training.step import agree_on_step, apply_gradients, compute_gradients, with_layout
 
 PAPER = {
@@ -129,7 +129,7 @@ def build_step(variant: str, shape: tuple[int, int], options: Any) -> tuple[Any,
 
 
 def new_state(config: Any, free: bool, device: torch.device, compile_blocks: bool = False) -> TrainState:
-    """As `free_transformer.training.build` makes it, with weights that are initialized on the GPU."""
+    """As `free_transformer.training.state` makes it, with weights that are initialized on the GPU."""
     torch.manual_seed(0)
     with device:
         model = FreeTransformer(config) if free else build_baseline(config)

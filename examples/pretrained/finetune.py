@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
 import voices
 from demo import decode, key_lines, read_rows, shown_share, train_both
 
-from free_transformer.cli import as_command
+from free_transformer.cli.main import as_command
 from free_transformer.evaluation import (
     Control,
     Likelihood,
@@ -33,10 +33,10 @@ from free_transformer.evaluation import (
     write_texts,
 )
 from free_transformer.evaluation.control import contingency
-from free_transformer.evaluation.plots import curves, plans_by_label
-from free_transformer.evaluation.report import Report, likelihood_table, usage_table
 from free_transformer.files import claimed_folder, write_text
-from free_transformer.plan_text import format_plan
+from free_transformer.model.plan_text import format_plan
+from free_transformer.reporting.plots import curves, plans_by_label
+from free_transformer.reporting.report import Report, likelihood_table, usage_table
 from free_transformer.training import Run
 
 RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_LABEL = 16, 8, 32

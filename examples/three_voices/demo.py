@@ -19,7 +19,7 @@ from judge import Judge
 from rich.console import Console
 from voices import VOICES, read_label, write_corpus
 
-from free_transformer.cli import as_command
+from free_transformer.cli.main import as_command
 from free_transformer.data import Rows, build_rows
 from free_transformer.evaluation import (
     Control,
@@ -32,11 +32,11 @@ from free_transformer.evaluation import (
     write_texts,
 )
 from free_transformer.evaluation.control import contingency
-from free_transformer.evaluation.plots import bits, curves, plans_by_label
-from free_transformer.evaluation.report import Report, likelihood_table, nll_method, usage_table
 from free_transformer.files import claimed_folder, write_text
-from free_transformer.plan import codes_to_bits
-from free_transformer.plan_text import format_plan
+from free_transformer.model.plan import codes_to_bits
+from free_transformer.model.plan_text import format_plan
+from free_transformer.reporting.plots import bits, curves, plans_by_label
+from free_transformer.reporting.report import Report, likelihood_table, nll_method, usage_table
 from free_transformer.training import Run
 
 RANDOM_PLANS, TEXTS_PER_PLAN = 16, 8

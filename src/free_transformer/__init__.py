@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from free_transformer.auto_classes import register_soon
 
 if TYPE_CHECKING:
-    from free_transformer.config import FreeTransformerConfig
-    from free_transformer.encoder import PlanEncoder
-    from free_transformer.model import FreeTransformer, FreeTransformerOutput, build_baseline
-    from free_transformer.plan import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
+    from free_transformer.model.configuration import FreeTransformerConfig
+    from free_transformer.model.encoder import PlanEncoder
+    from free_transformer.model.modeling import FreeTransformer, FreeTransformerOutput, build_baseline
+    from free_transformer.model.plan import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
 
 __version__ = "0.1.0"
 
@@ -25,10 +25,10 @@ __all__ = [
     "codes_to_bits",
 ]
 _HOMES = {
-    "config": ("FreeTransformerConfig",),
-    "encoder": ("PlanEncoder",),
-    "model": ("FreeTransformer", "FreeTransformerOutput", "build_baseline"),
-    "plan": ("BinaryMapper", "PlanTable", "bits_to_codes", "codes_to_bits"),
+    "model.configuration": ("FreeTransformerConfig",),
+    "model.encoder": ("PlanEncoder",),
+    "model.modeling": ("FreeTransformer", "FreeTransformerOutput", "build_baseline"),
+    "model.plan": ("BinaryMapper", "PlanTable", "bits_to_codes", "codes_to_bits"),
 }
 
 register_soon()

@@ -1,5 +1,5 @@
 """`python -m free_transformer`, the same as `free-transformer`."""
 
-from free_transformer.cli import main
+from free_transformer.cli.main import main
 
 main()

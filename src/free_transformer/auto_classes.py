@@ -13,19 +13,22 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-WITHOUT_TORCH = {
+WITHOUT_TORCH = {  # parts of this package
     "auto_classes",
-    "byte_alphabet",
     "cli",
     "deploy",
     "errors",
     "files",
-    "lm_eval",
-    "plan_text",
+    "model",
+    "model.plan_text",
+    "model.sampling",
     "quiet",
-    "sampling",
+    "reporting",
+    "reporting.console",
+    "runtime",
     "serving",
-}  # parts of this package
+}
+ROOMS_WITHOUT_TORCH = {"cli", "runtime", "serving"}
 
 
 def register_soon() -> None:
@@ -41,8 +44,8 @@ def register_soon() -> None:
 def _register() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from free_transformer.config import FreeTransformerConfig
-    from free_transformer.model import FreeTransformer
+    from free_transformer.model.configuration import FreeTransformerConfig
+    from free_transformer.model.modeling import FreeTransformer
 
     AutoConfig.register(FreeTransformerConfig.model_type, FreeTransformerConfig, exist_ok=True)
     AutoModelForCausalLM.register(FreeTransformerConfig, FreeTransformer, exist_ok=True)
@@ -55,7 +58,7 @@ class _Registrar:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, module = name.partition(".")
-        if name != "transformers" and (package != __package__ or module.split(".")[0] in WITHOUT_TORCH):
+        if name != "transformers" and (package != __package__ or _needs_no_torch(module)):
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
         try:
@@ -75,3 +78,7 @@ class _Registrar:
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+
+def _needs_no_torch(module: str) -> bool:
+    return module in WITHOUT_TORCH or module.split(".")[0] in ROOMS_WITHOUT_TORCH

@@ -23,7 +23,7 @@ from openai import OpenAI
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import byte_tokenizer
-from free_transformer.deploy.onnx_export import export_onnx
+from free_transformer.export.onnx import export_onnx
 
 ROOT = Path(__file__).parents[2]
 DOCKER = "tests/containers/docker"

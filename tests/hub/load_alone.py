@@ -3,7 +3,7 @@ Loads a model folder where `free_transformer` cannot be imported, and compares i
 
     python load_alone.py FOLDER COMPUTED.pt OUT [NAME_ON_THE_HUB]
 
-Run by tests/test_hub.py, and by tests/hub/check.py in an environment that has torch and `transformers` alone.
+Run by tests/model/test_hub.py, and by tests/hub/check.py in an environment that has torch and `transformers` alone.
 """
 
 import contextlib

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from free_transformer.data.letters import letters
 from free_transformer.data.tables import READERS, is_table, read_data_set, read_table, warn_once
 from free_transformer.data.text_files import DECOMPRESSORS, TRAIN_EXTRA, UnreadableFile, read_text_file, reason
 from free_transformer.files import MARKER, first_line
-from free_transformer.synthetic_data import letters
 
 HUB = "hub:"
 FILE_SUFFIXES = {".txt", ".md", *READERS, *DECOMPRESSORS}  # no end of a data set's name

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from free_transformer.byte_alphabet import utf8
 from free_transformer.data.tokenizer import CHUNK, begin_token, encode, encode_in_chunks
-from free_transformer.losses import IGNORED
+from free_transformer.model.losses import IGNORED
+from free_transformer.runtime.byte_alphabet import utf8
 
 Batch = dict[str, Tensor]
 

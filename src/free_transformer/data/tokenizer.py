@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from free_transformer.byte_alphabet import byte_alphabet, utf8
+from free_transformer.runtime.byte_alphabet import byte_alphabet, utf8
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 SPECIAL_TOKENS = (BEGIN, END, PADDING)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_transformer.losses import kl_bits_per_bit
-from free_transformer.model import FreeTransformer
-from free_transformer.plan_ops import flip_bit
+from free_transformer.evaluation.plan_ops import flip_bit
+from free_transformer.model.losses import kl_bits_per_bit
+from free_transformer.model.modeling import FreeTransformer
 
 
 @dataclass

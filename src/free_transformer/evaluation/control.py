@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from free_transformer.layout import num_plans
-from free_transformer.model import FreeTransformer
-from free_transformer.plan import bits_to_codes
+from free_transformer.model.layout import num_plans
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.model.plan import bits_to_codes
 
 Share = tuple[float, float]
 Classifier = Callable[[Sequence[str]], np.ndarray]

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from free_transformer.evaluation.particle_filter import particle_filter
 from free_transformer.evaluation.usage import PlanUsage, plan_usage
-from free_transformer.layout import is_packed, plan_layout
-from free_transformer.losses import IGNORED
-from free_transformer.model import FirstHalf, FreeTransformer
-from free_transformer.plan import codes_to_bits
+from free_transformer.model.layout import is_packed, plan_layout
+from free_transformer.model.losses import IGNORED
+from free_transformer.model.modeling import FirstHalf, FreeTransformer
+from free_transformer.model.plan import codes_to_bits
 
 MAX_ENUMERATED_BITS = 10
 MOST_PRIOR_PLANS = 4  # a text; more would sharpen `prior` and `gap` at the cost of every validation

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from free_transformer.injection import InjectedDecoderLayer
-from free_transformer.layout import PlanLayout
-from free_transformer.model import FirstHalf, FreeTransformer
+from free_transformer.model.injection import InjectedDecoderLayer
+from free_transformer.model.layout import PlanLayout
+from free_transformer.model.modeling import FirstHalf, FreeTransformer
 
 RESAMPLE_UNDER = 0.5
 

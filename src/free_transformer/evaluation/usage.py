@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from free_transformer.losses import kl_bits_per_bit
+from free_transformer.model.losses import kl_bits_per_bit
 
 if TYPE_CHECKING:
     from free_transformer.evaluation.likelihood import Likelihood

@@ -21,18 +21,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from free_transformer.config import FreeTransformerConfig
 from free_transformer.data import begin_token, load_tokenizer
+from free_transformer.data.letters import LENGTH, sample_string
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.files import claimed_folder, new_folder, write_text
-from free_transformer.layout import num_plans
-from free_transformer.losses import IGNORED
-from free_transformer.model import FreeTransformer, build_baseline
+from free_transformer.model.configuration import FreeTransformerConfig
+from free_transformer.model.layout import num_plans
+from free_transformer.model.losses import IGNORED
+from free_transformer.model.modeling import FreeTransformer, build_baseline
 from free_transformer.reproduce.strings import Groups, measure_groups, prompts
-from free_transformer.synthetic_data import LENGTH, sample_string
+from free_transformer.settings import TrainingSettings
+from free_transformer.settings.schedules import scheduled_weights
 from free_transformer.training.optimizers import build_optimizers, clip_gradients, set_learning_rate
-from free_transformer.training.schedules import scheduled_weights
-from free_transformer.training.settings import TrainingSettings
 from free_transformer.training.step import training_forward
 
 GROUPS, GROUP_SIZE = 64, 16

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.evaluation.report import Report
+from free_transformer.data.letters import NOISE, letters_entropy
+from free_transformer.reporting.report import Report
 from free_transformer.reproduce.letters import GROUP_SIZE, SHOWN_STRINGS, VARIANTS, Result, Variant
 from free_transformer.reproduce.noise import noise_optimum
-from free_transformer.synthetic_data import NOISE, letters_entropy
 
 POSITION_SHARED = 0.75  # a plan carries the place where it shrinks the place's deviation to this share, and
 NOISE_SHARED = 2.0  # the noise where it multiplies the overlap of the `!` by this

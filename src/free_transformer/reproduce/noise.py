@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from free_transformer.losses import free_bits_hinge, kl_bits
-from free_transformer.plan import codes_to_bits
-from free_transformer.synthetic_data import LENGTH, NOISE
+from free_transformer.data.letters import LENGTH, NOISE
+from free_transformer.model.losses import free_bits_hinge, kl_bits
+from free_transformer.model.plan import codes_to_bits
 
 STARTS, STEPS, RATE = 32, 400, 0.1
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from free_transformer.synthetic_data import LENGTH, LETTERS, PLACES, TARGET_LENGTH
+from free_transformer.data.letters import LENGTH, LETTERS, PLACES, TARGET_LENGTH
 
 UNDERSCORE, NOISE_MARK = ord("_"), ord("!")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.plan_text import format_bits, parse_bits
-from free_transformer.sampling import Sampling, check_plan_count, check_token_ids
+from free_transformer.model.plan_text import format_bits, parse_bits
+from free_transformer.model.sampling import Sampling, check_plan_count, check_token_ids
 from free_transformer.serving.batch import Batch, TokenScore
 from free_transformer.serving.detokenizer import Detokenizer
 from free_transformer.serving.engine import Chunk, Job

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from free_transformer.deploy.arrays import check_vocabulary, draw, sample_prior
-from free_transformer.sampling import Sampling
+from free_transformer.model.sampling import Sampling
+from free_transformer.runtime.arrays import check_vocabulary, draw, sample_prior
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.detokenizer import TokenTexts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from free_transformer.byte_alphabet import byte_alphabet
+from free_transformer.runtime.byte_alphabet import byte_alphabet
 
 BYTES = {character: byte for byte, character in enumerate(byte_alphabet())}
 CONTEXT = 8  # tokens that decide how the next one is decoded, such as whether its leading space is kept

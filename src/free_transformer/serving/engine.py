@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.deploy.arrays import NO_TOKEN, sample_prior
 from free_transformer.files import first_line
-from free_transformer.sampling import Sampling
+from free_transformer.model.sampling import Sampling
+from free_transformer.runtime.arrays import NO_TOKEN, sample_prior
 from free_transformer.serving.batch import NOT_FINITE, Batch, TokenScore, sample_rows, token_scores
 from free_transformer.serving.detokenizer import Detokenizer
 from free_transformer.serving.metrics import Metrics

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from free_transformer.deploy.onnx_model import OnnxFreeTransformer
-from free_transformer.sampling import Sampling
+from free_transformer.model.sampling import Sampling
+from free_transformer.runtime.onnx_model import OnnxFreeTransformer
 from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length, sample_rows
 from free_transformer.serving.chat import ChatTemplate
 

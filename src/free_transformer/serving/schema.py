@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
-from free_transformer.sampling import check_seed, check_temperature, check_top_k, check_top_p
+from free_transformer.model.sampling import check_seed, check_temperature, check_top_k, check_top_p
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_CHOICES = 128

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from free_transformer.cache import MIN_SPARE, PlanState
 from free_transformer.data import begin_token
-from free_transformer.deploy.arrays import NO_TOKEN
-from free_transformer.model import FreeTransformer
-from free_transformer.sampling import MIN_TEMPERATURE, Sampling
+from free_transformer.model.cache import MIN_SPARE, PlanState
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.model.sampling import MIN_TEMPERATURE, Sampling
+from free_transformer.runtime.arrays import NO_TOKEN
 from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length
 from free_transformer.serving.chat import ChatTemplate
 

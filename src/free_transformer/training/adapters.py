@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from free_transformer.model import FreeTransformer
+from free_transformer.model.modeling import FreeTransformer
 
 IN_FULL = ["encoder", "plan_table"]
 PREFIX = "base_model.model."  # of names in PEFT's files

@@ -18,10 +18,10 @@ from free_transformer.data import (
     streamed_batches,
 )
 from free_transformer.data.rows import Batch, MixedRows, TrainingRows
+from free_transformer.distributed.processes import Processes
 from free_transformer.files import few
-from free_transformer.training.processes import Processes
-from free_transformer.training.settings import DataSettings, Settings, SettingsError, Sources
-from free_transformer.training.stages import Stage, stages_of
+from free_transformer.settings import DataSettings, Settings, SettingsError, Sources
+from free_transformer.settings.stages import Stage, stages_of
 
 
 @dataclass

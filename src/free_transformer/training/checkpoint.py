@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from free_transformer.distributed.parallelize import SharedBinaryMapper, random_state
+from free_transformer.distributed.processes import Processes
 from free_transformer.files import TEMPORARY, first_line, publish_folder, write_json
+from free_transformer.settings import SettingsError
 from free_transformer.training.identity import Change, Identity, check_changes
-from free_transformer.training.parallel import SharedBinaryMapper, random_state
-from free_transformer.training.processes import Processes
-from free_transformer.training.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 

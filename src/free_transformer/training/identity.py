@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.config import FreeTransformerConfig
 from free_transformer.data import Rows, fingerprint, is_path_source, source_files
+from free_transformer.distributed.processes import Processes
+from free_transformer.model.configuration import FreeTransformerConfig
+from free_transformer.settings import Settings, SettingsError, parse_settings
+from free_transformer.settings.stages import Stage, stages_of
 from free_transformer.training.batches import Documents, Stream, TrainingData, rows_of
-from free_transformer.training.processes import Processes
-from free_transformer.training.settings import Settings, SettingsError, parse_settings
-from free_transformer.training.stages import Stage, stages_of
 
 # Of the model's configuration: what may change, since the weights mean the same with another value, ...
 MODEL_MAY_CHANGE = {

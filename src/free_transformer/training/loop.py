@@ -17,11 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from free_transformer import __version__
 from free_transformer.data import Rows, begin_token, load_tokenizer
 from free_transformer.data.rows import Batch
+from free_transformer.distributed.parallelize import reshard, whole_state_dict
+from free_transformer.distributed.processes import Processes, join_processes
 from free_transformer.evaluation.likelihood import evaluate_likelihood
 from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
-from free_transformer.model import FreeTransformer
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.runs.display import Display, say_finished
+from free_transformer.runs.model_card import write_model_card
+from free_transformer.runs.monitor import Watcher
+from free_transformer.runs.run import Run
+from free_transformer.runs.trackers import check_trackers
+from free_transformer.settings import Settings, SettingsError, settings_warnings
+from free_transformer.settings.stages import Stage, stage_at, stages_of
 from free_transformer.training.adapters import merge_adapters, write_adapters
+from free_transformer.training.batch_size import decide_batch_size
 from free_transformer.training.batches import (
     TrainingData,
     load_training,
@@ -29,23 +39,13 @@ from free_transformer.training.batches import (
     overlap_warning,
     training_batches,
 )
-from free_transformer.training.build import new_state, resolved
 from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints, load_checkpoint
-from free_transformer.training.display import Display, say_finished
 from free_transformer.training.identity import Change, Identity
-from free_transformer.training.memory import decide_batch_size
 from free_transformer.training.metrics import VALIDATION_SAMPLES, Entries, Totals
-from free_transformer.training.model_card import write_model_card
 from free_transformer.training.optimizers import set_learning_rate
-from free_transformer.training.parallel import reshard, whole_state_dict
-from free_transformer.training.processes import Processes, join_processes
-from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings, SettingsError, settings_warnings
-from free_transformer.training.stages import Stage, stage_at, stages_of
+from free_transformer.training.signals import StopRequest, TrainingStopped, listen_for_stop
+from free_transformer.training.state import new_state, resolved
 from free_transformer.training.step import agree_on_step, apply_gradients, autocast, compute_gradients, with_layout
-from free_transformer.training.stopping import StopRequest, TrainingStopped, listen_for_stop
-from free_transformer.training.trackers import check_trackers
-from free_transformer.training.watching import Watcher
 
 MIN_LOSS_SCALE = 1.0  # of fp16: below it, gradients are NaN or infinite for another reason
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from free_transformer.distributed.processes import Processes
 from free_transformer.evaluation.usage import LIVE_BITS
-from free_transformer.training.processes import Processes
 
 VALIDATION_SAMPLES = 4  # plans a text, for the nll of a validation
 LOSSES = ("loss", "reconstruction", "kl", "hinge", "plans")  # what `training_forward` returns, besides kl_per_bit

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from free_transformer.model import FreeTransformer
-from free_transformer.training.settings import TableOptimizer, TrainingSettings
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.settings import TableOptimizer, TrainingSettings
 
 LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that were not drawn
 

@@ -7,17 +7,17 @@ from typing import Any
 from torch import nn
 
 from free_transformer.data import load_tokenizer
-from free_transformer.evaluation.report import Table
-from free_transformer.model import FreeTransformer
+from free_transformer.distributed.processes import Processes, join_processes
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.reporting.report import Table
+from free_transformer.runs.run import Run
+from free_transformer.runs.trackers import check_trackers
+from free_transformer.settings import Settings, settings_warnings
+from free_transformer.settings.stages import Stage, stages_of
+from free_transformer.training.batch_size import MIB, StepCosts, decide_batch_size, memory_budget, try_steps
 from free_transformer.training.batches import Stream, load_training, load_validation, overlap_warning
-from free_transformer.training.build import new_state
-from free_transformer.training.memory import MIB, StepCosts, decide_batch_size, memory_budget, try_steps
 from free_transformer.training.optimizers import describe_groups
-from free_transformer.training.processes import Processes, join_processes
-from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings, settings_warnings
-from free_transformer.training.stages import Stage, stages_of
-from free_transformer.training.trackers import check_trackers
+from free_transformer.training.state import new_state
 
 
 @dataclass

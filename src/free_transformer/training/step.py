@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from free_transformer.distributed.parallelize import PlanPlace, SharedBinaryMapper, plan_places, synchronize_gradients
+from free_transformer.distributed.processes import Processes
 from free_transformer.evaluation.likelihood import baseline_inputs
-from free_transformer.layout import PlanLayout, batch_layout, num_plans, to_device
-from free_transformer.losses import predicted_tokens
-from free_transformer.model import FreeTransformer
+from free_transformer.model.layout import PlanLayout, batch_layout, num_plans, to_device
+from free_transformer.model.losses import predicted_tokens
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.settings import SettingsError, TrainingSettings
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.metrics import Totals
 from free_transformer.training.optimizers import clip_gradients
-from free_transformer.training.parallel import PlanPlace, SharedBinaryMapper, plan_places, synchronize_gradients
-from free_transformer.training.processes import Processes
-from free_transformer.training.settings import SettingsError, TrainingSettings
 
 
 def training_forward(

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from free_transformer.console import stderr_console
+from free_transformer.distributed.processes import find_device
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.files import check_claimable, check_own_results, claimed_folder, first_line, write_json
+from free_transformer.reporting.console import stderr_console
+from free_transformer.runs.run import Run
+from free_transformer.settings import Settings, SettingsError, load_settings
+from free_transformer.settings.yaml_text import YamlError, split_yaml_list
 from free_transformer.training.checkpoint import CheckpointFailed, list_checkpoints
 from free_transformer.training.identity import flat
 from free_transformer.training.loop import TrainingFailed, train
-from free_transformer.training.processes import find_device
-from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings, SettingsError, load_settings
-from free_transformer.training.settings.yaml_text import YamlError, split_yaml_list
 from free_transformer.training.sweep_summary import (
     SEED,
     Sweep,

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from free_transformer.evaluation.report import Report, Table
 from free_transformer.files import write_json
-from free_transformer.training.run import Run
-from free_transformer.training.settings import Settings
+from free_transformer.reporting.report import Report, Table
+from free_transformer.runs.run import Run
+from free_transformer.settings import Settings
 
 SEED = "training.seed"
 MOST_CURVES = 10  # matplotlib's colours repeat then
@@ -190,7 +190,7 @@ def write_sweep_report(sweep: Sweep) -> Path:
     metrics = {run.name: lines for run in sweep.runs if (lines := Run(run.settings.run_dir).read_metrics())}
     if 0 < len(metrics) <= MOST_CURVES:
         try:
-            from free_transformer.evaluation.plots import curves
+            from free_transformer.reporting.plots import curves
 
             figure = curves(metrics)
             report.heading("Curves")

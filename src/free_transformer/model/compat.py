@@ -1,0 +1,146 @@
+"""
+Everything in this package that relies on internals of `transformers`, in one place.
+
+Only names exported by the top-level `transformers` package are covered by its deprecation policy. The other names used
+by this package are imported here, each with the reason why no public name serves, and the rest of the package imports
+them from here. When a new release of `transformers` breaks something, this module is where to look first. The tested
+range is in `pyproject.toml`: `make test-oldest` and `make test-newest` run the test suite at both ends of it.
+
+The old and the new name of the cache
+    `transformers` 5.24 renamed the argument and output field `past_key_values` to `cache`. A Free Transformer accepts
+    and returns both names with every supported release.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
+
+# The class of Llama's activation, to tell it from one that a user has put in its place.
+from transformers.activations import ACT2FN
+
+# The base class of all caches, and the layer type that `GrowingLayer` extends.
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Lists the files that `trust_remote_code=True` will look for next to a model, so that saving writes exactly these.
+# The output of `generate`, to which ours adds the plan.
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+# Attention masks for every attention backend.
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_masks_for_generate
+
+# Gradient checkpointing of a decoder layer, as the Trainer switches it on.
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Output with the fields that other software expects from a causal language model.
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# The attention backends by name.
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Llama's own modules, which ours extend under the same weight names.
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+
+# Whether a configuration asks for one of the Flash Attention backends, which take boundaries instead of masks.
+from transformers.utils.generic import is_flash_attention_requested
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "BothCacheNames",
+    "Cache",
+    "CausalLMOutputWithPast",
+    "DynamicLayer",
+    "GenerateDecoderOnlyOutput",
+    "GenerationHooks",
+    "GradientCheckpointingLayer",
+    "LlamaAttention",
+    "LlamaMLP",
+    "LlamaPreTrainedModel",
+    "LlamaRMSNorm",
+    "LlamaRotaryEmbedding",
+    "OwnInitialization",
+    "SiLU",
+    "create_bidirectional_mask",
+    "create_causal_mask",
+    "create_masks_for_generate",
+    "eager_attention_forward",
+    "is_flash_attention_requested",
+]
+
+CACHE_NAMES = ("cache", "past_key_values")
+SiLU = type(ACT2FN["silu"])
+# The name that the installed release gives to the cache in outputs and in `generate`.
+CACHE_NAME = next(each.name for each in fields(CausalLMOutputWithPast) if each.name in CACHE_NAMES)
+
+
+class BothCacheNames:
+    """For an output whose cache can be read as `cache` and as `past_key_values`, with every release."""
+
+    if CACHE_NAME == "past_key_values":
+
+        @property
+        def cache(self) -> Cache | None:
+            return self.past_key_values  # type: ignore[attr-defined]
+
+        def __getitem__(self, key: Any) -> Any:
+            return super().__getitem__("past_key_values" if key == "cache" else key)  # type: ignore[misc]
+
+        def __contains__(self, key: object) -> bool:
+            return super().__contains__("past_key_values" if key == "cache" else key)  # type: ignore[misc]
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            return super().get("past_key_values" if key == "cache" else key, default)  # type: ignore[misc]
+
+
+class GenerationHooks(GenerationMixin):
+    """The steps inside `generate` that a model can change, where `GenerationMixin` has private methods only."""
+
+    def new_cache(self, max_length: int) -> DynamicCache:
+        """The cache for texts of at most `max_length` tokens, where the caller asks for no particular one."""
+        raise NotImplementedError
+
+    def before_prompt(self, model_kwargs: dict[str, Any], prompt_length: int, new_tokens: int) -> None:
+        """
+        Called before the prompt is read.
+
+        Args:
+            model_kwargs: the model's arguments for the whole text.
+            prompt_length: tokens of the prompt, 0 for a prompt of embeddings.
+            new_tokens: how many tokens may follow it.
+        """
+
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        length = input_ids.shape[1]
+        self.before_prompt(model_kwargs, length, generation_config.max_length - length)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        given = model_kwargs.get(CACHE_NAME)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        by_default = generation_config.cache_implementation in (None, "dynamic")
+        if given is None and by_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
+            model_kwargs[CACHE_NAME] = self.new_cache(max_cache_length)
+
+
+class OwnInitialization:
+    """Makes `transformers` initialize every module of a model through the model's own `_init_weights`."""
+
+    config: PreTrainedConfig
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside of `transformers` it would skip modules without parameters of their own (attention, MLP).
+        super()._initialize_weights(module, is_custom_code=False)  # type: ignore[misc]

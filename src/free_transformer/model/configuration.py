@@ -1,0 +1,269 @@
+"""The configuration of a Free Transformer: a Llama's, plus the plan."""
+
+import difflib
+import functools
+import inspect
+import logging
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
+
+from .hub_code import write_code
+from .warm_start import adopt, plain_config
+
+logger = logging.getLogger(__name__)
+
+MAX_CODE_BITS = 20  # 2^20 rows of width 1024 in fp32 are already 4 GiB
+PAPER_CODE_BITS = 16
+EXACT_GRADIENT_BITS = 10
+PLAN_GRADIENTS = ("exact", "sampled", "auto")
+BYTE_VOCABULARY = 259  # of `byte_tokenizer`: 256 bytes and three special tokens
+BYTE_SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+NOT_GIVEN = -1  # a special token that the caller leaves open
+TABLE_INITS = ("bit_linear", "normal", "zero")
+
+# What `transformers` accepts beside the fields of a configuration, mostly in files written by older versions.
+_ALSO_ACCEPTED = {
+    *("torch_dtype", "num_labels", "rope_theta", "rope_scaling", "name_or_path", "output_attentions"),
+    *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "return_unused_kwargs"),
+    *("auto_map", "quantization_config"),
+    *GenerationConfig._get_default_generation_params(),
+}
+
+
+def _one_line_errors(config_class: Any) -> Any:
+    """Errors of type and of shape, which `strict` raises in a class of its own, as a `ValueError` of one line."""
+    construct = config_class.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+@_one_line_errors
+@strict
+class FreeTransformerConfig(LlamaConfig):
+    r"""
+    Everything that `LlamaConfig` knows, under its own names or the shorter ones of `attribute_map`, and the plan.
+
+    Attributes:
+        latent_dim: bits of one plan, H, 1 to 64. What it may know is bounded by `free_bits`: 8 carried all that was
+            measured, and large models often take 16 to 64.
+        plan_span: tokens that one plan covers: 1 (the paper), n, or `"sequence"` (one plan for a whole document).
+        code_bits: bits of one group; each group has its own table of `2^code_bits` rows. Default: one group up to
+            16 bits (the paper), else groups of 8. The last group may be shorter.
+        free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4).
+        kl_weight: weight of the KL beyond the free bits.
+        min_bits: bits that each plan must spend; 0 is the paper. Not above `free_bits`.
+        aggregate_weight: weight of the divergence of all texts' plans together from the uniform prior, so that a
+            plan drawn at random is one that texts take; 0 is the paper. Use it with `min_bits`.
+        injection_layers: layers whose keys and values receive the plan, default `[num_layers // 2]`; none before
+            that layer, since the encoder reads its input. `"all"` is replaced by all from there on.
+        plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
+            replaces by `"exact"` up to 10 bits a group and by `"sampled"` above.
+        plan_chunk_bytes: memory that the gradient of the plan may take at a time.
+        table_init: start of the table: `"bit_linear"` (each bit adds or subtracts its own vector), `"normal"`
+            (independent rows) or `"zero"` (a plan that changes nothing, for pretrained models).
+        readout_init_scale: scale of the encoder's readout at the start, relative to `fan_in^-1/2`.
+        stream_scale: root mean square of X where it was measured, as in a pretrained model; the start of the table
+            and its learning rate follow it. None: 1, or `hidden_dim^-1/2` with tied embeddings.
+        query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
+        attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
+        encoder_class: written by a model with an encoder of your own, so that loading can ask for it.
+        bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
+            with its vocabulary of 259, which is the default; None with any other, whose tokens are not known here.
+
+    Raises:
+        ValueError: for an unknown name (the nearest known one is given) or a value out of range.
+    """
+
+    model_type = "free_transformer"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_dim": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "ffn_hidden_dim": "intermediate_size",
+        "max_seq_len": "max_position_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
+        "dropout": "attention_dropout",
+    }
+
+    # Fields of an output that a Trainer's predictions leave out, besides the loss.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("cache", "past_key_values", "plan", "plan_logits", "plan_mask"),
+        *("reconstruction", "kl", "hinge", "kl_per_bit"),
+    ]
+
+    vocab_size: int = BYTE_VOCABULARY
+    bos_token_id: int | None = NOT_GIVEN
+    eos_token_id: int | list[int] | None = NOT_GIVEN
+    pad_token_id: int | None = NOT_GIVEN
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    latent_dim: int = 16
+    plan_span: int | str = 1
+    code_bits: int | None = None
+    free_bits: float | int = 0.5
+    kl_weight: float | int = 1.0
+    min_bits: float | int = 0.0
+    aggregate_weight: float | int = 0.0
+    injection_layers: list[int] | str | None = None
+    plan_gradient: str = "auto"
+    plan_chunk_bytes: int = 24 * 2**20
+    table_init: str = "bit_linear"
+    readout_init_scale: float | int = 0.1
+    stream_scale: float | int | None = None
+    query_key_norm: bool = False
+    attention_output_bias: bool | None = None
+    encoder_class: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        if unknown := set(kwargs) - _ALSO_ACCEPTED:
+            raise ValueError(self._unknown_names(unknown))
+        if self.num_hidden_layers < 1 or self.num_attention_heads < 1 or self.hidden_size < 1 or self.vocab_size < 1:
+            raise ValueError(
+                f"hidden_dim={self.hidden_size}, num_layers={self.num_hidden_layers}, "
+                f"num_heads={self.num_attention_heads} and vocab_size={self.vocab_size} must all be at least 1"
+            )
+        for name, token in BYTE_SPECIAL_TOKENS.items():
+            if getattr(self, name) == NOT_GIVEN:
+                setattr(self, name, token if self.vocab_size == BYTE_VOCABULARY else None)
+        if self.intermediate_size is None:  # Llama's 8/3, rounded up to a multiple of 32
+            self.intermediate_size = -(-8 * self.hidden_size // 96) * 32
+        if self.injection_layers is None:
+            self.injection_layers = [self.plan_layer]
+        elif self.injection_layers == "all":
+            self.injection_layers = list(range(self.plan_layer, self.num_hidden_layers))
+        if self.code_bits is None:
+            self.code_bits = self.latent_dim if self.latent_dim <= PAPER_CODE_BITS else 8
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_dim={self.hidden_size} is not a multiple of num_heads={self.num_attention_heads}")
+        self._check_plan()
+        if self.plan_gradient == "auto":
+            self.plan_gradient = "exact" if max(self.group_bits) <= EXACT_GRADIENT_BITS else "sampled"
+        super().__post_init__(**kwargs)
+        self._check_heads()
+
+    @property
+    def plan_layer(self) -> int:
+        """K, the layer before which the plan is drawn: `num_layers // 2`."""
+        return self.num_hidden_layers // 2
+
+    @property
+    def group_bits(self) -> list[int]:
+        """Bits of each group of the plan; the last may be shorter than `code_bits`."""
+        assert self.code_bits is not None
+        full, rest = divmod(self.latent_dim, self.code_bits)
+        return [self.code_bits] * full + [rest] * (rest > 0)
+
+    def to_llama(self) -> PreTrainedConfig:
+        """The same Llama (or Qwen) without a plan: the configuration of the baseline."""
+        return plain_config(self)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `transformers`, of a pretrained model without a plan what it becomes; no warning is due then."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return cls._adopted(config_dict), kwargs
+
+    @classmethod
+    def _adopted(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        if config_dict.get("model_type", cls.model_type) in (cls.model_type, FreeTransformerConfig.model_type):
+            return config_dict
+        return adopt(config_dict, cls._known_names() | _ALSO_ACCEPTED)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in `transformers`; a name in a *file* that this version does not know is dropped with a warning."""
+        known = cls._known_names() | _ALSO_ACCEPTED
+        config_dict = cls._adopted(config_dict)
+        unknown = {name for name in config_dict if name not in known and not name.startswith("_")}
+        if unknown:
+            logger.warning("config.json: ignored %s", ", ".join(sorted(unknown)))
+        # What the caller changes counts before anything follows from it; types of weights are the loader's business.
+        changes = {name: kwargs.pop(name) for name in cls._known_names() & kwargs.keys() - {"dtype"}}
+        config_dict = {k: v for k, v in config_dict.items() if k not in unknown and not k.startswith("_")}
+        return super().from_dict({**config_dict, **changes}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`; where `auto_map` names the model's code, that is written too, see `sharing`."""
+        if hasattr(self, "auto_map") and not write_code(Path(save_directory)):
+            del self.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """As in `transformers`, for a class of your own: this one's code is named and written with its model's."""
+        if cls is not FreeTransformerConfig:
+            super().register_for_auto_class(auto_class)
+
+    @classmethod
+    def _known_names(cls) -> set[str]:
+        return set(inspect.signature(cls.__init__).parameters) | set(cls.__dataclass_fields__) | set(cls.attribute_map)
+
+    @classmethod
+    def _unknown_names(cls, names: set[str]) -> str:
+        known = sorted(name for name in cls._known_names() if name not in ("self", "kwargs", "args"))
+        lines = []
+        for name in sorted(names):
+            near = difflib.get_close_matches(name, known, n=1)
+            lines.append(f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        return "; ".join(lines)
+
+    def _check_plan(self) -> None:
+        assert self.code_bits is not None and self.injection_layers is not None
+        layers = range(self.plan_layer, self.num_hidden_layers)
+        span = self.plan_span
+        checks = [
+            (self.latent_dim >= 1, f"latent_dim={self.latent_dim}: at least 1 bit"),
+            (
+                1 <= self.code_bits <= MAX_CODE_BITS,
+                f"code_bits={self.code_bits}: 1 to {MAX_CODE_BITS}, a table has 2^code_bits rows",
+            ),
+            (
+                span == "sequence" or (isinstance(span, int) and not isinstance(span, bool) and span >= 1),
+                f"plan_span={span!r}: a number of tokens from 1, or 'sequence'",
+            ),
+            (self.free_bits >= 0, f"free_bits={self.free_bits}: at least 0 bits"),
+            (self.kl_weight >= 0, f"kl_weight={self.kl_weight}: at least 0"),
+            (
+                0 <= self.min_bits <= min(self.free_bits, self.latent_dim),
+                f"min_bits={self.min_bits}: 0 to free_bits={self.free_bits}, and at most latent_dim={self.latent_dim}",
+            ),
+            (self.aggregate_weight >= 0, f"aggregate_weight={self.aggregate_weight}: at least 0"),
+            (self.plan_gradient in PLAN_GRADIENTS, f"plan_gradient={self.plan_gradient!r}: one of {PLAN_GRADIENTS}"),
+            (self.plan_chunk_bytes >= 1, f"plan_chunk_bytes={self.plan_chunk_bytes}: at least 1"),
+            (self.table_init in TABLE_INITS, f"table_init={self.table_init!r}: one of {TABLE_INITS}"),
+            (
+                len(self.injection_layers) > 0 and all(layer in layers for layer in self.injection_layers),
+                f"injection_layers={self.injection_layers}: layers from {layers.start} to {layers.stop - 1}, or 'all'",
+            ),
+        ]
+        for passed, message in checks:
+            if not passed:
+                raise ValueError(message)
+
+    def _check_heads(self) -> None:
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(
+                f"hidden_dim={self.hidden_size} with num_heads={self.num_attention_heads} gives heads of "
+                f"{self.head_dim}: rotary positions need an even size"
+            )
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_heads={self.num_attention_heads} is not a multiple of {self.num_key_value_heads=}")

@@ -1,0 +1,217 @@
+"""Plans while text is generated: given by the caller, read from the prompt, or drawn from the prior."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import PlanCache, PlanState
+from .compat import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    BothCacheNames,
+    GenerateDecoderOnlyOutput,
+    GenerationHooks,
+    create_masks_for_generate,
+)
+from .configuration import FreeTransformerConfig
+from .layout import num_plans
+from .plan import PlanPrior, as_plan
+from .sampling import (
+    MIN_TEMPERATURE,
+    PROMPT_PLANS,
+    check_choice,
+    check_plan_count,
+    check_temperature,
+    check_token_ids,
+    check_top_k,
+    check_top_p,
+    length_warning,
+)
+
+
+@dataclass
+class PlanGenerationOutput(BothCacheNames, GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`."""
+
+    plan: Tensor | None = None  # (B, P, H) bool, the plans of the texts in `sequences`
+
+
+class PlanGenerationMixin(GenerationHooks):
+    """
+    `generate()` of `transformers` with plans.
+
+    When the prompt is read, the plans of all tokens that may follow are drawn at once. A step of decoding then costs
+    what a Llama's does, and looking up the vector of a plan.
+    """
+
+    config: FreeTransformerConfig
+    plan_prior: PlanPrior
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        plan: Tensor | str | Sequence[str] | None = None,
+        prompt_plan: str = "posterior",
+        prior: str = "uniform",
+        **kwargs: Any,
+    ) -> Any:
+        """
+        `GenerationMixin.generate` (every option but beams, assistants and guidance), plus:
+
+        Args:
+            inputs: (B, T) tokens of the prompt, padded on either side if `attention_mask` says so; a row with nothing
+                but the begin-of-text token is an empty prompt.
+            plan: bits, (P, H) or (B, P, H), or text such as `"0110"`, plan 0 covering the first token of the text.
+                Plans that are missing come from the prompt and, for new text, from the prior.
+            prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt alone
+                (the paper's pre-filling), or `"prior"`, with no encoder at all. An empty prompt has nothing to read
+                and takes the prior.
+            prior: `"uniform"` (the method), or `"aggregate"`, the plans that training texts took, gathered by
+                `gather_prior`.
+
+        Returns:
+            as in `transformers`. With `return_dict_in_generate=True` the output also has `plan`, (B, P, H) bool, the
+            plans of the texts in `sequences`, and its cache can be continued.
+
+        Raises:
+            ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan` or
+                `prior`, sampling settings out of range (see `sampling`), token ids outside the vocabulary, an option
+                that is not supported, and a cache of tokens whose plan is not known.
+        """
+        check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
+        self.plan_prior.checked(prior)
+        self._refuse_unsupported(kwargs)
+        _check_sampling(kwargs)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            _check_prompt(prompt, self.config.vocab_size)
+        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        if len(caches) > 1:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        state = PlanState(prompt_plan=prompt_plan, prior=prior)
+        if plan is not None:
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            batch = next((len(tokens) for tokens in given if tokens is not None), 1)
+            state.plan = as_plan(plan, batch, self.config.latent_dim)
+            check_plan_count(state.plan.shape[1], self.config.plan_span)
+        if caches:
+            kwargs[CACHE_NAME] = cache = caches[0]
+            if plan is None and cache.get_seq_length() > 0:
+                held = cache.state if isinstance(cache, PlanCache) else None
+                if held is None:
+                    raise ValueError("the cache was written under a plan that it does not hold: give it too, plan=...")
+                state.plan = held.plan
+        elif prompt is not None:
+            inputs, kwargs = self._padded_on_the_left(prompt, inputs, kwargs)
+        output = super().generate(inputs, *args, plan=state, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        if prompt is not None and not caches:
+            repeats = len(sequences) // len(prompt)  # num_return_sequences
+            sequences[:, : prompt.shape[1]] = prompt.to(sequences.device).repeat_interleave(repeats, 0)
+        self._warn_past_trained_length(sequences)
+        if output is sequences:
+            return sequences
+        return PlanGenerationOutput(**output, plan=self._plan_of(state, sequences))
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: the continuous batching of `transformers` keeps no plan for its requests."""
+        raise NotImplementedError(
+            "generate_batch: the continuous batching of transformers has no place for a plan. Use generate with a "
+            "padded batch, or `free-transformer serve`, which batches requests continuously"
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported, as `generate_batch`."""
+        return self.generate_batch()
+
+    def new_cache(self, max_length: int) -> PlanCache:
+        return PlanCache(self.config, max_length)
+
+    def before_prompt(self, model_kwargs: dict[str, Any], prompt_length: int, new_tokens: int) -> None:
+        state = model_kwargs["plan"]
+        state.prompt_length, state.new_tokens = prompt_length, new_tokens
+
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Any:
+        """The prompt's mask stays (B, T): `forward` tells padding from it."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def _padded_on_the_left(
+        self, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The arguments with each row's padding on its left, where new tokens continue the text and not the padding."""
+        mask, pad = kwargs.get("attention_mask"), self.generation_config.pad_token_id
+        if mask is None and pad is not None and pad != self.generation_config.eos_token_id:
+            mask = prompt.ne(pad).long()  # as `transformers` infers it
+        if mask is None or mask.shape != prompt.shape or mask[:, -1].all():
+            return inputs, kwargs
+        rank = torch.arange(prompt.shape[1], device=mask.device).expand_as(mask)
+        last = torch.where(mask.bool(), rank, -1).amax(1, keepdim=True)
+        order = (rank + last + 1) % prompt.shape[1]  # each row is rotated until its last real token is the last
+        moved = {"attention_mask": mask.gather(1, order)}
+        if kwargs.get("position_ids") is not None:
+            moved["position_ids"] = kwargs["position_ids"].expand_as(mask).gather(1, order)
+        tokens = prompt.gather(1, order.to(prompt.device))
+        if inputs is None:
+            return None, {**kwargs, **moved, "input_ids": tokens}
+        return tokens, {**kwargs, **moved}
+
+    def _plan_of(self, state: PlanState, sequences: Tensor) -> Tensor | None:
+        """The plans of the tokens in `sequences` and, where the prompt is not part of it, of the prompt."""
+        if state.plan is None or state.columns is None:
+            return state.plan
+        length = state.columns + sequences.shape[1] - state.prompt_length
+        return state.plan[:, : num_plans(self.config.plan_span, length)]
+
+    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config") or self.generation_config
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        if (setting("num_beams") or 1) > 1:
+            raise ValueError(f"num_beams={setting('num_beams')}: beams reorder the cache but not the plans; use 1")
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            if setting(name):
+                raise ValueError(f"{name}: this crops the cache but not the plans; generate without an assistant")
+        if setting("prefill_chunk_size"):
+            raise ValueError("prefill_chunk_size: the encoder reads a prompt whole, so it cannot be read in chunks")
+        if setting("guidance_scale") not in (None, 1):
+            raise ValueError(
+                f"guidance_scale={setting('guidance_scale')}: the unconditional branch of the guidance has no plan; "
+                "leave it out, and give a plan to steer the text"
+            )
+
+    def _warn_past_trained_length(self, sequences: Tensor) -> None:
+        length, trained = sequences.shape[1], self.config.max_position_embeddings
+        if length > trained:
+            warnings.warn(length_warning(length, trained), stacklevel=3)
+
+
+def _check_sampling(kwargs: dict[str, Any]) -> None:
+    """Checks the sampling settings, and lets a temperature of 0 mean greedy decoding, which `transformers` refuses."""
+    for name, check in (("temperature", check_temperature), ("top_k", check_top_k), ("top_p", check_top_p)):
+        if kwargs.get(name) is not None:
+            kwargs[name] = check(kwargs[name])  # a float, where `transformers` refuses integers
+    if kwargs.get("temperature") is not None and kwargs["temperature"] < MIN_TEMPERATURE:
+        for name in ("temperature", "top_k", "top_p"):
+            kwargs.pop(name, None)
+        kwargs["do_sample"] = False
+
+
+def _check_prompt(prompt: Tensor, vocab_size: int) -> None:
+    if prompt.ndim != 2 or prompt.numel() == 0:
+        raise ValueError(
+            f"tokens of shape {tuple(prompt.shape)}: (B, T) is needed, at least one token per row; an empty prompt is "
+            "the begin-of-text token alone"
+        )
+    check_token_ids(int(prompt.min()), int(prompt.max()), vocab_size)

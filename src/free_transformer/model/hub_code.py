@@ -1,0 +1,58 @@
+"""
+The code of a model beside its weights, for who has `transformers` and not this package (`trust_remote_code=True`).
+
+`config.json` names the code in `auto_map`, and a configuration that does brings it along wherever it is saved. What
+`model` imports of this package it imports relatively, so that the files also find each other in a model's folder.
+"""
+
+import filecmp
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# Both from one file: `transformers` copies each file that is named, with what it imports, to a place of its own.
+AUTO_MAP = {"AutoConfig": "modeling.FreeTransformerConfig", "AutoModelForCausalLM": "modeling.FreeTransformer"}
+
+
+def name_code(config: Any, wanted: bool) -> None:
+    """Lets the configuration name the code of the model, or no code."""
+    vars(config).pop("auto_map", None)
+    if wanted:
+        config.auto_map = dict(AUTO_MAP)
+
+
+def code_files() -> list[Path]:
+    """The files of this folder."""
+    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+
+
+def write_code(folder: Path) -> bool:
+    """Copies the code, unless files of somebody else would be lost: then it warns, and returns False."""
+    files = code_files()
+    others = [
+        file.name
+        for file in files
+        if (folder / file.name).exists() and not filecmp.cmp(file, folder / file.name, shallow=False)
+    ]
+    if others and not _names_code(folder):
+        logger.warning(
+            f"{folder}: {', '.join(others)} there is not this model's, so its code is left out and only who has "
+            "free-transformer-lm can load it; save into a folder of its own"
+        )
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return True
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether the Python files in the folder are those of a model, such as an older version's."""
+    try:
+        return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

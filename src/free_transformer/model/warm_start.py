@@ -1,0 +1,131 @@
+"""
+What a pretrained model brings to a Free Transformer: its configuration, and where the new parts start.
+
+Whatever computes like a Llama may grow a plan: Llama itself, Mistral, and Qwen 2 and 3, which are a Llama up to a bias
+or a norm of their queries and keys. A plan of zeros leaves each of them as it was.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from .modeling import FreeTransformer
+
+logger = logging.getLogger(__name__)
+
+# What each has beyond what its own configuration says.
+KIN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"attention_bias": True, "attention_output_bias": False},
+    "qwen3": {"query_key_norm": True},
+}
+# How a plan is added to what knows how to write already (docs/pretrained.md): it changes nothing at first; its vectors
+# are sums over bits, so that half of all texts move each of them away from zero; and its bits tell texts apart.
+START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
+PROBE_TOKENS = 64
+
+
+def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """
+    From the `config.json` of a pretrained model to the settings of a Free Transformer whose plan changes nothing.
+
+    Args:
+        known: the settings that a Free Transformer has.
+
+    Raises:
+        ValueError: for a model of another kind.
+    """
+    kind = values.get("model_type", "")
+    if kind not in KIN:
+        raise ValueError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(KIN)}")
+    own = CONFIG_MAPPING[kind].from_dict(dict(values))
+    adopted = {
+        name: value
+        for name, value in own.to_dict().items()
+        if name in known - {"architectures", "auto_map", "model_type"}
+    }
+    window = getattr(own, "sliding_window", None)
+    if window is not None and window < own.max_position_embeddings:
+        logger.warning("texts of up to %d tokens: beyond, %s attends within a sliding window", window, kind)
+        adopted["max_position_embeddings"] = window
+    return {**adopted, **KIN[kind], **START, "model_type": "free_transformer"}
+
+
+def plain_config(config: Any) -> PreTrainedConfig:
+    """The configuration of the same model without a plan: a Llama's, or a Qwen's where only that has such layers."""
+    kind = "llama"
+    if config.query_key_norm:
+        kind = "qwen3"
+    elif config.attention_bias and config.attention_output_bias is False:
+        kind = "qwen2"
+    plain = CONFIG_MAPPING[kind]
+    kept = {name: value for name, value in config.to_dict().items() if name in plain.__dataclass_fields__}
+    return plain(**{name: kept[name] for name in kept if name not in ("architectures", "model_type")})
+
+
+@torch.no_grad()
+def warm_start(model: "FreeTransformer") -> None:
+    """
+    Where the new parts start in a pretrained model: the encoder as a copy of the layer that will receive the plan.
+
+    Fresh weights would read next to nothing in X, where a few directions and the first token outweigh all else: over
+    texts, the encoder's output varies thirty times more from a layer that knows how to read it.
+    """
+    layer: Any = model.model.layers[model.config.plan_layer]
+    encoder: Any = model.encoder
+    if not all(parameter.is_floating_point() and not parameter.is_meta for parameter in layer.parameters()):
+        return  # quantized, or on its way to another device: such weights are not ours to copy
+    encoder.attention.load_state_dict(layer.self_attn.state_dict())
+    encoder.mlp.load_state_dict(layer.mlp.state_dict())
+    encoder.query_norm.weight.copy_(layer.input_layernorm.weight)
+    encoder.key_value_norm.weight.copy_(layer.input_layernorm.weight)
+    encoder.mlp_norm.weight.copy_(layer.post_attention_layernorm.weight)
+    model.config.stream_scale = measured_scale(model)
+
+
+@torch.no_grad()
+def measured_scale(model: "FreeTransformer") -> float:
+    """
+    Root mean square of X, to two digits: of a typical token, since the first and a few others are far larger.
+
+    Random tokens do: what the layers add does not hang on what a text says.
+    """
+    states: Tensor = model.first_half(random_tokens(model)).hidden_states[0]
+    return float(f"{states.float().square().mean(-1).sqrt().median().item():.2g}")
+
+
+def random_tokens(model: "FreeTransformer") -> Tensor:
+    """A text of random tokens, (1, 64), the same for every model of this vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(model.device)
+
+
+@dataclass
+class NewPart:
+    """A part that a pretrained model did not bring, its parameters, and how it starts."""
+
+    name: str
+    parameters: int
+    start: str
+
+
+def new_parts(model: "FreeTransformer") -> list[NewPart]:
+    """What training has to teach."""
+    starts = {
+        "encoder.query": "random",
+        "encoder": f"a copy of layer {model.config.plan_layer}, attention and MLP, with its norms",
+        "encoder.readout": "random",
+        "plan_table": f"zero, {len(model.plan_table.weight):,} vectors: no plan changes anything yet",
+    }
+    counts = dict.fromkeys(starts, 0)
+    for name, parameter in model.named_parameters():
+        part = max((part for part in starts if f"{name}.".startswith(f"{part}.")), key=len, default=None)
+        if part is not None:
+            counts[part] += parameter.numel()
+    return [NewPart(part, counts[part], start) for part, start in starts.items()]

@@ -1,0 +1,101 @@
+"""Models from folders: whole, finite, and independent of the files that they were read from."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from free_transformer.errors import SettingsError
+from free_transformer.files import few, first_line
+from free_transformer.model.configuration import FreeTransformerConfig
+from free_transformer.model.modeling import FreeTransformer
+
+# what a plain model does not have, and a Free Transformer that is built from it initializes
+PLAN_PARTS = ("encoder.", "plan_table.", "plan_prior.")
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, UnpicklingError)
+
+
+def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """
+    `kind.from_pretrained(source)`, in eval mode, for a model that is going to be used.
+
+    `transformers` fills weights that are missing with random numbers, and maps files whose contents may change while
+    the model is used. Here the first is an error, and the weights are copied to memory of their own.
+
+    Args:
+        source: a folder, or a name on the hub.
+        kind: `AutoModelForCausalLM` or a model class.
+        options: of `from_pretrained`.
+
+    Raises:
+        SettingsError: where the folder cannot be read, or weights are missing, of another shape, or NaN or infinite.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        locked = [file.name for file in folder.iterdir() if not os.access(file, os.R_OK)]
+        if locked:
+            raise SettingsError(f"{source}: {', '.join(locked)}: no permission to read")
+    try:
+        model, loading = kind.from_pretrained(
+            str(source), output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        adds_plan = isinstance(model, FreeTransformer) and not has_plan(source)
+    except UNREADABLE as error:
+        raise SettingsError(f"{source}: the model cannot be read ({_reason(error)})") from error
+    missing = [name for name in sorted(loading["missing_keys"]) if not (adds_plan and name.startswith(PLAN_PARTS))]
+    check_names(source, "weights are missing", missing)
+    check_names(source, "weights of another shape than the configuration's", _mismatched(loading["mismatched_keys"]))
+    check_finite(source, model.state_dict().items())
+    detach_from_files(model)
+    return model.eval()
+
+
+def has_plan(source: str | Path) -> bool:
+    """Whether a folder, or a name on the hub, is that of a Free Transformer."""
+    values, _ = PreTrainedConfig.get_config_dict(str(source))
+    return values.get("model_type") == FreeTransformerConfig.model_type
+
+
+def check_names(source: str | Path, what: str, names: list[str]) -> None:
+    """`SettingsError` that names the first of some tensors, where there are any."""
+    if names:
+        raise SettingsError(f"{source}: {what}: {few(names)}; the folder is damaged or incomplete: copy it again")
+
+
+def check_finite(source: str | Path, tensors: Iterable[tuple[str, Any]]) -> None:
+    """`SettingsError` that names tensors with values that are NaN or infinite."""
+    wrong = []
+    for name, tensor in tensors:
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)  # quantized ones are classes of their own
+        if plain and tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                wrong.append(name)
+    check_names(source, "weights are NaN or infinite", wrong)
+
+
+@torch.no_grad()
+def detach_from_files(model: PreTrainedModel) -> None:
+    """Copies the weights, which may be mapped from files, to memory of their own. Tied weights stay tied."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+
+
+def _mismatched(keys: Iterable[Any]) -> list[str]:
+    return sorted(key if isinstance(key, str) else key[0] for key in keys)
+
+
+def _reason(error: BaseException) -> str:
+    """Of errors that do not say what they are about."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return first_line(error)

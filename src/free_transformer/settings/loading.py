@@ -1,0 +1,151 @@
+"""Settings from a YAML file and dotted overrides."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from free_transformer.errors import SettingsError
+from free_transformer.settings.checks import check_together
+from free_transformer.settings.explain import explain
+from free_transformer.settings.sections import SECTIONS, Section, Settings, StageSettings
+from free_transformer.settings.words import one_line
+from free_transformer.settings.yaml_text import YamlError, load_yaml
+
+
+def load_settings(path: str | Path, overrides: list[str] | None = None, to_train: bool = True) -> Settings:
+    """
+    Args:
+        path: a YAML file.
+        overrides: `section.name=value`, the value in YAML.
+        to_train: look at `model.pretrained`, which whoever reads the settings of a trained run may not have.
+
+    Raises:
+        SettingsError: one line that names the setting, what it holds and what is allowed.
+    """
+    path = Path(path)
+    values = _read_sections(path)
+    read = [override for text in overrides or [] for override in _Override.read(text)]
+    _check_overrides(read)
+    for override in read:
+        override.apply(values)
+    return parse_settings(values, str(path), to_train)
+
+
+def _read_sections(path: Path) -> dict[Any, Any]:
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+        if values is None:  # an empty file: all defaults
+            values = {}
+        if not isinstance(values, dict):
+            raise SettingsError("sections of settings are needed (model, training, data, ...)")
+        for name, section in SECTIONS.items():
+            if isinstance(values.get(name), dict):
+                values[name] = _renamed(name, section, values[name])
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as text ({error})") from error
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    return values
+
+
+def _renamed(name: str, section: type[Section], values: dict[Any, Any]) -> dict[Any, Any]:
+    try:
+        return section.renamed(values)
+    except ValueError as error:
+        raise SettingsError(f"{name}: {error}") from error
+
+
+def parse_settings(values: dict[str, Any], source: str = "settings", to_train: bool = True) -> Settings:
+    """`Settings` from plain values; arguments and errors as in `load_settings`."""
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(f"{source}: {explain(error)}") from error
+    try:
+        if settings.model.pretrained is None or to_train:
+            settings.model.adopt()
+            settings.model.build()
+        check_together(settings)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from error
+    return settings
+
+
+@dataclass(frozen=True)
+class _Override:
+    """
+    `section.name=value` of a command line, or one setting of `section={name: value, ...}`.
+
+    Attributes:
+        text: as it was given.
+        name: parts of the name, under which the setting is kept.
+    """
+
+    text: str
+    name: tuple[str, ...]
+    value: Any
+
+    @classmethod
+    def read(cls, text: str) -> "list[_Override]":
+        name, equals, given = text.partition("=")
+        first, *rest = name.split(".")
+        if not equals or not all((first, *rest)):
+            raise SettingsError(f"{text!r}: an override is section.name=value, as in training.learning_rate=3e-4")
+        try:
+            value = load_yaml(given)
+        except YamlError as error:
+            raise SettingsError(f"{text!r}: {error}") from error
+        section = SECTIONS.get(first)
+        if section and not rest and isinstance(value, dict):
+            return [cls(text, (first, name), each) for name, each in _renamed(first, section, value).items()]
+        if section and rest:
+            rest[0] = section.other_names.get(rest[0], rest[0])
+        return [cls(text, (first, *rest), value)]
+
+    def apply(self, values: dict[Any, Any]) -> None:
+        """Sets the value in `values`. Sections on the way are copied: an alias in the file keeps its own."""
+        *sections, last = self.name
+        for section in sections:
+            inner = values.get(section)
+            if inner is not None and not isinstance(inner, dict):
+                raise SettingsError(f"{self.text!r}: {section!r} is a setting, not a section")
+            values[section] = dict(inner or {})
+            values = values[section]
+        values[last] = self.value
+
+
+def _check_overrides(overrides: list[_Override]) -> None:
+    """`SettingsError` where a setting is given twice, with different values or by different names."""
+    known: dict[tuple[str, ...], _Override] = {}
+    for override in overrides:
+        other = known.setdefault(override.name, override)
+        names = [each.text.partition("=")[0] for each in (other, override)]
+        same_name = names[0] == names[1] or any("." not in name for name in names)
+        if repr(other.value) != repr(override.value) or not same_name:
+            texts = f"{one_line(other.text)} and {one_line(override.text)}"
+            raise SettingsError(f"{texts}: {one_line('.'.join(override.name))} is given twice; keep one of them")
+
+
+def describe_settings() -> str:
+    """Every setting with its default and its description, for `--help`."""
+    lines = []
+    for name, field in Settings.model_fields.items():
+        if name in SECTIONS:
+            lines += _describe(name, SECTIONS[name])
+        else:
+            lines.append(f"{name} = {field.default}  {field.description}")
+    return "\n\n".join(lines)
+
+
+def _describe(name: str, section: type[BaseModel]) -> list[str]:
+    lines = []
+    for key, field in section.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"{name}.{key} = {default!r}  {field.description}")
+        if field.annotation == list[StageSettings]:
+            lines += _describe(f"{name}.{key}[]", StageSettings)
+    return lines

@@ -1,0 +1,263 @@
+"""Steps tried before a run: what a row costs in memory and time, and so how many rows fit."""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from free_transformer.data.rows import Batch
+from free_transformer.distributed.processes import Processes
+from free_transformer.model.losses import predicted_tokens
+from free_transformer.reporting.console import stderr_console
+from free_transformer.runs.run import Run
+from free_transformer.settings import Settings, SettingsError
+from free_transformer.settings.stages import stages_of
+from free_transformer.training.batches import Stream, TrainingData, check_batches, load_training, training_batches
+from free_transformer.training.checkpoint import TrainState
+from free_transformer.training.state import new_state
+from free_transformer.training.step import apply_gradients, compute_gradients
+
+MIB, GIB = 2**20, 2**30
+USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that is free; the rest is for what a trial does not see
+BYTES_PER_PARAMETER = 16  # fp32 weight and gradient, two moments
+LONG_STEP = 2.0  # seconds, after which no larger step is tried
+LEAST_TRIALS = 4  # but where the memory ends sooner: a line through smaller steps tells little of large ones
+LEAST_GAIN = 1.05  # a larger step that is hardly faster by the row ends the trials
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step of so many rows in one process: the most bytes that the process held meanwhile, and its time."""
+
+    rows: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """
+    What steps cost a process, from trials of few rows; both costs grow by the row.
+
+    Attributes:
+        state_bytes: of weights, gradients and optimizer state.
+    """
+
+    trials: list[Trial]
+    state_bytes: int
+
+    def bytes(self, rows: int) -> int:
+        return round(self._line(rows, lambda trial: trial.bytes))
+
+    def seconds(self, rows: int) -> float:
+        return self._line(rows, lambda trial: trial.seconds)
+
+    def most_rows(self, budget: int) -> int:
+        """How many rows fit into so many bytes; 0 where not even one does."""
+        first, last = self.trials[0], self.trials[-1]
+        if last.bytes > budget:
+            return max((trial.rows for trial in self.trials if trial.bytes <= budget), default=0)
+        by_row = self.bytes(last.rows + 1) - last.bytes
+        if first.rows == last.rows or by_row <= 0:
+            return last.rows
+        return last.rows + (budget - last.bytes) // by_row
+
+    def _line(self, rows: int, cost: Callable[[Trial], float]) -> float:
+        """Through the two largest trials: the first ones also load libraries."""
+        known = next((trial for trial in self.trials if trial.rows == rows), None)
+        if known is not None or len(self.trials) == 1:
+            trial = known or self.trials[0]
+            return cost(trial) * (1 if known else rows / trial.rows)
+        one, other = self.trials[-2:]
+        slope = max(0.0, (cost(other) - cost(one)) / (other.rows - one.rows))
+        return cost(other) + slope * (rows - other.rows)
+
+
+def try_steps(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: Processes,
+    data: list[TrainingData],
+    most_rows: int,
+) -> StepCosts:
+    """
+    Steps of 1, 2, 4, ... rows of the longest stage, by a model that is thrown away after.
+
+    Args:
+        most_rows: of one process.
+
+    Raises:
+        SettingsError: where not even the weights fit, or not one row.
+    """
+    stage = max(stages_of(settings), key=lambda stage: (stage.seq_len, stage.number))
+    budget = memory_budget(processes)
+    plain = settings.model_copy(update={"training": settings.training.model_copy(update={"compile": False})})
+    state = new_state(plain, tokenizer, processes)
+    state_bytes = BYTES_PER_PARAMETER * sum(_local_size(parameter) for parameter in state.model.parameters())
+    if state_bytes > budget:
+        raise SettingsError(
+            f"the model's weights, gradients and optimizer state take {state_bytes / GIB:.1f} GiB, "
+            f"{budget / GIB:.1f} GiB may be used: take a smaller model, or distributed.fsdp=true on more processes"
+        )
+
+    def batch_of(rows: int) -> Batch:
+        wider = replace(stage, batch_size=rows * processes.data_size)
+        in_here = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 0})})
+        return next(training_batches(data[stage.number - 1], wider, tokenizer, in_here, processes))
+
+    trials: list[Trial] = []
+    rows = 1
+    while True:
+        trial = _try(state, batch_of(rows), rows, settings, processes)
+        if trial is not None:
+            trials.append(trial)
+        costs = StepCosts(trials, state_bytes)
+        ends = trial is None or _is_enough(costs, budget) or rows >= most_rows
+        if processes.largest(ends)[0]:
+            break
+        rows = min(2 * rows, most_rows)
+    del state
+    gc.collect()
+    if not trials:
+        raise SettingsError(f"not one row of {stage.seq_len} tokens fits into the memory: take a smaller seq_len")
+    return costs
+
+
+def _is_enough(costs: StepCosts, budget: int) -> bool:
+    last = costs.trials[-1]
+    if len(costs.trials) > 1 and costs.bytes(2 * last.rows) > budget:
+        return True
+    if len(costs.trials) < LEAST_TRIALS:
+        return False
+    before = costs.trials[-2]
+    return last.seconds > LONG_STEP or before.seconds / before.rows < LEAST_GAIN * last.seconds / last.rows
+
+
+def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, processes: Processes) -> Trial | None:
+    """None where the memory of a GPU does not hold it."""
+    tokens = int(processes.sum(predicted_tokens(batch["labels"])))
+    reset_peak(processes.device)
+    try:
+        for _ in range(2):  # the first has the optimizer's state to make
+            _wait(processes.device)
+            started = time.perf_counter()
+            compute_gradients(state, [batch], tokens, {}, settings.training, processes)
+            apply_gradients(state)
+            for optimizer in state.optimizers:
+                optimizer.zero_grad()
+            _wait(processes.device)
+            seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError:
+        state.model.zero_grad()
+        torch.cuda.empty_cache()
+        return None
+    return Trial(rows, peak_bytes(processes.device), seconds)
+
+
+def decide_batch_size(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes, run: Run | None, quiet: bool
+) -> tuple[Settings, list[TrainingData] | None, StepCosts | None]:
+    """
+    The settings with `training.batch_size=auto` as a number: the most rows that fit the memory, and no more than the
+    text has; and where that had to be found out, the text and what steps cost.
+
+    Args:
+        run: one to go on with, whose number stays.
+    """
+    if settings.training.batch_size != "auto":
+        return settings, None, None
+    if run is not None:
+        return _with_rows(settings, run.settings.training.rows), None, None
+    one_each = _with_rows(settings, processes.data_size)
+    data = load_training(one_each, tokenizer, processes)
+    held = [len(each) for each in data if not isinstance(each, Stream)]
+    most = max(1, min(held, default=sys.maxsize) // processes.data_size)
+    costs = try_steps(one_each, tokenizer, processes, data, most)
+    budget = memory_budget(processes)
+    fitting = min(most, costs.most_rows(budget))
+    rows = -processes.largest(-fitting)[0] * processes.data_size
+    if rows == 0:
+        raise SettingsError(f"training.batch_size=auto: not one row fits into {budget / GIB:.1f} GiB")
+    least = costs.trials[-1].rows * processes.data_size
+    text = f"training.batch_size=auto: {rows} rows, {costs.bytes(fitting) / GIB:.2f} of {budget / GIB:.2f} GiB"
+    if rows > least:
+        text += f"; steps from {least} rows on are hardly faster by the row, and more of them learn more"
+    stderr_console(quiet or not processes.main).print(text, soft_wrap=True)
+    settings = _with_rows(settings, rows)
+    check_batches(data, settings)
+    return settings, data, costs
+
+
+def _with_rows(settings: Settings, rows: int) -> Settings:
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"batch_size": rows})})
+
+
+def memory_budget(processes: Processes) -> int:
+    """Bytes that this process may come to hold: its own now, and its share of what is free, but for a margin."""
+    device = processes.device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return round(USED_SHARE["cuda"] * (free + torch.cuda.memory_reserved(device)))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _resident_bytes() + round(USED_SHARE["cpu"] * _free_bytes() / beside)
+
+
+def _free_bytes() -> int:
+    """Of the machine, or of the container that this process is in."""
+    free = _psutil().virtual_memory().available
+    with suppress(OSError, ValueError):  # no such limit
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return max(0, free)
+
+
+def _resident_bytes() -> int:
+    return _psutil().Process().memory_info().rss
+
+
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError as error:
+        raise SettingsError("measuring memory needs psutil: pip install 'free-transformer-lm[train]'") from error
+    return psutil
+
+
+def reset_peak(device: torch.device) -> None:
+    """`peak_bytes` counts from here, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held: of a GPU's memory, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _local_size(parameter: Any) -> int:
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.numel()

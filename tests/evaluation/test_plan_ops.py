@@ -1,0 +1,88 @@
+"""Plans from plans, and what a bit does to the next token."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from free_transformer.evaluation import bit_effects
+from free_transformer.evaluation.plan_ops import average_posteriors, flip_bit, path, set_bits
+from free_transformer.model.losses import kl_bits_per_bit
+
+PLAN = torch.tensor([[True, False, True], [False, False, True]])
+
+
+def test_bits_are_fixed_in_each_plan_and_the_plan_given_stays():
+    plan = PLAN.clone()
+    assert set_bits(plan, {0: 1, 2: False}).tolist() == [[True, False, False], [True, False, False]]
+    assert torch.equal(plan, PLAN)
+    assert set_bits(plan[None], {1: True}).shape == (1, 2, 3)
+
+
+def test_a_flipped_bit_is_turned_over_in_each_plan():
+    assert flip_bit(PLAN, 0).tolist() == [[False, False, True], [True, False, True]]
+    assert torch.equal(flip_bit(flip_bit(PLAN, 1), 1), PLAN)
+
+
+@pytest.mark.parametrize("change", [lambda plan: set_bits(plan, {3: 1}), lambda plan: flip_bit(plan, -1)])
+def test_bits_that_are_not_there_are_named(change):
+    with pytest.raises(ValueError, match="this plan has bits 0 to 2"):
+        change(PLAN)
+
+
+def test_a_value_that_is_no_bit_is_named():
+    with pytest.raises(ValueError, match="bit 1: 2 is neither 0 nor 1"):
+        set_bits(PLAN, {1: 2})
+
+
+def test_a_path_changes_one_bit_at_a_time():
+    end = torch.tensor([[False, False, True], [True, True, True]])
+    steps = path(PLAN, end)
+    assert steps.shape == (4, 2, 3)
+    assert torch.equal(steps[0], PLAN) and torch.equal(steps[-1], end)
+    assert [int((a != b).sum()) for a, b in pairwise(steps)] == [1, 1, 1]
+    assert torch.equal(path(PLAN, PLAN), PLAN[None])
+    with pytest.raises(ValueError, match="no way between"):
+        path(PLAN, PLAN[:1])
+
+
+def test_the_average_is_of_probabilities():
+    logits = torch.tensor([[[0.0, 100.0, -4.0]], [[2.0, 100.0, -100.0]]])
+    expected = (0.5 + 1 / (1 + math.exp(-2))) / 2
+    average = average_posteriors(logits)
+    assert average.shape == (1, 3)
+    assert_close(average[0, 0].sigmoid(), torch.tensor(expected))
+    assert torch.isfinite(average).all()
+    assert (average > 0).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("span", [2, "sequence"])
+def test_the_effect_of_a_bit_is_the_divergence_of_two_forwards(tiny_model, tokens_like, span):
+    model, tokens = tiny_model(plan_span=span), tokens_like(3, 7)
+    effects = bit_effects(model, [{"input_ids": tokens[:2]}, {"input_ids": tokens[2:]}])
+    logits = model.infer_plan(tokens)
+    with torch.no_grad():
+        before = model(tokens, plan=logits > 0).logits.log_softmax(-1)
+        for effect in effects:
+            after = model(tokens, plan=flip_bit(logits > 0, effect.bit)).logits.log_softmax(-1)
+            per_row = (before.exp() * (before - after)).sum(-1).mean(1)
+            assert effect.effect == pytest.approx(float(per_row.mean()), abs=1e-6)
+            assert effect.standard_error == pytest.approx(float(per_row.std() / 3**0.5), abs=1e-6)
+    spent = kl_bits_per_bit(logits).mean((0, 1))
+    assert [effect.spent for effect in effects] == pytest.approx(spent.tolist(), abs=1e-5)
+
+
+def test_padding_does_not_count(tiny_model, tokens_like):
+    model, tokens = tiny_model(plan_span="sequence"), tokens_like(1, 6)
+    alone = bit_effects(model, [{"input_ids": tokens}])
+    padded = torch.nn.functional.pad(tokens, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (3, 0))
+    together = bit_effects(model, [{"input_ids": padded, "attention_mask": mask}])
+    assert [each.effect for each in together] == pytest.approx([each.effect for each in alone], abs=1e-6)
+
+
+def test_no_text_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="no text to flip bits in"):
+        bit_effects(tiny_model(), [])

@@ -1,0 +1,230 @@
+"""What is said of a run while it trains, and where the numbers go."""
+
+import io
+import json
+import math
+import sqlite3
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from test_training import stop_before_step, tiny_settings  # noqa: F401
+
+from free_transformer.model.losses import kl_bits_per_bit, predicted_tokens
+from free_transformer.runs.monitor import WINDOW, Watcher
+from free_transformer.runs.report import write_run_report
+from free_transformer.runs.run import Run
+from free_transformer.runs.watch import _fitting, watch
+from free_transformer.settings import parse_settings
+from free_transformer.training import SettingsError, train
+from free_transformer.training import step as training_step
+from processes import untimed
+
+FREE = ["reconstruction", "KL", "KL beyond the free bits", "prior gap", "live bits", "held-out ELBO"]
+FREE += ["gradient norm", "spikes"]
+
+
+def settings_of(kind="free", **training):
+    values = {"max_steps": 1000, "warmup_steps": 10, **training}
+    return parse_settings({"model": {"kind": kind, "free_bits": 2.0, "latent_dim": 8}, "training": values})
+
+
+def lines_of(count=30, start=200, **changes):
+    """Lines of a run that is well, the last ten with these changes."""
+    for index in range(count):
+        step = start + 10 * index
+        line = {"step": step, "split": "train", "loss": 3 * 0.99**index, "reconstruction": 3 * 0.99**index}
+        line |= {"kl": 2.1, "kl_hinge": 0.1, "live_bits": 6, "grad_norm": 0.8, "spikes": 0}
+        yield line | (changes if index >= count - WINDOW else {})
+
+
+def alarms(*lines, **training) -> list[str]:
+    return [reading.label for reading in Watcher(settings_of(**training), lines).alarms()]
+
+
+def test_every_figure_has_a_value_and_a_sentence():
+    readings = Watcher(settings_of(), lines_of()).readings()
+    assert [reading.label for reading in readings] == FREE
+    assert all(reading.advice and reading.value and not reading.alarm for reading in readings)
+
+
+def test_a_baseline_has_the_figures_of_a_baseline():
+    labels = [reading.label for reading in Watcher(settings_of(kind="baseline"), lines_of()).readings()]
+    assert labels == ["reconstruction", "held-out NLL", "gradient norm", "spikes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "advice"),
+    [
+        ({"reconstruction": 4.0}, "reconstruction", "learning_rate"),
+        ({"kl": 0.1}, "KL", "free_bits"),
+        ({"kl_hinge": 3.0}, "KL beyond the free bits", "kl_weight"),
+        ({"live_bits": 0}, "live bits", "free_bits"),
+        ({"grad_norm": 30.0}, "gradient norm", "grad_clip"),
+        ({"spikes": 2}, "spikes", "warmup_steps"),
+    ],
+)
+def test_what_goes_wrong_is_said_with_what_to_do_but_not_in_the_first_steps(changes, label, advice):
+    watcher = Watcher(settings_of(), lines_of(**changes))
+    assert [reading.label for reading in watcher.alarms()] == [label]
+    assert advice in watcher.alarms()[0].advice
+    early = alarms(*lines_of(count=20, start=-100, **changes))  # ends at step 90 of 1000
+    assert early == ([label] if label == "spikes" else [])
+
+
+def test_validations_that_are_no_better_and_a_plan_that_is_not_used_are_said():
+    validations = [{"step": 500 + i, "split": "validation", "loss": 2.0 + i, "gap": 0.0} for i in range(4)]
+    assert alarms(*lines_of(), *validations) == ["held-out ELBO"]
+    collapsed = {"step": 503, "split": "watcher", "collapsed": True, "warning": "the plan is not used"}
+    assert alarms(*lines_of(), *validations[:1], collapsed) == ["prior gap"]
+    assert alarms(*lines_of(), collapsed, {**collapsed, "collapsed": False}) == []
+
+
+@given(
+    st.lists(st.floats(0.5, 1.5), min_size=1, max_size=10),
+    st.lists(st.integers(0, 9), max_size=3, unique=True),
+    st.booleans(),
+)
+def test_steps_far_above_those_before_are_counted(losses, where, of_the_loss):
+    watcher = Watcher(settings_of(), lines_of())
+    usual = statistics.median(line["loss"] for line in watcher.train)
+    losses, norms = [usual * min(each, 1.4) for each in losses], [0.8 * each for each in losses]
+    where = [index for index in where if index < len(losses)]
+    for index in where:
+        (losses if of_the_loss else norms)[index] = 100.0 if of_the_loss else 4.1 * 0.8
+    assert watcher.spikes(losses, norms) == len(where)
+    assert Watcher(settings_of(), list(lines_of())[: WINDOW - 1]).spikes(losses, norms) == 0
+
+
+def test_lines_of_a_run_hold_what_the_model_says_of_its_plans(tiny_settings, monkeypatch):  # noqa: F811
+    kept, original = [], training_step.training_forward
+
+    def forward(model, batch, num_tokens, weights):
+        hook = model.encoder.register_forward_hook(lambda module, inputs, logits: kept.append(logits.detach()))
+        losses = original(model, batch, num_tokens, weights)
+        hook.remove()
+        assert num_tokens == int(predicted_tokens(batch["labels"]))
+        return losses
+
+    monkeypatch.setattr(training_step, "training_forward", forward)
+    run = train(tiny_settings(model={"plan_span": "sequence", "readout_init_scale": 3.0}), quiet=True)
+    for line, logits in zip(run.read_metrics(), kept, strict=False):
+        per_bit = kl_bits_per_bit(logits)
+        kl = per_bit.sum(-1)
+        assert line["kl"] == pytest.approx(float(kl.mean()), abs=1e-5)
+        assert line["kl_hinge"] == pytest.approx(float((kl - 0.25).clamp(min=0).mean()), abs=1e-5)
+        assert line["live_bits"] == int((per_bit.flatten(0, 1).mean(0) > 0.05).sum())
+        assert line["loss"] - line["reconstruction"] == pytest.approx(line["kl_hinge"] * math.log(2) / 15, abs=1e-5)
+
+
+def test_what_needs_doing_is_in_the_lines_once_also_after_a_stop(tiny_settings, monkeypatch, capsys):  # noqa: F811
+    sections = {"training": {"max_steps": 8, "save_every": 1, "eval_every": 2, "learning_rate": 1e-6}}
+    sections["model"] = {"free_bits": 20.0}
+    whole = train(tiny_settings("whole", **sections))
+    written = " ".join(capsys.readouterr().err.split())
+    assert written.count("KL: far under the 20 free bits") == 1
+    advised = [line for line in whole.read_metrics() if "advice" in line]
+    assert advised and "free_bits" in advised[0]["advice"]
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings("stopped", **sections), quiet=True)
+    assert untimed(train(tiny_settings("stopped", **sections), quiet=True).path) == untimed(whole.path)
+
+
+def test_tensorboard_wandb_and_trackio_get_the_same_numbers(tiny_settings, monkeypatch, tmp_path):  # noqa: F811
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, value in {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    logging = {"tensorboard": True, "wandb": True, "trackio": True, "project": "tiny"}
+    run = train(tiny_settings(logging=logging, training={"max_steps": 3, "eval_every": 3}), quiet=True)
+    lines = run.read_metrics()
+    expected = {line["step"]: line["reconstruction"] for line in lines if line["split"] == "train"}
+
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("train/reconstruction")}
+    assert found == pytest.approx(expected)
+
+    with sqlite3.connect(next((tmp_path / "trackio").glob("tiny*.db"))) as database:
+        rows = [(step, json.loads(values)) for step, values in database.execute("select step, metrics from metrics")]
+    found = {step: values["train/reconstruction"] for step, values in rows if "train/reconstruction" in values}
+    assert found == pytest.approx(expected)
+
+    assert list((run.path / "wandb").glob("offline-run-*/*.wandb"))
+    assert (run.path / "wandb_id.txt").read_text().strip()
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_written(tiny_settings, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("free_transformer.runs.trackers.importlib.util.find_spec", lambda name: None)
+    settings = tiny_settings(logging={"wandb": True})
+    with pytest.raises(SettingsError, match=r"wandb is not installed; pip install 'free-transformer-lm\[wandb\]'"):
+        train(settings, quiet=True)
+    assert not settings.run_dir.exists()
+
+
+def test_watch_draws_curves_and_every_figure(tiny_settings, capsys):  # noqa: F811
+    run = train(tiny_settings(training={"eval_every": 2}), quiet=True)
+    watch([run.path], once=True)
+    shown = capsys.readouterr().out
+    assert all(label in shown for label in FREE)
+    assert "step 6 ended" in shown and "nats per token" in shown
+    watch([run.path])  # of a run that has ended, it returns by itself
+    with pytest.raises(SettingsError, match="not a run"):
+        watch([run.path.parent / "nothing"], once=True)
+
+
+@pytest.mark.parametrize(("width", "height", "rows"), [(120, 50, 2), (80, 24, 1), (60, 24, 1), (80, 12, 0)])
+def test_watch_fits_the_terminal_and_keeps_every_figure(width, height, rows, tmp_path):
+    run = Run(tmp_path)
+    run.write_config(settings_of())
+    for line in lines_of(kl_hinge=9.0):  # too much: one alarm
+        run.append_metrics(**line)
+        run.append_metrics(step=line["step"], split="validation", loss=2.0 - line["step"] / 1000, gap=0.1)
+    console = Console(width=width, height=height, file=io.StringIO())
+    console.print(_fitting([run], console))
+    drawn = console.file.getvalue().splitlines()
+    assert len(drawn) < height
+    assert sum("┌" in text for text in drawn) == rows
+    assert all(any(label in text for text in drawn) for label in FREE)
+    assert "model.free_bits" in "".join(drawn)
+
+
+def test_runs_of_one_name_in_two_folders_are_told_apart(tiny_settings, capsys):  # noqa: F811
+    runs = [
+        train(tiny_settings(f"{folder}/same", training={"max_steps": steps}), quiet=True)
+        for folder, steps in (("one", 2), ("other", 3))
+    ]
+    watch([run.path for run in runs], once=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "step 2 ended" in shown and "step 3 ended" in shown
+
+
+def test_a_report_is_of_any_run_also_while_it_trains(tiny_settings, monkeypatch, outside_references):  # noqa: F811
+    settings = tiny_settings(training={"save_every": 2})
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, quiet=True)
+    page = write_run_report(settings.run_dir).read_text()
+    assert "step 5 of 6; stopped before its end" in page and "<svg" in page
+    assert not outside_references(page)
+    empty = tiny_settings("empty")
+    empty.run_dir.mkdir()
+    (empty.run_dir / "config.yaml").write_text(empty.to_yaml())
+    assert "No step has been logged yet" in write_run_report(empty.run_dir).read_text()
+
+
+def test_a_report_of_several_runs_overlays_them(tiny_settings, tmp_path, outside_references):  # noqa: F811
+    runs = [train(tiny_settings(name, model={"kind": name}), quiet=True) for name in ("free", "baseline")]
+    path = write_run_report(*(run.path for run in runs))
+    assert path == tmp_path / "report.html"
+    page = path.read_text()
+    assert "free, train" in page and "baseline, train" in page and page.count("<svg") == 1
+    assert not outside_references(page)
+    assert write_run_report(runs[0].path, out=tmp_path / "own.html").is_file()

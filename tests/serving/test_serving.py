@@ -1,0 +1,492 @@
+"""The server: its answers against the same request alone and against `generate`, its limits, and clients that leave."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI, RateLimitError
+
+from conftest import TINY
+from free_transformer import FreeTransformer, FreeTransformerConfig
+from free_transformer.cli.main import main
+from free_transformer.data import byte_tokenizer
+from free_transformer.evaluation.plan_ops import plan_of_text
+from free_transformer.model.plan_text import format_bits
+from free_transformer.model.sampling import Sampling
+from free_transformer.runtime import arrays
+from free_transformer.serving import engine
+from free_transformer.serving.access import max_body
+from free_transformer.serving.app import create_app, listen
+from free_transformer.serving.detokenizer import Detokenizer, TokenTexts
+from free_transformer.serving.engine import Engine, Job, QueueFull
+from free_transformer.serving.metrics import Metrics
+from free_transformer.serving.torch_batch import TorchBatch, draw
+from rows import write_in_rows
+
+TOKENS = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+
+
+def build_model(**changes) -> FreeTransformer:
+    torch.manual_seed(0)
+    model = FreeTransformer(FreeTransformerConfig(**{**TINY, **TOKENS, "num_layers": 2, **changes})).eval()
+    with torch.no_grad():  # so that plans change texts
+        model.plan_table.weight.normal_()
+    return model
+
+
+def save_model(folder: Path, **changes) -> FreeTransformer:
+    """A model and the byte tokenizer in a folder."""
+    model = build_model(**changes)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+@contextlib.contextmanager
+def running(app):
+    """The address of an application that uvicorn serves from a thread."""
+    bound = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(plan_span=5, max_seq_len=128)
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    app = create_app(lambda: TorchBatch(model, byte_tokenizer(), max_rows=24), "tiny", max_prompt=60, max_waiting=300)
+    with running(app) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def post(url: str, body: bytes, **headers: str) -> tuple[int, dict]:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def metric(address: str, name: str) -> float:
+    page = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    found = re.findall(rf"^free_transformer_{re.escape(name)} (\S+)", page, re.M)
+    return float(found[0]) if found else 0.0
+
+
+def wait_for(condition) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come to be in a minute")
+
+
+def test_an_answer_holds_the_plan_and_repeats(client):
+    request = {"model": "tiny", "prompt": "Hello", "max_tokens": 12, "seed": 7}
+    one, other = (client.completions.create(**request) for _ in range(2))
+    choice = one.choices[0]
+    assert re.fullmatch(r"([01]{4} ){3}[01]{4}", choice.plan)  # ceil((6 + 11) / 5)
+    assert choice.text == other.choices[0].text and choice.plan == other.choices[0].plan
+    assert one.usage.prompt_tokens == 6 and one.usage.total_tokens == 6 + one.usage.completion_tokens
+    under = client.completions.create(**request, extra_body={"plan": choice.plan})
+    assert under.choices[0].text == choice.text  # tokens have random numbers of their own
+    other_plan = choice.plan.translate(str.maketrans("01", "10"))
+    assert client.completions.create(**request, extra_body={"plan": other_plan}).choices[0].text != choice.text
+
+
+def test_greedy_text_is_that_of_generate(client, model):
+    plan = model.sample_plan(1, 8)
+    prompt = torch.tensor([[256, *b"Once"]])
+    written = model.generate(prompt, plan=plan, max_new_tokens=30, do_sample=False)
+    bits = plan[0].int().tolist()
+    answer = client.completions.create(
+        model="tiny", prompt="Once", max_tokens=30, temperature=0, extra_body={"plan": bits}
+    )
+    tokenizer = byte_tokenizer()
+    assert answer.choices[0].text == tokenizer.decode(written[0, 5:], skip_special_tokens=True)
+    by_tokens = client.completions.create(
+        model="tiny", prompt=prompt[0].tolist(), max_tokens=30, temperature=0, echo=True, extra_body={"plan": bits}
+    )
+    assert by_tokens.choices[0].text == "Once" + answer.choices[0].text
+
+
+def test_plans_come_from_an_example_from_the_prompt_or_from_the_prior(client, model):
+    def plan(**options) -> str:
+        body = {name: options.pop(name) for name in ("plan_from", "prompt_plan", "prior") if name in options}
+        answer = client.completions.create(model="tiny", max_tokens=1, extra_body=body, **options)
+        return answer.choices[0].plan
+
+    example = "An example of twenty-"
+    read = format_bits(plan_of_text(model, byte_tokenizer(), example))
+    assert plan(prompt=example, plan_from=example) == read
+    # posteriors are nearly certain here, coins are not
+    sure = model.infer_plan(torch.tensor([[256, *example.encode()]])).abs().min(-1).values[0] > 4
+    seeds = range(8)
+    of_prompt = [plan(prompt=example, seed=seed).split() for seed in seeds]
+    assert all(each[i] == read.split()[i] for each in of_prompt for i in range(len(sure)) if sure[i])
+    assert len({plan(prompt=example, prompt_plan="prior", seed=seed) for seed in seeds}) == len(seeds)
+    assert len({plan(prompt="", seed=seed) for seed in seeds}) > 1
+    with pytest.raises(BadRequestError, match="gathered none"):
+        plan(prompt="", prior="aggregate")
+
+
+def test_a_stream_is_the_same_text_in_pieces(client):
+    request = {"model": "tiny", "prompt": ["Hello", "Bye"], "max_tokens": 20, "seed": 3, "n": 2}
+    whole = client.completions.create(**request)
+    texts, plans, ends = [""] * 4, [[] for _ in range(4)], [None] * 4
+    chunks = list(client.completions.create(**request, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        plans[choice.index].append(choice.plan)
+        ends[choice.index] = choice.finish_reason or ends[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert [each[0] for each in plans] == [choice.plan for choice in whole.choices]
+    assert all(plan is None for each in plans for plan in each[1:])
+    assert ends == [choice.finish_reason for choice in whole.choices]
+    assert len(chunks) > 8 and chunks[-1].usage == whole.usage
+    assert texts[0] != texts[1]  # texts of one prompt have numbers of their own
+    alone = client.completions.create(**{**request, "prompt": "Bye"})
+    assert [choice.text for choice in alone.choices] == texts[2:]
+
+
+def test_two_hundred_at_once_get_what_each_gets_alone(address):
+    """None is lost or mixed, to the bit, whoever else is being written."""
+
+    def request(number: int) -> dict:
+        steering = [{"plan": f"{number % 16:04b}"}, {"plan_from": "f" * number}, {"prompt_plan": "prior"}, {}]
+        sampling = [{"temperature": 0}, {"temperature": 0.8}, {"top_p": 0.7}, {"extra_body": {"top_k": 5}}]
+        made = {"prompt": "abcdefghij"[: number % 11], "max_tokens": 4 + number % 17, "seed": number}
+        made |= sampling[number // 4 % 4]
+        return {**made, "extra_body": {**made.get("extra_body", {}), **steering[number % 4]}}
+
+    async def ask(client, number: int):
+        choice = (await client.completions.create(model="tiny", **request(number))).choices[0]
+        return choice.text, choice.plan, choice.finish_reason
+
+    async def everything():
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            together = await asyncio.gather(*(ask(client, number) for number in range(200)))
+            return together, [await ask(client, number) for number in range(200)]
+
+    together, alone = asyncio.run(everything())
+    assert together == alone
+    assert len({text for text, *_ in alone}) > 150
+    assert metric(address, "running_texts") == 0 and metric(address, "waiting_texts") == 0
+
+
+@pytest.mark.parametrize("span", [1, 4, "sequence"])
+def test_rows_come_and_go_and_each_is_written_as_by_generate(span):
+    model = build_model(plan_span=span, max_seq_len=400).double()
+    batch = TorchBatch(model, byte_tokenizer(), max_rows=3)
+    lengths = [(5, 290), (40, 12), (3, 30), (17, 300), (1, 60), (258, 9)]  # of prompts, and of what is written
+    rng = np.random.default_rng(0)
+    prompts = [[256, *rng.integers(0, 256, prompt - 1).tolist()] for prompt, _ in lengths]
+    plans = [rng.random((batch.num_plans(sum(each) - 1), 4)) < 0.5 for each in lengths]
+    written = write_in_rows(batch, prompts, plans, [count for _, count in lengths])
+    for prompt, plan, text, (_, count) in zip(prompts, plans, written, lengths, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), plan=torch.from_numpy(plan), max_new_tokens=count, do_sample=False, eos_token_id=-1
+        )
+        assert expected[0, len(prompt) :].tolist() == text
+
+
+def test_logits_of_a_text_are_bit_for_bit_the_same_beside_any_number_of_others():
+    wide = build_model(hidden_dim=512, num_heads=8, num_kv_heads=2, ffn_hidden_dim=1024, plan_span="sequence")
+
+    def first_text(others: int) -> torch.Tensor:
+        batch = TorchBatch(wide, byte_tokenizer(), max_rows=40)
+        for length in [7, *(3 + other for other in range(others))]:
+            batch.add([256] + [70] * length, lambda read: np.ones((1, 4), dtype=bool))
+        return torch.stack([batch.step([65] * batch.rows)[0].clone() for _ in range(3)])
+
+    alone = first_text(0)
+    assert all(torch.equal(first_text(others), alone) for others in (3, 20, 39))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
+    rng = np.random.default_rng(seed)
+    rows, vocabulary = 6, 12
+    logits = (3 * rng.normal(size=(rows, vocabulary))).astype(np.float32)
+    sampling = [
+        Sampling(
+            float(rng.choice([0, 1e-45, 1e-5, 0.5, 1, 2])),
+            int(rng.integers(0, 14)),
+            float(rng.choice([0, 0.1, 0.6, 1])),
+        )
+        for _ in range(rows)
+    ]
+    uniform = rng.random(rows)
+    settings = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
+    expected = arrays.draw(logits, *settings, uniform).tolist()
+    assert draw(torch.from_numpy(logits), sampling, uniform) == expected
+    one = [draw(torch.from_numpy(logits[i : i + 1]), sampling[i : i + 1], uniform[i : i + 1])[0] for i in range(rows)]
+    assert one == expected  # whatever the neighbours' settings
+
+
+@given(st.text(max_size=12), st.text(min_size=1, max_size=3), st.lists(st.integers(0, 258), max_size=6))
+def test_pieces_are_the_text_up_to_its_stop(text, stop, more):
+    tokenizer = byte_tokenizer().backend_tokenizer
+    tokens = [*text.encode(), *more]
+    detokenizer = Detokenizer(TokenTexts(tokenizer), stop=[stop])
+    shown = []
+    for token in tokens:
+        shown.append(detokenizer.add(token))
+        if detokenizer.stopped:
+            break
+    shown.append(detokenizer.end())
+    assert "".join(shown) == tokenizer.decode(tokens, skip_special_tokens=True).split(stop)[0]
+
+
+def test_a_stop_string_ends_the_text(client):
+    request = {"model": "tiny", "prompt": "a", "max_tokens": 40, "seed": 1}
+    text = client.completions.create(**request).choices[0].text
+    stop = text[10:12]
+    answer = client.completions.create(**request, stop=[stop, "never written"])
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 40
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"max_token": 3}, "max_token: unknown field; is max_tokens meant?"),
+        ({"plan": "012"}, "plan '012': write its bits as 0 and 1"),
+        ({"plan": "011"}, "plan '011' has 3 bits: a plan of this model has 4"),
+        ({"plan": [0, 2]}, "plan: bits as text"),
+        ({"plan": "0110", "plan_from": "x"}, "plan: give plan or plan_from, not both"),
+        ({"prompt_plan": "none"}, 'prompt_plan="none"'),
+        ({"prompt": {"a": 1}}, "prompt: a text, its token ids, or a list"),
+        ({"prompt": []}, "prompt: an empty list"),
+        ({"prompt": [[]]}, "prompt: no tokens"),
+        ({"prompt": [256, 300]}, "prompt: token ids from 256 to 300, the vocabulary has 0 to 258"),
+        ({"prompt": "x" * 60}, "prompt: more than 60 tokens, the most that this server reads"),
+        ({"prompt": "x" * 59, "max_tokens": 90}, "this server holds at most 128 tokens of a text"),
+        ({"max_tokens": 128}, "max_tokens=128: this server generates at most 127"),
+        ({"max_tokens": 0}, "max_tokens=0: at least 1, or 0 with echo"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": "NaN"}, 'temperature="NaN"'),
+        ({"n": 129}, "n=129"),
+        ({"n": 128, "prompt": ["a", "b", "c"]}, "384 texts in one request, this server takes at most 324"),
+        ({"stop": [""]}, "none of them empty"),
+        ({"logprobs": 21}, "logprobs=21: Input should be less than or equal to 20"),
+        ({"best_of": 2}, "best_of=2: only n (1) is supported"),
+    ],
+)
+def test_bad_requests_are_told_in_one_line(address, body, message):
+    status, answer = post(f"{address}/v1/completions", json.dumps(body).encode())
+    assert status == 400
+    assert message in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+
+
+def test_other_bad_requests(address):
+    url = f"{address}/v1/completions"
+    assert post(url, b"{")[0] == 400
+    assert post(url, b'{"prompt": "a"}', **{"Content-Type": "text/plain"})[0] == 415  # what a web page could send
+    assert post(url, b'{"model": "gpt"}')[1]["error"]["message"] == "model 'gpt': this server has 'tiny'"
+    assert post(f"{address}/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}]}')[0] == 400
+    limit = max_body(128)
+    status, answer = post(url, b"[" * (limit + 1))
+    assert status == 413 and f"more than {limit} bytes" in answer["error"]["message"]
+
+
+def test_a_token_is_asked_for(model):
+    app = create_app(lambda: TorchBatch(model, byte_tokenizer(), max_rows=1), "tiny", token="secret")
+    with running(app) as address:
+        url = f"{address}/v1/completions"
+        assert post(url, b"{}")[0] == 401
+        assert post(url, b"{}", Authorization="Bearer sécret")[0] == 401
+        assert post(url, b"{}", Authorization="Bearer secret")[0] == 200
+        assert urllib.request.urlopen(f"{address}/health").status == 200
+        models = OpenAI(base_url=f"{address}/v1", api_key="secret").models.list().data
+        assert [(each.id, each.latent_dim) for each in models] == [("tiny", 4)]
+
+
+class SlowBatch(TorchBatch):
+    """Steps wait until they are let on."""
+
+    def __init__(self, model: FreeTransformer, rows: int):
+        super().__init__(model, byte_tokenizer(), rows)
+        self.go = threading.Event()
+        self.go.set()  # while the engine warms up
+        self.error: Exception | None = None
+
+    def step(self, *arguments):
+        self.go.wait()
+        if self.error is not None:
+            raise self.error
+        time.sleep(0.01)
+        return super().step(*arguments)
+
+
+@pytest.fixture
+def slow(model):
+    """A server of one row and one place to wait, its batch, and clients that do not try again."""
+    batch = SlowBatch(model, 1)
+    with running(create_app(lambda: batch, "tiny", max_waiting=1)) as address:
+        batch.go.clear()
+        yield address, batch, OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        batch.go.set()
+
+
+def test_more_than_may_wait_are_told_to_come_back(slow):
+    address, batch, client = slow
+    request = {"model": "tiny", "prompt": "a", "max_tokens": 5, "seed": 0, "extra_body": {"plan": "0000 0000"}}
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(client.completions.create(**request).choices[0].text))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: metric(address, "running_texts") == 1 and metric(address, "waiting_texts") == 1)
+    with pytest.raises(RateLimitError, match="1 texts are waiting, at most 1 may") as refused:
+        client.completions.create(**request)
+    assert refused.value.response.headers["retry-after"] == "1"
+    batch.go.set()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 2 and texts[0] == texts[1]
+    assert metric(address, 'requests_total{status="429"}') == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_is_not_written_for(slow, stream):
+    address, batch, client = slow
+    body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": stream}).encode()
+    host, port = address.removeprefix("http://").split(":")
+
+    def connect() -> socket.socket:
+        connection = socket.create_connection((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return connection
+
+    running_one, waiting_one = connect(), connect()
+    wait_for(lambda: metric(address, "waiting_texts") == 1)
+    waiting_one.close()
+    running_one.close()
+    time.sleep(0.2)
+    batch.go.set()
+    wait_for(lambda: metric(address, "running_texts") == 0 and metric(address, "waiting_texts") == 0)
+    wait_for(lambda: metric(address, 'requests_total{status="499"}') == 2)
+    assert metric(address, "generated_tokens_total") < 20
+    assert client.completions.create(model="tiny", prompt="b", max_tokens=2).choices[0].finish_reason
+
+
+def test_an_engine_that_fails_says_so_and_starts_again(slow, caplog, monkeypatch):
+    monkeypatch.setattr(engine, "RECOVERY_SECONDS", 0.1)
+    address, batch, client = slow
+    batch.error = RuntimeError("out of memory")
+    batch.go.set()
+    with pytest.raises(InternalServerError, match="could not be generated: out of memory"):
+        client.completions.create(model="tiny", prompt="a", max_tokens=5)
+    with pytest.raises(urllib.error.HTTPError) as unwell:
+        urllib.request.urlopen(f"{address}/health")
+    assert unwell.value.code == 503 and b"out of memory" in unwell.value.read()
+    assert "out of memory" in caplog.text
+    assert post(f"{address}/v1/completions", b"{}")[0] == 503  # at once, rather than after waiting
+    batch.error = None
+    wait_for(lambda: post(f"{address}/v1/completions", b"{}")[0] == 200)  # it starts again by itself
+    assert json.loads(urllib.request.urlopen(f"{address}/health").read()) == {"status": "ok"}
+    assert metric(address, "engine_restarts_total") == 1
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone(model):
+    class Picky(TorchBatch):
+        def add(self, tokens, *arguments):
+            if tokens[-1] == ord("!"):
+                raise RuntimeError("no")
+            return super().add(tokens, *arguments)
+
+    async def write():
+        engine = Engine(lambda: Picky(model, byte_tokenizer()), 8, Metrics())
+        jobs = [Job([256, ord(last)], 4, seed=(0,)) for last in "a!b"]
+        ends = {id(piece.job): piece.end async for piece in engine.submit(jobs)}
+        engine.stop()
+        return [ends[id(job)] for job in jobs]
+
+    assert asyncio.run(write()) == ["length", "error", "length"]
+
+
+def test_a_longer_text_begins_as_a_shorter_one_does(model):
+    async def write(count: int) -> str:
+        engine = Engine(lambda: TorchBatch(model, byte_tokenizer()), 8, Metrics())
+        pieces = [piece async for piece in engine.submit([Job([256, *b"abc"], count, seed=(5,))])]
+        engine.stop()
+        return pieces[-1].text
+
+    short, long = asyncio.run(write(10)), asyncio.run(write(40))
+    assert long.startswith(short[:-1]) and len(long) > len(short)
+
+
+def test_an_engine_takes_no_more_than_fits_and_tells_why_it_cannot_start(model):
+    async def submit():
+        engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), 0, Metrics())
+        jobs = [Job([256], 100) for _ in range(2)]
+        first = engine.submit(jobs)
+        with pytest.raises(QueueFull):
+            engine.submit([Job([256], 1)])
+        first.cancel()
+        assert {piece.end async for piece in first} == {"cancelled"}
+        engine.stop()
+
+    asyncio.run(submit())
+    with pytest.raises(ValueError, match="max_length=129: from 2 to 128"):
+        create_app(lambda: TorchBatch(model, byte_tokenizer(), max_length=129), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a RUN, or an export with --onnx FOLDER"),
+        (["run", "--onnx", "export"], "not both"),
+        (["{tmp}"], "not a run"),
+        (["--onnx", "{tmp}"], "no export"),
+    ],
+)
+def test_the_command_says_what_it_needs(arguments, message, tmp_path, monkeypatch, capsys):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["free-transformer", "serve", "--port", "0", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_port_in_use_is_told(monkeypatch, capsys):
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("sys.argv", ["free-transformer", "serve", "nothing", "--port", str(port)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 1 and "choose others with --host and --port" in capsys.readouterr().err
