@@ -41,13 +41,13 @@ def encoder_of_span(span: int) -> Callable[[], None]:
     torch.manual_seed(0)
     model = FreeTransformer(FreeTransformerConfig(**SHAPE, max_seq_len=LENGTH, plan_span=span))
     with torch.no_grad():
-        half = model.first_half(torch.randint(3, 4096, (ROWS, LENGTH)))
-    half.hidden_states.requires_grad_()
+        lower = model.lower_layers(torch.randint(3, 4096, (ROWS, LENGTH)))
+    lower.hidden_states.requires_grad_()
     grad = torch.randn(ROWS, -(-LENGTH // span), 8)
 
     def run() -> None:
-        model.encode(half).backward(grad)
-        half.hidden_states.grad = None
+        model.encode(lower).backward(grad)
+        lower.hidden_states.grad = None
         model.encoder.zero_grad()
 
     return run

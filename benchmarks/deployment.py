@@ -29,7 +29,7 @@ from free_transformer.export.files import SCHEMES
 from free_transformer.export.onnx import export_onnx
 from free_transformer.export.quantize import quantize
 from free_transformer.files import write_json
-from free_transformer.model.modeling import FirstHalf
+from free_transformer.model.modeling import LowerOutput
 from free_transformer.training import Run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "three_voices"))
@@ -48,14 +48,14 @@ class ByOnnx(FreeTransformer):
     exported: OnnxFreeTransformer
     tokens: Tensor
 
-    def first_half(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> FirstHalf:  # type: ignore[override]
+    def lower_layers(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> LowerOutput:  # type: ignore[override]
         self.tokens = input_ids
-        return super().first_half(input_ids, *args, **kwargs)  # for the layout of plans alone
+        return super().lower_layers(input_ids, *args, **kwargs)  # for the layout of plans alone
 
-    def encode(self, half: FirstHalf) -> Tensor:
+    def encode(self, lower: LowerOutput) -> Tensor:
         return torch.from_numpy(self.exported.infer_plan(self.tokens.numpy()))
 
-    def second_half(self, half: FirstHalf, plan: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def upper_layers(self, lower: LowerOutput, plan: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch, tokens = self.tokens.shape
         inputs = {"input_ids": self.tokens, "attention_mask": torch.ones_like(self.tokens), "plan": plan}
         inputs["columns"] = torch.arange(tokens)

@@ -152,8 +152,8 @@ def time_loop(settings: Any) -> float:
 def time_blocks(settings: Any) -> dict[str, Any]:
     """Seconds of the blocks that log and of those that do not, of a line, and of opening and closing the trackers."""
     from free_transformer.runs import display
-    from free_transformer.runs.display import Display
     from free_transformer.training import loop, train
+    from free_transformer.training.display import Display
 
     found: dict[str, Any] = {"logging": [], "silent": []}
     lines: list[float] = []

@@ -149,7 +149,7 @@ def test_a_server_runs_where_torch_cannot_be_imported(models, exports):
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 sys.argv = ["free-transformer", "serve", "--onnx", {str(exports["dynamic"].folder)!r}, "--port", "0", "--name", "tiny"]
-from free_transformer.cli import main
+from free_transformer.cli.main import main
 main()
 """
     plan = models["dynamic"].sample_plan(1, 8)

@@ -556,7 +556,7 @@ def test_hidden_states_and_attentions(tiny_model, tokens):
     output = model(tokens, plan=plan, output_hidden_states=True, output_attentions=True, logits_to_keep=1)
     assert [tuple(each.shape) for each in output.hidden_states] == [(2, 8, 16)] * 5
     assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(tokens))
-    assert torch.equal(output.hidden_states[2], model.first_half(tokens).hidden_states)
+    assert torch.equal(output.hidden_states[2], model.lower_layers(tokens).hidden_states)
     assert torch.equal(model.lm_head(output.hidden_states[-1][:, -1:]), output.logits)
     assert [tuple(each.shape) for each in output.attentions] == [(2, 2, 8, 8)] * 4
     for weights in output.attentions:

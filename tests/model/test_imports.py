@@ -1,5 +1,6 @@
 """`import free_transformer` imports neither torch nor `transformers`, and still the Auto classes know our classes."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import free_transformer
 from free_transformer import FreeTransformer, FreeTransformerConfig
+from free_transformer.model.hub_code import code_files
 
 LOAD = "from transformers import AutoModelForCausalLM\nprint(type(AutoModelForCausalLM.from_pretrained({folder!r})))"
 
@@ -67,35 +69,94 @@ def test_unknown_names_are_told():
         _ = free_transformer.FreeTransformr
 
 
-CORE = (
-    "attention",
-    "cache",
-    "compat",
-    "config",
-    "encoder",
-    "generation",
-    "initialization",
-    "injection",
-    "layers",
-    "layout",
+# Each room imports only from itself and from rooms above it in this list.
+ORDER = (
+    "errors",
+    "files",
+    "quiet",
+    "model",
+    "runtime",
+    "data",
+    "settings",
+    "distributed",
+    "evaluation",
+    "reporting",
+    "runs",
+    "training",
+    "export",
+    "integrations",
+    "reproduce",
+    "serving",
+    "cli",
 )
-CORE += ("losses", "model", "numerics", "plan", "plan_text", "pretrained", "sampling", "straight_through")
+PUBLIC_NAMES = {"auto_classes", "deploy", "losses", "plan", "synthetic_data", "trainer", "__init__", "__main__"}
+PACKAGE = Path(free_transformer.__file__).parent
 
 
-def imported_by(path: Path) -> set[str]:
-    """Parts of the package that a file imports anywhere, `training` for free_transformer.training.loop."""
-    names = re.findall(r"^\s*(?:from|import) (?:free_transformer)?\.(\w+)", path.read_text(encoding="utf-8"), re.M)
-    return set(names)
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_imports_run_one_way():
-    package = Path(free_transformer.__file__).parent
-    for name in CORE:
-        assert imported_by(package / f"{name}.py") <= {*CORE, "sharing", "errors"}, name
-    for path in package.rglob("*.py"):
-        assert "cli" not in imported_by(path) or path.name == "__main__.py", path
-    for path in (package / "evaluation").glob("*.py"):
-        assert not imported_by(path) & {"cli", "serving", "deploy"}, path
+def rooms_imported_by(path: Path) -> set[str]:
+    text = path.read_text(encoding="utf-8")
+    return set(re.findall(r"^\s*(?:from|import) free_transformer\.(\w+)", text, re.M)) | set(
+        re.findall(r"^\s*from free_transformer import (\w+)", text, re.M)
+    ) & {*ORDER}
+
+
+def test_rooms_import_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        if room in PUBLIC_NAMES:
+            continue
+        above = {*ORDER[: ORDER.index(room) + 1]}
+        assert rooms_imported_by(path) <= above, path
+
+
+def test_no_module_is_in_an_import_circle():
+    """Within a room too. Imports for type checking count."""
+    modules = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    imports = {
+        name: {each for each in imported_modules(name, path) if each in modules} for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for each in imports[name]:
+                visit(each, (*above, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())
+
+
+def imported_modules(name: str, path: Path) -> set[str]:
+    """At the top of a file; `from .x import y` as in `model/`."""
+    found = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            base = f"{package}.{node.module}" if node.level else (node.module or "").removeprefix("free_transformer.")
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found - {package}
+
+
+def test_the_model_is_closed():
+    """Its files import each other alone, and are what a saved model carries; `modeling` reaches each of them."""
+    folder = PACKAGE / "model"
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    reached, todo = set(), ["modeling"]
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) free_transformer", text, re.M), name
+        todo += [each for each in re.findall(r"^\s*from \.(\w+) import", text, re.M) if each not in reached]
+    assert reached == names
+    assert {path.stem for path in code_files()} == names
 
 
 def test_internals_of_transformers_are_imported_in_one_place():

@@ -222,7 +222,7 @@ def test_a_packed_row_is_its_documents_alone(span):
     def check(positions_and_mask, use_cache):
         positions, mask = positions_and_mask
         tokens = torch.randint(3, 32, mask.shape)
-        half = model.first_half(tokens, mask.long(), positions)
+        half = model.lower_layers(tokens, mask.long(), positions)
         plan = torch.rand(len(mask), half.num_plans, 4) < 0.5
         found = model(tokens, mask.long(), positions, plan=plan, use_cache=use_cache).logits
         for row in range(len(mask)):

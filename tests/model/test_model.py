@@ -181,7 +181,7 @@ def test_free_transformer_and_baseline_start_alike(tiny_config, tied):
 @pytest.mark.parametrize("tied", [False, True])
 def test_plan_starts_at_the_scale_of_the_stream_that_it_joins(tiny_config, tokens_like, tied):
     model, tokens = FreeTransformer(tiny_config(hidden_dim=64, latent_dim=8, tie_embeddings=tied)), tokens_like(8, 16)
-    stream = model.first_half(tokens).hidden_states.square().mean().sqrt().item()
+    stream = model.lower_layers(tokens).hidden_states.square().mean().sqrt().item()
     plan = model.plan_table(model.sample_plan(8, 16)).square().mean().sqrt().item()
     assert 0.5 < plan / stream < 1.5
     assert 0.5 < model(tokens).logits.std() < 2
@@ -210,7 +210,7 @@ def test_custom_encoder_keeps_its_own_start_and_is_used(tiny_config, tokens_like
     model = FreeTransformer(config, encoder=encoder)
     assert all(torch.equal(model.encoder.state_dict()[name], value) for name, value in start.items())
     tokens = tokens_like(2, 5)
-    expected = encoder(model.first_half(tokens).hidden_states, torch.ones(2, 5, 5))
+    expected = encoder(model.lower_layers(tokens).hidden_states, torch.ones(2, 5, 5))
     assert_close(model.infer_plan(tokens), expected.detach())
 
 
@@ -320,7 +320,7 @@ def test_neighbouring_documents_of_a_packed_row_change_nothing(tiny_model, token
     rows = [[5, 1, 8], [14], [1, 1, 3]]
     tokens = tokens_like(len(rows), total)
     positions, mask = (torch.stack(parts) for parts in zip(*(packed_row(row, total) for row in rows), strict=True))
-    posterior = model.encode(model.first_half(tokens, mask, positions))
+    posterior = model.encode(model.lower_layers(tokens, mask, positions))
     assert_close(model.infer_plan(tokens, mask, positions), posterior.detach())
     plan = model.sample_plan(*posterior.shape[:2])
     logits = model(tokens, attention_mask=mask, position_ids=positions, plan=plan).logits

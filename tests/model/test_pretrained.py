@@ -164,7 +164,7 @@ def test_the_encoder_starts_as_the_layer_that_receives_the_plan(donor):
 def test_the_scale_of_the_stream_is_that_of_a_typical_token(donor, tokens):
     _, folder = donor(DONORS["llama"])
     model = FreeTransformer.from_pretrained(folder, latent_dim=4)
-    states = model.first_half(tokens).hidden_states
+    states = model.lower_layers(tokens).hidden_states
     assert_close(model.config.stream_scale, states.square().mean(-1).sqrt().median().item(), atol=0, rtol=0.3)
 
 

@@ -830,8 +830,8 @@ def _write_under(
 def _write_by_onnx(
     path: Path, prompt: str, plan: str | None, plan_from: Path | None, num_samples: int, options: dict[str, Any]
 ) -> None:
-    from free_transformer.deploy import OnnxFreeTransformer
     from free_transformer.model.plan_text import parse_bits
+    from free_transformer.runtime.onnx_model import OnnxFreeTransformer
 
     model = OnnxFreeTransformer(path)
     if plan is not None:
@@ -858,7 +858,7 @@ def _torch_batch(path: Path, rows: int | None, length: int | None, threads: int 
 
 
 def _onnx_batch(path: Path, rows: int | None, length: int | None, threads: int | None) -> Any:
-    from free_transformer.deploy import OnnxFreeTransformer
+    from free_transformer.runtime.onnx_model import OnnxFreeTransformer
     from free_transformer.serving.onnx_batch import OnnxBatch
 
     return OnnxBatch(OnnxFreeTransformer(path, threads=threads), rows or 8, length)

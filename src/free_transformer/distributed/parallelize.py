@@ -25,7 +25,7 @@ from free_transformer.settings import SettingsError
 
 IN_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 IN_ROWS = ("o_proj", "down_proj")
-OTHER_ENTRIES = ("first_half", "encode", "second_half")  # of the model, besides `forward`
+OTHER_ENTRIES = ("lower_layers", "encode", "upper_layers")  # of the model, besides `forward`
 
 
 def parallelize(

@@ -42,17 +42,17 @@ def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]])
     effects, spent = [], []
     for batch in batches:
         inputs: dict[str, Any] = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
-        half = model.first_half(**inputs)
-        assert half.layout is not None
-        plan_logits = model.encode(half)
+        lower = model.lower_layers(**inputs)
+        assert lower.layout is not None
+        plan_logits = model.encode(lower)
         plan = plan_logits > 0
-        spent.append(kl_bits_per_bit(plan_logits[half.layout.plan_mask]))
-        mask = half.layout.token_mask
+        spent.append(kl_bits_per_bit(plan_logits[lower.layout.plan_mask]))
+        mask = lower.layout.token_mask
         counted = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
-        before = model.second_half(half, plan).float().log_softmax(-1)
+        before = model.upper_layers(lower, plan).float().log_softmax(-1)
         per_bit = []
         for bit in range(plan.shape[-1]):
-            after = model.second_half(half, flip_bit(plan, bit)).float().log_softmax(-1)
+            after = model.upper_layers(lower, flip_bit(plan, bit)).float().log_softmax(-1)
             divergence = (before.exp() * (before - after)).sum(-1)
             per_bit.append((divergence * counted).sum(1) / counted.sum(1).clamp(min=1))
         effects.append(torch.stack(per_bit, 1))

@@ -22,7 +22,7 @@ from free_transformer.evaluation.particle_filter import particle_filter
 from free_transformer.evaluation.usage import PlanUsage, plan_usage
 from free_transformer.model.layout import is_packed, plan_layout
 from free_transformer.model.losses import IGNORED
-from free_transformer.model.modeling import FirstHalf, FreeTransformer
+from free_transformer.model.modeling import FreeTransformer, LowerOutput
 from free_transformer.model.plan import codes_to_bits
 
 MAX_ENUMERATED_BITS = 10
@@ -231,11 +231,11 @@ def _evaluate_batch(
     if not isinstance(model, FreeTransformer):
         return _evaluate_baseline(model, inputs, target), None
 
-    half = model.first_half(**inputs)
-    layout = half.layout
+    lower = model.lower_layers(**inputs)
+    layout = lower.layout
     assert layout is not None
     units = _units(layout.token_document, layout.plan_document, inputs["input_ids"], layout.num_plans)
-    plan_logits = model.encode(half).float()
+    plan_logits = model.encode(lower).float()
     mask = layout.plan_mask
 
     def log_probability(plan: Tensor) -> Tensor:  # log q(z|x) of each plan, (B, P)
@@ -247,23 +247,23 @@ def _evaluate_batch(
     reconstructions, log_weights = [], []
     for _ in range(1 if method == "particle_filter" else num_samples):
         plan = model.plan_mapper(plan_logits)
-        reconstructions.append(units.sum_tokens(_nats(model.second_half(half, plan)[:, :-1], target)))
+        reconstructions.append(units.sum_tokens(_nats(model.upper_layers(lower, plan)[:, :-1], target)))
         log_weights.append(units.sum_plans(log_prior(plan) - log_probability(plan)) - reconstructions[-1])
     reconstruction = torch.stack(reconstructions).mean(0)
     per_plan = model.plan_prior.kl(plan_logits.flatten(0, 1), prior).view(mask.shape)
     kl = units.sum_plans(per_plan * mask)
     if method == "exact":
-        nll = -_log_likelihood_exact(model, half, units, target, prior)
+        nll = -_log_likelihood_exact(model, lower, units, target, prior)
     elif method == "particle_filter":
         following = F.pad(target, (0, 1), value=IGNORED)
-        estimates = particle_filter(model, half, plan_logits, _nats, following, num_samples, prior)
+        estimates = particle_filter(model, lower, plan_logits, _nats, following, num_samples, prior)
         nll = -units.sum_columns(estimates)
     else:
         nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
     priors = []
     for _ in range(min(num_samples, MOST_PRIOR_PLANS)):
         plan = model.sample_plan(len(labels), layout.num_plans, prior=prior)
-        priors.append(units.sum_tokens(_nats(model.second_half(half, plan)[:, :-1], target)))
+        priors.append(units.sum_tokens(_nats(model.upper_layers(lower, plan)[:, :-1], target)))
     sums = {
         **_text_sums(units, target),
         "plans": units.sum_plans(mask),
@@ -281,10 +281,12 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
 
 
-def _log_likelihood_exact(model: FreeTransformer, half: FirstHalf, units: _Units, target: Tensor, prior: str) -> Tensor:
+def _log_likelihood_exact(
+    model: FreeTransformer, lower: LowerOutput, units: _Units, target: Tensor, prior: str
+) -> Tensor:
     """log p(x) of each document, summed over all plans."""
     bits = model.config.latent_dim
-    layout = half.layout
+    layout = lower.layout
     assert layout is not None
     most = int(units.sum_plans(layout.plan_mask).max())
     if most > 1 or bits > MAX_ENUMERATED_BITS:
@@ -295,7 +297,7 @@ def _log_likelihood_exact(model: FreeTransformer, half: FirstHalf, units: _Units
     total = None
     for code in range(2**bits):
         plan = codes_to_bits(torch.tensor(code, device=model.device), bits).expand(*layout.plan_mask.shape, -1)
-        nats = _nats(model.second_half(half, plan)[:, :-1], target)
+        nats = _nats(model.upper_layers(lower, plan)[:, :-1], target)
         log_joint = units.sum_plans(model.plan_prior.log_prob(plan, prior) * layout.plan_mask) - units.sum_tokens(nats)
         total = log_joint if total is None else torch.logaddexp(total, log_joint)
     assert total is not None

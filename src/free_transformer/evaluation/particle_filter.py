@@ -3,7 +3,7 @@ Sequential Monte Carlo over the plans of a text: the likelihood where a text has
 
 Weights over whole texts fall apart when plans are many: a single sample carries the sum. Here `K` particles are drawn
 plan by plan from the posterior, weighted by the tokens that each plan covers, and the likely ones take the place of
-the unlikely (systematic resampling) when the effective sample size falls under half. The estimate of p(x) has no
+the unlikely (systematic resampling) when the effective sample size falls under lower. The estimate of p(x) has no
 bias, so that the mean of its negative logarithm is an upper bound of the NLL.
 """
 
@@ -19,14 +19,14 @@ from transformers import DynamicCache
 
 from free_transformer.model.injection import InjectedDecoderLayer
 from free_transformer.model.layout import PlanLayout
-from free_transformer.model.modeling import FirstHalf, FreeTransformer
+from free_transformer.model.modeling import FreeTransformer, LowerOutput
 
 RESAMPLE_UNDER = 0.5
 
 
 def particle_filter(
     model: FreeTransformer,
-    half: FirstHalf,
+    lower: LowerOutput,
     plan_logits: Tensor,
     nats: Callable[[Tensor, Tensor], Tensor],
     target: Tensor,
@@ -35,7 +35,7 @@ def particle_filter(
 ) -> Tensor:
     """
     Args:
-        half: of B rows of T tokens. The second half runs once for each of the `num_particles` of a row.
+        lower: of B rows of T tokens. The second lower runs once for each of the `num_particles` of a row.
         plan_logits: (B, P, H), the posterior that plans are drawn from.
         nats: cross-entropies of logits (N, t, V) against tokens (N, t), 0 where nothing is predicted.
         target: (B, T), the token that follows each token.
@@ -43,10 +43,10 @@ def particle_filter(
     Returns:
         (B, T): estimates of log p, each at the last token of what it is of: a row, or a document of a packed row.
     """
-    layout = half.layout
+    layout = lower.layout
     assert layout is not None
     batch, tokens = target.shape
-    second = _SecondHalf(model, half, num_particles)
+    second = _UpperLayers(model, lower, num_particles)
     log_weights = torch.zeros(batch, num_particles, dtype=torch.float64, device=target.device)
     plan = torch.zeros(batch, num_particles, plan_logits.shape[-1], dtype=torch.bool, device=target.device)
     estimates = torch.zeros(batch, tokens, dtype=torch.float64, device=target.device)
@@ -78,17 +78,17 @@ def particle_filter(
     return estimates
 
 
-class _SecondHalf:
+class _UpperLayers:
     """Layers K to L-1, norm and head, a stretch of tokens at a time, for K particles a row."""
 
-    def __init__(self, model: FreeTransformer, half: FirstHalf, num_particles: int):
-        self.model, self.half, self.num_particles = model, half, num_particles
+    def __init__(self, model: FreeTransformer, lower: LowerOutput, num_particles: int):
+        self.model, self.lower, self.num_particles = model, lower, num_particles
         self.cache = DynamicCache(config=model.config)
         self.mask = self._mask()
 
     def _mask(self) -> Tensor:
         """(1 or B, 1, T, T), by addition or bool."""
-        mask, states = self.half.layer_arguments["attention_mask"], self.half.hidden_states
+        mask, states = self.lower.layer_arguments["attention_mask"], self.lower.hidden_states
         if mask is None:
             tokens = states.shape[1]
             future = torch.ones(tokens, tokens, dtype=torch.bool, device=states.device).triu(1)
@@ -101,13 +101,13 @@ class _SecondHalf:
 
     def step(self, plan: Tensor, start: int, end: int) -> Tensor:
         """Logits (B · K, end - start, V) under the plans of these tokens, (B · K, H)."""
-        arguments: dict[str, Any] = dict(self.half.layer_arguments)
+        arguments: dict[str, Any] = dict(self.lower.layer_arguments)
         arguments["cache"] = self.cache
         arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, :end])
         arguments["position_ids"] = self._repeat(arguments["position_ids"][:, start:end])
         rotation = arguments["position_embeddings"]
         arguments["position_embeddings"] = tuple(self._repeat(part[:, start:end]) for part in rotation)
-        states = self.half.hidden_states[:, start:end].repeat_interleave(self.num_particles, 0)
+        states = self.lower.hidden_states[:, start:end].repeat_interleave(self.num_particles, 0)
         plan_states = self.model.plan_table(plan)[:, None].expand_as(states).to(states.dtype)
         for layer in self.model.model.layers[self.model.config.plan_layer :]:
             inputs = (states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (states,)

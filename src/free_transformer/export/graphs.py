@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from free_transformer.model.configuration import FreeTransformerConfig
 from free_transformer.model.layout import num_plans, plan_layout
-from free_transformer.model.modeling import FirstHalf, FreeTransformer
+from free_transformer.model.modeling import FreeTransformer, LowerOutput
 
 Shape = tuple[int | str, ...]  # a name for what may vary
 
@@ -56,7 +56,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model = model
 
-    def first_half(self, input_ids: Tensor, attention_mask: Tensor, past: "_Past | None" = None) -> FirstHalf:
+    def lower_layers(self, input_ids: Tensor, attention_mask: Tensor, past: "_Past | None" = None) -> LowerOutput:
         """(B, T) tokens and (B, S + T) their mask; a layout where there is no past."""
         model = self.model
         tokens, total = input_ids.shape[1], attention_mask.shape[1]
@@ -71,13 +71,13 @@ class Graph(nn.Module):
         if past is None:
             layout = plan_layout(model.config.plan_span, positions, real, packed=False)
             plans = layout.num_plans
-        return model.below_plan(embedded, mask[:, None], positions, past, layout, plans)  # type: ignore[arg-type]
+        return model.run_lower_layers(embedded, mask[:, None], positions, past, layout, plans)  # type: ignore[arg-type]
 
-    def second_half(self, half: FirstHalf, plan: Tensor, columns: Tensor | int = 0) -> Tensor:
+    def upper_layers(self, lower: LowerOutput, plan: Tensor, columns: Tensor | int = 0) -> Tensor:
         """Logits of all tokens, or of those in `columns`, under a plan of (B, P, H) bits."""
-        of_token = half.token_plan[:, :, None].expand(-1, -1, plan.shape[2])
+        of_token = lower.token_plan[:, :, None].expand(-1, -1, plan.shape[2])
         states = self.model.plan_table(plan.gather(1, of_token))
-        return self.model.under_plan(half, states, columns)
+        return self.model.run_upper_layers(lower, states, columns)
 
 
 def _tokens(masked: str = "tokens") -> list[Argument]:
@@ -101,10 +101,10 @@ class Training(Graph):
         self.outputs = ["logits", "plan_logits", "plan"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        half = self.first_half(input_ids, attention_mask)
-        plan_logits = self.model.encode(half)
+        lower = self.lower_layers(input_ids, attention_mask)
+        plan_logits = self.model.encode(lower)
         plan = noise < plan_logits.sigmoid()
-        return self.second_half(half, plan), plan_logits, plan
+        return self.upper_layers(lower, plan), plan_logits, plan
 
 
 class Encode(Graph):
@@ -118,7 +118,7 @@ class Encode(Graph):
         self.outputs = ["plan_logits"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.encode(self.first_half(input_ids, attention_mask))
+        return self.model.encode(self.lower_layers(input_ids, attention_mask))
 
 
 class Decode(Graph):
@@ -157,8 +157,8 @@ class Decode(Graph):
             past: keys and values of each layer in turn, (B, heads, S, head_dim).
         """
         cache = _Past(past, fixed=isinstance(self.past, int) and self.past > 0)
-        half = self.first_half(input_ids, attention_mask, cache)
-        return (self.second_half(half, plan, columns), *cache.present)
+        lower = self.lower_layers(input_ids, attention_mask, cache)
+        return (self.upper_layers(lower, plan, columns), *cache.present)
 
 
 class _Past:

@@ -43,7 +43,7 @@ from free_transformer.errors import SettingsError
 from free_transformer.files import first_line
 from free_transformer.model.layout import num_plans as plans_of
 from free_transformer.model.layout import plan_layout
-from free_transformer.model.modeling import FirstHalf, FreeTransformer
+from free_transformer.model.modeling import FreeTransformer, LowerOutput
 from free_transformer.model.plan import PlanPrior
 from free_transformer.model.sampling import PROMPT_PLANS, check_choice
 
@@ -246,15 +246,15 @@ class PlanHarnessLM(HFLM):
         """Reads the texts once up to the plan, and once more from there under each plan."""
         mixed = self.mixed_precision_dtype
         with torch.autocast(self.device.type, mixed, enabled=mixed is not None):
-            inputs, half = self._read([row.text[:-1] for row in batch])  # no token is predicted from the last one
+            inputs, lower = self._read([row.text[:-1] for row in batch])  # no token is predicted from the last one
             ends = [len(row.text) - 1 if row.whole else row.start + 1 for row in batch]
             keys = [row.text if row.whole else row.prompt for row in batch]
             count = plans_of(self.model.config.plan_span, inputs.shape[1])
-            plans, log_ratios = self._draw(half, inputs, ends, keys, count, self.num_plans)
+            plans, log_ratios = self._draw(lower, inputs, ends, keys, count, self.num_plans)
             first = 0 if self._neutral else min(row.start for row in batch)
             columns = torch.arange(first, inputs.shape[1], device=inputs.device)
             for of_plan, ratios in zip(plans, log_ratios, strict=True):
-                logits = self.model.second_half(half, of_plan, logits_to_keep=columns)
+                logits = self.model.upper_layers(lower, of_plan, logits_to_keep=columns)
                 log_probs = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
                 for row, of_row, ratio in zip(batch, log_probs, ratios, strict=True):
                     row.add(
@@ -262,14 +262,14 @@ class PlanHarnessLM(HFLM):
                         ratio if row.whole else torch.zeros_like(ratio),
                     )
 
-    def _read(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, FirstHalf]:
-        """Texts padded on the right, (B, T), which a causal model needs no mask for; and their first half."""
+    def _read(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, LowerOutput]:
+        """Texts padded on the right, (B, T), which a causal model needs no mask for; and their first lower."""
         inputs = pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(self.device)
-        return inputs, self.model.first_half(inputs)
+        return inputs, self.model.lower_layers(inputs)
 
     def _draw(
         self,
-        half: FirstHalf,
+        lower: LowerOutput,
         inputs: Tensor,
         ends: Sequence[int],
         keys: Sequence[Sequence[int]],
@@ -288,7 +288,7 @@ class PlanHarnessLM(HFLM):
         """
         span, config = self.model.config.plan_span, self.model.config
         reads = self._reads(inputs, ends)
-        logits = self._posterior(half, ends).cpu() if any(reads) else None
+        logits = self._posterior(lower, ends).cpu() if any(reads) else None
         plans, ratios = [], []
         for row, (end, key, reads_row) in enumerate(zip(ends, keys, reads, strict=True)):
             stream = torch.Generator().manual_seed(_seed(self.plan_seed, key))
@@ -312,13 +312,13 @@ class PlanHarnessLM(HFLM):
             return [False] * len(ends)
         return [bool((row[:end] != self.prefix_token_id).any()) for row, end in zip(inputs, ends, strict=True)]
 
-    def _posterior(self, half: FirstHalf, ends: Sequence[int]) -> Tensor:
+    def _posterior(self, lower: LowerOutput, ends: Sequence[int]) -> Tensor:
         """Logits of the plans of the first `ends` tokens of each text, (B, P, H), in double precision."""
-        assert half.layout is not None
-        positions = half.layout.position_ids
+        assert lower.layout is not None
+        positions = lower.layout.position_ids
         seen = torch.arange(positions.shape[1], device=self.device) < torch.tensor(ends, device=self.device)[:, None]
         layout = plan_layout(self.model.config.plan_span, positions, seen, packed=False)
-        return self.model.encode(replace(half, layout=layout)).double()
+        return self.model.encode(replace(lower, layout=layout)).double()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Each text under plans of its own; a prompt that comes again gets others."""
@@ -334,9 +334,9 @@ class PlanHarnessLM(HFLM):
             times = self._written[tuple(prompt)]
             self._written[tuple(prompt)] += 1
             keys.append([*prompt, -times] if times else prompt)
-        inputs, half = self._read(prompts)
+        inputs, lower = self._read(prompts)
         count = plans_of(self.model.config.plan_span, max_length - 1)  # the last token is never read
-        plans, _ = self._draw(half, inputs, [len(prompt) for prompt in prompts], keys, count, 1)
+        plans, _ = self._draw(lower, inputs, [len(prompt) for prompt in prompts], keys, count, 1)
         return super()._model_generate(context, max_length, stop, plan=plans[0], prior=self.prior, **kwargs)
 
 

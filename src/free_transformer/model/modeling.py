@@ -1,5 +1,5 @@
 """
-The Free Transformer: a Llama that draws a plan at half depth and writes the rest under it.
+The Free Transformer: a Llama that draws a plan at lower depth and writes the rest under it.
 
     tokens -> layers 0..K-1 -> X ----------------------------> layer K .. L-1 -> norm -> head -> logits
                                |                                  ^
@@ -89,7 +89,7 @@ class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
 
 
 @dataclass
-class FirstHalf:
+class LowerOutput:
     """Output of the lower layers, and what the upper layers need besides."""
 
     hidden_states: Tensor  # X, (B, T, D)
@@ -309,10 +309,10 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
         state = plan if isinstance(plan, PlanState) else None
         if state is not None and state.columns is not None and cache is not None:
-            read: Callable[..., FirstHalf] = functools.partial(self._next_half, state)
+            read: Callable[..., LowerOutput] = functools.partial(self._decode_lower, state)
         else:
-            read = functools.partial(self.first_half, layout=layout)
-        half = read(
+            read = functools.partial(self.lower_layers, layout=layout)
+        lower = read(
             *(input_ids, attention_mask, position_ids, cache, inputs_embeds),
             output_hidden_states=self._asked("output_hidden_states", output_hidden_states),
             output_attentions=self._asked("output_attentions", output_attentions),
@@ -321,18 +321,18 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         in_chunks = skip_logits and self._scores_in_chunks
         plan_logits = None
         if mode == "training":
-            plan_logits = self.encode(half)
+            plan_logits = self.encode(lower)
             drawn = self.plan_mapper(plan_logits)
             state = PlanState(plan=drawn, prior=prior or "uniform")
-            scored = self.second_half(half, drawn, plan_logits, logits_to_keep, labels if in_chunks else None)
+            scored = self.upper_layers(lower, drawn, plan_logits, logits_to_keep, labels if in_chunks else None)
         else:
-            state = self._plan_state(plan, cache, half, prompt_plan, prior)
-            state = self._complete(state, half, input_ids, inputs_embeds)
-            vectors = self._vectors_of_tokens(state, half)
-            scored = self.under_plan(half, vectors, logits_to_keep, labels if in_chunks else None)
+            state = self._plan_state(plan, cache, lower, prompt_plan, prior)
+            state = self._complete(state, lower, input_ids, inputs_embeds)
+            vectors = self._vectors_of_tokens(state, lower)
+            scored = self.run_upper_layers(lower, vectors, logits_to_keep, labels if in_chunks else None)
         if isinstance(cache, PlanCache):
             cache.state = state
-        plan_mask = None if half.layout is None else half.layout.plan_mask
+        plan_mask = None if lower.layout is None else lower.layout.plan_mask
         losses: dict[str, Tensor | None] = {}
         if labels is not None:
             losses = self._losses(
@@ -342,16 +342,16 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         output = FreeTransformerOutput(
             **losses,
             logits=None if skip_logits else scored,
-            hidden_states=None if half.all_hidden_states is None else tuple(half.all_hidden_states),
-            attentions=tuple(half.layer_arguments["attentions"]) if "attentions" in half.layer_arguments else None,
-            plan=state.plan if state.plan is None else state.plan[:, : half.num_plans],
+            hidden_states=None if lower.all_hidden_states is None else tuple(lower.all_hidden_states),
+            attentions=tuple(lower.layer_arguments["attentions"]) if "attentions" in lower.layer_arguments else None,
+            plan=state.plan if state.plan is None else state.plan[:, : lower.num_plans],
             plan_logits=plan_logits,
             plan_mask=plan_mask,
             **{CACHE_NAME: cache},
         )
         return output if self._asked("return_dict", return_dict) else output.to_tuple()
 
-    def first_half(
+    def lower_layers(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -362,7 +362,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         output_attentions: bool = False,
         layout: PlanLayout | None = None,
         **kwargs: Any,
-    ) -> FirstHalf:
+    ) -> LowerOutput:
         """Layers 0 to K-1: what the encoder reads, the same under every plan. Arguments as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -390,7 +390,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             mask, own = self._mask_of_text(attention_mask, token_mask, layout if packed else None, hidden_states, cache)
         if isinstance(cache, PlanCache):
             cache.packed = layout is not None and layout.token_document is not None
-        return self.below_plan(
+        return self.run_lower_layers(
             *(hidden_states, mask, position_ids, cache, layout, plans, token_plan),
             num_tokens=past + tokens,
             output_hidden_states=output_hidden_states,
@@ -448,7 +448,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         if layout.token_plan.shape != shape:
             raise ValueError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
 
-    def _next_half(
+    def _decode_lower(
         self,
         state: PlanState,
         input_ids: Tensor | None,
@@ -457,10 +457,10 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         cache: Cache,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> FirstHalf:
-        """`first_half` of tokens that continue a text whose plans are all known. It reads no tensor's values."""
+    ) -> LowerOutput:
+        """`lower_layers` of tokens that continue a text whose plans are all known. It reads no tensor's values."""
         if position_ids is None or state.plan is None:
-            return self.first_half(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
+            return self.lower_layers(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = hidden_states.shape[1]
         if self.config.plan_span == "sequence":
@@ -473,12 +473,12 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         else:
             attention_mask = None
-        return self.below_plan(
+        return self.run_lower_layers(
             *(hidden_states, attention_mask, position_ids, cache, None, state.plan.shape[1], self._plan_of_rank(ranks)),
             **kwargs,
         )
 
-    def below_plan(
+    def run_lower_layers(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
@@ -491,7 +491,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> FirstHalf:
+    ) -> LowerOutput:
         """Layers 0 to K-1; positions are (B, T), or (1, T) where all rows have the same."""
         if token_plan is None:
             token_plan = self._plan_of_rank(position_ids) if layout is None else layout.token_plan
@@ -515,28 +515,28 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             hidden_states = layer(hidden_states, **arguments)
             if states is not None:
                 states.append(hidden_states)
-        return FirstHalf(hidden_states, layout, token_plan, plans, num_tokens, arguments, states)
+        return LowerOutput(hidden_states, layout, token_plan, plans, num_tokens, arguments, states)
 
-    def encode(self, half: FirstHalf) -> Tensor:
-        """The posterior's logits, (B, P, H), from the output of the first half."""
-        if half.layout is None:
+    def encode(self, lower: LowerOutput) -> Tensor:
+        """The posterior's logits, (B, P, H), from the output of the first lower."""
+        if lower.layout is None:
             raise ValueError(
                 f"mode='training' takes no cache that holds tokens: the encoder reads whole texts ({NO_PREFIX_TUNING})"
             )
         arguments: dict[str, Any] = {}
         if "mask" in self._encoder_arguments:
-            arguments["mask"] = half.layout.mask
+            arguments["mask"] = lower.layout.mask
         if "layout" in self._encoder_arguments:
-            arguments["layout"] = half.layout
-        logits = self.encoder(half.hidden_states, **arguments)
-        expected = (*half.layout.plan_mask.shape, self.config.latent_dim)
+            arguments["layout"] = lower.layout
+        logits = self.encoder(lower.hidden_states, **arguments)
+        expected = (*lower.layout.plan_mask.shape, self.config.latent_dim)
         if logits.shape != expected:
             raise ValueError(f"the encoder returned logits of shape {tuple(logits.shape)}, (B, P, H) is {expected}")
         return logits
 
-    def second_half(
+    def upper_layers(
         self,
-        half: FirstHalf,
+        lower: LowerOutput,
         plan: Tensor,
         plan_logits: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -555,31 +555,31 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             logits, (B, T, V).
         """
         if plan_logits is None:
-            vectors = self._vectors_of_tokens(PlanState(plan=plan), half)
+            vectors = self._vectors_of_tokens(PlanState(plan=plan), lower)
         else:
-            vectors = plan_to_token(self.plan_table(plan, plan_logits), half.token_plan)
-        return self.under_plan(half, vectors, logits_to_keep, labels, with_head)
+            vectors = plan_to_token(self.plan_table(plan, plan_logits), lower.token_plan)
+        return self.run_upper_layers(lower, vectors, logits_to_keep, labels, with_head)
 
-    def under_plan(
+    def run_upper_layers(
         self,
-        half: FirstHalf,
+        lower: LowerOutput,
         plan_states: Tensor,
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
         with_head: bool = True,
     ) -> Tensor:
         """
-        `second_half`, from the vector of each token's plan, (B, T, D).
+        `upper_layers`, from the vector of each token's plan, (B, T, D).
 
         Args:
             with_head: False returns what the head would read, (B, T, D), for who computes logits a few at a time.
         """
-        hidden_states, layers = half.hidden_states, self.model.layers[self.config.plan_layer :]
+        hidden_states, layers = lower.hidden_states, self.model.layers[self.config.plan_layer :]
         plan_states = plan_states.to(hidden_states.dtype)
-        arguments, states = half.layer_arguments, half.all_hidden_states
+        arguments, states = lower.layer_arguments, lower.all_hidden_states
         only_last = labels is None and states is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
         for layer in layers:
-            if only_last and layer is layers[-1] and self._can_skip_tokens(half, layer):
+            if only_last and layer is layers[-1] and self._can_skip_tokens(lower, layer):
                 arguments = {**arguments, "last_only": True}
             # by position: reentrant checkpointing follows gradients through positional arguments only
             inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
@@ -608,7 +608,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         """
         if not torch.compiler.is_compiling() and input_ids.numel():
             check_token_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
-        return self.encode(self.first_half(input_ids, attention_mask, position_ids))
+        return self.encode(self.lower_layers(input_ids, attention_mask, position_ids))
 
     def sample_plan(
         self,
@@ -634,9 +634,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 inputs: dict[str, Any] = {
                     name: each.to(self.device) for name, each in batch.items() if name != "labels"
                 }
-                half = self.first_half(**inputs)
-                assert half.layout is not None
-                yield self.encode(half)[half.layout.plan_mask]
+                lower = self.lower_layers(**inputs)
+                assert lower.layout is not None
+                yield self.encode(lower)[lower.layout.plan_mask]
 
         self.plan_prior.gather(plan_logits())
 
@@ -648,42 +648,42 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         self,
         plan: Tensor | str | Sequence[str] | PlanState | None,
         cache: Cache | None,
-        half: FirstHalf,
+        lower: LowerOutput,
         prompt_plan: str | None,
         prior: str | None,
     ) -> PlanState:
         """The plans that the caller gives, or those that the cache was written under, or none yet."""
         if isinstance(plan, PlanState):
-            if plan.plan is None and half.layout is None:
+            if plan.plan is None and lower.layout is None:
                 raise ValueError(UNKNOWN_PLAN)
             return plan
         held = cache.state if isinstance(cache, PlanCache) else None
         if prior is None:
             prior = "uniform" if held is None else held.prior
         if plan is not None:
-            given = as_plan(plan, len(half.hidden_states), self.config.latent_dim)
-            if prompt_plan is None and given.shape[1] != half.num_plans:
+            given = as_plan(plan, len(lower.hidden_states), self.config.latent_dim)
+            if prompt_plan is None and given.shape[1] != lower.num_plans:
                 raise ValueError(
-                    f"plan of shape {tuple(given.shape)} for texts of {half.num_plans} plans each "
-                    f"(plan_span={self.config.plan_span!r}): ({half.num_plans}, {self.config.latent_dim}) is needed, "
+                    f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
+                    f"(plan_span={self.config.plan_span!r}): ({lower.num_plans}, {self.config.latent_dim}) is needed, "
                     "or prompt_plan='prior' to draw those that are missing"
                 )
             return PlanState(plan=given, prompt_plan=prompt_plan or "prior", prior=prior)
         if held is not None:
             held.prior = prior
             return held
-        if half.layout is None:
+        if lower.layout is None:
             raise ValueError(UNKNOWN_PLAN)
         return PlanState(prompt_plan=prompt_plan or "prior", prior=prior)
 
     def _complete(
-        self, state: PlanState, half: FirstHalf, input_ids: Tensor | None, inputs_embeds: Tensor | None
+        self, state: PlanState, lower: LowerOutput, input_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> PlanState:
         """Draws the plans that these tokens need and, with those of the prompt, those of all tokens that may follow."""
-        begins, wanted = state.columns is None, half.num_plans
+        begins, wanted = state.columns is None, lower.num_plans
         if not begins and state.plan is not None and state.plan.shape[1] >= wanted:
             return state
-        device, batch = half.hidden_states.device, len(half.hidden_states)
+        device, batch = lower.hidden_states.device, len(lower.hidden_states)
         known = torch.empty(batch, 0, self.config.latent_dim, dtype=torch.bool, device=device)
         if state.plan is not None:
             known = state.plan.to(device)
@@ -691,12 +691,12 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         if begins:
             if known.shape[1] < wanted:
                 text = self._is_text(input_ids, inputs_embeds)
-                known = torch.cat([known, self._plan_of_prompt(state, half, text, known.shape[1])], 1)
-            state.columns = half.num_tokens
-            if half.layout is not None:
-                state.first_position = half.layout.plan_position[:, :1]
-                state.padded = half.layout.token_mask is not None
-            wanted = num_plans(self.config.plan_span, half.num_tokens + state.new_tokens)
+                known = torch.cat([known, self._plan_of_prompt(state, lower, text, known.shape[1])], 1)
+            state.columns = lower.num_tokens
+            if lower.layout is not None:
+                state.first_position = lower.layout.plan_position[:, :1]
+                state.padded = lower.layout.token_mask is not None
+            wanted = num_plans(self.config.plan_span, lower.num_tokens + state.new_tokens)
         stream = state.stream(device) if state.new_tokens else None  # seeded now: before the first token is drawn
         if known.shape[1] < wanted:
             drawn = self.plan_prior.sample(wanted - known.shape[1], batch, state.prior, stream or state.stream(device))
@@ -714,30 +714,30 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             return torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         return (inputs_embeds != self.model.embed_tokens(torch.tensor([[begin]], device=inputs_embeds.device))).any(-1)
 
-    def _plan_of_prompt(self, state: PlanState, half: FirstHalf, text: Tensor, known: int) -> Tensor:
+    def _plan_of_prompt(self, state: PlanState, lower: LowerOutput, text: Tensor, known: int) -> Tensor:
         """Plans of tokens already there, from the posterior or the prior: all but the first `known` ones."""
-        batch, missing = len(half.hidden_states), half.num_plans - known
-        logits = half.hidden_states.new_zeros(batch, missing, self.config.latent_dim, dtype=torch.float32)
+        batch, missing = len(lower.hidden_states), lower.num_plans - known
+        logits = lower.hidden_states.new_zeros(batch, missing, self.config.latent_dim, dtype=torch.float32)
         read = torch.zeros(batch, missing, dtype=torch.bool, device=logits.device)
-        if state.prompt_plan == "posterior" and half.layout is not None:
-            if half.layout.token_mask is not None:
-                text = text & half.layout.token_mask
-            read = half.layout.plan_mask[:, -missing:] & text.any(1, keepdim=True)
-            logits = torch.where(read[..., None], self.encode(half)[:, -missing:].to(logits.dtype), logits)
+        if state.prompt_plan == "posterior" and lower.layout is not None:
+            if lower.layout.token_mask is not None:
+                text = text & lower.layout.token_mask
+            read = lower.layout.plan_mask[:, -missing:] & text.any(1, keepdim=True)
+            logits = torch.where(read[..., None], self.encode(lower)[:, -missing:].to(logits.dtype), logits)
         drawn = self.plan_mapper(logits)
         if state.prior != "uniform":
             from_prior = self.plan_prior.sample(batch, missing, state.prior, device=logits.device)
             drawn = torch.where(read[..., None], drawn, from_prior)
         return drawn
 
-    def _vectors_of_tokens(self, state: PlanState, half: FirstHalf) -> Tensor:
+    def _vectors_of_tokens(self, state: PlanState, lower: LowerOutput) -> Tensor:
         """R of each token, (B, T, D)."""
-        plan, tokens = state.plan, half.hidden_states.shape[1]
+        plan, tokens = state.plan, lower.hidden_states.shape[1]
         assert plan is not None
         if plan.shape[1] > 1:
             if plan.shape[1] <= tokens:
-                return plan_to_token(self.plan_table(plan), half.token_plan)
-            return self.plan_table(plan_to_token(plan, half.token_plan))
+                return plan_to_token(self.plan_table(plan), lower.token_plan)
+            return self.plan_table(plan_to_token(plan, lower.token_plan))
         if state.vectors is None or torch.is_grad_enabled():
             state.vectors = self.plan_table(plan)
         return state.vectors.expand(-1, tokens, -1)
@@ -763,9 +763,9 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         return torch.compiler.is_compiling() or not is_observed(self.lm_head)
 
     @staticmethod
-    def _can_skip_tokens(half: FirstHalf, layer: nn.Module) -> bool:
+    def _can_skip_tokens(lower: LowerOutput, layer: nn.Module) -> bool:
         """Whether a layer may compute the output of the last token only: nothing else watches it."""
-        if half.hidden_states.shape[1] == 1 or not half.last_row_suffices:
+        if lower.hidden_states.shape[1] == 1 or not lower.last_row_suffices:
             return False
         return torch.compiler.is_compiling() or not is_observed(layer)
 

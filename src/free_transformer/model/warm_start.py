@@ -26,7 +26,7 @@ KIN: dict[str, dict[str, Any]] = {
     "qwen3": {"query_key_norm": True},
 }
 # How a plan is added to what knows how to write already (docs/pretrained.md): it changes nothing at first; its vectors
-# are sums over bits, so that half of all texts move each of them away from zero; and its bits tell texts apart.
+# are sums over bits, so that lower of all texts move each of them away from zero; and its bits tell texts apart.
 START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
 PROBE_TOKENS = 64
 
@@ -96,7 +96,7 @@ def measured_scale(model: "FreeTransformer") -> float:
 
     Random tokens do: what the layers add does not hang on what a text says.
     """
-    states: Tensor = model.first_half(random_tokens(model)).hidden_states[0]
+    states: Tensor = model.lower_layers(random_tokens(model)).hidden_states[0]
     return float(f"{states.float().square().mean(-1).sqrt().median().item():.2g}")
 
 

@@ -13,9 +13,8 @@ from safetensors import safe_open
 
 from free_transformer.files import write_text
 from free_transformer.reporting.report import COMPARABLE, nll_method
-from free_transformer.runs.monitor import Watcher
+from free_transformer.runs.monitor import VALIDATION_SAMPLES, Watcher
 from free_transformer.settings.stages import stages_of
-from free_transformer.training.metrics import VALIDATION_SAMPLES
 
 if TYPE_CHECKING:
     from free_transformer.runs.run import Run

@@ -10,6 +10,7 @@ from free_transformer.evaluation.usage import ADVICE, SPENT_SHARE
 from free_transformer.settings import Settings
 from free_transformer.settings.stages import stages_of
 
+VALIDATION_SAMPLES = 4  # plans per text, for the NLL of a validation
 WINDOW = 10  # lines of metrics that a figure is judged by
 WATCHED_FROM = 0.1  # of the steps: a plan is seldom used sooner
 RISE = 1.02  # of the reconstruction, from one window to the next

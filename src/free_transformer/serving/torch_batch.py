@@ -82,10 +82,10 @@ class TorchBatch(Batch):
     def add(self, tokens: list[int], complete: Complete) -> Tensor:
         model, row = self.model, self.rows
         cache = DynamicCache(config=model.config)
-        half = model.first_half(self._on_device([tokens]), cache=cache)
-        plan = complete(lambda: model.encode(half)[0].float().cpu().numpy())
+        lower = model.lower_layers(self._on_device([tokens]), cache=cache)
+        plan = complete(lambda: model.encode(lower)[0].float().cpu().numpy())
         bits = self._on_device(plan)[None]
-        logits = model.second_half(half, bits, logits_to_keep=1)[:, -1]
+        logits = model.upper_layers(lower, bits, logits_to_keep=1)[:, -1]
         self.plan[row, : bits.shape[1]] = bits[0]
         self.cache.store(row, cache)
         self.lengths[row] = len(tokens)
@@ -118,12 +118,12 @@ class TorchBatch(Batch):
     @torch.inference_mode()
     def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
         model = self.model
-        half = model.first_half(self._on_device([tokens]))
+        lower = model.lower_layers(self._on_device([tokens]))
         states: list[Tensor] = []
         for start in range(0, len(tokens), columns):
             for which, plan in enumerate(plans):
                 if start == 0:
-                    states.append(model.second_half(half, self._on_device(plan)[None], with_head=False)[0])
+                    states.append(model.upper_layers(lower, self._on_device(plan)[None], with_head=False)[0])
                 logits = model.lm_head(states[which][start : start + columns])
                 yield start, which, logits.float().cpu().numpy()
 

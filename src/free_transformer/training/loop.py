@@ -23,9 +23,8 @@ from free_transformer.evaluation.likelihood import evaluate_likelihood
 from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.runs.display import Display, say_finished
 from free_transformer.runs.model_card import write_model_card
-from free_transformer.runs.monitor import Watcher
+from free_transformer.runs.monitor import VALIDATION_SAMPLES, Watcher
 from free_transformer.runs.run import Run
 from free_transformer.runs.trackers import check_trackers
 from free_transformer.settings import Settings, SettingsError, settings_warnings
@@ -40,8 +39,9 @@ from free_transformer.training.batches import (
     training_batches,
 )
 from free_transformer.training.checkpoint import Checkpoints, TrainState, list_checkpoints, load_checkpoint
+from free_transformer.training.display import Display, say_finished
 from free_transformer.training.identity import Change, Identity
-from free_transformer.training.metrics import VALIDATION_SAMPLES, Entries, Totals
+from free_transformer.training.metrics import Entries, Totals
 from free_transformer.training.optimizers import set_learning_rate
 from free_transformer.training.signals import StopRequest, TrainingStopped, listen_for_stop
 from free_transformer.training.state import new_state, resolved

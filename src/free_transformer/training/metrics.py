@@ -10,7 +10,6 @@ from torch import Tensor
 from free_transformer.distributed.processes import Processes
 from free_transformer.evaluation.usage import LIVE_BITS
 
-VALIDATION_SAMPLES = 4  # plans a text, for the nll of a validation
 LOSSES = ("loss", "reconstruction", "kl", "hinge", "plans")  # what `training_forward` returns, besides kl_per_bit
 
 
