@@ -86,7 +86,7 @@ class Llama(Contestant):
         import free_transformer.training.optimizers  # noqa: F401
 
     def build(self) -> Any:
-        from free_transformer.model.modeling import build_baseline
+        from free_transformer.model.initialization import build_baseline
 
         return build_baseline(self.config())
 

@@ -29,7 +29,7 @@ from free_transformer.export.files import SCHEMES
 from free_transformer.export.onnx import export_onnx
 from free_transformer.export.quantize import quantize
 from free_transformer.files import write_json
-from free_transformer.model.modeling import LowerOutput
+from free_transformer.model.outputs import LowerOutput
 from free_transformer.training import Run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "three_voices"))

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from free_transformer import BinaryMapper, FreeTransformer, FreeTransformerConfig, PlanTable
+from free_transformer.model.initialization import build_baseline
 from free_transformer.model.losses import free_bits_hinge, kl_bits, predicted_tokens
-from free_transformer.model.modeling import build_baseline
 from free_transformer.model.straight_through import exact_gradient
 from free_transformer.settings import TrainingSettings
 from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, build_optimizers

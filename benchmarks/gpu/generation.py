@@ -14,7 +14,7 @@ import torch
 from common import Results, card, compilations, failed, forget, options_of, synchronize
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
-from free_transformer.model.modeling import build_baseline
+from free_transformer.model.initialization import build_baseline
 
 SHAPE = {"hidden_dim": 768, "num_layers": 12, "num_heads": 12, "ffn_hidden_dim": 2048, "vocab_size": 50304}
 SMALL = {"hidden_dim": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_dim": 176, "vocab_size": 512}

@@ -19,8 +19,8 @@ from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import Rows
 from free_transformer.distributed.parallelize import parallelize
 from free_transformer.distributed.processes import Processes
+from free_transformer.model.initialization import build_baseline
 from free_transformer.model.losses import chunked_reconstruction_loss
-from free_transformer.model.modeling import build_baseline
 from free_transformer.settings import TrainingSettings
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import build_optimizers

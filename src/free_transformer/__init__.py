@@ -8,7 +8,9 @@ from free_transformer.auto_classes import register_soon
 if TYPE_CHECKING:
     from free_transformer.model.configuration import FreeTransformerConfig
     from free_transformer.model.encoder import PlanEncoder
-    from free_transformer.model.modeling import FreeTransformer, FreeTransformerOutput, build_baseline
+    from free_transformer.model.modeling import FreeTransformer
+    from free_transformer.model.outputs import FreeTransformerOutput
+    from free_transformer.model.initialization import build_baseline
     from free_transformer.model.plan import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
 
 __version__ = "0.1.0"
@@ -27,7 +29,9 @@ __all__ = [
 _HOMES = {
     "model.configuration": ("FreeTransformerConfig",),
     "model.encoder": ("PlanEncoder",),
-    "model.modeling": ("FreeTransformer", "FreeTransformerOutput", "build_baseline"),
+    "model.initialization": ("build_baseline",),
+    "model.modeling": ("FreeTransformer",),
+    "model.outputs": ("FreeTransformerOutput",),
     "model.plan": ("BinaryMapper", "PlanTable", "bits_to_codes", "codes_to_bits"),
 }
 

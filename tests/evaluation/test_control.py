@@ -25,9 +25,9 @@ def steered(tiny_model, tokenizer, monkeypatch):
     codes = torch.arange(len(model.plan_table.weight))
     model.plan_table.weight.data[:, 0] = codes % 2  # bit 0
 
-    def run_upper_layers(half, plan_states, logits_to_keep=0, labels=None):
+    def compute_logits(lower, plan_states, logits_to_keep=0):
         letters = torch.where(plan_states[:, -1, 0] > 0.5, ord("a"), ord("b"))
-        logits = torch.full((*half.hidden_states.shape[:2], len(tokenizer)), -50.0)
+        logits = torch.full((*lower.hidden_states.shape[:2], len(tokenizer)), -50.0)
         return logits.scatter(2, letters[:, None, None].expand(-1, logits.shape[1], 1), 50.0)
 
     def infer_plan(input_ids):
@@ -35,7 +35,7 @@ def steered(tiny_model, tokenizer, monkeypatch):
         logits[:, 0, 0] = torch.where(input_ids[:, 1] == ord("a"), 50.0, -50.0)
         return logits
 
-    monkeypatch.setattr(model, "run_upper_layers", run_upper_layers)
+    monkeypatch.setattr(model, "compute_logits", compute_logits)
     monkeypatch.setattr(model, "infer_plan", infer_plan)
     return model
 

@@ -22,7 +22,7 @@ from free_transformer.evaluation import (
 from free_transformer.evaluation.control import contingency, mutual_information_bias
 from free_transformer.evaluation.likelihood import ratio_standard_error
 from free_transformer.model.layout import num_plans
-from free_transformer.model.losses import kl_bits
+from free_transformer.model.losses import LossWeights, kl_bits
 
 LN2 = math.log(2)
 SPANS = ["sequence", 2]
@@ -368,7 +368,7 @@ def test_a_plan_that_all_texts_share_gives_a_warning_whatever_its_gap(model):
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "encoder" not in n], lr=1e-2)
     tokens = random_tokens(32, 6)
     for _ in range(60):
-        model(tokens, labels=tokens, kl_weight=0.0).loss.backward()
+        model(tokens, labels=tokens, loss_weights=LossWeights.of(model.config, kl_weight=0.0)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     value = evaluate_likelihood(model, [batch_of(tokens)], 4)

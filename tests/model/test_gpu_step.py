@@ -14,7 +14,7 @@ from free_transformer import FreeTransformer
 from free_transformer.data import Rows
 from free_transformer.distributed.processes import Processes
 from free_transformer.model import attention, encoder
-from free_transformer.model import modeling as model
+from free_transformer.model import masks
 from free_transformer.model.layout import Boundaries, batch_layout
 from free_transformer.settings import TrainingSettings
 from free_transformer.training.checkpoint import TrainState
@@ -165,7 +165,7 @@ def test_attention_by_boundaries_equals_attention_by_mask(tiny_model, span, kind
         calls.append(args[0].shape)
         return varlen_reference(*args, **kwargs)
 
-    for module in (model, encoder):
+    for module in (masks, encoder):
         monkeypatch.setattr(module, "takes_boundaries", lambda config, states: True)
     monkeypatch.setattr(encoder, "has_varlen_kernel", lambda config, states: True)
     monkeypatch.setattr(attention, "varlen_attn", varlen)

@@ -6,16 +6,23 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from free_transformer.model.losses import (
+    LossWeights,
     aggregate_divergence,
     free_bits_hinge,
     kl_bits,
     min_bits_shortfall,
     objective,
     predicted_tokens,
+    reconstruction_loss,
 )
 from free_transformer.model.plan import codes_to_bits
 
 CERTAIN, EVEN = 80.0, 0.0
+
+
+def objective_of(logits, labels, plan_logits=None, plan_mask=None, num_tokens=None, **weights):
+    tokens = predicted_tokens(labels) if num_tokens is None else num_tokens
+    return objective(reconstruction_loss(logits, labels), tokens, plan_logits, plan_mask, LossWeights(**weights))
 
 
 def random_case(batch: int = 2, tokens: int = 5, vocab: int = 7):
@@ -55,7 +62,7 @@ def test_free_bits_are_granted_to_each_plan_not_to_the_batch():
     plan_logits = torch.tensor([[[EVEN] * 4, [CERTAIN] * 4]])  # 0 and 4 bits: 2 on average
     assert_close(free_bits_hinge(kl_bits(plan_logits), 2.0), torch.tensor([[0.0, 2.0]]))
     logits, labels = random_case(batch=1, tokens=6)
-    result = objective(logits, labels, plan_logits, free_bits=2.0, kl_weight=0.5)
+    result = objective_of(logits, labels, plan_logits, free_bits=2.0, kl_weight=0.5)
     assert_close((result.loss - result.reconstruction).item(), 0.5 * 2 * math.log(2) / 5, atol=1e-6, rtol=1e-6)
     assert_close(result.kl.item(), 2.0)
 
@@ -71,7 +78,7 @@ def test_gradient_of_the_hinge_is_that_of_the_clamp():
 def test_reconstruction_is_the_mean_cross_entropy_of_the_next_tokens_that_count(ignored):
     logits, labels = random_case()
     labels[0, :ignored] = -100
-    result = objective(logits, labels)
+    result = objective_of(logits, labels)
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert_close(result.reconstruction, expected)
     assert_close(result.loss, expected)
@@ -83,7 +90,7 @@ def test_hinge_is_divided_by_the_predicted_tokens_and_weighted():
     logits, labels = random_case()
     plan_logits = torch.randn(2, 3, 4, dtype=torch.float64)
     labels[1, 3:] = -100
-    result = objective(logits, labels, plan_logits, free_bits=0.25, kl_weight=0.3)
+    result = objective_of(logits, labels, plan_logits, free_bits=0.25, kl_weight=0.3)
     hinge = (kl_bits(plan_logits) - 0.25).clamp(min=0).sum() * math.log(2) / (4 + 2)
     assert_close(result.loss, result.reconstruction + 0.3 * hinge)
     assert_close(result.kl, kl_bits(plan_logits).mean())
@@ -93,7 +100,7 @@ def test_plans_that_are_masked_out_count_for_nothing():
     logits, labels = random_case()
     plan_logits = torch.randn(2, 3, 4, dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    result = objective(logits, labels, plan_logits, mask, free_bits=0.25)
+    result = objective_of(logits, labels, plan_logits, mask, free_bits=0.25)
     kl = kl_bits(plan_logits)[mask]
     assert_close(result.kl, kl.mean())
     assert_close(result.loss - result.reconstruction, (kl - 0.25).clamp(min=0).sum() * math.log(2) / 8)
@@ -103,8 +110,8 @@ def test_plans_that_are_masked_out_count_for_nothing():
 def test_given_number_of_tokens_divides_reconstruction_and_kl(as_tensor):
     logits, labels = random_case()
     plan_logits = torch.randn(2, 3, 4, dtype=torch.float64)
-    own = objective(logits, labels, plan_logits)
-    given = objective(logits, labels, plan_logits, num_tokens=torch.tensor(32) if as_tensor else 32)
+    own = objective_of(logits, labels, plan_logits)
+    given = objective_of(logits, labels, plan_logits, num_tokens=torch.tensor(32) if as_tensor else 32)
     assert_close(given.loss, own.loss * 8 / 32)
     assert_close(given.reconstruction, own.reconstruction * 8 / 32)
     assert_close(given.kl, own.kl)
@@ -112,7 +119,7 @@ def test_given_number_of_tokens_divides_reconstruction_and_kl(as_tensor):
 
 def test_nothing_to_predict_is_a_loss_of_zero():
     logits, labels = random_case()
-    result = objective(logits.requires_grad_(), torch.full_like(labels, -100), torch.zeros(2, 1, 4))
+    result = objective_of(logits.requires_grad_(), torch.full_like(labels, -100), torch.zeros(2, 1, 4))
     result.loss.backward()
     assert result.loss == 0
     assert not logits.grad.any()
@@ -122,8 +129,8 @@ def test_nothing_to_predict_is_a_loss_of_zero():
 def test_objective_of_half_precision_logits_is_computed_in_full_precision(dtype):
     logits, labels = random_case(batch=4, tokens=64, vocab=50)
     logits = (8 * logits).to(dtype)
-    result = objective(logits, labels, torch.full((4, 1, 4), CERTAIN, dtype=dtype))
-    expected = objective(logits.double(), labels, torch.full((4, 1, 4), CERTAIN, dtype=torch.float64))
+    result = objective_of(logits, labels, torch.full((4, 1, 4), CERTAIN, dtype=dtype))
+    expected = objective_of(logits.double(), labels, torch.full((4, 1, 4), CERTAIN, dtype=torch.float64))
     assert result.loss.dtype == torch.float32
     assert_close(result.loss.double(), expected.loss, atol=0, rtol=1e-5)
 
@@ -156,7 +163,7 @@ def test_a_plan_pays_for_what_it_lacks_to_min_bits_by_itself():
 def test_objective_adds_shortfall_and_aggregate_divergence_in_nats_per_token():
     torch.manual_seed(0)
     logits, labels, plan_logits = torch.randn(4, 9, 7), torch.randint(7, (4, 9)), torch.randn(4, 1, 3) * 0.1
-    plain = objective(logits, labels, plan_logits, free_bits=2.0)
-    both = objective(logits, labels, plan_logits, free_bits=2.0, min_bits=1.0, aggregate_weight=0.5)
+    plain = objective_of(logits, labels, plan_logits, free_bits=2.0)
+    both = objective_of(logits, labels, plan_logits, free_bits=2.0, min_bits=1.0, aggregate_weight=0.5)
     bits = 1.5 * min_bits_shortfall(kl_bits(plan_logits), 1.0).sum() + 0.5 * 4 * aggregate_divergence(plan_logits[:, 0])
     assert_close(both.loss - plain.loss, bits * math.log(2) / 32)

@@ -7,7 +7,7 @@ from test_training import tiny_settings  # noqa: F401
 
 from free_transformer import FreeTransformer
 from free_transformer.evaluation.usage import PlanUsage, collapse_warning
-from free_transformer.model.losses import objective
+from free_transformer.model.losses import LossWeights, objective, predicted_tokens, reconstruction_loss
 from free_transformer.runs.report import write_run_report
 from free_transformer.settings import SettingsError, TrainingSettings
 from free_transformer.settings.schedules import annealed, scheduled_weights
@@ -53,8 +53,11 @@ def test_weights_of_a_step_follow_both_schedules():
 def test_forward_takes_the_weights_of_a_step(tiny_model, tokens_like):
     model, tokens = tiny_model(plan_span=1, free_bits=0.5), tokens_like(2, 8)
     torch.manual_seed(0)
-    output = model(tokens, labels=tokens, mode="training", kl_weight=torch.tensor(0.25), free_bits=torch.tensor(0.1))
-    expected = objective(output.logits, tokens, output.plan_logits, output.plan_mask, free_bits=0.1, kl_weight=0.25)
+    of_step = LossWeights(kl_weight=torch.tensor(0.25), free_bits=torch.tensor(0.1))
+    output = model(tokens, labels=tokens, mode="training", loss_weights=of_step)
+    total, count = reconstruction_loss(output.logits, tokens), predicted_tokens(tokens)
+    weights = LossWeights(free_bits=0.1, kl_weight=0.25)
+    expected = objective(total, count, output.plan_logits, output.plan_mask, weights)
     torch.testing.assert_close(output.loss, expected.loss)
 
 

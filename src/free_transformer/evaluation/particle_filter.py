@@ -9,6 +9,7 @@ bias, so that the mean of its negative logarithm is an upper bound of the NLL.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from free_transformer.model.injection import InjectedDecoderLayer
 from free_transformer.model.layout import PlanLayout
-from free_transformer.model.modeling import FreeTransformer, LowerOutput
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.model.outputs import LowerOutput
 
 RESAMPLE_UNDER = 0.5
 
@@ -108,11 +109,9 @@ class _UpperLayers:
         rotation = arguments["position_embeddings"]
         arguments["position_embeddings"] = tuple(self._repeat(part[:, start:end]) for part in rotation)
         states = self.lower.hidden_states[:, start:end].repeat_interleave(self.num_particles, 0)
-        plan_states = self.model.plan_table(plan)[:, None].expand_as(states).to(states.dtype)
-        for layer in self.model.model.layers[self.model.config.plan_layer :]:
-            inputs = (states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (states,)
-            states = layer(*inputs, **arguments)
-        return self.model.lm_head(self.model.model.norm(states))
+        plan_vectors = self.model.plan_table(plan)[:, None].expand_as(states)
+        stretch = replace(self.lower, hidden_states=states, layer_arguments=arguments)
+        return self.model.compute_logits(stretch, plan_vectors)
 
     def reorder(self, chosen: Tensor) -> None:
         """(B, K), which of its row's particles each one goes on from."""

@@ -2,10 +2,11 @@
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .compat import LlamaAttention, LlamaMLP
+from .configuration import FreeTransformerConfig
 from .encoder import PlanEncoder
 from .plan import PlanPrior, PlanTable
 
@@ -45,3 +46,10 @@ def init_module(module: nn.Module, config: LlamaConfig) -> None:
     elif isinstance(module, PlanEncoder):
         init.normal_(module.query, std=scale)
         init.normal_(module.readout.weight, std=config.readout_init_scale * config.hidden_size**-0.5)
+
+
+def build_baseline(config: FreeTransformerConfig) -> PreTrainedModel:
+    """The Llama of the same configuration with the same initialization: the model to compare with."""
+    model = AutoModelForCausalLM.from_config(config.to_llama())
+    model.apply(lambda module: init_module(module, model.config))
+    return model

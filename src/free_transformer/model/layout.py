@@ -112,6 +112,11 @@ def num_plans(plan_span: int | str, num_tokens: int) -> int:
     return (num_tokens + int(plan_span) - 1) // int(plan_span)  # ONNX would round a negative quotient upwards
 
 
+def plan_of_rank(plan_span: int | str, ranks: Tensor) -> Tensor:
+    """The plan of the token with each rank in its text, from 0."""
+    return torch.zeros_like(ranks) if plan_span == "sequence" else ranks // int(plan_span)
+
+
 def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: torch.device | None = None) -> Tensor:
     """
     How many real tokens of its text stand before each token, (B, T), or (1, T) where no mask is given.

@@ -221,55 +221,70 @@ class Objective:
     kl_per_bit: Tensor | None = None  # (H,)
 
 
+@dataclass(frozen=True)
+class LossWeights:
+    """
+    Attributes:
+        free_bits: κ, KL in bits per plan that costs nothing.
+        kl_weight: weight of the KL beyond the free bits.
+        min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
+            `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
+    """
+
+    free_bits: float | Tensor = 0.0
+    kl_weight: float | Tensor = 1.0
+    min_bits: float = 0.0
+    aggregate_weight: float = 0.0
+
+    @classmethod
+    def of(cls, config: Any, **changes: float | Tensor) -> "LossWeights":
+        """The weights of a configuration, some of them replaced."""
+        names = ("free_bits", "kl_weight", "min_bits", "aggregate_weight")
+        return cls(**{name: changes.get(name, getattr(config, name)) for name in names})
+
+
 def objective(
-    logits: Tensor | None,
-    labels: Tensor,
+    reconstruction: Tensor,
+    num_tokens: int | Tensor,
     plan_logits: Tensor | None = None,
     plan_mask: Tensor | None = None,
-    free_bits: float | Tensor = 0.0,
-    kl_weight: float | Tensor = 1.0,
-    num_tokens: int | Tensor | None = None,
-    min_bits: float = 0.0,
-    aggregate_weight: float = 0.0,
+    weights: LossWeights | None = None,
     gather_plans: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    reconstruction: Tensor | None = None,
 ) -> Objective:
     """
     Args:
-        logits: (B, T, V); labels: (B, T).
+        reconstruction: sum of the cross-entropies in nats, see `reconstruction_loss`.
+        num_tokens: predicted tokens to divide by. With gradient accumulation give those of the whole batch, for
+            reconstruction *and* KL. With 0 there is nothing to learn: the loss is 0.
         plan_logits: (B, P, H) of the posterior, or None where the plan is given: then there is no KL.
         plan_mask: (B, P) bool, the plans that count.
-        num_tokens: predicted tokens to divide by, default those of `labels`. With gradient accumulation give those
-            of the whole batch, for reconstruction *and* KL. With 0 there is nothing to learn: the loss is 0.
-        min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
-            `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
         gather_plans: from this process' `plan_logits` and `plan_mask` to those of all processes that share the batch.
-        reconstruction: the sum of the cross-entropies, where it is known without `logits`.
     """
-    num_tokens = torch.as_tensor(predicted_tokens(labels) if num_tokens is None else num_tokens)
+    weights = weights or LossWeights()
+    num_tokens = torch.as_tensor(num_tokens)
     any_token, num_tokens = num_tokens > 0, num_tokens.clamp(min=1)
-    if reconstruction is None:
-        assert logits is not None
-        reconstruction = reconstruction_loss(logits, labels)
     reconstruction = reconstruction / num_tokens
     if plan_logits is None:
         return Objective(reconstruction, reconstruction)
     per_bit = kl_bits_per_bit(plan_logits)  # (B, P, H)
     kl = per_bit.sum(-1)
     mask = torch.ones_like(kl) if plan_mask is None else plan_mask.to(kl.dtype)
-    hinge = (free_bits_hinge(kl, free_bits) * mask).sum()
-    bits = kl_weight * hinge
-    if min_bits > 0:
-        bits = bits + (1 + aggregate_weight) * (min_bits_shortfall(kl, min_bits) * mask).sum()
-    if aggregate_weight > 0:
+    hinge = (free_bits_hinge(kl, weights.free_bits) * mask).sum()
+    bits = weights.kl_weight * hinge
+    if weights.min_bits > 0:
+        shortfall = (min_bits_shortfall(kl, weights.min_bits) * mask).sum()
+        bits = bits + (1 + weights.aggregate_weight) * shortfall
+    if weights.aggregate_weight > 0:
         together, used = plan_logits, mask.bool()
         if gather_plans is not None:
             together, used = gather_plans(together, used)
         divergence = aggregate_divergence(together.flatten(0, 1), used.flatten())
-        bits = bits + aggregate_weight * divergence * mask.sum()
+        bits = bits + weights.aggregate_weight * divergence * mask.sum()
     plans = mask.sum().clamp(min=1)
     return Objective(
-        *(reconstruction + bits * any_token * math.log(2) / num_tokens, reconstruction),
-        *((kl * mask).sum() / plans, hinge / plans),
-        torch.einsum("bph,bp->h", per_bit.detach(), mask) / plans,
+        loss=reconstruction + bits * any_token * math.log(2) / num_tokens,
+        reconstruction=reconstruction,
+        kl=(kl * mask).sum() / plans,
+        hinge=hinge / plans,
+        kl_per_bit=torch.einsum("bph,bp->h", per_bit.detach(), mask) / plans,
     )

@@ -1,150 +1,45 @@
 """
-The Free Transformer: a Llama that draws a plan at lower depth and writes the rest under it.
+The Free Transformer: a Llama that samples a plan at half depth and computes the rest under it.
 
     tokens -> layers 0..K-1 -> X ----------------------------> layer K .. L-1 -> norm -> head -> logits
                                |                                  ^
-                               +-> encoder -> logits -> plan -> table[plan] = R   (keys and values from X + R)
+                               +-> encoder -> logits -> plan -> codebook[plan] = R   (keys and values from X + R)
                                    (or uniform prior)
+
+`forward` reads in this order: `lower_layers`, `encode`, the plan, `upper_layers`, the losses. `decode_step` is one step
+of generation.
 
 F. Fleuret, "The Free Transformer", arXiv:2510.17558.
 """
 
 import copy
-import functools
 import inspect
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .attention import rotary, takes_boundaries
+from .arguments import check_layout, check_loss_arguments, continues, resolve_cache, resolve_mode, warn_of_lost_gradient
 from .cache import PlanCache, PlanState
-from .compat import (
-    CACHE_NAME,
-    BothCacheNames,
-    Cache,
-    CausalLMOutputWithPast,
-    LlamaPreTrainedModel,
-    LlamaRotaryEmbedding,
-    OwnInitialization,
-    create_causal_mask,
-    is_flash_attention_requested,
-)
+from .compat import Cache, create_causal_mask
 from .configuration import FreeTransformerConfig
+from .decoder import Decoder, Initialization
 from .encoder import PlanEncoder
 from .generation import PlanGenerationMixin
-from .hub_code import name_code
-from .initialization import init_module
-from .injection import InjectedDecoderLayer
-from .layers import DecoderLayer, Head, RMSNorm, is_observed
-from .layout import (
-    PlanLayout,
-    find_boundaries,
-    is_packed,
-    num_plans,
-    plan_layout,
-    plan_to_token,
-    same_document,
-    token_ranks,
-)
-from .losses import objective
-from .plan import BinaryMapper, PlanPrior, PlanTable, as_plan
-from .sampling import PROMPT_PLANS, check_choice, check_token_ids
-from .warm_start import warm_start
-
-MODES = ("training", "inference")
-NO_PREFIX_TUNING = "prefix tuning of PEFT, whose virtual tokens have no plan, is not supported: use LoRA"
-NO_ENCODER_GRADIENT = (
-    "called in training mode without labels: the plan is drawn from the prior, and the encoder gets no gradient. Give "
-    "labels or mode='training', or mode='inference' if this is meant. (Trainers on preferences or rewards, such as DPO "
-    "and GRPO of TRL, are not supported)"
-)
-UNKNOWN_PLAN = (
-    "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or "
-    f"continue from the cache that this model returns ({NO_PREFIX_TUNING})"
-)
+from .layers import Head, is_observed
+from .layout import PlanLayout, is_packed, num_plans, plan_layout, plan_of_rank, plan_to_token, token_ranks
+from .losses import LossWeights, objective, predicted_tokens, reconstruction_loss
+from .masks import mask_of_layout, mask_of_text, token_mask
+from .outputs import FreeTransformerOutput, LowerOutput, model_output
+from .plan import BinaryMapper, PlanPrior, PlanTable
+from .plan_methods import PlanMethods
+from .plan_source import NO_PREFIX_TUNING, complete_plans, is_text, known_plans, plan_vectors
+from .saving import SavingMixin
 
 
-@dataclass
-class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
-    """
-    What `FreeTransformer.forward` returns, beside the fields of `CausalLMOutputWithPast`.
-
-    Losses are in nats per predicted token, `kl` and `hinge` in bits per plan. The cache can be read as `cache` and as
-    `past_key_values`.
-    """
-
-    plan: Tensor | None = None  # (B, P, H) bool, the plan used
-    plan_logits: Tensor | None = None  # (B, P, H) of the posterior, where the encoder ran for training
-    plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
-    reconstruction: Tensor | None = None
-    kl: Tensor | None = None
-    hinge: Tensor | None = None  # what a plan spends beyond its free bits
-    kl_per_bit: Tensor | None = None  # (H,), means over plans as the two before
-
-
-@dataclass
-class LowerOutput:
-    """Output of the lower layers, and what the upper layers need besides."""
-
-    hidden_states: Tensor  # X, (B, T, D)
-    layout: PlanLayout | None  # None while a cache holds the beginning of the text
-    token_plan: Tensor  # (B, T) or (1, T), the plan of each token
-    num_plans: int  # of the text so far
-    num_tokens: int  # of the text so far, padding included
-    layer_arguments: dict[str, Any]
-    all_hidden_states: list[Tensor] | None = None  # the input of each layer, where it was asked for
-
-    @property
-    def last_row_suffices(self) -> bool:
-        """Whether the last row of the attention mask describes the attention of the last token alone."""
-        if self.layer_arguments.keys() & {"boundaries", "cu_seq_lens_q", "attentions"}:
-            return False  # documents are told apart without a mask, or all tokens' attention is asked for
-        mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["cache"]
-        if mask is None:  # a causal one, which also hides what a static cache has not written yet
-            return cache is None or not cache.is_compileable
-        return isinstance(mask, Tensor) and mask.dim() == 4
-
-
-class _Initialization(OwnInitialization):
-    """Initializes weights by `init_module`, in every part that `transformers` takes for a model of its own."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]  # norms and rotary buffers
-        init_module(module, self.config)
-
-
-class Decoder(_Initialization, LlamaPreTrainedModel):
-    """The embedding, the layers and the norm of a Llama, some of its layers ready to receive a plan."""
-
-    config_class = FreeTransformerConfig
-
-    def __init__(self, config: FreeTransformerConfig):
-        super().__init__(config)
-        receiving = config.injection_layers or []
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            (InjectedDecoderLayer if layer in receiving else DecoderLayer)(config, layer)
-            for layer in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.post_init()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
-            "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
-            "Trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not supported"
-        )
-
-
-class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
+class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMixin):
     """
     Args:
         config: see `FreeTransformerConfig`.
@@ -194,52 +89,6 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         self._encoder_arguments = [name for name in ("mask", "layout") if anything or name in wanted]
         self.post_init()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes: also where `accelerate` has moved its weights elsewhere until they are needed."""
-        device = super().device
-        if device.type == "meta":
-            for module in self.modules():
-                hook = getattr(module, "_hf_hook", None)
-                for each in getattr(hook, "hooks", [hook]):
-                    if getattr(each, "execution_device", None) is not None:
-                        return torch.device(each.execution_device)
-        return device
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike, *args: Any, encoder: nn.Module | None = None, **kwargs: Any
-    ) -> Any:
-        """
-        `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
-
-        Such a one keeps its logits: the table starts at zero, the encoder as a copy of the layer that takes the plan.
-
-        Raises:
-            ValueError: for the folder of another kind of model.
-        """
-        tells = kwargs.pop("output_loading_info", False)
-        own = {}
-        if encoder is not None:  # `transformers` replaces buffers that no checkpoint holds by uninitialised memory
-            own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-            kwargs["encoder"] = encoder
-        model, loading = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        for name in kwargs.keys() & vars(model.generation_config).keys() - vars(GenerationConfig()).keys():
-            delattr(model.generation_config, name)  # settings of the model, which `transformers` stores there too
-        stored = model.encoder.state_dict() if own else {}
-        for name, buffer in own.items():
-            if name not in stored:
-                model.encoder.get_buffer(name).copy_(buffer)
-        if encoder is None and "encoder.query" in loading["missing_keys"]:
-            warm_start(model)
-        return (model, loading) if tells else model
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in `transformers`, and the code of the model beside its weights, unless a part of it is your own."""
-        name = type(self).__name__.removeprefix("FSDP")  # the class that sharding makes of this one
-        name_code(self.config, wanted=name == FreeTransformer.__name__ and self.config.encoder_class is None)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -255,8 +104,7 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         prompt_plan: str | None = None,
         prior: str | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        kl_weight: float | Tensor | None = None,
-        free_bits: float | Tensor | None = None,
+        loss_weights: LossWeights | None = None,
         skip_logits: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -276,17 +124,16 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
                 this model has made also knows its plans. Any other one that holds tokens needs `plan`.
             labels: (B, T), shifted inside, -100 ignored.
             use_cache: whether to return a cache. Default: the configuration's `use_cache`, and False with labels.
-            mode: `"training"`, the plan is drawn from the encoder's posterior, or `"inference"`, the plan is drawn
-                from the prior and the encoder does not run. Default: training where labels are given and no
-                plan is. It does not follow `self.training`: an evaluation needs the posterior too.
+            mode: `"training"`, the plan is sampled from the encoder's posterior, or `"inference"`, the plan is sampled
+                from the prior and the encoder does not run. Default: training where labels are given and no plan is.
+                It does not follow `self.training`: an evaluation needs the posterior too.
             plan: bits, (P, H) or (B, P, H), or text such as `"0110"`, the plan to use. It must cover the tokens, unless
                 `prompt_plan` is given.
-            prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks are drawn from in inference mode.
-            prior: what plans are drawn from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
-                that training texts took, where `gather_prior` has gathered them. Default: that of the cache, or
-                uniform.
+            prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks come from in inference mode.
+            prior: what plans are sampled from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
+                of training texts, where `gather_prior` has gathered them. Default: that of the cache, or uniform.
             num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
-            kl_weight, free_bits: instead of the configuration's, for a schedule.
+            loss_weights: instead of the configuration's, for a schedule.
             skip_logits: returns no logits with the loss, so that those of all tokens are never held together: less
                 memory and time in training. The gradients cannot be differentiated again then.
             output_hidden_states: return the embeddings and the output of each layer, the last one normalized.
@@ -303,53 +150,53 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
             raise ValueError(
                 f"cache and past_key_values are two names of one argument: give one of them ({NO_PREFIX_TUNING})"
             )
-        self._check_loss_arguments(labels, num_items_in_batch, skip_logits)
-        self._warn_of_a_lost_gradient(labels, mode, plan)
-        mode = self._checked_mode(mode, plan, labels, prompt_plan)
-        cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, labels, mode)
-        state = plan if isinstance(plan, PlanState) else None
-        if state is not None and state.columns is not None and cache is not None:
-            read: Callable[..., LowerOutput] = functools.partial(self._decode_lower, state)
-        else:
-            read = functools.partial(self.lower_layers, layout=layout)
-        lower = read(
-            *(input_ids, attention_mask, position_ids, cache, inputs_embeds),
-            output_hidden_states=self._asked("output_hidden_states", output_hidden_states),
-            output_attentions=self._asked("output_attentions", output_attentions),
+        check_loss_arguments(labels, num_items_in_batch, skip_logits)
+        warn_of_lost_gradient(self, labels, mode, plan)
+        mode = resolve_mode(mode, plan, labels, prompt_plan)
+        cache = resolve_cache(self, cache if past_key_values is None else past_key_values, use_cache, labels, mode)
+        options: dict[str, Any] = {
+            "output_hidden_states": self._option("output_hidden_states", output_hidden_states),
+            "output_attentions": self._option("output_attentions", output_attentions),
             **kwargs,
+        }
+        state = plan if isinstance(plan, PlanState) else None
+        if state is not None and labels is None and cache is not None and continues(state, position_ids):
+            step = (state, cache, input_ids, position_ids, attention_mask, inputs_embeds)
+            output = self.decode_step(*step, logits_to_keep=logits_to_keep, **options)  # type: ignore[arg-type]
+            return output if self._option("return_dict", return_dict) else output.to_tuple()
+
+        lower = self.lower_layers(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, layout=layout, **options
         )
-        in_chunks = skip_logits and self._scores_in_chunks
         plan_logits = None
         if mode == "training":
             plan_logits = self.encode(lower)
-            drawn = self.plan_mapper(plan_logits)
-            state = PlanState(plan=drawn, prior=prior or "uniform")
-            scored = self.upper_layers(lower, drawn, plan_logits, logits_to_keep, labels if in_chunks else None)
+            state = PlanState(plan=self.plan_mapper(plan_logits), prior=prior or "uniform")
+            vectors = plan_to_token(self.plan_table(state.plan, plan_logits), lower.token_plan)
         else:
-            state = self._plan_state(plan, cache, lower, prompt_plan, prior)
-            state = self._complete(state, lower, input_ids, inputs_embeds)
-            vectors = self._vectors_of_tokens(state, lower)
-            scored = self.run_upper_layers(lower, vectors, logits_to_keep, labels if in_chunks else None)
+            state = known_plans(self.config, plan, cache, lower, prompt_plan, prior)
+            state = complete_plans(self, state, lower, lambda: is_text(self, input_ids, inputs_embeds))
+            vectors = plan_vectors(self, state, lower)
         if isinstance(cache, PlanCache):
             cache.state = state
-        plan_mask = None if lower.layout is None else lower.layout.plan_mask
-        losses: dict[str, Tensor | None] = {}
+
+        logits, losses = None, {}
+        if labels is not None and skip_logits and self._head_takes_labels:
+            states = self._upper_states(lower, vectors)
+            reconstruction = self.lm_head(states, labels=labels)
+        else:
+            logits = self.compute_logits(lower, vectors, logits_to_keep)
+            reconstruction = None if labels is None else reconstruction_loss(logits, labels)
         if labels is not None:
             losses = self._losses(
-                *(None if in_chunks else scored, scored if in_chunks else None, labels, plan_logits, plan_mask),
-                *(kl_weight, free_bits, num_items_in_batch),
+                reconstruction,
+                predicted_tokens(labels) if num_items_in_batch is None else num_items_in_batch,
+                plan_logits,
+                None if lower.layout is None else lower.layout.plan_mask,
+                loss_weights,
             )
-        output = FreeTransformerOutput(
-            **losses,
-            logits=None if skip_logits else scored,
-            hidden_states=None if lower.all_hidden_states is None else tuple(lower.all_hidden_states),
-            attentions=tuple(lower.layer_arguments["attentions"]) if "attentions" in lower.layer_arguments else None,
-            plan=state.plan if state.plan is None else state.plan[:, : lower.num_plans],
-            plan_logits=plan_logits,
-            plan_mask=plan_mask,
-            **{CACHE_NAME: cache},
-        )
-        return output if self._asked("return_dict", return_dict) else output.to_tuple()
+        output = model_output(lower, state, cache, None if skip_logits else logits, plan_logits, losses)
+        return output if self._option("return_dict", return_dict) else output.to_tuple()
 
     def lower_layers(
         self,
@@ -358,164 +205,49 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
         layout: PlanLayout | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> LowerOutput:
-        """Layers 0 to K-1: what the encoder reads, the same under every plan. Arguments as in `forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        """Layers 0 to K-1, whose output the encoder reads: the same under every plan. Arguments as in `forward`."""
+        hidden_states = self._embed(input_ids, inputs_embeds)
         batch, tokens = hidden_states.shape[:2]
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and getattr(cache, "packed", False):
             raise ValueError("cache: it holds packed rows of several documents, which cannot be continued")
         token_plan = None
         if layout is not None:
-            self._check_layout(layout, (batch, tokens), past, attention_mask, position_ids)
+            check_layout(layout, (batch, tokens), past, attention_mask, position_ids)
             plans, position_ids = layout.num_plans, layout.position_ids
-            mask, own = self._mask_of_layout(layout, hidden_states, cache)
+            mask, own = mask_of_layout(self.config, layout, hidden_states, cache)
         else:
-            token_mask = _token_mask(attention_mask, batch, past, tokens)
-            packed = position_ids is not None and past == 0 and is_packed(position_ids, token_mask)
-            ranks = token_ranks(token_mask, past, tokens, hidden_states.device)
+            real = token_mask(attention_mask, batch, past, tokens)
+            packed = position_ids is not None and past == 0 and is_packed(position_ids, real)
+            ranks = token_ranks(real, past, tokens, hidden_states.device)
             if position_ids is None:
                 position_ids = ranks
             if past == 0:
-                layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), token_mask, packed)
+                layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), real, packed)
                 plans = layout.num_plans
             else:
-                plans, token_plan = num_plans(self.config.plan_span, past + tokens), self._plan_of_rank(ranks)
-            mask, own = self._mask_of_text(attention_mask, token_mask, layout if packed else None, hidden_states, cache)
+                plans, token_plan = (
+                    num_plans(self.config.plan_span, past + tokens),
+                    plan_of_rank(self.config.plan_span, ranks),
+                )
+            of_row = layout if packed else None
+            mask, own = mask_of_text(self.config, attention_mask, real, of_row, hidden_states, cache)
         if isinstance(cache, PlanCache):
             cache.packed = layout is not None and layout.token_document is not None
-        return self.run_lower_layers(
-            *(hidden_states, mask, position_ids, cache, layout, plans, token_plan),
+        return self.model.run_lower(
+            hidden_states,
+            mask,
+            position_ids,
+            cache,
+            layout=layout,
+            plans=plans,
+            token_plan=token_plan,
             num_tokens=past + tokens,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            **(kwargs | own),
+            **(options | own),
         )
-
-    def _mask_of_text(
-        self,
-        attention_mask: Tensor | None,
-        token_mask: Tensor | None,
-        packed: PlanLayout | None,
-        hidden_states: Tensor,
-        cache: Cache | None,
-    ) -> tuple[Any, dict[str, Any]]:
-        """The mask of the lower and upper layers, and arguments of the attention backend in the place of a mask."""
-        if attention_mask is not None and attention_mask.dim() == 4:
-            return self._checked_mask(attention_mask, hidden_states), {}
-        if packed is not None:
-            packed.boundaries = find_boundaries(packed) if takes_boundaries(self.config, hidden_states) else None
-            return self._mask_of_layout(packed, hidden_states, cache)
-        # without positions: documents are told apart here, padding or not
-        return create_causal_mask(self.config, hidden_states, token_mask, cache, position_ids=None), {}
-
-    def _mask_of_layout(
-        self, layout: PlanLayout, hidden_states: Tensor, cache: Cache | None
-    ) -> tuple[Any, dict[str, Any]]:
-        """`_mask_of_text` of a layout, without reading values: padding is masked as a document of its own."""
-        if layout.boundaries is not None and takes_boundaries(self.config, hidden_states):
-            if is_flash_attention_requested(self.config):
-                return None, layout.boundaries.for_flash_attention()
-            return None, {"boundaries": layout.boundaries}
-        inside = None
-        if layout.token_mask is not None or layout.token_document is not None:
-            if is_flash_attention_requested(self.config):
-                raise ValueError(
-                    f"attn_implementation={self.config._attn_implementation!r} takes no packed rows with padding "
-                    "inside a document; call model.set_attn_implementation('sdpa')"
-                )
-            groups, _ = layout.attention_groups
-            inside = same_document(groups, groups)
-        mask = create_causal_mask(self.config, hidden_states, None, cache, position_ids=None, and_mask_function=inside)
-        return mask, {}
-
-    def _check_layout(
-        self,
-        layout: PlanLayout,
-        shape: tuple[int, int],
-        past: int,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> None:
-        if past or attention_mask is not None or position_ids is not None:
-            raise ValueError("layout replaces attention_mask and position_ids, and takes no cache that holds tokens")
-        if layout.token_plan.shape != shape:
-            raise ValueError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
-
-    def _decode_lower(
-        self,
-        state: PlanState,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> LowerOutput:
-        """`lower_layers` of tokens that continue a text whose plans are all known. It reads no tensor's values."""
-        if position_ids is None or state.plan is None:
-            return self.lower_layers(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
-        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        tokens = hidden_states.shape[1]
-        if self.config.plan_span == "sequence":
-            ranks = position_ids
-        elif state.padded and attention_mask is not None and attention_mask.dim() == 2:
-            ranks = token_ranks(attention_mask.bool(), attention_mask.shape[1] - tokens, tokens, attention_mask.device)
-        else:
-            ranks = position_ids if state.first_position is None else position_ids - state.first_position
-        if tokens > 1 or cache.is_compileable or (attention_mask is not None and state.padded):
-            attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
-        else:
-            attention_mask = None
-        return self.run_lower_layers(
-            *(hidden_states, attention_mask, position_ids, cache, None, state.plan.shape[1], self._plan_of_rank(ranks)),
-            **kwargs,
-        )
-
-    def run_lower_layers(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        cache: Cache | None,
-        layout: PlanLayout | None = None,
-        plans: int = 0,
-        token_plan: Tensor | None = None,
-        num_tokens: int = 0,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> LowerOutput:
-        """Layers 0 to K-1; positions are (B, T), or (1, T) where all rows have the same."""
-        if token_plan is None:
-            token_plan = self._plan_of_rank(position_ids) if layout is None else layout.token_plan
-        rotation = rotary(self.model.rotary_emb, hidden_states, position_ids)
-        arguments = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids.expand(hidden_states.shape[0], -1),
-            "position_embeddings": rotation,
-            "cache": cache,
-            **kwargs,
-        }
-        if output_attentions:
-            if self.config._attn_implementation != "eager":
-                raise ValueError(
-                    f"output_attentions=True: attn_implementation={self.config._attn_implementation!r} computes no "
-                    "attention weights; call model.set_attn_implementation('eager')"
-                )
-            arguments["attentions"] = []
-        states = [hidden_states] if output_hidden_states else None
-        for layer in self.model.layers[: self.config.plan_layer]:
-            hidden_states = layer(hidden_states, **arguments)
-            if states is not None:
-                states.append(hidden_states)
-        return LowerOutput(hidden_states, layout, token_plan, plans, num_tokens, arguments, states)
 
     def encode(self, lower: LowerOutput) -> Tensor:
         """The posterior's logits, (B, P, H), from the output of the first lower."""
@@ -540,339 +272,114 @@ class FreeTransformer(_Initialization, PreTrainedModel, PlanGenerationMixin):
         plan: Tensor,
         plan_logits: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        labels: Tensor | None = None,
-        with_head: bool = True,
     ) -> Tensor:
         """
         Layers K to L-1, norm and head, under a plan.
 
         Args:
             plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
-            labels: (B, T), to get the sum of their cross-entropies instead of the logits.
-            with_head: False leaves the head out.
 
         Returns:
             logits, (B, T, V).
         """
+        return self.compute_logits(lower, self.plan_vectors(lower, plan, plan_logits), logits_to_keep)
+
+    def upper_states(self, lower: LowerOutput, plan: Tensor) -> Tensor:
+        """What the head reads, (B, T, D), under a plan, (B, P, H): for callers that compute a few logits at a time."""
+        return self._upper_states(lower, self.plan_vectors(lower, plan))
+
+    def plan_vectors(self, lower: LowerOutput, plan: Tensor, plan_logits: Tensor | None = None) -> Tensor:
+        """R of each token, (B, T, D), from the plans of the text, (B, P, H)."""
         if plan_logits is None:
-            vectors = self._vectors_of_tokens(PlanState(plan=plan), lower)
-        else:
-            vectors = plan_to_token(self.plan_table(plan, plan_logits), lower.token_plan)
-        return self.run_upper_layers(lower, vectors, logits_to_keep, labels, with_head)
+            return plan_vectors(self, PlanState(plan=plan), lower)
+        return plan_to_token(self.plan_table(plan, plan_logits), lower.token_plan)
 
-    def run_upper_layers(
+    def decode_step(
         self,
-        lower: LowerOutput,
-        plan_states: Tensor,
+        state: PlanState,
+        cache: Cache,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        labels: Tensor | None = None,
-        with_head: bool = True,
-    ) -> Tensor:
+        **options: Any,
+    ) -> FreeTransformerOutput:
         """
-        `upper_layers`, from the vector of each token's plan, (B, T, D).
+        One step of generation: new tokens of texts whose plans are all known. It reads no tensor's values.
 
         Args:
-            with_head: False returns what the head would read, (B, T, D), for who computes logits a few at a time.
+            state: the plans; cache: keys and values of the tokens before.
+            input_ids: (B, T); position_ids: (B, T).
+            attention_mask: (B, past + T), or one that the attention backend takes.
         """
-        hidden_states, layers = lower.hidden_states, self.model.layers[self.config.plan_layer :]
-        plan_states = plan_states.to(hidden_states.dtype)
-        arguments, states = lower.layer_arguments, lower.all_hidden_states
-        only_last = labels is None and states is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
-        for layer in layers:
-            if only_last and layer is layers[-1] and self._can_skip_tokens(lower, layer):
-                arguments = {**arguments, "last_only": True}
-            # by position: reentrant checkpointing follows gradients through positional arguments only
-            inputs = (hidden_states, plan_states) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
-            hidden_states = layer(*inputs, **arguments)
-            if states is not None:
-                states.append(hidden_states)
-        if labels is not None:
-            return self.lm_head(self.model.norm(hidden_states), labels=labels)
-        if not with_head:
-            return self.model.norm(hidden_states)
+        assert state.plan is not None
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        tokens = hidden_states.shape[1]
+        if self.config.plan_span == "sequence":
+            ranks = position_ids
+        elif state.padded and attention_mask is not None and attention_mask.dim() == 2:
+            ranks = token_ranks(attention_mask.bool(), attention_mask.shape[1] - tokens, tokens, attention_mask.device)
+        else:
+            ranks = position_ids if state.first_position is None else position_ids - state.first_position
+        mask = None
+        if tokens > 1 or cache.is_compileable or (attention_mask is not None and state.padded):
+            mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
+        lower = self.model.run_lower(
+            hidden_states,
+            mask,
+            position_ids,
+            cache,
+            None,
+            state.plan.shape[1],
+            plan_of_rank(self.config.plan_span, ranks),
+            **options,
+        )
+        logits = self.compute_logits(lower, plan_vectors(self, state, lower), logits_to_keep)
+        if isinstance(cache, PlanCache):
+            cache.state = state
+        return model_output(lower, state, cache, logits)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("give either input_ids or inputs_embeds")
+        return self.model.embed_tokens(input_ids)
+
+    def _upper_states(self, lower: LowerOutput, plan_vectors: Tensor) -> Tensor:
+        states = self.model.norm(self.model.run_upper(lower, plan_vectors))
+        if lower.all_hidden_states is not None:
+            lower.all_hidden_states[-1] = states
+        return states
+
+    def compute_logits(self, lower: LowerOutput, plan_vectors: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if states is None:
-            return self.lm_head(self.model.norm(hidden_states[:, kept]))
-        states[-1] = self.model.norm(hidden_states)
-        return self.lm_head(states[-1][:, kept])
-
-    @torch.no_grad()
-    def infer_plan(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """
-        The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan.
-
-        Raises:
-            ValueError: for token ids outside the vocabulary.
-        """
-        if not torch.compiler.is_compiling() and input_ids.numel():
-            check_token_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
-        return self.encode(self.lower_layers(input_ids, attention_mask, position_ids))
-
-    def sample_plan(
-        self,
-        batch_size: int,
-        num_plans: int = 1,
-        generator: torch.Generator | None = None,
-        prior: str = "uniform",
-    ) -> Tensor:
-        """Plans from the prior, (B, P, H) bool; `prior` as in `forward`."""
-        return self.plan_prior.sample(batch_size, num_plans, prior, generator)
-
-    @torch.no_grad()
-    def gather_prior(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """
-        Gathers the aggregate prior, the plans that texts take together, which is then saved with the model.
-
-        Args:
-            batches: of training text, dicts with `input_ids` and optional `attention_mask` and `position_ids`.
-        """
-
-        def plan_logits() -> Iterator[Tensor]:
-            for batch in batches:
-                inputs: dict[str, Any] = {
-                    name: each.to(self.device) for name, each in batch.items() if name != "labels"
-                }
-                lower = self.lower_layers(**inputs)
-                assert lower.layout is not None
-                yield self.encode(lower)[lower.layout.plan_mask]
-
-        self.plan_prior.gather(plan_logits())
-
-    def _plan_of_rank(self, ranks: Tensor) -> Tensor:
-        span = self.config.plan_span
-        return torch.zeros_like(ranks) if span == "sequence" else ranks // int(span)
-
-    def _plan_state(
-        self,
-        plan: Tensor | str | Sequence[str] | PlanState | None,
-        cache: Cache | None,
-        lower: LowerOutput,
-        prompt_plan: str | None,
-        prior: str | None,
-    ) -> PlanState:
-        """The plans that the caller gives, or those that the cache was written under, or none yet."""
-        if isinstance(plan, PlanState):
-            if plan.plan is None and lower.layout is None:
-                raise ValueError(UNKNOWN_PLAN)
-            return plan
-        held = cache.state if isinstance(cache, PlanCache) else None
-        if prior is None:
-            prior = "uniform" if held is None else held.prior
-        if plan is not None:
-            given = as_plan(plan, len(lower.hidden_states), self.config.latent_dim)
-            if prompt_plan is None and given.shape[1] != lower.num_plans:
-                raise ValueError(
-                    f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
-                    f"(plan_span={self.config.plan_span!r}): ({lower.num_plans}, {self.config.latent_dim}) is needed, "
-                    "or prompt_plan='prior' to draw those that are missing"
-                )
-            return PlanState(plan=given, prompt_plan=prompt_plan or "prior", prior=prior)
-        if held is not None:
-            held.prior = prior
-            return held
-        if lower.layout is None:
-            raise ValueError(UNKNOWN_PLAN)
-        return PlanState(prompt_plan=prompt_plan or "prior", prior=prior)
-
-    def _complete(
-        self, state: PlanState, lower: LowerOutput, input_ids: Tensor | None, inputs_embeds: Tensor | None
-    ) -> PlanState:
-        """Draws the plans that these tokens need and, with those of the prompt, those of all tokens that may follow."""
-        begins, wanted = state.columns is None, lower.num_plans
-        if not begins and state.plan is not None and state.plan.shape[1] >= wanted:
-            return state
-        device, batch = lower.hidden_states.device, len(lower.hidden_states)
-        known = torch.empty(batch, 0, self.config.latent_dim, dtype=torch.bool, device=device)
-        if state.plan is not None:
-            known = state.plan.to(device)
-            known = known.repeat_interleave(max(1, batch // len(known)), 0)  # several texts for each prompt
-        if begins:
-            if known.shape[1] < wanted:
-                text = self._is_text(input_ids, inputs_embeds)
-                known = torch.cat([known, self._plan_of_prompt(state, lower, text, known.shape[1])], 1)
-            state.columns = lower.num_tokens
-            if lower.layout is not None:
-                state.first_position = lower.layout.plan_position[:, :1]
-                state.padded = lower.layout.token_mask is not None
-            wanted = num_plans(self.config.plan_span, lower.num_tokens + state.new_tokens)
-        stream = state.stream(device) if state.new_tokens else None  # seeded now: before the first token is drawn
-        if known.shape[1] < wanted:
-            drawn = self.plan_prior.sample(wanted - known.shape[1], batch, state.prior, stream or state.stream(device))
-            known = torch.cat([known, drawn.transpose(0, 1)], 1)
-        state.plan, state.vectors = known, None
-        return state
-
-    def _is_text(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, T) bool, False for the begin-of-text token: alone, it is a prompt without anything to read."""
-        begin = _first_of(self.config.bos_token_id)
-        if input_ids is not None:
-            return input_ids != begin
-        assert inputs_embeds is not None
-        if begin < 0:
-            return torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        return (inputs_embeds != self.model.embed_tokens(torch.tensor([[begin]], device=inputs_embeds.device))).any(-1)
-
-    def _plan_of_prompt(self, state: PlanState, lower: LowerOutput, text: Tensor, known: int) -> Tensor:
-        """Plans of tokens already there, from the posterior or the prior: all but the first `known` ones."""
-        batch, missing = len(lower.hidden_states), lower.num_plans - known
-        logits = lower.hidden_states.new_zeros(batch, missing, self.config.latent_dim, dtype=torch.float32)
-        read = torch.zeros(batch, missing, dtype=torch.bool, device=logits.device)
-        if state.prompt_plan == "posterior" and lower.layout is not None:
-            if lower.layout.token_mask is not None:
-                text = text & lower.layout.token_mask
-            read = lower.layout.plan_mask[:, -missing:] & text.any(1, keepdim=True)
-            logits = torch.where(read[..., None], self.encode(lower)[:, -missing:].to(logits.dtype), logits)
-        drawn = self.plan_mapper(logits)
-        if state.prior != "uniform":
-            from_prior = self.plan_prior.sample(batch, missing, state.prior, device=logits.device)
-            drawn = torch.where(read[..., None], drawn, from_prior)
-        return drawn
-
-    def _vectors_of_tokens(self, state: PlanState, lower: LowerOutput) -> Tensor:
-        """R of each token, (B, T, D)."""
-        plan, tokens = state.plan, lower.hidden_states.shape[1]
-        assert plan is not None
-        if plan.shape[1] > 1:
-            if plan.shape[1] <= tokens:
-                return plan_to_token(self.plan_table(plan), lower.token_plan)
-            return self.plan_table(plan_to_token(plan, lower.token_plan))
-        if state.vectors is None or torch.is_grad_enabled():
-            state.vectors = self.plan_table(plan)
-        return state.vectors.expand(-1, tokens, -1)
-
-    def _cache(self, given: Cache | None, use_cache: bool | None, labels: Tensor | None, mode: str) -> Cache | None:
-        if self.training and torch.is_grad_enabled() and self.model.layers[0].gradient_checkpointing:
-            if given is not None and int(given.get_seq_length()) > 0:
-                raise ValueError(
-                    "cache: gradient checkpointing computes layers twice, so it takes no cache with tokens"
-                )
-            return None
-        if given is not None:
-            return given
-        if use_cache is None:
-            use_cache = self.config.use_cache and labels is None and mode == "inference"
-        return PlanCache(self.config) if use_cache else None
+        if lower.all_hidden_states is not None:
+            return self.lm_head(self._upper_states(lower, plan_vectors)[:, kept])
+        only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        hidden_states = self.model.run_upper(lower, plan_vectors, only_last)
+        return self.lm_head(self.model.norm(hidden_states[:, kept]))
 
     @property
-    def _scores_in_chunks(self) -> bool:
+    def _head_takes_labels(self) -> bool:
         """Whether the head may compute the loss without the logits: nothing else watches or replaces it."""
         if type(self.lm_head) is not Head or self.lm_head.in_columns:
             return False
         return torch.compiler.is_compiling() or not is_observed(self.lm_head)
 
-    @staticmethod
-    def _can_skip_tokens(lower: LowerOutput, layer: nn.Module) -> bool:
-        """Whether a layer may compute the output of the last token only: nothing else watches it."""
-        if lower.hidden_states.shape[1] == 1 or not lower.last_row_suffices:
-            return False
-        return torch.compiler.is_compiling() or not is_observed(layer)
-
-    def _asked(self, name: str, value: bool | None) -> bool:
+    def _option(self, name: str, value: bool | None) -> bool:
         return bool(getattr(self.config, name) if value is None else value)
-
-    def _checked_mask(self, mask: Tensor, hidden_states: Tensor) -> Tensor:
-        """A mask of four dimensions in the form that the attention backend takes."""
-        backend = self.config._attn_implementation
-        if is_flash_attention_requested(self.config):
-            raise ValueError(
-                f"attention_mask of shape {tuple(mask.shape)}: attn_implementation={backend!r} takes masks of two "
-                "dimensions only; call model.set_attn_implementation('sdpa')"
-            )
-        if mask.is_floating_point() or (backend == "sdpa" and mask.dtype == torch.bool):
-            return mask
-        additive = hidden_states.new_zeros(mask.shape)
-        return additive.masked_fill(~mask.bool(), torch.finfo(additive.dtype).min)
 
     def _losses(
         self,
-        logits: Tensor | None,
-        reconstruction: Tensor | None,
-        labels: Tensor,
+        reconstruction: Tensor,
+        num_tokens: int | Tensor,
         plan_logits: Tensor | None,
         plan_mask: Tensor | None,
-        kl_weight: float | Tensor | None,
-        free_bits: float | Tensor | None,
-        num_items: int | Tensor | None,
+        weights: LossWeights | None,
     ) -> dict[str, Tensor | None]:
-        """The objective and its parts by name, from the logits or from the sum of the cross-entropies."""
-        config = self.config
-        found = objective(
-            *(logits, labels, plan_logits, plan_mask),
-            free_bits=config.free_bits if free_bits is None else free_bits,
-            kl_weight=config.kl_weight if kl_weight is None else kl_weight,
-            num_tokens=num_items,
-            min_bits=config.min_bits,
-            aggregate_weight=config.aggregate_weight,
-            gather_plans=self.gather_plans,
-            reconstruction=reconstruction,
-        )
+        """The objective and its parts, by name."""
+        weights = LossWeights.of(self.config) if weights is None else weights
+        found = objective(reconstruction, num_tokens, plan_logits, plan_mask, weights, self.gather_plans)
         return {each.name: getattr(found, each.name) for each in fields(found)}
-
-    def _warn_of_a_lost_gradient(self, labels: Tensor | None, mode: str | None, plan: Any) -> None:
-        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if trains and mode is None and plan is None and labels is None:
-            warnings.warn(NO_ENCODER_GRADIENT, stacklevel=3)
-
-    @staticmethod
-    def _check_loss_arguments(labels: Tensor | None, num_items: int | Tensor | None, skip_logits: bool) -> None:
-        if labels is not None:
-            return
-        if skip_logits:
-            raise ValueError("skip_logits=True: without labels the logits are all there is to return")
-        if num_items is not None:
-            raise ValueError(
-                "num_items_in_batch without labels: label_smoothing_factor and compute_loss_func of a Trainer keep the "
-                "labels from the model, so that its encoder would not be trained. Leave them out; the model computes "
-                "the loss itself"
-            )
-
-    def _checked_mode(self, mode: str | None, plan: Any, labels: Tensor | None, prompt_plan: str | None) -> str:
-        if mode is None:
-            mode = "training" if labels is not None and plan is None else "inference"
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: one of {MODES}")
-        if mode == "training" and plan is not None:
-            raise ValueError("mode='training' draws the plan from the posterior: give a plan in mode='inference'")
-        if prompt_plan is not None:
-            check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
-        return mode
-
-
-def build_baseline(config: FreeTransformerConfig) -> PreTrainedModel:
-    """The Llama of the same configuration, started in the same way: the model to compare with."""
-    model = AutoModelForCausalLM.from_config(config.to_llama())
-    model.apply(lambda module: init_module(module, model.config))
-    return model
-
-
-def _token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor | None:
-    """(B, past + T) bool, False on padding; None where there is none, or where that is not known."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 2:
-        if attention_mask.shape[1] != past + tokens:
-            cached = f" ({past} of them in the cache)" if past else ""
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: ({batch}, {past + tokens}) is needed, a "
-                f"column for each token{cached}"
-            )
-        mask = attention_mask.bool()
-    elif attention_mask.dim() == 4 and past == 0:
-        own = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
-        lowest = torch.finfo(own.dtype).min / 2 if own.is_floating_point() else 0
-        mask = (own > lowest).expand(batch, -1)
-    elif attention_mask.dim() == 4:
-        return None
-    else:
-        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: 2 or 4 dimensions are needed")
-    if torch.compiler.is_compiling():  # which cannot ask for values
-        return mask
-    return None if mask.all() else mask
-
-
-def _first_of(token_id: int | list[int] | None) -> int:
-    if isinstance(token_id, list):
-        return token_id[0]
-    return -1 if token_id is None else token_id

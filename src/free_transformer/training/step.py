@@ -12,7 +12,7 @@ from free_transformer.distributed.parallelize import PlanPlace, SharedBinaryMapp
 from free_transformer.distributed.processes import Processes
 from free_transformer.evaluation.likelihood import baseline_inputs
 from free_transformer.model.layout import PlanLayout, batch_layout, num_plans, to_device
-from free_transformer.model.losses import predicted_tokens
+from free_transformer.model.losses import LossWeights, predicted_tokens
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.settings import SettingsError, TrainingSettings
 from free_transformer.training.checkpoint import TrainState
@@ -31,7 +31,9 @@ def training_forward(
         weights: `kl_weight` and `free_bits` of this step, default the model's.
     """
     if isinstance(model, FreeTransformer):
-        output = model(**batch, mode="training", num_items_in_batch=num_tokens, skip_logits=True, **(weights or {}))
+        loss_weights = LossWeights.of(model.config, **(weights or {}))
+        options = {"num_items_in_batch": num_tokens, "loss_weights": loss_weights, "skip_logits": True}
+        output = model(**batch, mode="training", **options)
         plans = output.plan_mask.sum()
         of_plans = {name: output[name] * plans for name in ("kl", "hinge", "kl_per_bit")}
         return {"loss": output.loss, "reconstruction": output.reconstruction, "plans": plans, **of_plans}

@@ -1,0 +1,85 @@
+"""Checks of the arguments of `FreeTransformer.forward`, and the defaults that depend on several of them."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import PlanCache, PlanState
+from .compat import Cache
+from .layout import PlanLayout
+from .sampling import PROMPT_PLANS, check_choice
+
+if TYPE_CHECKING:
+    from .modeling import FreeTransformer
+
+MODES = ("training", "inference")
+NO_ENCODER_GRADIENT = (
+    "called in training mode without labels: the plan is sampled from the prior, and the encoder gets no gradient. "
+    "Give labels or mode='training', or mode='inference' if this is meant. (Trainers on preferences or rewards, such as "
+    "DPO and GRPO of TRL, are not supported)"
+)
+
+
+def check_loss_arguments(labels: Tensor | None, num_items: int | Tensor | None, skip_logits: bool) -> None:
+    if labels is not None:
+        return
+    if skip_logits:
+        raise ValueError("skip_logits=True: without labels the logits are all there is to return")
+    if num_items is not None:
+        raise ValueError(
+            "num_items_in_batch without labels: label_smoothing_factor and compute_loss_func of a Trainer keep the "
+            "labels from the model, so that its encoder would not be trained. Leave them out; the model computes "
+            "the loss itself"
+        )
+
+
+def resolve_mode(mode: str | None, plan: object, labels: Tensor | None, prompt_plan: str | None) -> str:
+    if mode is None:
+        mode = "training" if labels is not None and plan is None else "inference"
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: one of {MODES}")
+    if mode == "training" and plan is not None:
+        raise ValueError("mode='training' samples the plan from the posterior: give a plan in mode='inference'")
+    if prompt_plan is not None:
+        check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
+    return mode
+
+
+def resolve_cache(
+    model: "FreeTransformer", given: Cache | None, use_cache: bool | None, labels: Tensor | None, mode: str
+) -> Cache | None:
+    if model.training and torch.is_grad_enabled() and model.model.layers[0].gradient_checkpointing:
+        if given is not None and int(given.get_seq_length()) > 0:
+            raise ValueError("cache: gradient checkpointing computes layers twice, so it takes no cache with tokens")
+        return None
+    if given is not None:
+        return given
+    if use_cache is None:
+        use_cache = model.config.use_cache and labels is None and mode == "inference"
+    return PlanCache(model.config) if use_cache else None
+
+
+def warn_of_lost_gradient(model: "FreeTransformer", labels: Tensor | None, mode: str | None, plan: object) -> None:
+    trains = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and mode is None and plan is None and labels is None:
+        warnings.warn(NO_ENCODER_GRADIENT, stacklevel=3)
+
+
+def check_layout(
+    layout: PlanLayout,
+    shape: tuple[int, int],
+    past: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    if past or attention_mask is not None or position_ids is not None:
+        raise ValueError("layout replaces attention_mask and position_ids, and takes no cache that holds tokens")
+    if layout.token_plan.shape != shape:
+        raise ValueError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
+
+
+def continues(state: PlanState, position_ids: Tensor | None) -> bool:
+    """Whether a step needs nothing besides the plans, which are all known."""
+    return state.columns is not None and state.plan is not None and position_ids is not None

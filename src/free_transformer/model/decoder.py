@@ -1,0 +1,119 @@
+"""The decoder: the embedding, layers and final norm of a Llama, some of whose layers can receive a plan."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import rotary
+from .compat import Cache, LlamaPreTrainedModel, LlamaRotaryEmbedding, OwnInitialization
+from .configuration import FreeTransformerConfig
+from .initialization import init_module
+from .injection import InjectedDecoderLayer
+from .layers import DecoderLayer, RMSNorm, is_observed
+from .layout import PlanLayout, plan_of_rank
+from .outputs import LowerOutput
+
+
+class Initialization(OwnInitialization):
+    """Initializes weights by `init_module`, in every part that `transformers` takes for a model of its own."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]  # norms and rotary buffers
+        init_module(module, self.config)
+
+
+class Decoder(Initialization, LlamaPreTrainedModel):
+    """Layers 0 to K-1 compute X, which the encoder reads. Layers K to L-1 compute the output under a plan."""
+
+    config_class = FreeTransformerConfig
+
+    def __init__(self, config: FreeTransformerConfig):
+        super().__init__(config)
+        receiving = config.injection_layers or []
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            (InjectedDecoderLayer if layer in receiving else DecoderLayer)(config, layer)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
+            "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
+            "Trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not supported"
+        )
+
+    def run_lower(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        layout: PlanLayout | None = None,
+        plans: int = 0,
+        token_plan: Tensor | None = None,
+        num_tokens: int = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> LowerOutput:
+        """
+        Layers 0 to K-1.
+
+        Args:
+            hidden_states: embeddings, (B, T, D).
+            attention_mask: as the attention backend takes it.
+            position_ids: (B, T), or (1, T) where all rows have the same.
+            plans: of the text so far; token_plan: (B, T), the plan of each token, default that of its position.
+        """
+        if token_plan is None:
+            token_plan = plan_of_rank(self.config.plan_span, position_ids) if layout is None else layout.token_plan
+        arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids.expand(hidden_states.shape[0], -1),
+            "position_embeddings": rotary(self.rotary_emb, hidden_states, position_ids),
+            "cache": cache,
+            **kwargs,
+        }
+        if output_attentions:
+            if self.config._attn_implementation != "eager":
+                raise ValueError(
+                    f"output_attentions=True: attn_implementation={self.config._attn_implementation!r} computes no "
+                    "attention weights; call model.set_attn_implementation('eager')"
+                )
+            arguments["attentions"] = []
+        all_states = [hidden_states] if output_hidden_states else None
+        for layer in self.layers[: self.config.plan_layer]:
+            hidden_states = layer(hidden_states, **arguments)
+            if all_states is not None:
+                all_states.append(hidden_states)
+        return LowerOutput(hidden_states, layout, token_plan, plans, num_tokens, arguments, all_states)
+
+    def run_upper(self, lower: LowerOutput, plan_vectors: Tensor, last_only: bool = False) -> Tensor:
+        """
+        Layers K to L-1.
+
+        Args:
+            plan_vectors: R of each token, (B, T, D).
+            last_only: lets the last layer compute the output of the last token alone, where nothing observes it.
+
+        Returns:
+            what the final norm reads, (B, T, D) or (B, 1, D).
+        """
+        hidden_states, arguments = lower.hidden_states, lower.layer_arguments
+        last_only = last_only and hidden_states.shape[1] > 1 and lower.last_row_suffices
+        plan_vectors = plan_vectors.to(hidden_states.dtype)
+        layers = self.layers[self.config.plan_layer :]
+        for layer in layers:
+            if last_only and layer is layers[-1] and (torch.compiler.is_compiling() or not is_observed(layer)):
+                arguments = {**arguments, "last_only": True}
+            # by position: reentrant checkpointing follows gradients through positional arguments only
+            inputs = (hidden_states, plan_vectors) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
+            hidden_states = layer(*inputs, **arguments)
+            if lower.all_hidden_states is not None:
+                lower.all_hidden_states.append(hidden_states)
+        return hidden_states

@@ -1,0 +1,73 @@
+"""What the model returns, and what its lower layers hand to its upper layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .cache import PlanState
+from .compat import CACHE_NAME, BothCacheNames, Cache, CausalLMOutputWithPast
+from .layout import PlanLayout
+
+
+@dataclass
+class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
+    """
+    Output of `FreeTransformer.forward`: the fields of `CausalLMOutputWithPast`, and the plan with its losses.
+
+    Losses are in nats per predicted token, `kl` and `hinge` in bits per plan. The cache can be read as `cache` and as
+    `past_key_values`.
+    """
+
+    plan: Tensor | None = None  # (B, P, H) bool, the plan used
+    plan_logits: Tensor | None = None  # (B, P, H) of the posterior, None where the encoder did not run for training
+    plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
+    reconstruction: Tensor | None = None
+    kl: Tensor | None = None
+    hinge: Tensor | None = None  # what a plan spends beyond its free bits
+    kl_per_bit: Tensor | None = None  # (H,), mean over plans
+
+
+@dataclass
+class LowerOutput:
+    """Output of the lower layers, and what the upper layers need besides."""
+
+    hidden_states: Tensor  # X, (B, T, D)
+    layout: PlanLayout | None  # None while a cache holds the beginning of the text
+    token_plan: Tensor  # (B, T) or (1, T), the plan of each token
+    num_plans: int  # of the text so far
+    num_tokens: int  # of the text so far, padding included
+    layer_arguments: dict[str, Any]
+    all_hidden_states: list[Tensor] | None = None  # the input of each layer, where it was asked for
+
+    @property
+    def last_row_suffices(self) -> bool:
+        """Whether the last row of the attention mask describes the attention of the last token alone."""
+        if self.layer_arguments.keys() & {"boundaries", "cu_seq_lens_q", "attentions"}:
+            return False  # documents are told apart without a mask, or all tokens' attention is asked for
+        mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["cache"]
+        if mask is None:  # a causal one, which also hides what a static cache has not written yet
+            return cache is None or not cache.is_compileable
+        return isinstance(mask, Tensor) and mask.dim() == 4
+
+
+def model_output(
+    lower: LowerOutput,
+    state: PlanState,
+    cache: Cache | None,
+    logits: Tensor | None,
+    plan_logits: Tensor | None = None,
+    losses: dict[str, Tensor | None] | None = None,
+) -> FreeTransformerOutput:
+    """The output of a forward pass, from what its parts have computed."""
+    attentions = lower.layer_arguments.get("attentions")
+    return FreeTransformerOutput(
+        **(losses or {}),  # type: ignore[arg-type]
+        logits=logits,
+        hidden_states=None if lower.all_hidden_states is None else tuple(lower.all_hidden_states),
+        attentions=None if attentions is None else tuple(attentions),
+        plan=state.plan if state.plan is None else state.plan[:, : lower.num_plans],
+        plan_logits=plan_logits,
+        plan_mask=None if lower.layout is None else lower.layout.plan_mask,
+        **{CACHE_NAME: cache},
+    )

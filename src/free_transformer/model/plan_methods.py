@@ -1,0 +1,71 @@
+"""Plans of texts: those that the encoder reads, samples from the prior, and the aggregate prior."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configuration import FreeTransformerConfig
+from .outputs import LowerOutput
+from .plan import PlanPrior
+from .sampling import check_token_ids
+
+
+class PlanMethods:
+    config: FreeTransformerConfig
+    plan_prior: PlanPrior
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def lower_layers(self, *args: Any, **kwargs: Any) -> LowerOutput:
+        raise NotImplementedError
+
+    def encode(self, lower: LowerOutput) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def infer_plan(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """
+        The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan.
+
+        Raises:
+            ValueError: for token ids outside the vocabulary.
+        """
+        if not torch.compiler.is_compiling() and input_ids.numel():
+            check_token_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
+        return self.encode(self.lower_layers(input_ids, attention_mask, position_ids))
+
+    def sample_plan(
+        self,
+        batch_size: int,
+        num_plans: int = 1,
+        generator: torch.Generator | None = None,
+        prior: str = "uniform",
+    ) -> Tensor:
+        """Samples plans from the prior, (B, P, H) bool; `prior` as in `forward`."""
+        return self.plan_prior.sample(batch_size, num_plans, prior, generator)
+
+    @torch.no_grad()
+    def gather_prior(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """
+        Gathers the aggregate prior, the plans that texts take together, which is then saved with the model.
+
+        Args:
+            batches: of training text, dicts with `input_ids` and optional `attention_mask` and `position_ids`.
+        """
+
+        def plan_logits() -> Iterator[Tensor]:
+            for batch in batches:
+                inputs: dict[str, Any] = {
+                    name: each.to(self.device) for name, each in batch.items() if name != "labels"
+                }
+                lower = self.lower_layers(**inputs)
+                assert lower.layout is not None
+                yield self.encode(lower)[lower.layout.plan_mask]
+
+        self.plan_prior.gather(plan_logits())

@@ -1,0 +1,145 @@
+"""
+Where the plans of a text come from: given by the caller, read from the prompt by the encoder, or sampled from the
+prior.
+
+An empty prompt (no token besides the begin-of-text token) has nothing to read, so its plan comes from the prior.
+`runtime.plan_source` is the same rule for NumPy.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import PlanCache, PlanState
+from .compat import Cache
+from .configuration import FreeTransformerConfig
+from .layout import num_plans, plan_to_token
+from .outputs import LowerOutput
+from .plan import as_plan
+
+if TYPE_CHECKING:
+    from .modeling import FreeTransformer
+
+NO_PREFIX_TUNING = "prefix tuning of PEFT, whose virtual tokens have no plan, is not supported: use LoRA"
+UNKNOWN_PLAN = (
+    "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or "
+    f"continue from the cache that this model returns ({NO_PREFIX_TUNING})"
+)
+
+
+def known_plans(
+    config: FreeTransformerConfig,
+    plan: Tensor | str | Sequence[str] | PlanState | None,
+    cache: Cache | None,
+    lower: LowerOutput,
+    prompt_plan: str | None,
+    prior: str | None,
+) -> PlanState:
+    """The plans that the caller gives, or those that the cache was generated under, or none yet."""
+    if isinstance(plan, PlanState):
+        if plan.plan is None and lower.layout is None:
+            raise ValueError(UNKNOWN_PLAN)
+        return plan
+    held = cache.state if isinstance(cache, PlanCache) else None
+    if prior is None:
+        prior = "uniform" if held is None else held.prior
+    if plan is not None:
+        given = as_plan(plan, len(lower.hidden_states), config.latent_dim)
+        if prompt_plan is None and given.shape[1] != lower.num_plans:
+            raise ValueError(
+                f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
+                f"(plan_span={config.plan_span!r}): ({lower.num_plans}, {config.latent_dim}) is needed, or "
+                "prompt_plan='prior' to draw those that are missing"
+            )
+        return PlanState(plan=given, prompt_plan=prompt_plan or "prior", prior=prior)
+    if held is not None:
+        held.prior = prior
+        return held
+    if lower.layout is None:
+        raise ValueError(UNKNOWN_PLAN)
+    return PlanState(prompt_plan=prompt_plan or "prior", prior=prior)
+
+
+def complete_plans(
+    model: "FreeTransformer", state: PlanState, lower: LowerOutput, is_text: Callable[[], Tensor]
+) -> PlanState:
+    """
+    Adds the plans that these tokens need and, with those of the prompt, those of all tokens that may follow.
+
+    Args:
+        is_text: (B, T) bool, which tokens the encoder has something to read in.
+    """
+    is_prompt, wanted = state.columns is None, lower.num_plans
+    if not is_prompt and state.plan is not None and state.plan.shape[1] >= wanted:
+        return state
+    device, batch = lower.hidden_states.device, len(lower.hidden_states)
+    known = torch.empty(batch, 0, model.config.latent_dim, dtype=torch.bool, device=device)
+    if state.plan is not None:
+        known = state.plan.to(device)
+        known = known.repeat_interleave(max(1, batch // len(known)), 0)  # several texts for each prompt
+    if is_prompt:
+        if known.shape[1] < wanted:
+            known = torch.cat([known, _plans_of_prompt(model, state, lower, is_text(), known.shape[1])], 1)
+        state.columns = lower.num_tokens
+        if lower.layout is not None:
+            state.first_position = lower.layout.plan_position[:, :1]
+            state.padded = lower.layout.token_mask is not None
+        wanted = num_plans(model.config.plan_span, lower.num_tokens + state.new_tokens)
+    stream = state.stream(device) if state.new_tokens else None  # seeded before the first token is sampled
+    if known.shape[1] < wanted:
+        missing = wanted - known.shape[1]
+        sampled = model.plan_prior.sample(missing, batch, state.prior, stream or state.stream(device))
+        known = torch.cat([known, sampled.transpose(0, 1)], 1)
+    state.plan, state.vectors = known, None
+    return state
+
+
+def _plans_of_prompt(
+    model: "FreeTransformer", state: PlanState, lower: LowerOutput, is_text: Tensor, known: int
+) -> Tensor:
+    """Plans of the prompt's tokens, from the posterior or the prior: all but the first `known` ones."""
+    batch, missing = len(lower.hidden_states), lower.num_plans - known
+    logits = lower.hidden_states.new_zeros(batch, missing, model.config.latent_dim, dtype=torch.float32)
+    read = torch.zeros(batch, missing, dtype=torch.bool, device=logits.device)
+    if state.prompt_plan == "posterior" and lower.layout is not None:
+        if lower.layout.token_mask is not None:
+            is_text = is_text & lower.layout.token_mask
+        read = lower.layout.plan_mask[:, -missing:] & is_text.any(1, keepdim=True)
+        logits = torch.where(read[..., None], model.encode(lower)[:, -missing:].to(logits.dtype), logits)
+    plans: Tensor = model.plan_mapper(logits)
+    if state.prior != "uniform":
+        from_prior = model.plan_prior.sample(batch, missing, state.prior, device=logits.device)
+        plans = torch.where(read[..., None], plans, from_prior)
+    return plans
+
+
+def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """(B, T) bool, False for the begin-of-text token: alone, it is a prompt without anything to read."""
+    begin = _first_of(model.config.bos_token_id)
+    if input_ids is not None:
+        return input_ids != begin
+    assert inputs_embeds is not None
+    if begin < 0:
+        return torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    return (inputs_embeds != model.model.embed_tokens(torch.tensor([[begin]], device=inputs_embeds.device))).any(-1)
+
+
+def plan_vectors(model: "FreeTransformer", state: PlanState, lower: LowerOutput) -> Tensor:
+    """R of each token, (B, T, D)."""
+    plan, tokens = state.plan, lower.hidden_states.shape[1]
+    assert plan is not None
+    if plan.shape[1] > 1:
+        if plan.shape[1] <= tokens:
+            return plan_to_token(model.plan_table(plan), lower.token_plan)
+        return model.plan_table(plan_to_token(plan, lower.token_plan))
+    if state.vectors is None or torch.is_grad_enabled():
+        state.vectors = model.plan_table(plan)
+    return state.vectors.expand(-1, tokens, -1)
+
+
+def _first_of(token_id: int | list[int] | None) -> int:
+    if isinstance(token_id, list):
+        return token_id[0]
+    return -1 if token_id is None else token_id

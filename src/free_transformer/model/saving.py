@@ -1,0 +1,68 @@
+"""Loading, also from a pretrained Llama without a plan, and saving, with the code of the model beside its weights."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .configuration import FreeTransformerConfig
+from .hub_code import name_code
+from .warm_start import warm_start
+
+if TYPE_CHECKING:
+    pass
+
+OWN_NAME = "FreeTransformer"
+
+
+class SavingMixin(PreTrainedModel):
+    config: FreeTransformerConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: also where `accelerate` has moved its weights elsewhere until they are needed."""
+        device = super().device
+        if device.type == "meta":
+            for module in self.modules():
+                hook = getattr(module, "_hf_hook", None)
+                for each in getattr(hook, "hooks", [hook]):
+                    if getattr(each, "execution_device", None) is not None:
+                        return torch.device(each.execution_device)
+        return device
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *args: Any, encoder: nn.Module | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
+
+        Such a model keeps its logits: the codebook is initialized to zero, and the encoder to a copy of the layer that
+        receives the plan.
+
+        Raises:
+            ValueError: for the folder of another kind of model.
+        """
+        tells = kwargs.pop("output_loading_info", False)
+        own = {}
+        if encoder is not None:  # `transformers` replaces buffers that no checkpoint holds by uninitialized memory
+            own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+            kwargs["encoder"] = encoder
+        model, loading = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for name in kwargs.keys() & vars(model.generation_config).keys() - vars(GenerationConfig()).keys():
+            delattr(model.generation_config, name)  # settings of the model, which `transformers` stores there too
+        stored = model.encoder.state_dict() if own else {}
+        for name, buffer in own.items():
+            if name not in stored:
+                model.encoder.get_buffer(name).copy_(buffer)
+        if encoder is None and "encoder.query" in loading["missing_keys"]:
+            warm_start(model)
+        return (model, loading) if tells else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, and the code of the model beside its weights, unless a part of it is your own."""
+        name = type(self).__name__.removeprefix("FSDP")  # the class that sharding makes of this one
+        name_code(self.config, wanted=name == OWN_NAME and self.config.encoder_class is None)
+        super().save_pretrained(save_directory, *args, **kwargs)
