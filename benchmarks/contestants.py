@@ -132,10 +132,12 @@ class Free(Llama):
         return FreeTransformer(self.config())
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        from free_transformer.settings import TrainingSettings
+        from free_transformer.settings import Settings
         from free_transformer.training.optimizers import build_optimizers
 
-        return build_optimizers(self.model, TrainingSettings(learning_rate=1e-4))
+        return build_optimizers(
+            self.model, Settings.model_validate({"training": {"learning_rate": 1e-4, "optimizer": "adamw"}})
+        )
 
     def loss(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, labels=tokens, mode="training", skip_logits=True).loss

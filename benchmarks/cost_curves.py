@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from free_transformer import FreeTransformer, FreeTransformerConfig
-from free_transformer.settings import TrainingSettings
+from free_transformer.settings import Settings
 from free_transformer.training.optimizers import build_optimizers
 
 SHAPE = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4, "ffn_hidden_dim": 688, "latent_dim": 8}
@@ -30,11 +30,17 @@ GROUPED_BITS = [8, 24, 32, 40, 48, 64]  # in groups of 8, as from 17 bits on by 
 SPANS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 ROWS, LENGTH = 8, 256
 
+ADAMW = Settings.model_validate({"optimizer": {"name": "adamw"}})
+
 
 def step_of_length(length: int) -> Callable[[], None]:
     torch.manual_seed(0)
     model = FreeTransformer(FreeTransformerConfig(**SHAPE, max_seq_len=length))
-    return step_on(model, build_optimizers(model, TrainingSettings()), torch.randint(3, 4096, (1, length)))
+    return step_on(
+        model,
+        build_optimizers(model, ADAMW),
+        torch.randint(3, 4096, (1, length)),
+    )
 
 
 def encoder_of_span(span: int) -> Callable[[], None]:

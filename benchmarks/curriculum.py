@@ -21,7 +21,7 @@ from collapse import write_text_of_voices
 CONFIG = Path(__file__).parents[1] / "configs" / "three_voices.yaml"
 ARMS: dict[str, list[str]] = {
     "256": [],
-    "64, 128, 256": ["training.stages=[{seq_len: 64}, {seq_len: 128}, {}]"],
+    "64, 128, 256": ["curriculum.stages=[{seq_len: 64}, {seq_len: 128}, {}]"],
 }
 SAMPLES = 16
 FIGURES = ("nll", "elbo", "gap", "seconds")
@@ -50,7 +50,7 @@ def run_arm(arm: str, seed: int, out: Path, steps: int) -> dict[str, Any]:
     if kept.exists():
         return json.loads(kept.read_text())
     text = [f"data.{part}=[{out / 'text' / part}.jsonl]" for part in ("train", "validation")]
-    silent = ["training.eval_every=0", "training.save_every=0", "training.prior_rows=0", "logging.sample_every=0"]
+    silent = ["training.eval_every=0", "training.save_every=0", "evaluation.prior_rows=0", "logging.sample_every=0"]
     length = [f"training.max_steps={steps}"] if steps else []
     overrides = [f"run_dir={folder}", f"training.seed={seed}", *text, *silent, *length, *ARMS[arm]]
     started = time.perf_counter()

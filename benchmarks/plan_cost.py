@@ -31,7 +31,7 @@ from free_transformer import BinaryMapper, FreeTransformer, FreeTransformerConfi
 from free_transformer.model.initialization import build_baseline
 from free_transformer.model.losses import free_bits_hinge, kl_bits, predicted_tokens
 from free_transformer.model.straight_through import exact_gradient
-from free_transformer.settings import TrainingSettings
+from free_transformer.settings import Settings
 from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, build_optimizers
 from free_transformer.training.step import training_forward
 
@@ -66,7 +66,9 @@ class Variant:
 
     def build(self) -> tuple[Any, list[torch.optim.Optimizer]]:
         model = FreeTransformer(self.config) if self.latent_dim else build_baseline(self.config)
-        return model, build_optimizers(model, TrainingSettings(table_optimizer=self.table_optimizer))
+        return model, build_optimizers(
+            model, Settings.model_validate({"optimizer": {"name": "adamw", "codebook": self.table_optimizer}})
+        )
 
 
 LLAMA = Variant("Llama")

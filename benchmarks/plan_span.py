@@ -91,7 +91,7 @@ def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
     from demo import read_rows, train_judge
 
     from free_transformer.data import Rows
-    from free_transformer.evaluation import evaluate_likelihood, measure_control, measure_diversity, write_texts
+    from free_transformer.evaluation import evaluate_likelihood, generate_texts, measure_control, measure_diversity
     from free_transformer.training import Run
 
     plan, seed = cell
@@ -120,7 +120,7 @@ def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
     # a model of another seed that wrote none of these texts says how good they are
     reference = Run(_run(out, ("baseline", (seed + 1) % seeds))).load_model()
     for temperature in TEMPERATURES:
-        texts = write_texts(model, tokenizer, WRITTEN, WINDOW, temperature)
+        texts = generate_texts(model, tokenizer, WRITTEN, WINDOW, temperature)
         result[f"diversity_{temperature}"] = asdict(measure_diversity(texts, judge, reference, tokenizer))
     kept.write_text(json.dumps(result, default=float))
     return result

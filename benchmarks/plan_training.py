@@ -35,7 +35,7 @@ METHODS = ("exact:adamw", "sampled:adamw", "sampled:sparse_adam")
 LETTERS = [
     *("model.plan_span=1", "model.free_bits=1.0", "training.max_steps=300", "training.eval_every=0"),
     *("training.save_every=0", "logging.sample_every=0", "logging.tensorboard=false"),
-    *("model.min_bits=0", "model.aggregate_weight=0", "training.optimizer=adamw", "training.min_lr_ratio=0.1"),
+    *("model.min_bits=0", "model.aggregate_weight=0", "optimizer.name=adamw", "optimizer.min_lr_ratio=0.1"),
 ]
 VOICES = [
     *("model.hidden_dim=64", "training.seq_len=128", "training.max_steps=400", "training.eval_every=0"),
@@ -101,7 +101,7 @@ def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, fl
         f"run_dir={run.path}",
         f"model.latent_dim={trial.latent_dim}",
         f"model.plan_gradient={trial.gradient}",
-        f"training.table_optimizer={trial.table_optimizer}",
+        f"optimizer.codebook={trial.table_optimizer}",
         f"training.seed={trial.seed}",
     ]
     if trial.task == "letters":

@@ -28,7 +28,7 @@ from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.distributed.parallelize import parallelize
 from free_transformer.distributed.processes import MESH, Processes, join_processes
 from free_transformer.model.losses import predicted_tokens
-from free_transformer.settings import DistributedSettings, TrainingSettings
+from free_transformer.settings import DistributedSettings, Settings
 from free_transformer.training import Run
 from free_transformer.training.optimizers import build_optimizers, clip_gradients
 from free_transformer.training.step import training_forward
@@ -99,8 +99,8 @@ def agreement_table(work: Path, steps: int) -> Table:
 
 def losses_of_run(folder: Path, count: int, optimizer: str, steps: int, *options: str) -> list[float]:
     script = ["examples/train_free.py", "--config", "configs/free_transformer.yaml", f"run_dir={folder}", *options]
-    script += [f"training.max_steps={steps}", f"training.optimizer={optimizer}", "training.log_every=1"]
-    script += ["training.eval_every=0", "training.save_every=0", "training.prior_rows=0", "training.device=cpu"]
+    script += [f"training.max_steps={steps}", f"optimizer.name={optimizer}", "training.log_every=1"]
+    script += ["training.eval_every=0", "training.save_every=0", "evaluation.prior_rows=0", "training.device=cpu"]
     torchrun(count, *script, "logging.sample_every=0", "logging.tensorboard=false")
     return [line["loss"] for line in Run(folder).read_metrics() if line["split"] == "train"]
 
@@ -109,7 +109,9 @@ def build(processes: Processes) -> tuple[Any, list[torch.optim.Optimizer]]:
     torch.manual_seed(0)
     model = FreeTransformer(FreeTransformerConfig(**SIZES))
     parallelize(model, processes)
-    return model, build_optimizers(model, TrainingSettings(), sparse_tables=processes.size == 1)
+    return model, build_optimizers(
+        model, Settings.model_validate({"optimizer": {"name": "adamw"}}), sparse_tables=processes.size == 1
+    )
 
 
 def step(model: Any, optimizers: list[torch.optim.Optimizer], tokens: Tensor, processes: Processes) -> None:

@@ -21,14 +21,14 @@ import typer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LONG_TEXT = ["data.train=[letters:4000:0]", "data.validation=[letters:200:1]", "training.seq_len=256"]
-QUIET = ["logging.tensorboard=false", "training.device=cpu", "training.prior_rows=0", "training.eval_rows=32"]
+QUIET = ["logging.tensorboard=false", "training.device=cpu", "evaluation.prior_rows=0", "evaluation.rows=32"]
 MEMORY = {  # what differs from configs/free_transformer.yaml
     "the shipped configuration, 64 x 68": [],
     "width 256, 6 layers, a plan a token, 8 x 256": [
         *("model.hidden_dim=256", "model.num_layers=6", "model.plan_span=1", "training.batch_size=8", *LONG_TEXT)
     ],
     "baseline of width 256, AdamW, 16 x 256": [
-        *("model.kind=baseline", "model.hidden_dim=256", "model.num_layers=6", "training.optimizer=adamw"),
+        *("model.kind=baseline", "model.hidden_dim=256", "model.num_layers=6", "optimizer.name=adamw"),
         *("training.batch_size=16", *LONG_TEXT),
     ],
     "width 512, 8 layers, 16-bit plans, 16 x 256": [
@@ -87,7 +87,7 @@ def blocks_table(folder: Path, pairs: int) -> str:
 
 def common_settings(steps: int) -> list[str]:
     return [
-        *(f"training.max_steps={steps}", "training.device=cpu", "training.prior_rows=0", "data.validation=[]"),
+        *(f"training.max_steps={steps}", "training.device=cpu", "evaluation.prior_rows=0", "data.validation=[]"),
         *("training.save_every=0", "training.eval_every=0", "logging.sample_every=0"),
     ]
 

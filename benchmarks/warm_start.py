@@ -32,7 +32,7 @@ STARTS = {
     "zero, a vector for each bit, layer K alone": ["model.injection_layers=null"],
 }
 SETTINGS = ["model.latent_dim=8", "model.free_bits=4", "model.min_bits=3", "training.seq_len=64"]
-SETTINGS += ["training.freeze_first_half=true", "training.prior_rows=0", "training.eval_rows=96"]
+SETTINGS += ["training.freeze_first_half=true", "evaluation.prior_rows=0", "evaluation.rows=96"]
 
 
 def main(
@@ -65,7 +65,7 @@ def measure(folder: Path, changes: list[str], llama: Path, text: Path, steps: in
     if not run.model_folder.is_dir():
         own = [f"run_dir={folder}", f"model.pretrained={llama}", f"training.seed={seed}", f"training.max_steps={steps}"]
         own += [f"data.train={text / 'train.jsonl'}", f"data.validation={text / 'validation.jsonl'}"]
-        own += [f"training.eval_every={every}", "training.min_lr_ratio=1.0"]
+        own += [f"training.eval_every={every}", "optimizer.min_lr_ratio=1.0"]
         train(load_settings(ROOT / "configs" / "pretrained.yaml", [*SETTINGS, *own, *changes]))
     return run
 

@@ -54,7 +54,7 @@ def page() -> str:
             if name == "model":
                 parts += [further({*section.model_fields, *DECIDED_BY, "encoder_class"}), OF_THE_MODEL + short_names()]
             if name == "training":
-                parts.append(table("training.stages", StageSettings.model_fields))
+                parts.append(table("curriculum.stages", StageSettings.model_fields))
     return "\n".join(parts)
 
 

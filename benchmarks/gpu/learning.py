@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import Results, card, options_of
 
-from free_transformer.evaluation import compare, evaluate_likelihood, measure_control, write_texts
+from free_transformer.evaluation import compare, evaluate_likelihood, generate_texts, measure_control
 from free_transformer.model.plan_text import format_plan
 from free_transformer.training import Run
 
@@ -34,8 +34,8 @@ SIZES = {
     "training.learning_rate": 1.5e-3,
     "training.precision": "bf16",
     "training.eval_every": 500,
-    "training.eval_rows": 256,
-    "training.keep_best": "true",
+    "evaluation.rows": 256,
+    "checkpoint.keep_best": "true",
     "training.save_every": 0,
     "logging.sample_every": 0,
 }
@@ -70,7 +70,7 @@ class Learning:
         values = {**SIZES, **(SMALL if self.options.small else {}), "training.max_steps": steps}
         values |= {
             "training.warmup_steps": min(150, steps // 2),
-            "training.prior_rows": 64 if self.options.small else 1024,
+            "evaluation.prior_rows": 64 if self.options.small else 1024,
         }
         values |= {"data.train": self.text / "train.jsonl", "data.validation": self.text / "validation.jsonl"}
         started, running = time.perf_counter(), {}
@@ -134,7 +134,7 @@ class Learning:
     def samples(self) -> list[dict[str, str]]:
         """The beginning of a text under each of four plans."""
         plans = self.plans[:4]
-        texts = write_texts(self.free, self.tokenizer, len(plans), 200, 0.7, plan=plans)
+        texts = generate_texts(self.free, self.tokenizer, len(plans), 200, 0.7, plan=plans)
         return [{"plan": format_plan(p.cpu()), "text": t} for p, t in zip(plans, texts, strict=True)]
 
 

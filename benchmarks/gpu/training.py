@@ -21,7 +21,7 @@ from free_transformer.distributed.parallelize import parallelize
 from free_transformer.distributed.processes import Processes
 from free_transformer.model.initialization import build_baseline
 from free_transformer.model.losses import chunked_reconstruction_loss
-from free_transformer.settings import TrainingSettings
+from free_transformer.settings import Settings
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import build_optimizers
 from free_transformer.training.step import agree_on_step, apply_gradients, compute_gradients, with_layout
@@ -135,11 +135,12 @@ def new_state(config: Any, free: bool, device: torch.device, compile_blocks: boo
         model = FreeTransformer(config) if free else build_baseline(config)
     parallelize(model, Processes(device), compile_blocks=compile_blocks)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    return TrainState(model, build_optimizers(model, training_settings()), scaler, None)
+    return TrainState(model, build_optimizers(model, new_settings()), scaler, None)
 
 
-def training_settings() -> TrainingSettings:
-    return TrainingSettings(precision="bf16", grad_clip=1.0)
+def new_settings() -> Settings:
+    values = {"training": {"precision": "bf16", "grad_clip": 1.0}, "optimizer": {"name": "adamw"}}
+    return Settings.model_validate(values)
 
 
 def random_rows(documents: str, shape: tuple[int, int], vocabulary: int) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ def random_rows(documents: str, shape: tuple[int, int], vocabulary: int) -> dict
 
 def training_step(state: TrainState, batch: dict[str, Tensor], device: torch.device) -> Callable[[], None]:
     """One step as the training loop takes it, from a batch on the CPU."""
-    processes, settings = Processes(device), training_settings()
+    processes, settings = Processes(device), new_settings().training
 
     def step() -> None:
         inputs = [with_layout(state.model, batch)]

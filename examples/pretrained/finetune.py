@@ -30,7 +30,7 @@ from free_transformer.evaluation import (
     evaluate_likelihood,
     measure_control,
     sampled_codes,
-    write_texts,
+    generate_texts,
 )
 from free_transformer.evaluation.control import contingency
 from free_transformer.files import claimed_folder, write_text
@@ -132,7 +132,7 @@ def samples_by_label(
         example = tokens[int(np.flatnonzero(kinds == number)[0])][None]
         plan = free.infer_plan(example) > 0
         under = plan.expand(SHOWN_PER_LABEL, -1, -1)
-        texts = write_texts(free, tokenizer, SHOWN_PER_LABEL, tokens.shape[1], temperature, plan=under)
+        texts = generate_texts(free, tokenizer, SHOWN_PER_LABEL, tokens.shape[1], temperature, plan=under)
         title = f"plan {format_plan(plan[0])}, read from {label}, “{decode(example, tokenizer)[0][:60]}…”"
         boxes.append((title, "\n\n———\n\n".join(texts)))
     return boxes

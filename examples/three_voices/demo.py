@@ -29,7 +29,7 @@ from free_transformer.evaluation import (
     measure_control,
     sampled_codes,
     usage_warning,
-    write_texts,
+    generate_texts,
 )
 from free_transformer.evaluation.control import contingency
 from free_transformer.files import claimed_folder, write_text
@@ -159,7 +159,7 @@ def shown_texts(free: Any, tokenizer: Any, plans: torch.Tensor, options: argpars
     """Some texts of the first plans, at the temperature of texts that are looked at."""
     under = plans[:SHOWN_PLANS].repeat_interleave(SHOWN_TEXTS, 0)
     length = free.config.max_position_embeddings
-    texts = write_texts(free, tokenizer, len(under), length, options.sample_temperature, plan=under)
+    texts = generate_texts(free, tokenizer, len(under), length, options.sample_temperature, plan=under)
     return [texts[start : start + SHOWN_TEXTS] for start in range(0, len(texts), SHOWN_TEXTS)]
 
 

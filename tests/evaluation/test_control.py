@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from free_transformer import bits_to_codes
 from free_transformer.data import load_tokenizer
-from free_transformer.evaluation import measure_control, sampled_codes, write_texts
+from free_transformer.evaluation import generate_texts, measure_control, sampled_codes
 
 LENGTH = 6
 
@@ -80,7 +80,7 @@ def test_the_random_plans_come_from_the_prior_asked_for(steered, tokenizer):
 def test_texts_are_written_in_batches_under_their_plans(steered, tokenizer):
     plans = torch.zeros(5, 1, 4, dtype=torch.bool)
     plans[[1, 4]] = True
-    texts = write_texts(steered, tokenizer, 5, LENGTH, batch_size=2, plan=plans)
+    texts = generate_texts(steered, tokenizer, 5, LENGTH, batch_size=2, plan=plans)
     assert texts == ["bbbbb", "aaaaa", "bbbbb", "bbbbb", "aaaaa"]
 
 

@@ -374,7 +374,9 @@ def test_a_plan_that_all_texts_share_gives_a_warning_whatever_its_gap(model):
     value = evaluate_likelihood(model, [batch_of(tokens)], 4)
     assert value.kl > 1.9
     assert value.gap * 5 > 0.1 and value.gap > 2 * value.standard_errors["gap"]
-    assert "the plan tells nothing: all texts have the same one, only 0.000 of its 2.00 bits" in usage_warning(value)
+    assert "the plan carries no information: all texts have the same one, only 0.000 of its 2.00 bits" in usage_warning(
+        value
+    )
 
 
 def test_a_plan_that_carries_the_text_gives_no_warning():

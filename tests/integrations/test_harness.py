@@ -17,7 +17,7 @@ from free_transformer.cli.main import main
 from free_transformer.data import byte_tokenizer
 from free_transformer.errors import SettingsError
 from free_transformer.evaluation import evaluate_likelihood
-from free_transformer.model.modeling import build_baseline
+from free_transformer.model.initialization import build_baseline
 
 pytest.importorskip("lm_eval")
 
@@ -414,7 +414,7 @@ def test_a_task_of_another_name_is_told(task_folder):
         "pick",
         str(task_folder / "read.yaml"),
     ]
-    with pytest.raises(SettingsError, match="task 'pik': there is none of this name; did you mean pick"):
+    with pytest.raises(SettingsError, match="task 'pik': there is no task of this name; did you mean pick"):
         find_tasks(manager, ["pik"])
     with pytest.raises(SettingsError, match="no such file"):
         find_tasks(manager, ["pick.yaml"])

@@ -491,7 +491,9 @@ def process_group() -> Iterator[Processes]:
 
 def test_sharded_model_of_one_process_trains_as_the_whole_one(tiny_config, tokens_like, same_plans, tmp_path):
     """Steps, evaluation, weights and checkpoints of `fully_shard` over one process, by NCCL on a GPU."""
-    tokens, training = tokens_like(4, 16), TrainingSettings(precision="fp32", learning_rate=1e-2)
+    tokens = tokens_like(4, 16)
+    settings = Settings.model_validate({"training": {"precision": "fp32", "learning_rate": 1e-2, "optimizer": "adamw"}})
+    training = settings.training
     batch = {"input_ids": tokens, "labels": tokens}
 
     def new(processes: Processes, sharded: bool) -> TrainState:
@@ -499,7 +501,7 @@ def test_sharded_model_of_one_process_trains_as_the_whole_one(tiny_config, token
         model = FreeTransformer(tiny_config(plan_span=3)).to(processes.device)
         if sharded:
             shard(model, processes)
-        return TrainState(model, build_optimizers(model, training, sparse_tables=False))
+        return TrainState(model, build_optimizers(model, settings, sparse_tables=False))
 
     def results(state: TrainState, processes: Processes) -> list[float]:
         losses = [float(take_step(state, batch, training, processes)) for _ in range(3)]

@@ -13,10 +13,9 @@ from torch.testing import assert_close
 from free_transformer import FreeTransformer
 from free_transformer.data import Rows
 from free_transformer.distributed.processes import Processes
-from free_transformer.model import attention, encoder
-from free_transformer.model import masks
+from free_transformer.model import attention, encoder, masks
 from free_transformer.model.layout import Boundaries, batch_layout
-from free_transformer.settings import TrainingSettings
+from free_transformer.settings import Settings
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.optimizers import build_optimizers
 from free_transformer.training.step import apply_gradients, compute_gradients, with_layout
@@ -53,12 +52,12 @@ def step_without_numbers(config: Any, inputs: dict[str, Any], steps: int = 2) ->
         net = FreeTransformer(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = {name: fake(mode, value) for name, value in inputs.items()}
-    settings = TrainingSettings(table_optimizer="adamw")
+    settings = Settings.model_validate({"optimizer": {"name": "adamw", "codebook": "adamw"}})
     with mode:
         net.to_empty(device="cpu").train()
         state = TrainState(net, build_optimizers(net, settings), torch.amp.GradScaler("cpu", enabled=False), None)
         for _ in range(steps):
-            compute_gradients(state, [inputs], 30, {}, settings, Processes(torch.device("cpu")))
+            compute_gradients(state, [inputs], 30, {}, settings.training, Processes(torch.device("cpu")))
             apply_gradients(state)
             for optimizer in state.optimizers:
                 optimizer.zero_grad()

@@ -29,7 +29,7 @@ from free_transformer import FreeTransformer, build_baseline
 from free_transformer.cli.main import app
 from free_transformer.data import byte_tokenizer
 from free_transformer.evaluation import compare, evaluate_likelihood
-from free_transformer.export.files import write_rest
+from free_transformer.export.files import save_metadata
 from free_transformer.files import write_json
 from free_transformer.model.hub_code import AUTO_MAP, code_files
 from free_transformer.runs.model_card import MARK, write_model_card
@@ -197,7 +197,7 @@ def test_a_sharded_model_brings_its_code(tiny_model, tmp_path):
 
 
 def test_an_export_names_no_code(trained, tmp_path):
-    write_rest(trained.load_model(), None, tmp_path)
+    save_metadata(trained.load_model(), None, tmp_path)
     assert auto_map(tmp_path) is None and not names(tmp_path) & CODE
 
 

@@ -71,10 +71,10 @@ def test_unknown_names_are_told():
 
 # Each room imports only from itself and from rooms above it in this list.
 ORDER = (
-    "errors",
-    "files",
     "quiet",
     "model",
+    "errors",
+    "files",
     "runtime",
     "data",
     "settings",

@@ -15,7 +15,7 @@ from free_transformer.model.attention import rotary, rotate
 from free_transformer.model.cache import GrowingLayer, PlanCache, PlanState
 from free_transformer.model.layers import MLP, DecoderLayer, Head, RMSNorm, _RMSNorm, _SwiGLU
 from free_transformer.model.losses import chunked_reconstruction_loss, reconstruction_loss
-from free_transformer.settings import TrainingSettings
+from free_transformer.settings import Settings
 from free_transformer.training.optimizers import build_optimizers
 from free_transformer.training.step import training_forward
 
@@ -162,7 +162,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("span", [1, 4, "sequence"])
 def test_a_training_step_asks_no_tensor_for_its_value(tiny_config, tokens_like, span):
     model = FreeTransformer(tiny_config(plan_span=span))
-    (optimizer,) = build_optimizers(model, TrainingSettings())
+    (optimizer,) = build_optimizers(model, Settings.model_validate({"optimizer": {"name": "adamw"}}))
     tokens = tokens_like(2, 12)
     weights = {"kl_weight": torch.tensor(0.5), "free_bits": torch.tensor(0.5)}
     for _ in range(2):  # the optimizer's first step makes its state

@@ -206,27 +206,6 @@ def test_the_command_converts_and_lists_what_is_new(donor, tokens, tmp_path, com
     assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.3, [2, 3])
 
 
-def test_a_plan_of_zeros_is_merged_to_the_bit_and_another_refused_with_the_reason(donor, tmp_path, command):
-    for name in ("llama", "qwen2", "qwen3"):
-        pretrained, folder = donor(DONORS[name])
-        out = tmp_path / name
-        assert command("convert", folder, out / "free", "--latent-dim", 3)[0] == 0
-        assert command("convert", out / "free", out / "back", "--merge-plan", "010")[0] == 0
-        back = AutoModelForCausalLM.from_pretrained(out / "back")
-        assert type(back) is type(pretrained)
-        assert_close(back.state_dict(), pretrained.state_dict(), atol=0, rtol=0)
-    model = FreeTransformer.from_pretrained(out / "free")
-    torch.nn.init.ones_(model.plan_table.weight[3])  # the vector of the second bit, if it is 1
-    model.save_pretrained(out / "trained")
-    status, shown = command("convert", out / "trained", out / "refused", "--merge-plan", "010")
-    assert status == 2
-    assert "plan 010 cannot be merged" in shown.err and "layer 2" in shown.err
-    assert not (out / "refused").exists()
-    assert (
-        command("convert", out / "trained", out / "other", "--merge-plan", "000")[0] == 0
-    )  # whose vectors are still zero
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -234,7 +213,6 @@ def test_a_plan_of_zeros_is_merged_to_the_bit_and_another_refused_with_the_reaso
         (["donor", "donor"], 1, "exists already"),
         (["donor", "out", "--latent-dim", "0"], 2, "Invalid value for '--latent-dim'"),
         (["donor", "out", "--plan-span", "long"], 2, "plan_span='long'"),
-        (["donor", "out", "--merge-plan", "01"], 2, "no Free Transformer"),
     ],
 )
 def test_bad_usage_of_convert_is_one_line(donor, tmp_path, command, monkeypatch, arguments, status, message):

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import processes
 from free_transformer import FreeTransformer
 from free_transformer.data import byte_tokenizer
-from free_transformer.model.modeling import build_baseline
+from free_transformer.model.initialization import build_baseline
 from free_transformer.reproduce.letters import Result, build_variant
 from free_transformer.reproduce.strings import Groups
-from free_transformer.settings import TrainingSettings, parse_settings
+from free_transformer.settings import Settings, parse_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_the_collapse_experiment_trains_the_shipped_settings_for_as_long_as_the_
     for task, steps in (("letters", 500), ("voices", 400)):
         found = parse_settings(bench.settings_of(task, bench.SHIPPED, 2.5, 3, tmp_path, 0))
         assert (found.model.plan_span, found.model.aggregate_weight, found.model.free_bits) == ("sequence", 1.0, 2.5)
-        assert (found.training.optimizer, found.training.max_steps, found.training.seed) == ("muon", steps, 3)
+        assert (found.optimizer.name, found.training.max_steps, found.training.seed) == ("muon", steps, 3)
 
 
 def test_every_run_of_the_collapse_experiment_has_settings_of_its_own(benchmark_module, tmp_path):
@@ -118,7 +118,7 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     assert by_title["1/8 bit a token, free bits annealed"].training["free_bits_start"] == 1.0
     for variant in tried:
         build_variant(variant)
-        TrainingSettings(**variant.training)
+        Settings.model_validate({"training": variant.training})
     shared, alone = (Groups(0.9, 0.125, place, 0.2, noise) for place, noise in ((6.0, 0.3), (12.0, 0.1)))
     results = [Result(tried[0].name, seed, 900, 20.0, alone, shared=shared) for seed in (0, 1)]
     assert bench.table(results, tried[:1]).splitlines()[-1] == (
@@ -147,7 +147,7 @@ def test_every_cell_of_plan_size_has_settings_of_its_own(benchmark_module, tmp_p
     bench = benchmark_module("plan_size")
     every = [parse_settings(bench.cell_settings((name, seed), tmp_path, 0)) for name in bench.CELLS for seed in (0, 1)]
     assert len({settings.run_dir for settings in every}) == len(every)
-    assert {settings.training.free_bits_schedule for settings in every} == {"constant", "linear"}
+    assert {settings.curriculum.free_bits_schedule for settings in every} == {"constant", "linear"}
 
 
 def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.CORPORA, "news", small)
     monkeypatch.setattr(bench, "LIKELIHOOD_TEXTS", 8)
     monkeypatch.setattr(bench, "SAMPLES", 2)
-    overrides = ["training.batch_size=4", "training.prior_rows=16", "training.eval_every=0", "logging.sample_every=0"]
+    overrides = ["training.batch_size=4", "evaluation.prior_rows=16", "training.eval_every=0", "logging.sample_every=0"]
     result = bench.measure("news", 0, tmp_path, overrides)
     assert result["accuracy"] > 0.9 and result["commonest_label"] == pytest.approx(0.5)
     shown = bench.table([bench.measure("news", 0, tmp_path, overrides)])  # kept

@@ -106,7 +106,7 @@ def test_the_demo_runs_whole_and_shows_its_key_lines(script, voices, tmp_path, m
     for name, value in {**shrunk, "LIKELIHOOD_TEXTS": 12, "LIKELIHOOD_SAMPLES": 2}.items():
         monkeypatch.setattr(demo, name, value)
     overrides = ["model.hidden_dim=32", "model.num_layers=2", "model.num_heads=2", "model.latent_dim=3"]
-    overrides += ["training.max_steps=6", "training.seq_len=64", "training.batch_size=4", "training.eval_rows=8"]
+    overrides += ["training.max_steps=6", "training.seq_len=64", "training.batch_size=4", "evaluation.rows=8"]
     overrides += ["training.warmup_steps=1", "training.log_every=2", "training.device=cpu", "logging.tensorboard=false"]
     out = tmp_path / "out"
     argv = ["demo.py", "--config", str(CONFIGS / "three_voices.yaml"), "--out", str(out), *overrides]
@@ -182,7 +182,7 @@ def test_the_fine_tuning_runs_whole_and_shows_what_it_measured(script, tmp_path,
     llama.save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     out = tmp_path / "out" / "news"
-    overrides = ["training.max_steps=4", "training.seq_len=64", "training.batch_size=4", "training.eval_rows=8"]
+    overrides = ["training.max_steps=4", "training.seq_len=64", "training.batch_size=4", "evaluation.rows=8"]
     argv = ["finetune.py", "--config", str(CONFIGS / "pretrained.yaml"), "--out", str(out.parent)]
     argv += ["--corpus", "news"]
     argv += ["--llama", str(tmp_path / "llama"), *overrides, "training.device=cpu", "logging.tensorboard=false"]

@@ -131,4 +131,4 @@ def test_the_command_trains_measures_and_writes_the_report_and_goes_on_where_it_
     assert (tmp_path / "seed0" / "1_8" / "result.json").stat().st_mtime_ns == stamp
     capsys.readouterr()
     assert run_command(monkeypatch, *arguments[:5], 3, *arguments[6:]) == 2
-    assert "was trained for 2 steps; take another --out" in capsys.readouterr().err
+    assert "was trained for 2 steps, not 3; choose another --out" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import processes
-from free_transformer.cli import main as cli
+from free_transformer.cli import output
 from free_transformer.cli.main import main
 from free_transformer.data import byte_tokenizer
 from free_transformer.errors import SettingsError
@@ -135,9 +135,9 @@ def test_files_that_somebody_put_into_the_model_folder_are_kept():
 
 
 def test_checkpoint_with_files_of_others_is_not_dropped():
-    run = train_with("training.save_every=1", "training.max_steps=2", "training.save_total=1")
+    run = train_with("training.save_every=1", "training.max_steps=2", "checkpoint.save_total=1")
     (run.checkpoints / "step-2" / "notes.txt").write_text("mine")
-    train_with("training.save_every=1", "training.max_steps=4", "training.save_total=1")
+    train_with("training.save_every=1", "training.max_steps=4", "checkpoint.save_total=1")
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-2", "step-4"]
 
 
@@ -259,7 +259,7 @@ def test_run_that_is_copied_has_ended_whatever_its_times(command):
         ("model.attention_bias=true", "model.attention_bias=True: run/.* was trained with False"),
         ("model.latent_dim=5", "model.latent_dim=5: run/.* was trained with 4"),
         ("model.kind=baseline", "model.kind=baseline: run/.* was trained with free"),
-        ("training.optimizer=muon", "training.optimizer=muon: run/.* was trained with adamw"),
+        ("optimizer.name=muon", "optimizer.name=muon: run/.* was trained with adamw"),
     ],
 )
 def test_resuming_another_model_is_refused_with_both_values(change, named):
@@ -396,13 +396,13 @@ def test_attempts_that_left_nothing_are_not_in_the_history(monkeypatch):
 
 
 def test_raised_steps_that_move_stages_need_permission():
-    stages = "training.stages=[{seq_len: 16}, {seq_len: 32}]"
+    stages = "curriculum.stages=[{seq_len: 16}, {seq_len: 32}]"
     train_with(stages)
     with pytest.raises(
         SettingsError, match=r"stages=16 tokens from step 0: run/.* was trained with .*, 32 tokens from step 2 "
     ):
         train_with(stages, "training.max_steps=8")
-    fixed = "training.stages=[{seq_len: 16, steps: 2}, {seq_len: 32}]"
+    fixed = "curriculum.stages=[{seq_len: 16, steps: 2}, {seq_len: 32}]"
     train_with(fixed, "run_dir=fixed")
     train_with(fixed, "run_dir=fixed", "training.max_steps=8")
 
@@ -493,7 +493,7 @@ def test_results_are_written_before_they_are_shown(command, monkeypatch, what):
     run = train_with()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", broken_output(what))
-        patch.setattr(cli, "console", stdout_console())  # one that has met a closed pipe stays quiet
+        patch.setattr(output, "console", stdout_console())  # one that has met a closed pipe stays quiet
         status = command("evaluate", "run", "--num-samples", "2")
     assert json.loads(run.evaluation_file.read_text())["nll"] > 0
     assert (status == 0) == (what == "ascii")

@@ -17,7 +17,7 @@ from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import MixedRows, Rows, SourceOrder
 from free_transformer.runs.load_model import load_pretrained
 from free_transformer.settings import parse_settings
-from free_transformer.settings.stages import stage_at, stages_of
+from free_transformer.settings.curriculum import stage_at, stages_of
 from free_transformer.training import SettingsError, loop, train
 from free_transformer.training import step as training_step
 from free_transformer.training.checkpoint import list_checkpoints
@@ -83,15 +83,15 @@ def test_tokens_of_a_step_stay_the_same(seq_len):
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"stages": [{"seq_len": 64}]}, r"training.stages.0.seq_len=64: at most training.seq_len=32"),
+        ({"stages": [{"seq_len": 64}]}, r"curriculum.stages.0.seq_len=64: at most training.seq_len=32"),
         ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps come to 12, training.max_steps is 10"),
         ({"stages": [{"steps": 3}, {"steps": 4}]}, "let the last stage leave out steps"),
         ({"stages": [{"steps": 10}, {}]}, "steps come to 10 and 1 without"),
-        ({"stages": [{"kl_weight": 1}], "kl_schedule": "linear"}, "stages.0.kl_weight: with training.kl_schedule"),
-        ({"stages": [{"sequence": 8}]}, r"unknown setting 'training.stages.0.sequence': did you mean 'seq_len'"),
+        ({"stages": [{"kl_weight": 1}], "kl_schedule": "linear"}, "stages.0.kl_weight: with curriculum.kl_schedule"),
+        ({"stages": [{"sequence": 8}]}, r"unknown setting 'curriculum.stages.0.sequence': did you mean 'seq_len'"),
         ({"stages": [{"data": {"a.txt": 0}}]}, r"greater than 0"),
-        ({"stages": {"seq_len": 8}}, "training.stages="),
-        ({"early_stopping": 2}, "name data.validation"),
+        ({"stages": {"seq_len": 8}}, "curriculum.stages="),
+        ({"early_stopping": 2}, "need evaluations: set data.validation"),
     ],
 )
 def test_stages_that_cannot_be_are_refused_in_a_line(training, message):
@@ -102,7 +102,7 @@ def test_stages_that_cannot_be_are_refused_in_a_line(training, message):
 
 def test_free_bits_of_a_stage_under_min_bits_are_refused():
     values = {"model": {"free_bits": 2, "min_bits": 1.5}, "training": {"stages": [{"free_bits": 1}, {}]}}
-    with pytest.raises(SettingsError, match=r"training.stages.0.free_bits=1.0: at least model.min_bits=1.5"):
+    with pytest.raises(SettingsError, match=r"curriculum.stages.0.free_bits=1.0: at least model.min_bits=1.5"):
         parse_settings(values)
 
 

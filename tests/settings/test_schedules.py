@@ -9,8 +9,8 @@ from free_transformer import FreeTransformer
 from free_transformer.evaluation.usage import PlanUsage, collapse_warning
 from free_transformer.model.losses import LossWeights, objective, predicted_tokens, reconstruction_loss
 from free_transformer.runs.report import write_run_report
-from free_transformer.settings import SettingsError, TrainingSettings
-from free_transformer.settings.schedules import annealed, scheduled_weights
+from free_transformer.settings import Settings, SettingsError
+from free_transformer.settings.curriculum import annealed, scheduled_weights
 from free_transformer.training import state as build
 from free_transformer.training import step, train
 from processes import untimed
@@ -40,14 +40,14 @@ def test_a_cycle_rises_for_half_of_it_and_stays_for_the_other():
 
 
 def test_weights_of_a_step_follow_both_schedules():
-    settings = TrainingSettings(
-        max_steps=8, kl_schedule="linear", kl_weight=0.5, free_bits_schedule="linear", free_bits_start=3.0
-    )
-    assert scheduled_weights(settings, 1.0, 0) == {"kl_weight": 0.0, "free_bits": 3.0}
-    assert scheduled_weights(settings, 1.0, 2) == {"kl_weight": 0.25, "free_bits": 2.0}  # half of the steps: 4
-    assert scheduled_weights(settings, 1.0, 7) == {"kl_weight": 0.5, "free_bits": 1.0}
-    settings.anneal_steps = 2
-    assert scheduled_weights(settings, 1.0, 2) == {"kl_weight": 0.5, "free_bits": 1.0}
+    curriculum = {"kl_schedule": "linear", "free_bits_schedule": "linear", "free_bits_start": 3.0}
+    sections = {"training": {"max_steps": 8, "kl_weight": 0.5}, "curriculum": curriculum, "model": {"free_bits": 1.0}}
+    settings = Settings.model_validate(sections)
+    assert scheduled_weights(settings, 0) == {"kl_weight": 0.0, "free_bits": 3.0}
+    assert scheduled_weights(settings, 2) == {"kl_weight": 0.25, "free_bits": 2.0}  # half of the steps: 4
+    assert scheduled_weights(settings, 7) == {"kl_weight": 0.5, "free_bits": 1.0}
+    settings.curriculum.anneal_steps = 2
+    assert scheduled_weights(settings, 2) == {"kl_weight": 0.5, "free_bits": 1.0}
 
 
 def test_forward_takes_the_weights_of_a_step(tiny_model, tokens_like):
@@ -78,7 +78,7 @@ def test_training_gives_each_step_its_weights_and_a_resumed_run_goes_on(tiny_set
 
 
 def test_free_bits_cannot_start_below_what_a_plan_must_spend(tiny_settings):  # noqa: F811
-    with pytest.raises(SettingsError, match=r"training.free_bits_start=0.0: at least model.min_bits=0.2"):
+    with pytest.raises(SettingsError, match=r"curriculum.free_bits_start=0.0: at least model.min_bits=0.2"):
         tiny_settings(model={"min_bits": 0.2, "free_bits": 1.0}, training={"free_bits_schedule": "linear"})
 
 
@@ -92,13 +92,13 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert collapse_warning(sound, free_bits=2.0) is None
     assert "not used" in collapse_warning(result(usage=usage([0.9, 0.9]), gap=0.0), free_bits=2.0)
     dying = collapse_warning(result(usage=usage([0.04, 0.04])), free_bits=2.0)
-    assert "spends 0.080 of the 2 bits that are free and no bit of the plan is alive" in dying
+    assert "uses 0.080 of its 2 free bits and no bit of the plan is live" in dying
     assert "raise model.free_bits" in dying
     assert collapse_warning(result(usage=usage([0.04, 0.04])), free_bits=0.1) is None  # few bits, and it spends them
-    assert "no bit of the plan is alive" in collapse_warning(result(usage=usage([0.01, 0.01])), free_bits=0.0)
+    assert "no bit of the plan is live" in collapse_warning(result(usage=usage([0.01, 0.01])), free_bits=0.0)
     assert collapse_warning(result(gap=None, usage=None), free_bits=1.0) is None
     constant = collapse_warning(result(usage=usage([0.9, 0.9], information=0.17)), free_bits=2.0)
-    assert "the plan tells nothing: all texts have the same one, only 0.170 of its 1.80 bits" in constant
+    assert "the plan carries no information: all texts have the same one, only 0.170 of its 1.80 bits" in constant
     assert "aggregate_weight" in constant
     assert collapse_warning(result(usage=usage([0.9, 0.9], information=0.19)), free_bits=2.0) is None
     alone = result(usage=usage([0.9, 0.9], information=0.0), documents=1, standard_errors={"gap": float("nan")})

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from free_transformer import FreeTransformerConfig
 from free_transformer.settings import (
     ModelSettings,
     Settings,
@@ -144,7 +145,7 @@ def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
         "training.max_steps=[1]",
         "training.learning_rate=fast",
         "training.compile=perhaps",
-        "training.optimizer=sgd",
+        "optimizer.name=sgd",
         "training.precision=int8",
         "training.resume=perhaps",
         "model.kind=llama",
@@ -172,9 +173,9 @@ def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
         ("training.batch_size=-1", "greater than or equal to 1"),
         ("training.seq_len=1", "greater than or equal to 2"),
         ("training.learning_rate=0", "greater than 0"),
-        ("training.min_lr_ratio=1.5", "less than or equal to 1"),
+        ("optimizer.min_lr_ratio=1.5", "less than or equal to 1"),
         ("training.kl_weight=-0.5", "greater than or equal to 0"),
-        ("training.save_total=0", "greater than or equal to 1"),
+        ("checkpoint.save_total=0", "greater than or equal to 1"),
         ("training.seed=-1", "training.seed=-1: must be greater than or equal to 0 and less than or equal to 92233720"),
         ("training.seed=9223372036854775808", "training.seed=9223372036854775808: must be"),
         ("training.batch_size=0", "batch_size=0: must be greater than or equal to 1 or 'auto'; the default is 32"),
@@ -308,8 +309,27 @@ def test_settings_written_down_come_back_the_same(load, path):
 
 def test_the_defaults_describe_a_model():
     config = Settings().model.build()
-    assert (config.hidden_size, config.num_hidden_layers, config.latent_dim) == (256, 6, 16)
+    assert (config.hidden_size, config.num_hidden_layers, config.latent_dim) == (256, 6, 8)
     assert config.plan_span == "sequence"
+    assert (config.free_bits, config.min_bits, config.aggregate_weight) == (2.5, 2.0, 1.0)
+    assert config.to_dict() == FreeTransformerConfig(vocab_size=config.vocab_size).to_dict()
+
+
+def test_the_preset_of_the_paper_is_that_of_python():
+    config = parse_settings({"model": {"preset": "paper"}}).model.build()
+    assert config.to_dict() == FreeTransformerConfig.paper(vocab_size=config.vocab_size).to_dict()
+    assert (config.latent_dim, config.plan_span, config.min_bits, config.aggregate_weight) == (16, 1, 0, 0)
+    assert parse_settings({"model": {"preset": "paper", "latent_dim": 12}}).model.latent_dim == 12
+
+
+@pytest.mark.parametrize("model", [{"plan_span": 4}, {"free_bits": 0.5}, {"latent_dim": 1}, {"plan_span": "sequence"}])
+def test_defaults_of_the_objective_fit_the_plan(model):
+    settings = parse_settings({"model": model}).model
+    config = FreeTransformerConfig(**model)
+    for name in ("free_bits", "min_bits", "aggregate_weight"):
+        assert getattr(settings, name) == getattr(config, name)
+    assert config.min_bits <= min(config.free_bits, config.latent_dim)
+    assert (config.aggregate_weight == 1) == (config.plan_span == "sequence")
 
 
 def test_changing_a_setting_in_python_is_checked_too():
@@ -437,9 +457,13 @@ def test_list_that_cannot_be_split_is_refused(text):
         (
             "training: {keep_checkpoints: 3, save_total: 4}",
             [],
-            "training: keep_checkpoints and save_total are two names",
+            "save_total are two names of one setting",
         ),
-        ("run_dir: x", ["training.save_total=3", "training.keep_checkpoints=3"], "training.save_total is given twice"),
+        (
+            "run_dir: x",
+            ["checkpoint.save_total=3", "training.keep_checkpoints=3"],
+            "checkpoint.save_total is given twice",
+        ),
         ("model: {num_hidden_layers: 3, num_layers: 3}", [], "model: num_hidden_layers and num_layers are two names"),
         ("model: {num_kv_heads: 2, num_key_value_heads: 2}", [], "num_kv_heads and num_key_value_heads are two names"),
         ("run_dir: x", ["model.hidden_dim=32", "model.hidden_size=64"], "model.hidden_dim is given twice"),
@@ -462,7 +486,7 @@ def test_same_override_with_the_same_value_is_accepted(load):
 
 def test_two_names_of_one_setting_mean_the_same(load):
     settings = load("training: {keep_checkpoints: 3}\nmodel: {num_hidden_layers: 8, num_key_value_heads: 2}")
-    assert (settings.training.save_total, settings.model.num_layers) == (3, 8)
+    assert (settings.checkpoint.save_total, settings.model.num_layers) == (3, 8)
     config = settings.model.build()
     assert (config.num_hidden_layers, config.num_key_value_heads) == (8, 2)
     assert load(settings.to_yaml()) == settings
@@ -470,8 +494,8 @@ def test_two_names_of_one_setting_mean_the_same(load):
 
 def test_override_by_another_name_wins_over_the_file(load):
     text = "training: {keep_checkpoints: 3}\nmodel: {num_hidden_layers: 8, ffn_hidden_dim: 64}"
-    settings = load(text, "training.save_total=5", "model.num_layers=4", "model.intermediate_size=32")
-    assert (settings.training.save_total, settings.model.num_layers) == (5, 4)
+    settings = load(text, "checkpoint.save_total=5", "model.num_layers=4", "model.intermediate_size=32")
+    assert (settings.checkpoint.save_total, settings.model.num_layers) == (5, 4)
     assert settings.model.build().intermediate_size == 32
 
 
@@ -491,7 +515,7 @@ def test_empty_file_or_section_has_its_defaults(load, text):
 
 def test_empty_stage_has_the_settings_of_the_run(load):
     settings = load("training: {max_steps: 4, stages: [{steps: 2}, null]}")
-    assert settings.training.stages == [StageSettings(steps=2), StageSettings()]
+    assert settings.curriculum.stages == [StageSettings(steps=2), StageSettings()]
 
 
 @pytest.mark.parametrize("name", ["training.max_steps", "data.train", "run_dir", "logging.project", "model.latent_dim"])
@@ -514,7 +538,7 @@ def test_null_is_a_value_of_a_setting_that_may_be_none(load):
         ("training.seed", "an integer"),
         ("training.batch_size", "an integer or 'auto'"),
         ("training.learning_rate", "a number"),
-        ("training.plan_learning_rate", "a number or null"),
+        ("optimizer.plan_learning_rate", "a number or null"),
         ("training.precision", "'fp32', 'bf16', 'fp16' or 'auto'"),
         ("model.plan_span", "an integer or 'sequence'"),
         ("model.num_hidden_layers", "an integer"),
@@ -529,13 +553,13 @@ def test_null_is_a_value_of_a_setting_that_may_be_none(load):
         ("logging.project", "text; put it in quotes"),
         ("run_dir", "a path; put it in quotes"),
         ("distributed.data", "an integer or 'auto'"),
-        ("training.stages.0.steps", "an integer"),
+        ("curriculum.stages.0.steps", "an integer"),
     ],
 )
 def test_boolean_is_no_number_and_no_text(load, name, allowed, value):
     override = f"{name}={value}"
-    if name.startswith("training.stages"):
-        override = f"training.stages=[{{steps: {value}}}]"
+    if name.startswith("curriculum.stages"):
+        override = f"curriculum.stages=[{{steps: {value}}}]"
     elif name == "data.train.0":
         override = f"data.train=[{value}]"
     elif name == "data.train.a":
@@ -606,12 +630,12 @@ def test_home_folder_and_variables_are_expanded_in_every_path(load, places, writ
         "model: {}",
         *(f"run_dir={written}", f"data.train={written}", f"data.tokenizer={written}"),
         *(f"data.validation=['a.txt', {written if '{' not in written else repr(written)}]",),
-        f'training.stages=[{{data: {{"{written.strip(chr(39))}": 3}}}}]',
+        f'curriculum.stages=[{{data: {{"{written.strip(chr(39))}": 3}}}}]',
     )
     assert settings.run_dir == Path(meant)
     assert settings.data.train == [meant] and settings.data.validation == ["a.txt", meant]
     assert settings.data.tokenizer == meant
-    assert settings.training.stages[0].data == {meant: 3}
+    assert settings.curriculum.stages[0].data == {meant: 3}
     assert ModelSettings(pretrained=written.strip("'")).pretrained == meant
     assert load(settings.to_yaml()) == settings
     assert parse_settings(settings.model_dump()) == parse_settings(settings.model_dump(mode="json")) == settings
@@ -639,7 +663,7 @@ def test_sources_of_a_mixture_must_differ(load, places):
         load("data: {train: {~/a: 1, $HOME/a: 2}}")
     with refused("data.train: a.txt and ./a.txt are the same source; give it one share"):
         load("data: {train: {a.txt: 1, ./a.txt: 2}}")
-    with refused("training.stages.0.data: a.txt and ./a.txt are the same source"):
+    with refused("curriculum.stages.0.data: a.txt and ./a.txt are the same source"):
         load("training: {stages: [{data: {a.txt: 1, ./a.txt: 2}}]}")
 
 
@@ -677,7 +701,7 @@ def test_absolute_paths_hold_from_every_folder(load, monkeypatch, tmp_path):
     assert found.data.train == {f"{work}/a.jsonl": 3, f"{work}/texts": 1, **dict(list(sources.items())[2:])}
     assert found.data.validation == [f"{work}/b.txt", "name"]
     assert found.data.tokenizer == f"{work}/tokens"
-    assert [stage.data for stage in found.training.stages] == [[f"{work}/c.txt"], None]
+    assert [stage.data for stage in found.curriculum.stages] == [[f"{work}/c.txt"], None]
     assert found.with_absolute_paths() == load(found.to_yaml()) == found
     assert parse_settings({}).with_absolute_paths().data.tokenizer == "bytes"
     other = parse_settings({"model": {"pretrained": "model"}, "data": {"tokenizer": "some/name"}}, to_train=False)
@@ -731,25 +755,28 @@ def test_default_warmup_fits_the_run(load, steps, warmup):
             r"training.warmup_steps=1000: the warm-up is not shorter than .*max_steps=1000",
         ),
         (
-            ["training.kl_schedule=linear", "training.anneal_steps=1001"],
-            "training.anneal_steps=1001: the schedules end",
+            ["curriculum.kl_schedule=linear", "curriculum.anneal_steps=1001"],
+            "curriculum.anneal_steps=1001: the schedules end",
         ),
-        (["training.kl_weight_start=0.5"], "training.kl_weight_start=0.5: no effect, because training.kl_schedule is"),
         (
-            ["training.free_bits_start=1"],
-            "training.free_bits_start=1.0: no effect, because training.free_bits_schedule",
+            ["curriculum.kl_weight_start=0.5"],
+            "curriculum.kl_weight_start=0.5: no effect, because curriculum.kl_schedule is",
         ),
-        (["training.anneal_steps=5"], "training.anneal_steps=5: no effect, because both schedules are constant"),
         (
-            ["training.kl_schedule=cosine", "training.anneal_cycles=2"],
+            ["curriculum.free_bits_start=1"],
+            "curriculum.free_bits_start=1.0: no effect, because curriculum.free_bits_schedule",
+        ),
+        (["curriculum.anneal_steps=5"], "curriculum.anneal_steps=5: no effect, because both schedules are constant"),
+        (
+            ["curriculum.kl_schedule=cosine", "curriculum.anneal_cycles=2"],
             "anneal_cycles=2: no effect, because no schedule",
         ),
         (
-            ["training.muon_learning_rate=0.1"],
-            "muon_learning_rate=0.1: no effect, because training.optimizer is not muon",
+            ["optimizer.muon_learning_rate=0.1", "optimizer.name=adamw"],
+            "muon_learning_rate=0.1: no effect, because optimizer.name is not muon",
         ),
         (["data.shuffle_buffer=5"], "data.shuffle_buffer=5: no effect, because data.streaming is false"),
-        (["training.early_stopping=5", "data.validation=a"], "early_stopping=5: the run has only 5 evaluations"),
+        (["evaluation.early_stopping=5", "data.validation=a"], "early_stopping=5: the run has only 5 evaluations"),
         (["training.max_skipped=3"], "training.max_skipped=3: no effect, because training.nonfinite is stop"),
     ],
 )
@@ -766,18 +793,23 @@ def test_settings_that_are_surely_not_meant_are_named_in_one_line(load, override
         [],
         ["training.warmup_steps=999"],
         [
-            "training.kl_schedule=cyclical",
-            "training.kl_weight_start=0.5",
-            "training.anneal_steps=9",
-            "training.anneal_cycles=2",
+            "curriculum.kl_schedule=cyclical",
+            "curriculum.kl_weight_start=0.5",
+            "curriculum.anneal_steps=9",
+            "curriculum.anneal_cycles=2",
         ],
-        ["training.free_bits_schedule=linear", "training.free_bits_start=1", "training.anneal_steps=1000"],
-        ["training.optimizer=muon", "training.muon_learning_rate=0.1"],
+        [
+            "model.min_bits=0",
+            "curriculum.free_bits_schedule=linear",
+            "curriculum.free_bits_start=1",
+            "curriculum.anneal_steps=1000",
+        ],
+        ["optimizer.name=muon", "optimizer.muon_learning_rate=0.1"],
         ["data.streaming=true", "data.shuffle_buffer=5"],
-        ["data.validation=a", "training.eval_rows=5", "training.eval_every=5", "training.early_stopping=5"],
+        ["data.validation=a", "evaluation.rows=5", "training.eval_every=5", "evaluation.early_stopping=5"],
         ["training.nonfinite=skip", "training.max_skipped=3"],
         ["training.eval_every=0", "logging.sample_every=0"],
-        ["model.latent_dim=8", "training.prior_rows=0"],
+        ["model.latent_dim=8", "evaluation.prior_rows=0"],
     ],
 )
 def test_settings_that_have_an_effect_are_not_warned_of(load, overrides):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from free_transformer.cli.main import main
 from free_transformer.files import write_text
+from free_transformer.runs import evaluate
 from free_transformer.training import Run, SettingsError, loop, sweep, train
 from free_transformer.training.checkpoint import CheckpointFailed
 from free_transformer.training.loop import TrainingFailed
@@ -297,7 +298,7 @@ def stop_training(monkeypatch) -> None:
 
 
 def stop_evaluation(monkeypatch) -> None:
-    original, calls = sweep.evaluate_likelihood, []
+    original, calls = evaluate.evaluate_likelihood, []
 
     def evaluate_likelihood(*arguments):
         calls.append(None)
@@ -305,7 +306,7 @@ def stop_evaluation(monkeypatch) -> None:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(sweep, "evaluate_likelihood", evaluate_likelihood)
+    monkeypatch.setattr(evaluate, "evaluate_likelihood", evaluate_likelihood)
 
 
 def stop_summary(monkeypatch) -> None:
@@ -416,14 +417,14 @@ def test_settings_that_the_data_refuse_fail_one_run(config, capsys):
 
 
 def test_a_held_out_loss_that_is_no_number_is_a_failure(config, monkeypatch):
-    original = sweep.evaluate_likelihood
+    original = evaluate.evaluate_likelihood
 
     def evaluate_likelihood(*arguments):
         result = original(*arguments)
         result.nll = math.nan
         return result
 
-    monkeypatch.setattr(sweep, "evaluate_likelihood", evaluate_likelihood)
+    monkeypatch.setattr(evaluate, "evaluate_likelihood", evaluate_likelihood)
     found = load_sweep(config, ["training.max_steps=1"])
     run_sweep(found, quiet=True)
     assert found.runs[0].reason == "the nll of the held-out text is nan"

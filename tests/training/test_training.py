@@ -20,9 +20,9 @@ from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import build_rows, byte_tokenizer, streamed_batches
 from free_transformer.data.rows import Rows
 from free_transformer.files import LOCK, MARKER
-from free_transformer.model.modeling import build_baseline
+from free_transformer.model.initialization import build_baseline
 from free_transformer.model.plan import BinaryMapper, PlanTable
-from free_transformer.settings import Settings, TrainingSettings, parse_settings
+from free_transformer.settings import Settings, parse_settings
 from free_transformer.training import Run, SettingsError, checkpoint, loop, train
 from free_transformer.training import step as training_step
 from free_transformer.training.checkpoint import (
@@ -36,9 +36,9 @@ from free_transformer.training.loop import TrainingFailed
 from free_transformer.training.optimizers import (
     build_optimizers,
     clip_gradients,
+    codebook_optimizer,
     learning_rate_scale,
     set_learning_rate,
-    table_optimizer,
 )
 from free_transformer.training.signals import TrainingStopped
 from free_transformer.training.state import build_model
@@ -46,11 +46,17 @@ from processes import SENTENCES, untimed
 
 KINDS = ["free", "baseline"]
 TINY = {
-    "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "free_bits": 0.25},
+    "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "free_bits": 0.25}
+    | {"min_bits": 0.0, "aggregate_weight": 0.0},
     "training": {"max_steps": 6, "batch_size": 4, "seq_len": 16, "warmup_steps": 2, "log_every": 1, "eval_every": 0}
     | {"learning_rate": 3e-3, "save_every": 0, "device": "cpu", "prior_rows": 8},
+    "optimizer": {"name": "adamw", "min_lr_ratio": 0.1},
     "logging": {"tensorboard": False, "sample_every": 0, "sample_tokens": 4},
 }
+
+
+ADAMW = Settings.model_validate({"optimizer": {"name": "adamw"}})
+RATES = {"learning_rate": 0.5, "muon_learning_rate": 0.25, "warmup_steps": 0}
 
 
 @pytest.fixture
@@ -124,7 +130,7 @@ def loss_turns_nan(monkeypatch, step: int) -> None:
 def tiny_state(**changes) -> TrainState:
     sizes = {"vocab_size": 16, "hidden_dim": 8, "num_layers": 2, "num_heads": 2, "latent_dim": 2, **changes}
     model = FreeTransformer(FreeTransformerConfig(**sizes))
-    optimizers = build_optimizers(model, TrainingSettings())
+    optimizers = build_optimizers(model, ADAMW)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for optimizer in optimizers:
@@ -691,7 +697,7 @@ def test_a_device_that_is_not_there_is_refused(tiny_settings, tmp_path):
 
 
 def test_rate_rises_to_its_peak_and_falls_along_a_cosine_to_its_least():
-    settings = TrainingSettings(max_steps=12, warmup_steps=4, min_lr_ratio=0.2)
+    settings = Settings.model_validate({"training": {"max_steps": 12, "warmup_steps": 4, "min_lr_ratio": 0.2}})
     scale = [learning_rate_scale(step, settings) for step in range(13)]
     assert_close(scale[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
     assert_close(scale[8], 0.6)  # half way down, from 1 to 0.2
@@ -700,20 +706,20 @@ def test_rate_rises_to_its_peak_and_falls_along_a_cosine_to_its_least():
 
 
 def test_rate_without_warm_up_starts_at_its_peak_and_a_long_warm_up_never_passes_it():
-    assert learning_rate_scale(0, TrainingSettings(max_steps=3, warmup_steps=0)) == 1
-    long = TrainingSettings(max_steps=3, warmup_steps=10)
+    assert learning_rate_scale(0, Settings.model_validate({"training": {"max_steps": 3, "warmup_steps": 0}})) == 1
+    long = Settings.model_validate({"training": {"max_steps": 3, "warmup_steps": 10}})
     assert_close([learning_rate_scale(step, long) for step in range(3)], [0.1, 0.2, 0.3])
 
 
 def test_rate_of_metrics_is_the_rate_of_the_schedule(tiny_settings):
     settings = tiny_settings(training={"optimizer": "muon", "learning_rate": 0.01, "min_lr_ratio": 0.0})
     lines = [line for line in train(settings, quiet=True).read_metrics() if line["split"] == "train"]
-    assert_close([line["lr"] for line in lines], [0.01 * learning_rate_scale(s, settings.training) for s in range(6)])
+    assert_close([line["lr"] for line in lines], [0.01 * learning_rate_scale(s, settings) for s in range(6)])
 
 
 def test_muon_has_the_hidden_matrices_and_adamw_the_rest_each_once():
     model = tiny_state().model
-    settings = TrainingSettings(optimizer="muon", learning_rate=0.5, muon_learning_rate=0.25, warmup_steps=0)
+    settings = Settings.model_validate({"training": {"optimizer": "muon", **RATES}})
     adamw, muon = build_optimizers(model, settings)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[names[id(p)] for g in optimizer.param_groups for p in g["params"]] for optimizer in (adamw, muon)]
@@ -730,7 +736,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest_each_once():
 
 def test_weight_decay_is_for_matrices_and_neither_for_norms_nor_for_the_table():
     model = tiny_state().model
-    (adamw,) = build_optimizers(model, TrainingSettings(weight_decay=0.3))
+    (adamw,) = build_optimizers(model, Settings.model_validate({"optimizer": {"name": "adamw", "weight_decay": 0.3}}))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = {names[id(p)]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
     assert decay.keys() == set(names.values())
@@ -752,10 +758,10 @@ def test_weight_decay_is_for_matrices_and_neither_for_norms_nor_for_the_table():
     ],
 )
 def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expected):
-    settings = TrainingSettings(learning_rate=0.5, muon_learning_rate=0.25, warmup_steps=0, **training)
+    settings = Settings.model_validate({"training": {"optimizer": "adamw", **RATES, **training}})
     model = FreeTransformer(FreeTransformerConfig(hidden_dim=8, num_layers=2, num_heads=2, latent_dim=latent_dim))
     optimizers = build_optimizers(model, settings)
-    assert table_optimizer(model, settings) == expected
+    assert codebook_optimizer(model, settings) == expected
     assert model.plan_table.sparse == (expected == "sparse_adam")
     (of_table,) = [
         o for o in optimizers if any(p is model.plan_table.weight for g in o.param_groups for p in g["params"])
@@ -765,7 +771,7 @@ def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expe
     assert not any(o.get("by_row") for o in of_table.param_groups if o is not group)
     set_learning_rate(optimizers, 0, settings)
     assert {each["lr"] for each in of_table.param_groups} == {0.5}
-    assert table_optimizer(build_baseline(model.config), settings) == "adamw"
+    assert codebook_optimizer(build_baseline(model.config), settings) == "adamw"
 
 
 def test_a_step_moves_the_rows_of_drawn_plans_and_no_others(tiny_settings, monkeypatch):
@@ -780,7 +786,7 @@ def test_a_step_moves_the_rows_of_drawn_plans_and_no_others(tiny_settings, monke
     model = {"latent_dim": 10, "plan_span": 4}
     training = {"table_optimizer": "sparse_adam", "gradient_accumulation_steps": 2, "eval_every": 0, "seed": 3}
     run = train(tiny_settings(model=model, training=training), quiet=True)
-    assert run.settings.training.table_optimizer == "sparse_adam"
+    assert run.settings.optimizer.codebook == "sparse_adam"
     torch.manual_seed(3)
     before = build_model(run.settings, run.load_tokenizer()).plan_table.weight
     moved = (run.load_model().plan_table.weight != before).any(1)

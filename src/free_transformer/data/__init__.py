@@ -1,8 +1,9 @@
-"""Text to documents, documents to tokens, tokens to rows that a model trains on."""
+"""Reads documents, tokenizes them, and packs the tokens into rows for training."""
 
 from free_transformer.data.documents import is_path_source, read_documents, source_files
 from free_transformer.data.loader import prefetched
-from free_transformer.data.rows import Rows, build_rows, streamed_batches
+from free_transformer.data.packing import build_rows, streamed_batches
+from free_transformer.data.rows import Rows
 from free_transformer.data.tokenizer import (
     begin_token,
     byte_tokenizer,

@@ -1,9 +1,9 @@
 """
-The paper's letters task (section 4.1), with the exact entropy that no model can beat.
+The paper's letters task (section 4.1) and its exact entropy, the lower bound of any model's negative log-likelihood.
 
-A string is a letter, `>`, then 64 characters: underscores with a run of the letter, 8 long, at a random place, each
-character replaced by `!` with probability 1/16. The letter is the prompt: what is drawn at random beyond it is the
-place and the noise.
+A string is a letter, `>`, and 64 characters: underscores with a run of 8 copies of the letter at a random place. Then
+each of the 64 characters is replaced by `!` with probability 1/16. The letter is the prompt. Given the prompt, the
+place and the noise are random.
 """
 
 import math
@@ -20,7 +20,7 @@ PLACES = LENGTH - TARGET_LENGTH + 1
 
 
 def sample_string(rng: np.random.Generator) -> str:
-    """One string of the task, `LENGTH + 2` characters, prompt included."""
+    """Samples one string of the task, `LENGTH + 2` characters including the prompt."""
     letter = LETTERS[rng.integers(len(LETTERS))]
     place = int(rng.integers(PLACES))
     clean = "_" * place + letter * TARGET_LENGTH + "_" * (LENGTH - place - TARGET_LENGTH)
@@ -29,7 +29,7 @@ def sample_string(rng: np.random.Generator) -> str:
 
 
 def letters(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` independent strings, the same ones for the same seed."""
+    """Yields `count` independent strings, determined by the seed."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         yield sample_string(rng)
@@ -38,27 +38,28 @@ def letters(count: int, seed: int = 0) -> Iterator[str]:
 @cache
 def letters_entropy() -> float:
     """
-    Exact entropy in nats of a string given its letter: 19.000.
+    Returns the exact entropy of a string given its letter, 19.000 nats.
 
-    H(string) = H(noise) + H(place) - H(place | string). Every place that a string allows is equally likely, since
-    it explains the string with the same number of `!`; so H(place | string) is the mean logarithm of their number.
+    H(string) = H(noise) + H(place) - H(place | string). All places consistent with a string are equally likely, since
+    each explains it with the same number of `!`. H(place | string) is therefore the mean logarithm of their number.
     """
     noise = -(NOISE * math.log(NOISE) + (1 - NOISE) * math.log(1 - NOISE))
-    uncertainty = sum(_some_letter_shows(place) + _no_letter_shows(place) for place in range(PLACES)) / PLACES
+    uncertainty = sum(_with_visible_letter(place) + _without_visible_letter(place) for place in range(PLACES)) / PLACES
     return LENGTH * noise + math.log(PLACES) - uncertainty
 
 
-def _some_letter_shows(place: int) -> float:
+def _with_visible_letter(place: int) -> float:
     """
-    Share of E[log places allowed] of the strings with a visible letter.
+    Contribution to E[log(consistent places)] of the strings with a visible letter.
 
-    The run can then be moved right by d only if its first d letters and the d underscores behind it are hidden, and
-    left likewise: the number of places is 1 + min(first letters, underscores behind) + min(last ones, before).
+    The run can be moved right by d only if its first d letters and the d underscores after it are hidden, and likewise
+    to the left. The number of places is 1 + min(hidden first letters, hidden underscores after the run)
+    + min(hidden last letters, hidden underscores before it).
     """
     total = 0.0
     for first in range(TARGET_LENGTH):
         for last in range(TARGET_LENGTH - first):
-            visible = 1 if first + last == TARGET_LENGTH - 1 else 2  # the letters that end the two hidden runs
+            visible = 1 if first + last == TARGET_LENGTH - 1 else 2  # the visible letters next to the two hidden parts
             letters_hidden = NOISE ** (first + last) * (1 - NOISE) ** visible
             for left, p_left in enumerate(_hidden_run(place)):
                 for right, p_right in enumerate(_hidden_run(LENGTH - TARGET_LENGTH - place)):
@@ -68,17 +69,18 @@ def _some_letter_shows(place: int) -> float:
 
 
 def _hidden_run(available: int) -> list[float]:
-    """Probability that exactly 0, 1, ... 8-or-more of the next characters are hidden, `available` of them there."""
+    """Probabilities that exactly 0, 1, ..., 8 or more of the next `available` characters are hidden."""
     longest = min(available, TARGET_LENGTH)
     return [NOISE**length * (1 - NOISE) for length in range(longest)] + [NOISE**longest]
 
 
-def _no_letter_shows(place: int) -> float:
+def _without_visible_letter(place: int) -> float:
     """
-    Share of the strings whose run is all hidden (probability 16^-8): any 8 hidden characters in a row could be it.
+    Contribution of the strings whose run is completely hidden (probability 16^-8): it may be at any 8
+    consecutive hidden characters.
 
-    `states[run, windows]` is the probability of ending in `run` hidden characters (8 or more count as 8) after
-    `windows` places, read character by character.
+    `states[run, windows]` is the probability that the characters so far end in `run` hidden ones (8 stands for 8 or
+    more) and contain `windows` consistent places.
     """
     states = np.zeros((TARGET_LENGTH + 1, PLACES + 1))
     states[0, 0] = 1.0

@@ -1,4 +1,4 @@
-"""Batches prepared ahead, by processes of their own."""
+"""Prefetching: worker processes prepare batches ahead of time."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,29 +8,29 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from free_transformer.data.rows import Batch
 
-BatchesOf = Callable[[int, int], Iterator[Batch]]  # the batches of worker i of n, which are every nth of all
+BatchesOf = Callable[[int, int], Iterator[Batch]]  # (worker, workers) -> every `workers`-th batch
 
 
 def prefetched(batches_of: BatchesOf, workers: int) -> Iterator[Batch]:
     """
-    The batches of `workers` processes in turn, those of one that works alone where it is 0.
+    Yields the batches of `workers` processes in turn. With 0 workers, this process prepares them.
 
     Args:
-        batches_of: called as `batches_of(worker, workers)`, in the worker.
+        batches_of: called as `batches_of(worker, workers)`, in the worker process.
     """
     if workers == 0:
         return batches_of(0, 1)
-    loader: DataLoader = DataLoader(
-        _OfOneWorker(batches_of),
+    loader: DataLoader[Batch] = DataLoader(
+        _WorkerBatches(batches_of),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_run,
-        generator=torch.Generator(),  # or the loader would draw from torch's own, and a resumed run would differ
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # or the loader advances torch's generator, and a resumed run differs
     )
     return iter(loader)
 
 
-class _OfOneWorker(IterableDataset):
+class _WorkerBatches(IterableDataset[Batch]):
     def __init__(self, batches_of: BatchesOf):
         self.batches_of = batches_of
 
@@ -40,9 +40,9 @@ class _OfOneWorker(IterableDataset):
         return self.batches_of(worker.id, worker.num_workers)
 
 
-def _leave_signals_to_the_run(_: int) -> None:
-    """Terminals and clusters send these to every process of a run; the run itself decides when its workers end."""
+def _ignore_signals(_: int) -> None:
+    """Terminals and clusters send these signals to all processes of a run; only the main process handles them."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):  # Windows has the first alone
+        if hasattr(signal, name):  # Windows only has SIGINT
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,32 +1,26 @@
 """
-Rows of tokens: documents cut into windows, short ones packed together, boundaries kept.
+Rows of tokens: the training data of a model.
 
-A *piece* is a begin-of-text token and up to `seq_len - 1` tokens of one document: what has plans of its own. A
-*row* is one piece, or several short ones side by side; positions start again at 0 with each piece and are -1 on
-padding, so that rows need no other record of their boundaries.
+A *piece* is a begin-of-text token followed by up to `seq_len - 1` tokens of one document. Each piece has its own plans.
+A *row* holds one piece, or several short ones side by side. Positions restart at 0 in each piece and are -1 on padding,
+so rows need no other record of their boundaries. `packing.py` builds rows from documents.
 """
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from free_transformer.data.tokenizer import CHUNK, begin_token, encode, encode_in_chunks
+from free_transformer.errors import InputError
 from free_transformer.model.losses import IGNORED
-from free_transformer.runtime.byte_alphabet import utf8
 
 Batch = dict[str, Tensor]
 
-TOKENIZED_AT_ONCE = 64  # documents
-CHARACTERS_AT_ONCE = 4 * CHUNK  # in them; tokenizing takes some 200 bytes of memory each
-BLOCK = 4096  # rows of a mixture whose sources are drawn together
-OPEN_ROWS = 64  # rows that are kept open while short pieces are packed
+BLOCK = 4096  # rows of a mixture whose sources are sampled together
 PADDING = -1
 
 
@@ -37,9 +31,9 @@ class Rows:
 
     Attributes:
         tokens: (R, T) int32.
-        positions: (R, T) int32, each token's place in its piece, -1 on padding.
-        text_bytes: UTF-8 bytes of all the text in the rows, for losses per byte.
-        documents: (D,) uint64, a hash of each document that the rows were built from, in the order of reading.
+        positions: (R, T) int32, each token's position in its piece, -1 on padding.
+        text_bytes: UTF-8 bytes of all text in the rows, used to compute losses per byte.
+        documents: (D,) uint64, a hash of each document that the rows were built from, in reading order.
     """
 
     tokens: np.ndarray
@@ -52,15 +46,17 @@ class Rows:
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens that a model is asked to predict: all but begin-of-text and padding."""
+        """Number of tokens to predict: all except begin-of-text tokens and padding."""
         return int((self.positions > 0).sum())
 
     @property
     def bytes_per_token(self) -> float:
+        """UTF-8 bytes per predicted token."""
         return self.text_bytes / max(1, self.predicted_tokens)
 
     @property
     def seq_len(self) -> int:
+        """T, tokens per row."""
         return self.tokens.shape[1]
 
     @property
@@ -70,8 +66,9 @@ class Rows:
 
     def __getitem__(self, index: int | np.ndarray | slice) -> Batch:
         """
-        A row as a model takes it, (T,) each, or several, (B, T): `input_ids`, `labels`, `attention_mask`,
-        `position_ids`. With `len`, what a `DataLoader` and `transformers.Trainer` read.
+        Returns one row, (T,) per tensor, or several, (B, T), as model inputs: `input_ids`, `labels`, `attention_mask`
+        and `position_ids`. Together with `len`, this makes `Rows` a data set for `DataLoader` and
+        `transformers.Trainer`.
         """
         tokens = torch.from_numpy(self.tokens[index].astype(np.int64))
         positions = torch.from_numpy(self.positions[index].astype(np.int64))
@@ -84,8 +81,8 @@ class Rows:
 
     def take(self, indices: np.ndarray | slice) -> Batch:
         """
-        The rows as a model takes them: `input_ids` and `labels`, (B, T), and where some row is packed or padded also
-        `attention_mask` and `position_ids`.
+        Returns rows as model inputs: `input_ids` and `labels`, (B, T) each. If any of the rows is packed or padded, the
+        batch also has `attention_mask` and `position_ids`.
         """
         batch = self[indices]
         if (batch["position_ids"] == torch.arange(self.seq_len)).all():
@@ -93,7 +90,10 @@ class Rows:
         return batch
 
     def sample(self, size: int, seed: int = 0) -> "Rows":
-        """`size` rows drawn without replacement, or all of them; the bytes in proportion, all the documents' hashes."""
+        """
+        Samples `size` rows without replacement, or returns all rows if there are fewer. `text_bytes` is scaled to the
+        sampled rows. `documents` keeps the hashes of all documents.
+        """
         if size >= len(self):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:size])
@@ -102,7 +102,7 @@ class Rows:
         return part
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Each row once."""
+        """Yields batches that contain each row once, in order. The last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.take(slice(start, start + batch_size))
 
@@ -116,22 +116,23 @@ class Rows:
         share: slice = slice(None),
     ) -> Iterator[Batch]:
         """
-        Batches without end. Each epoch is a permutation of all rows, and the next one follows at once, so that a batch
-        may hold rows of both.
+        Yields batches without end. Each epoch is a permutation of all rows. The next epoch follows without a gap, so a
+        batch may contain rows of both.
 
         Args:
-            start: number of rows to leave out at the beginning, reached without reading them. Counted in rows, so that
-                a run can resume with another batch size.
-            worker: of `workers`, which take turns: this one yields every `workers`-th batch, from its own number on.
-            share: the rows of each batch to take, where several processes share it.
+            start: number of rows to skip at the beginning; they are not read. Counted in rows, so that a run can resume
+                with another batch size.
+            worker: index of this worker among `workers`. Workers alternate: each yields every `workers`-th batch,
+                starting with the batch of its own index.
+            share: part of each batch to return, where several processes split one batch.
 
         Raises:
-            ValueError: if the rows do not fill one batch.
+            InputError: if there are fewer rows than `batch_size`.
         """
         if len(self) < batch_size:
-            raise ValueError(
+            raise InputError(
                 f"the training text fills {len(self)} rows of {self.tokens.shape[1]} tokens, fewer than "
-                f"batch_size={batch_size}: add text, or take a smaller batch_size or seq_len"
+                f"batch_size={batch_size}: add text, or use a smaller batch_size or seq_len"
             )
         order = EpochOrder(len(self), [seed])
         for first in count(start + worker * batch_size, workers * batch_size):
@@ -140,8 +141,8 @@ class Rows:
 
 class EpochOrder:
     """
-    An endless sequence of row numbers: a permutation of all rows in each epoch. It holds one permutation, so that
-    what `take` costs does not depend on the number of rows, except at the beginning of an epoch.
+    An endless sequence of row indices: each epoch is a permutation of all rows. Only one permutation is in memory, so
+    the cost of `take` does not depend on the number of rows, except at the beginning of an epoch.
     """
 
     def __init__(self, rows: int, seed: list[int]):
@@ -150,7 +151,7 @@ class EpochOrder:
         self.permutation = np.empty(0, dtype=np.int64)
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Row numbers at the places from `start` to `stop - 1` of the sequence."""
+        """Row indices at the places from `start` to `stop - 1` of the sequence, int64."""
         parts = [np.empty(0, dtype=np.int64)]
         while start < stop:
             epoch, place = divmod(start, self.rows)
@@ -169,10 +170,10 @@ class EpochOrder:
 
 class SourceOrder:
     """
-    An endless sequence of sources, one for each row, drawn with the probabilities `shares`.
+    An endless sequence of sources, one per row, sampled with the probabilities `shares`.
 
-    The number of rows of each source in a block of rows is drawn first, and their order within the block only when it
-    is needed. A far block is reached by adding up these numbers.
+    For each block of rows, the number of rows per source is sampled first. Their order within the block is sampled only
+    when it is needed. Skipping ahead to a distant block therefore only adds up row counts.
     """
 
     def __init__(self, shares: Sequence[float], seed: int):
@@ -183,18 +184,18 @@ class SourceOrder:
         self._skip(1)
 
     def taken_before(self, place: int) -> np.ndarray:
-        """How often each source occurs before this place. Places must not decrease from call to call."""
+        """Number of rows per source before this place. Places must not decrease from call to call."""
         block, rest = divmod(place, BLOCK)
         while self.block < block:
             self._skip(min(block - self.block, BLOCK))
         return self.taken + np.bincount(self.order[:rest], minlength=len(self.shares))
 
     def _skip(self, blocks: int) -> None:
-        drawn = self.rng.multinomial(BLOCK, self.shares, size=blocks)
-        self.taken = self.taken + self.counts + drawn[:-1].sum(0)
-        self.counts = drawn[-1]
+        sampled = self.rng.multinomial(BLOCK, self.shares, size=blocks)
+        self.taken = self.taken + self.counts + sampled[:-1].sum(0)
+        self.counts = sampled[-1]
         self.block += blocks
-        # a seed without its trailing zeros is the same one, so [seed, len(shares), 0] would be that of the counts
+        # NumPy ignores trailing zeros of a seed, so [seed, len(shares), 0] would repeat the stream of the counts
         rng = np.random.default_rng([self.seed, len(self.shares) + 1, self.block])
         self.order = rng.permutation(np.repeat(np.arange(len(self.shares)), self.counts))
 
@@ -202,11 +203,11 @@ class SourceOrder:
 @dataclass
 class MixedRows:
     """
-    Rows of several sources, drawn in given shares; a source that is short is read more often.
+    Rows of several sources, mixed in given shares. Sources with few rows are repeated more often.
 
     Attributes:
-        parts: the rows of each source, of one length.
-        shares: probability with which each source is drawn for a row; they add up to 1.
+        parts: the rows of each source, all with the same `seq_len`.
+        shares: probability of each source for a row; they add up to 1.
     """
 
     parts: list[Rows]
@@ -217,10 +218,12 @@ class MixedRows:
 
     @property
     def seq_len(self) -> int:
+        """T, tokens per row."""
         return self.parts[0].seq_len
 
     @property
     def predicted_tokens(self) -> int:
+        """Number of tokens to predict in all sources."""
         return sum(part.predicted_tokens for part in self.parts)
 
     def shuffled(
@@ -232,173 +235,18 @@ class MixedRows:
         workers: int = 1,
         share: slice = slice(None),
     ) -> Iterator[Batch]:
-        """As `Rows.shuffled`. A source is drawn for each row, and each source has epochs of its own."""
+        """As `Rows.shuffled`. A source is sampled for each row, and each source has its own epochs."""
         sources = SourceOrder(self.shares, seed)
         orders = [EpochOrder(len(part), [seed, index]) for index, part in enumerate(self.parts)]
         for first in count(start + worker * batch_size, workers * batch_size):
             places = zip(sources.taken_before(first), sources.taken_before(first + batch_size), strict=True)
-            drawn = [
+            chosen = [
                 (part, np.sort(order.take(int(begin), int(end))))
                 for part, order, (begin, end) in zip(self.parts, orders, places, strict=True)
             ]
-            tokens = np.concatenate([part.tokens[rows] for part, rows in drawn])[share]
-            positions = np.concatenate([part.positions[rows] for part, rows in drawn])[share]
+            tokens = np.concatenate([part.tokens[rows] for part, rows in chosen])[share]
+            positions = np.concatenate([part.positions[rows] for part, rows in chosen])[share]
             yield Rows(tokens, positions, 0).take(slice(None))
 
 
 TrainingRows = Rows | MixedRows
-
-
-def build_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Rows:
-    """Reads all documents into rows of `seq_len` tokens. `ValueError` where there is nothing to predict."""
-    tokens, positions, text_bytes, hashes = [], [], 0, array("Q")
-
-    def counted() -> Iterator[str]:
-        nonlocal text_bytes
-        for document in documents:
-            data = utf8(document)
-            text_bytes += len(data)
-            hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-            del data  # or it would stay in memory while the document is tokenized
-            yield document
-
-    for row_tokens, row_positions in _rows(counted(), tokenizer, seq_len):
-        tokens.append(row_tokens)
-        positions.append(row_positions)
-    if not tokens:
-        raise ValueError("there is no text to build rows from")
-    stacked = np.stack(tokens)
-    tokens.clear()
-    return Rows(stacked, np.stack(positions), text_bytes, np.array(hashes, dtype=np.uint64))
-
-
-def streamed_batches(
-    sources: Sequence[Iterable[str]],
-    shares: Sequence[float],
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-    batch_size: int,
-    buffer_rows: int,
-    seed: int,
-    start: int = 0,
-) -> Iterator[Batch]:
-    """
-    Batches from text that does not fit in memory, shuffled within a buffer of `buffer_rows` rows of each source.
-
-    Args:
-        sources: documents that are iterable again and again, one pass an epoch.
-        shares: how often each source is drawn from, row by row.
-        start: number of rows to leave out at the beginning, reached by reading them.
-    """
-
-    def shuffled_rows(documents: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        epoch = 0
-        while True:
-            rng, buffer, found = np.random.default_rng([seed, epoch]), [], False
-            for row in _rows(documents, tokenizer, seq_len):
-                found = True
-                buffer.append(row)
-                if len(buffer) >= buffer_rows:
-                    yield buffer.pop(int(rng.integers(len(buffer))))
-            if not found:
-                raise ValueError("there is no text to build rows from")
-            rng.shuffle(buffer)  # type: ignore[arg-type]
-            yield from buffer
-            epoch += 1
-
-    def mixed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        streams, rng = [shuffled_rows(documents) for documents in sources], np.random.default_rng(seed)
-        while True:
-            yield next(streams[rng.choice(len(streams), p=shares) if len(streams) > 1 else 0])
-
-    rows = islice(mixed(), start, None)
-    while True:
-        tokens, positions = zip(*islice(rows, batch_size), strict=True)
-        yield Rows(np.stack(tokens), np.stack(positions), 0).take(slice(None))
-
-
-def _rows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Full pieces as they come; short ones into the first open row with room, the fullest row closed when needed."""
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len}: at least 2, one token to read and one to predict")
-    open_rows: list[list[np.ndarray]] = []
-
-    def room(row: list[np.ndarray]) -> int:
-        return seq_len - sum(map(len, row))
-
-    for piece in _pieces(documents, tokenizer, seq_len):
-        if len(piece) == seq_len:
-            yield _joined([piece], seq_len, tokenizer)
-            continue
-        fitting = next((row for row in open_rows if room(row) >= len(piece)), None)
-        if fitting is not None:
-            fitting.append(piece)
-            continue
-        if len(open_rows) == OPEN_ROWS:
-            fullest = min(range(OPEN_ROWS), key=lambda index: room(open_rows[index]))
-            yield _joined(open_rows.pop(fullest), seq_len, tokenizer)
-        open_rows.append([piece])
-    for row in open_rows:
-        yield _joined(row, seq_len, tokenizer)
-
-
-def _pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[np.ndarray]:
-    begin = np.array([begin_token(tokenizer)], dtype=np.int32)
-    end = [] if tokenizer.eos_token_id is None else [[tokenizer.eos_token_id]]
-    for chunks in _tokenized(documents, tokenizer):
-        for window in _windows(chain(chunks, end), seq_len - 1):
-            yield np.concatenate([begin, window])
-
-
-def _tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterable[list[int]]]:
-    """Each document's tokens, in one chunk, or in several where it is long."""
-    for texts in _groups(documents):
-        if len(texts) == 1:
-            yield encode_in_chunks(tokenizer, texts.pop())
-        else:
-            yield from ([ids] for ids in encode(tokenizer, texts))
-
-
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents to tokenize at once: few enough for memory, and long ones alone."""
-    group: list[str] = []
-    size = 0
-    for document in documents:
-        alone = len(document) > CHUNK
-        full = len(group) == TOKENIZED_AT_ONCE or size + len(document) > CHARACTERS_AT_ONCE
-        if group and (alone or full):
-            yield group
-            group, size = [], 0
-        if alone:
-            yield [document]
-        else:
-            group.append(document)
-            size += len(document)
-    if group:
-        yield group
-
-
-def _windows(chunks: Iterable[Sequence[int]], width: int) -> Iterator[np.ndarray]:
-    """The tokens of all chunks, `width` at a time, int32."""
-    rest = np.empty(0, dtype=np.int32)
-    for chunk in chunks:
-        tokens = np.concatenate([rest, np.asarray(chunk, dtype=np.int32)])
-        full = len(tokens) - len(tokens) % width
-        yield from (tokens[start : start + width] for start in range(0, full, width))
-        rest = tokens[full:]
-    if len(rest):
-        yield rest
-
-
-def _joined(
-    pieces: list[np.ndarray], seq_len: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, np.ndarray]:
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else begin_token(tokenizer)
-    tokens = np.full(seq_len, padding, dtype=np.int32)
-    positions = np.full(seq_len, PADDING, dtype=np.int32)
-    filled = np.concatenate(pieces)
-    tokens[: len(filled)] = filled
-    positions[: len(filled)] = np.concatenate([np.arange(len(piece)) for piece in pieces])
-    return tokens, positions

@@ -1,19 +1,19 @@
 """
-Tables with one document per row: JSON Lines, JSON, CSV, TSV, Parquet and data sets.
+Reads tables with one document per row: JSON Lines, JSON, CSV, TSV, Parquet and data sets.
 
-Files are read with the standard library, and Parquet with pyarrow, instead of with `datasets`: only the column of the
-text matters, so that other columns may change their type, and an error can name the line.
+Files are read with the standard library, and Parquet with pyarrow, not with `datasets`. Only the text column matters
+here: the types of other columns may vary from row to row, and errors can name the line.
 """
 
 import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from free_transformer.data.text_files import (
     DECOMPRESSORS,
@@ -25,23 +25,27 @@ from free_transformer.data.text_files import (
     open_text,
     reason,
 )
+from free_transformer.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 3  # bad rows in a message
-MAX_COLUMNS = 10  # columns in a message
-MAX_NAME = 40  # characters of a column in a message: a file without a header has text there
-MAX_SEARCHED = 10_000  # rows in which a good one is looked for before a file is given up
-MAX_FIELD = 2**31 - 1  # characters of a field; the csv module allows 131,072 unless told
-PARQUET_ROWS = 256  # in memory at a time
-REPLACED_NUL = "\udc00"  # Python 3.10's csv module refuses NUL bytes; no UTF-8 is decoded as this
+MAX_LISTED = 3  # bad rows per message
+MAX_COLUMNS = 10  # columns per message
+MAX_NAME = 40  # characters of a column name in a message; without a header, the first row is taken for column names
+MAX_SEARCHED = 10_000  # bad rows after which a file without any good row is refused
+MAX_FIELD = 2**31 - 1  # characters per field; the default of the csv module is 131,072
+PARQUET_ROWS = 256  # rows in memory at a time
+REPLACED_NUL = "\udc00"  # the csv module of Python 3.10 refuses NUL; no UTF-8 decodes to this character
 
 
 class BadRow(str):
-    """A row that cannot be parsed, and why."""
+    """The reason why a row has no usable text."""
 
 
-Row = tuple[str, int, Any]  # "line" or "row", its number from 1, and its columns or `BadRow`
+Row = tuple[str, int, object]  # "line" or "row", its number from 1, and its columns or a `BadRow`
 
 
 def is_table(path: Path) -> bool:
@@ -51,41 +55,41 @@ def is_table(path: Path) -> bool:
 
 def read_table(path: Path, column: str, max_bad_rows: int) -> Iterator[str]:
     """
-    The text of each row of a file. Bad rows are skipped and reported in one warning.
+    Yields the text of each row of a file. Bad rows are skipped and reported in one warning.
 
     Raises:
         UnreadableFile: if the file cannot be read to its end or no row has text in the column.
-        ValueError: if there are more than `max_bad_rows` bad rows among good ones, or a library is missing.
+        InputError: if a file with good rows has more than `max_bad_rows` bad ones, or a library is missing.
     """
     rows = READERS[format_of(path)](path, column)
-    yield from good_texts(_unbroken(rows, str(path), READ_ERRORS), str(path), column, max_bad_rows)
+    yield from good_texts(_with_read_errors(rows, str(path), READ_ERRORS), str(path), column, max_bad_rows)
 
 
-def read_data_set(table: Any, name: str, column: str, max_bad_rows: int) -> Iterator[str]:
-    """As `read_table`, for the rows of a data set."""
+def read_data_set(table: Iterable[object], name: str, column: str, max_bad_rows: int) -> Iterator[str]:
+    """As `read_table`, for the rows of a data set called `name` in messages."""
 
     def rows() -> Iterator[Row]:
         for number, row in enumerate(table, 1):
             yield "row", number, row
 
     # `datasets` raises a different class for each format and each kind of failure
-    yield from good_texts(_unbroken(rows(), name, (Exception,)), name, column, max_bad_rows)
+    yield from good_texts(_with_read_errors(rows(), name, (Exception,)), name, column, max_bad_rows)
 
 
 def good_texts(rows: Iterator[Row], name: str, column: str, max_bad_rows: int) -> Iterator[str]:
-    """The text of the good rows, see `read_table`."""
+    """Yields the text of the good rows, see `read_table`."""
     bad, good = _BadRows(name, column), 0
     try:
         for unit, number, row in rows:
-            problem = _problem(row, column)
-            if problem is None:
-                good += 1
+            text = _text_of(row, column)
+            if isinstance(text, BadRow):
+                bad.add(unit, number, row, text)
             else:
-                bad.add(unit, number, row, problem)
+                good += 1
             if bad.count > max_bad_rows and (good or bad.count >= MAX_SEARCHED):
-                raise ValueError(bad.too_many(max_bad_rows)) if good else UnreadableFile(bad.no_good_one())
-            if problem is None:
-                yield row[column]
+                raise InputError(bad.too_many(max_bad_rows)) if good else UnreadableFile(bad.no_good_one())
+            if not isinstance(text, BadRow):
+                yield text
     except UnreadableFile:
         if good and bad.count:
             warn_once(str(Path(name).absolute()), bad.skipped())
@@ -98,41 +102,41 @@ def good_texts(rows: Iterator[Row], name: str, column: str, max_bad_rows: int) -
 
 @cache
 def warn_once(_about: str, message: str) -> None:
-    """Logs a warning the first time that this process has it to say, not in each epoch again."""
+    """Logs a warning once per process, so that it is not repeated in each epoch."""
     logger.warning("%s", message)
 
 
-def _problem(row: Any, column: str) -> str | None:
-    """What is wrong with a row, None for a good one."""
+def _text_of(row: object, column: str) -> str | BadRow:
+    """Returns the text of a row, or the reason why it has none."""
     if isinstance(row, BadRow):
-        return str(row)
+        return row
     if not isinstance(row, Mapping):
-        return f"{_type(row)} instead of an object"
+        return BadRow(f"{_type(row)} instead of an object")
     if column not in row:
-        return f"no column {column!r}"
+        return BadRow(f"no column {column!r}")
     text = row[column]
     if not isinstance(text, str):
-        return f"column {column!r} holds {_type(text)}"
+        return BadRow(f"column {column!r} holds {_type(text)}")
     if text.isascii():
-        return None
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
-        return f"column {column!r} is not valid Unicode"
-    return None
+        return BadRow(f"column {column!r} is not valid Unicode")
+    return text
 
 
 class _BadRows:
-    """Counts the bad rows of a file and words the messages about them."""
+    """Counts the bad rows of a file and composes the messages about them."""
 
     def __init__(self, name: str, column: str):
         self.name, self.column, self.count = name, column, 0
         self.first: list[str] = []
-        self.columns: dict[str, None] = {}  # of rows without the column of the text
+        self.columns: dict[str, None] = {}  # of rows without the text column
         self.types: dict[str, None] = {}  # of the values that are not text
         self.has_column = False
 
-    def add(self, unit: str, number: int, row: Any, problem: str) -> None:
+    def add(self, unit: str, number: int, row: object, problem: BadRow) -> None:
         self.count += 1
         if len(self.first) < MAX_LISTED:
             self.first.append(f"{unit} {number} ({problem})")
@@ -166,7 +170,7 @@ class _BadRows:
 
 
 def no_column(name: str, column: str, columns: list[str]) -> str:
-    """The message for a table without the column of the text."""
+    """Returns the message for a table without the text column."""
     if not columns:
         return f"{name}: no column {column!r} (data.column); it has no columns"
     listed = [repr(each if len(each) <= MAX_NAME else each[:MAX_NAME] + "…") for each in columns[:MAX_COLUMNS]]
@@ -174,12 +178,12 @@ def no_column(name: str, column: str, columns: list[str]) -> str:
     return f"{name}: no column {column!r} (data.column); it has {', '.join(listed)}{more}"
 
 
-def _type(value: Any) -> str:
+def _type(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _unbroken(rows: Iterator[Row], name: str, errors: tuple[type[Exception], ...]) -> Iterator[Row]:
-    """The rows, with errors of reading as `UnreadableFile` that names the last row before it."""
+def _with_read_errors(rows: Iterator[Row], name: str, errors: tuple[type[Exception], ...]) -> Iterator[Row]:
+    """Yields the rows. Turns `errors` while reading into `UnreadableFile`, which names the last good row."""
     last = ""
     try:
         for row in rows:
@@ -216,13 +220,13 @@ def _json(path: Path, column: str) -> Iterator[Row]:
     yield from _json_lines(path, column)
 
 
-def _parse_json(text: str) -> Any:
+def _parse_json(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return BadRow(f"not JSON: {error.msg} at {line}column {error.colno}")
-    except (ValueError, RecursionError) as error:  # numbers of too many digits, too many brackets
+    except (ValueError, RecursionError) as error:  # too many digits in a number, or too many nested brackets
         return BadRow(f"not JSON: {reason(error)}")
 
 
@@ -246,24 +250,24 @@ def _csv(path: Path, column: str, delimiter: str) -> Iterator[Row]:
             except csv.Error as error:
                 yield "line", line, BadRow(f"not a row of the table: {error}")
                 continue
-            if lines.ended:  # the reader looked for the end of a quoted field
+            if lines.ended:  # while the reader was looking for the end of a quoted field
                 raise EOFError(f"the quotation mark that opens in line {line} is never closed")
             if fields:
                 yield "line", line, _csv_row(fields, header, place)
 
 
 def _csv_row(fields: list[str], header: list[str], place: int) -> dict[str, str] | BadRow:
-    if len(fields) > len(header):  # as of a comma without quotation marks, which would cut the text off
+    if len(fields) > len(header):  # an unquoted comma in the text; reading on would truncate it
         return BadRow(f"{len(fields)} fields under {len(header)} columns")
     if place >= len(fields):
         return BadRow(f"no column {header[place]!r}")
     if REPLACED_NUL in fields[place]:
-        return BadRow(f"column {header[place]!r} has NUL bytes")
+        return BadRow(f"column {header[place]!r} contains NUL bytes")
     return {header[place]: fields[place]}
 
 
 class _Lines:
-    """The lines of a file, for the csv module; `ended` once it has asked for one beyond the last."""
+    """Lines of a file for the csv module. `ended` is set when a line after the last one is requested."""
 
     def __init__(self, file: TextIO):
         self.file, self.ended = file, False
@@ -284,7 +288,7 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need the extra: {TRAIN_EXTRA}") from error
+        raise InputError(f"{path}: Parquet files need the extra: {TRAIN_EXTRA}") from error
     if path.stat().st_size == 0:
         return
     with open_bytes(path) as file:
@@ -300,13 +304,13 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
             raise OSError(reason(error)) from error
 
 
-def _values(array: Any) -> Iterator[Any]:
+def _values(array: "pyarrow.Array") -> Iterator[object]:
     try:
         yield from array.to_pylist()
         return
     except UnicodeDecodeError:
         pass
-    for value in array:  # one by one, to find those that are damaged
+    for value in array:  # one by one, to find the damaged ones
         try:
             yield value.as_py()
         except UnicodeDecodeError:

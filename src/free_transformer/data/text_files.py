@@ -1,4 +1,4 @@
-"""Bytes of files as text: compression, encodings, and files that cannot be read."""
+"""Opens files as text: compression, encodings, and errors of unreadable files."""
 
 import bz2
 import codecs
@@ -8,14 +8,15 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import TextIO, cast
 
+from free_transformer.errors import DataError, InputError
 from free_transformer.files import first_line
 
 TRAIN_EXTRA = "pip install 'free-transformer-lm[train]'"
-READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError)  # raised while a file is read
+READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError)  # raised while reading a file
 
-BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with the one of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
@@ -24,13 +25,13 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of
 )
 
 
-class UnreadableFile(ValueError):
-    """A file that cannot be read as text. A folder is read without it."""
+class UnreadableFile(DataError):
+    """A file that cannot be read as text. Reading a folder skips it."""
 
 
 def read_text_file(path: Path) -> str:
     """
-    The text of a file as one document, without its byte order mark and with `\\n` at the end of each line.
+    Reads a file as one document, without its byte order mark and with `\\n` as line ending.
 
     Raises:
         UnreadableFile: if the file cannot be read, is not UTF-8, or contains NUL bytes. UTF-16 and UTF-32 are accepted
@@ -48,14 +49,14 @@ def read_text_file(path: Path) -> str:
         label = encoding.upper().removesuffix("-LE").removesuffix("-BE")
         raise UnreadableFile(f"{path}: not {label} text (byte {error.start + len(mark)})") from error
     if "\0" in text:
-        raise UnreadableFile(f"{path}: not text (it has NUL bytes)")
+        raise UnreadableFile(f"{path}: not text (it contains NUL bytes)")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def open_text(path: Path, newline: str | None) -> TextIO:
     """
-    Opens a file as a stream of text after its byte order mark. Bytes that are not UTF-8 become lone surrogates, so that
-    a damaged row does not hide the others.
+    Opens a file as a text stream, after its byte order mark. Invalid UTF-8 bytes become lone surrogates, so that the
+    rows around a damaged one can still be read.
     """
     file = open_bytes(path)
     mark, encoding = _encoding(file.peek(len(codecs.BOM_UTF32_LE)))
@@ -67,13 +68,13 @@ def open_text(path: Path, newline: str | None) -> TextIO:
 def open_bytes(path: Path) -> io.BufferedReader:
     """Opens a file for reading. Files ending in `.gz`, `.bz2`, `.xz` and `.zst` are decompressed."""
     decompress = DECOMPRESSORS.get(path.suffix.lower())
-    if decompress is None or path.stat().st_size == 0:  # an empty file is no valid archive, but it has no text either
+    if decompress is None or path.stat().st_size == 0:  # not a valid archive, but not an error
         return path.open("rb")
     return cast(io.BufferedReader, decompress(path))
 
 
 def format_of(path: Path) -> str:
-    """The suffix that decides how a file is read: in lower case, and without that of its compression."""
+    """Returns the suffix that determines the format of a file, in lower case and without a compression suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in DECOMPRESSORS:
         suffixes.pop()
@@ -81,24 +82,24 @@ def format_of(path: Path) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says about a file, in one line and without the name of the file."""
+    """Returns the message of an error in one line, without the file name."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def _encoding(start: bytes) -> tuple[bytes, str]:
-    """The byte order mark that these bytes begin with, and their encoding."""
+    """Returns the byte order mark of these bytes, empty if there is none, and their encoding."""
     return next((known for known in BYTE_ORDER_MARKS if start.startswith(known[0])), (b"", "utf-8"))
 
 
-def _open_zstd(path: Path) -> BinaryIO:
+def _open_zstd(path: Path) -> io.BufferedReader:
     try:
         import pyarrow
     except ImportError as error:
-        raise ValueError(f"{path}: .zst files need the extra: {TRAIN_EXTRA}") from error
-    return io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression="zstd")))
+        raise InputError(f"{path}: .zst files need the extra: {TRAIN_EXTRA}") from error
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
-DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
+DECOMPRESSORS: dict[str, Callable[[Path], io.BufferedIOBase]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, which need no download, any `AutoTokenizer` by path, and a BPE trained on your own text."""
+"""Tokenizers: bytes, which need no download, any `AutoTokenizer`, and a BPE tokenizer trained on your own text."""
 
 import hashlib
 import json
@@ -10,22 +10,23 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from free_transformer.errors import InputError
 from free_transformer.runtime.byte_alphabet import byte_alphabet, utf8
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 SPECIAL_TOKENS = (BEGIN, END, PADDING)
 BYTES = 256
 
-CHUNK = 2**16  # characters of a long text that are tokenized at once
-CONTEXT = 256  # characters on either side of a cut, for which it is tried
-CUTS_TRIED = 4  # of each kind, before a chunk grows
+CHUNK = 2**16  # characters of a long text per tokenizer call
+CONTEXT = 256  # characters on either side of a cut that are tokenized to check it
+CUTS_TRIED = 4  # per pattern, before a chunk grows
 BEFORE_SPACE = re.compile(r"(?<=\S)(?= \S)")
 AFTER_NEWLINE = re.compile(r"(?<=\S)\n+(?=\S)")
 ANYWHERE = re.compile(r"(?<=.)(?=.)", re.DOTALL)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, its id the byte's value, then begin (256), end (257) and padding (258)."""
+    """One token per UTF-8 byte, with the byte value as its id, plus begin (256), end (257) and padding (258)."""
     vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -35,14 +36,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE of `vocab_size` tokens, the three special ones and the 256 bytes among them.
+    Trains a byte-level BPE tokenizer with `vocab_size` tokens, including 3 special tokens and the 256 bytes.
 
     Raises:
-        ValueError: where `vocab_size` leaves no room for the bytes and the special tokens.
+        InputError: if `vocab_size` is less than 259.
     """
-    least = BYTES + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size={vocab_size}: at least {least}, for the bytes and the special tokens")
+    minimum = BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < minimum:
+        raise InputError(f"vocab_size={vocab_size}: at least {minimum}, for the bytes and the special tokens")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -57,30 +58,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
+    Loads a tokenizer.
+
     Args:
         name: `"bytes"`, the folder of a tokenizer or a model, or a name on the hub.
 
     Raises:
-        ValueError: where there is none, or where it has no token to begin a text with.
+        InputError: if there is no such tokenizer, or it has neither a begin-of-text nor an end-of-text token.
     """
     if name == "bytes":
         return byte_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        what = "this folder has no tokenizer" if Path(name).is_dir() else "no such folder, nor such a name on the hub"
-        raise ValueError(f"tokenizer {name!r}: {what}; 'bytes' needs no files") from error
+        what = "this folder has no tokenizer" if Path(name).is_dir() else "no such folder or name on the hub"
+        raise InputError(f"tokenizer {name!r}: {what}; 'bytes' needs no files") from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name!r} has neither a begin-of-text nor an end-of-text token: one is needed")
+        raise InputError(f"tokenizer {name!r} has neither a begin-of-text nor an end-of-text token: one is needed")
     return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """
-    Tokens of each text alone: nothing added, and what looks like a special token is text like any other.
+    Tokenizes texts without adding tokens. Text that looks like a special token is encoded as ordinary text.
 
     Raises:
-        ValueError: if a text is not valid Unicode.
+        InputError: if a text is not valid Unicode.
     """
     for text in texts:
         utf8(text)  # tokenizers raise a TypeError about their own types
@@ -89,30 +92,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 def encode_in_chunks(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     """
-    The tokens of `encode`, chunk by chunk, in memory that does not grow with the text.
+    Yields the tokens of `encode` chunk by chunk, so that memory does not grow with the text.
 
     Tokenizing takes some 200 bytes of memory per byte of text. The text is cut about every `CHUNK` characters, before a
-    space or after a newline, where the tokens around the cut are those without it. It stays whole where there is no
-    such place, as with normalizers that put a character before each text.
+    space or after a newline, where the cut does not change the tokens around it. Without such a place the text stays
+    whole, for example if the normalizer prepends a character to each text.
     """
-    utf8(text)  # here, so that the message counts characters of the whole text
+    utf8(text)  # here, so that the message gives the position in the whole text
     start = 0
-    everywhere = len(text) > CHUNK and _has_single_characters_only(tokenizer)
+    anywhere = len(text) > CHUNK and _has_single_characters_only(tokenizer)
     while start < len(text):
-        end = _safe_cut(tokenizer, text, start + CHUNK, everywhere)
+        end = _safe_cut(tokenizer, text, start + CHUNK, anywhere)
         yield encode(tokenizer, [text[start:end]])[0]
         start = end
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding needs for every token: more than there are tokens where their ids have gaps."""
+    """Number of embedding rows needed for all token ids. It exceeds the number of tokens if the ids have gaps."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
-    A hash, 32 hexadecimal digits, of all that decides which tokens `encode` gives: the vocabulary with its ids, the
-    special tokens, and for fast tokenizers the normalizer, the pre-tokenizer and the model with its merges.
+    Returns a hash, 32 hexadecimal digits, of everything that determines the tokens of `encode`: the vocabulary with its
+    ids, the special tokens and, for fast tokenizers, the normalizer, the pre-tokenizer and the model with its merges.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else {"class": type(tokenizer).__name__}
@@ -124,13 +127,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text begins with: begin-of-text, or where a tokenizer has none its end-of-text."""
+    """The id of the token that starts a text: begin-of-text, or end-of-text if the tokenizer has no begin-of-text."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
-def _safe_cut(tokenizer: PreTrainedTokenizerBase, text: str, place: int, everywhere: bool) -> int:
-    """The first place from `place` on, of those that are tried, where a cut changes no token; else the text's end."""
-    patterns = (ANYWHERE,) if everywhere else (BEFORE_SPACE, AFTER_NEWLINE)
+def _safe_cut(tokenizer: PreTrainedTokenizerBase, text: str, place: int, anywhere: bool) -> int:
+    """The first tried position from `place` on where a cut changes no token, or the end of the text."""
+    patterns = (ANYWHERE,) if anywhere else (BEFORE_SPACE, AFTER_NEWLINE)
     for begin in range(place, len(text), CHUNK):
         for pattern in patterns:
             found = pattern.finditer(text, begin, min(begin + CHUNK, len(text)))
@@ -147,7 +150,7 @@ def _changes_no_token(tokenizer: PreTrainedTokenizerBase, text: str, cut: int) -
 
 
 def _has_single_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether no token is made of two characters, or of two bytes, so that words need not stay whole."""
+    """Whether every token is a single character or byte, so that the text can be cut inside words."""
     special = set(tokenizer.all_special_tokens)
     return all(len(token) == 1 for token in tokenizer.get_vocab() if token not in special)
 

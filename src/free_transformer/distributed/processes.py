@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from free_transformer.errors import RunError
 from free_transformer.files import first_line
 from free_transformer.settings import DistributedSettings, SettingsError
 
@@ -20,7 +21,7 @@ MESH = ("replicate", "shard", "tensor")
 ROLL_CALL = 3.0  # seconds in which the processes that are left say so
 
 
-class ProcessLost(RuntimeError):
+class ProcessLost(RunError):
     """A process of the run does not answer any more; the message names it."""
 
 

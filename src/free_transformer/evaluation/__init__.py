@@ -1,15 +1,15 @@
-"""Honest evaluation: what the plan costs, whether it is used, and whether it steers."""
+"""Evaluation: likelihood, plan usage, and how well the plan controls the generated text."""
 
 from free_transformer.evaluation.bits import BitEffect, bit_effects
 from free_transformer.evaluation.comparison import Comparison, compare
 from free_transformer.evaluation.control import (
     Control,
     agreement,
+    generate_texts,
     measure_control,
     mutual_information,
     sampled_codes,
     share_in_class,
-    write_texts,
 )
 from free_transformer.evaluation.diversity import Diversity, measure_diversity
 from free_transformer.evaluation.likelihood import Likelihood, evaluate_likelihood
@@ -27,6 +27,7 @@ __all__ = [
     "collapse_warning",
     "compare",
     "evaluate_likelihood",
+    "generate_texts",
     "measure_control",
     "measure_diversity",
     "mutual_information",
@@ -34,5 +35,4 @@ __all__ = [
     "sampled_codes",
     "share_in_class",
     "usage_warning",
-    "write_texts",
 ]

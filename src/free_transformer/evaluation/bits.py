@@ -1,12 +1,13 @@
-"""What each bit of the plan does to the next token."""
+"""Measures the effect of each bit of the plan on the next-token distribution."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from free_transformer.errors import InputError
+from free_transformer.evaluation.inputs import run_lower_layers
 from free_transformer.evaluation.plan_ops import flip_bit
 from free_transformer.model.losses import kl_bits_per_bit
 from free_transformer.model.modeling import FreeTransformer
@@ -16,9 +17,10 @@ from free_transformer.model.modeling import FreeTransformer
 class BitEffect:
     """
     Attributes:
-        spent: KL of the bit's posterior from a fair coin, bits per plan.
-        effect: divergence of the next-token distribution from the one with the bit flipped, nats per token.
-        standard_error: of `effect`, rows being the units; NaN for a single row.
+        bit: index of the bit in the plan.
+        spent: KL divergence of the bit's posterior from the uniform prior, in bits per plan.
+        effect: KL divergence of the next-token distribution from the one with the bit flipped, in nats per token.
+        standard_error: standard error of `effect` over rows. NaN for a single row.
     """
 
     bit: int
@@ -30,19 +32,19 @@ class BitEffect:
 @torch.no_grad()
 def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]]) -> list[BitEffect]:
     """
-    Flips each bit of the likeliest plans of these texts, in all plans of a text at once, and asks how much the
-    prediction of every token changes: KL(p(token | plan) ‖ p(token | flipped plan)).
+    Flips each bit of the most likely plans of these texts, in all plans of a text at once, and measures how much the
+    prediction of each token changes: KL(p(token | plan) ‖ p(token | flipped plan)).
 
     Args:
-        batches: dicts with `input_ids` and optional `attention_mask` and `position_ids`.
+        batches: dicts with `input_ids` and optional `attention_mask` and `position_ids`, (B, T) each.
 
     Raises:
-        ValueError: where there is no text.
+        InputError: if there are no batches.
     """
     effects, spent = [], []
     for batch in batches:
-        inputs: dict[str, Any] = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
-        lower = model.lower_layers(**inputs)
+        inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
+        lower = run_lower_layers(model, inputs)
         assert lower.layout is not None
         plan_logits = model.encode(lower)
         plan = plan_logits > 0
@@ -57,7 +59,7 @@ def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]])
             per_bit.append((divergence * counted).sum(1) / counted.sum(1).clamp(min=1))
         effects.append(torch.stack(per_bit, 1))
     if not effects:
-        raise ValueError("there is no text to flip bits in")
+        raise InputError("there is no text to flip bits in")
     rows, used = torch.cat(effects).double(), torch.cat(spent).mean(0)
     errors = rows.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.full_like(rows[0], float("nan"))
     return [

@@ -1,21 +1,24 @@
-"""A Free Transformer against its baseline, by the numbers that may stand side by side."""
+"""Compares the likelihood of a Free Transformer with that of its baseline."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from free_transformer.errors import InputError
 from free_transformer.evaluation.likelihood import Likelihood, ratio_standard_error
 
 
 @dataclass
 class Comparison:
     """
-    Nats per token, on the same documents.
+    Likelihoods on the same documents, in nats per token.
 
     Attributes:
-        difference: nll of the Free Transformer minus the baseline's; negative is better than the baseline.
-        standard_error: of the difference, documents paired.
-        elbo_difference: the same for the ELBO, the pessimistic bound.
+        nll: negative log-likelihood of the Free Transformer.
+        baseline_nll: negative log-likelihood of the baseline.
+        difference: `nll - baseline_nll`. Negative values mean that the Free Transformer is better.
+        standard_error: standard error of the difference, paired by document.
+        elbo_difference: ELBO of the Free Transformer minus `baseline_nll`, an upper bound of the difference.
     """
 
     nll: float
@@ -26,10 +29,15 @@ class Comparison:
 
 
 def compare(free: Likelihood, baseline: Likelihood) -> Comparison:
-    """`ValueError` unless both were evaluated on the same documents."""
+    """
+    Compares two evaluations of the same documents.
+
+    Raises:
+        InputError: if the evaluations are of different documents.
+    """
     tokens = free.per_document["tokens"]
     if not np.array_equal(free.per_document["fingerprint"], baseline.per_document["fingerprint"]):
-        raise ValueError(
+        raise InputError(
             f"the two runs were evaluated on different text: {free.documents} documents of {free.tokens} tokens "
             f"against {baseline.documents} of {baseline.tokens}"
         )

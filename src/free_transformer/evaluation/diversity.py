@@ -1,20 +1,21 @@
-"""How different the texts of a model are, how good, and whether they hold together."""
+"""Diversity, coherence and quality of generated texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from free_transformer.errors import InputError
 from free_transformer.evaluation.control import Classifier
 
 Estimate = tuple[float, float]
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Different n-grams of words, as a share of all (Li et al. 2016, arXiv:1510.03055). It falls as texts are added."""
+    """Share of distinct word n-grams (Li et al. 2016, arXiv:1510.03055). It decreases with the number of texts."""
     grams = [gram for text in texts for gram in _grams(text.split(), n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
@@ -25,13 +26,13 @@ def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
 
 def self_bleu(texts: Sequence[str], most: int = 100) -> float:
     """
-    Mean BLEU, 0 to 100, of each text against the others (Zhu et al. 2018, arXiv:1802.01886); less is more diverse.
+    Mean BLEU of each text against the others, 0 to 100 (Zhu et al. 2018, arXiv:1802.01886). Lower is more diverse.
 
     Args:
-        most: texts that are compared, evenly spaced; the time grows with their square.
+        most: maximum number of texts to compare, evenly spaced. The time grows with its square.
 
     Raises:
-        ImportError: without `sacrebleu`, which comes with the extra `diversity`.
+        ImportError: without `sacrebleu`, which the extra `diversity` installs.
     """
     from sacrebleu.metrics import BLEU
 
@@ -51,17 +52,19 @@ def label_entropy(labels: np.ndarray) -> float:
 
 
 def halves_agree(texts: Sequence[str], classify: Classifier) -> np.ndarray:
-    """Whether the first and the second half of each text carry the same label, (N,) bool."""
+    """Whether the classifier assigns the same label to both halves of each text, (N,) bool."""
     return classify([text[: len(text) // 2] for text in texts]) == classify([text[len(text) // 2 :] for text in texts])
 
 
 @torch.no_grad()
-def reference_nll(reference: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+def reference_nll(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
+) -> np.ndarray:
     """
-    Nats per token of each text under a causal language model that had no part in writing them, (N,).
+    Negative log-likelihood of each text under another causal language model, (N,), in nats per token.
 
     Args:
-        reference: a baseline, or any causal language model that shares `tokenizer`; texts go on from begin-of-text.
+        reference: a baseline, or any causal language model that uses `tokenizer`. Texts start with begin-of-text.
     """
     scores = []
     for start in range(0, len(texts), batch_size):
@@ -78,12 +81,15 @@ def reference_nll(reference: Any, tokenizer: Any, texts: Sequence[str], batch_si
 @dataclass
 class Diversity:
     """
-    Each a mean and its standard error; of the first three over parts of the texts, since they depend on how many
-    there are.
+    Means and their standard errors. The first three are means over parts of the texts, since they depend on the number
+    of texts.
 
     Attributes:
-        distinct: distinct-2; self_bleu: None without `sacrebleu`; label_entropy: bits.
-        coherence: share of texts whose halves carry one label; quality: nats per token under a reference.
+        distinct: share of distinct word bigrams.
+        self_bleu: 0 to 100. None without `sacrebleu`.
+        label_entropy: entropy of the classifier's labels, in bits.
+        coherence: share of texts whose halves have the same label.
+        quality: negative log-likelihood under a reference model, in nats per token. None without a reference.
     """
 
     distinct: Estimate
@@ -94,17 +100,26 @@ class Diversity:
 
 
 def measure_diversity(
-    texts: Sequence[str], classify: Classifier, reference: Any = None, tokenizer: Any = None, parts: int = 10
+    texts: Sequence[str],
+    classify: Classifier,
+    reference: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    parts: int = 10,
 ) -> Diversity:
     """
+    Measures the diversity, coherence and quality of generated texts.
+
     Args:
-        texts: in an order that means nothing, at least 2 for each of the `parts`.
+        texts: at least `2 * parts` texts in random order.
+        classify: texts -> (N,) integer labels.
+        reference: causal language model for `quality`, with its `tokenizer`.
+        parts: number of parts over which diversity is averaged.
 
     Raises:
-        ValueError: for too few texts.
+        InputError: for too few texts.
     """
     if len(texts) < 2 * parts:
-        raise ValueError(f"{len(texts)} texts: at least {2 * parts} for {parts} parts")
+        raise InputError(f"{len(texts)} texts: at least {2 * parts} for {parts} parts")
     labels = classify(texts)
     split = [texts[part::parts] for part in range(parts)]
     try:

@@ -1,15 +1,15 @@
 """
-How likely a model finds held-out text, in numbers that may be compared.
+Likelihood of held-out text, comparable between models.
 
-The cross-entropy under the posterior's plan (`reconstruction`) is no language-model loss: the encoder has read the
-answer. `elbo` and `nll` are upper bounds of the true negative log-likelihood; only they stand beside a baseline's.
+The cross-entropy under the posterior's plan (`reconstruction`) is not a language-model loss, because the encoder has
+read the text. `elbo` and `nll` are upper bounds of the true negative log-likelihood. Only these two can be compared
+with the loss of a baseline.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,33 +18,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from free_transformer.errors import InputError
+from free_transformer.evaluation.inputs import baseline_inputs, labels_of, run_lower_layers
 from free_transformer.evaluation.particle_filter import particle_filter
 from free_transformer.evaluation.usage import PlanUsage, plan_usage
-from free_transformer.model.layout import is_packed, plan_layout
+from free_transformer.model.layout import PlanLayout, is_packed, plan_layout
 from free_transformer.model.losses import IGNORED
-from free_transformer.model.modeling import FreeTransformer, LowerOutput
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.model.outputs import LowerOutput
 from free_transformer.model.plan import codes_to_bits
 
 MAX_ENUMERATED_BITS = 10
-MOST_PRIOR_PLANS = 4  # a text; more would sharpen `prior` and `gap` at the cost of every validation
+MAX_PRIOR_PLANS = 4  # per text; more would make `prior` and `gap` more precise, but every validation slower
 METHODS = ("importance", "particle_filter", "exact")
 
-_Part = tuple[dict[str, Tensor], Tensor | None]  # sums over each document of a batch, and the logits of its plans
+_Part = tuple[dict[str, Tensor], Tensor | None]  # sums over each document of a batch, and its plan logits, (N, H)
 
 
 @dataclass
 class Likelihood:
     """
-    Nats per predicted token, but for `kl` (bits per plan) and `kl_per_token` (bits). None where a baseline has none.
+    Results of `evaluate_likelihood`, in nats per predicted token unless noted. Values that need a plan are None for a
+    baseline.
 
     Attributes:
-        reconstruction: cross-entropy with plans from the posterior; never to be compared with a baseline.
+        nll: negative log-likelihood: its exact value, or an upper bound from `num_samples` plans (see `method`).
+        tokens: number of predicted tokens.
+        documents: number of documents.
+        method: `"importance"`, `"particle_filter"` or `"exact"`.
+        num_samples: number of plans or particles per document.
+        plan_prior: prior of the plans, `"uniform"` or `"aggregate"`.
+        reconstruction: cross-entropy with plans from the posterior. Do not compare it with a baseline.
+        kl: KL of the posterior from the prior, in bits per plan.
+        kl_per_token: the same in bits per token.
         elbo: reconstruction + KL, an upper bound of the NLL.
-        nll: a bound by `num_samples` plans, importance weights or a particle filter, or the exact value (`method`).
-        prior: cross-entropy with a plan drawn from the prior, what one generation sees; mean of up to 4 draws.
-        gap: prior - reconstruction; without a gap the plan is not used.
-        standard_errors: of each of these, documents being the units.
-        per_document: nats of each document by the same names, and its `tokens`.
+        prior: cross-entropy with a plan sampled from the prior, as in generation; mean of up to 4 samples.
+        gap: prior - reconstruction. Without a gap, the plan is not used.
+        usage: how many bits of the plan are used.
+        standard_errors: standard error of each of these values, over documents.
+        per_document: sums of each document in nats, by the same names, and its number of `tokens`.
     """
 
     nll: float
@@ -74,30 +86,33 @@ def evaluate_likelihood(
     group: dist.ProcessGroup | None = None,
 ) -> Likelihood:
     """
-    Each batch has random numbers of its own, which follow from torch's: who reads it changes nothing.
+    Evaluates the likelihood of held-out text. Each batch has its own random stream, seeded from torch's generator, so
+    the result does not depend on which process evaluates it.
 
     Args:
-        model: a `FreeTransformer`, or any causal language model of `transformers`: then only `nll` is there.
-        batches: dicts with `input_ids`, and optionally `attention_mask`, `position_ids` (packed rows) and `labels`.
-        num_samples: plans drawn from the posterior for each document.
-        method: `"importance"`, `-log mean_k p(x|z_k) p(z_k) / q(z_k|x)` (IWAE: its expectation falls as k grows and
-            never passes the ELBO); `"particle_filter"`, a far tighter bound where a document has many plans, in time
-            that grows with `num_samples` times their number; or `"exact"`, the sum over all plans, where a document
-            has one plan of at most 10 bits.
-        prior: `"uniform"` (the method), or `"aggregate"` where the model has gathered it: then `kl`, `elbo`, `nll`
-            and `prior` are of a model that draws its plans from that.
-        group: processes that share the work: each is given all batches and reads some, and all get the same result.
-            The model may be sharded over them.
+        model: a `FreeTransformer`, or any causal language model of `transformers`, for which only `nll` is computed.
+        batches: dicts with `input_ids`, and optionally `attention_mask`, `position_ids` (packed rows) and `labels`,
+            (B, T) each.
+        num_samples: number of plans sampled from the posterior for each document.
+        method: `"importance"`, `-log mean_k p(x|z_k) p(z_k) / q(z_k|x)` (IWAE: its expectation decreases with k and
+            never exceeds the ELBO); `"particle_filter"`, a much tighter bound for documents with many plans, in time
+            proportional to `num_samples` times the number of plans; or `"exact"`, the sum over all plans, for documents
+            with one plan of at most 10 bits.
+        prior: `"uniform"` (the paper), or `"aggregate"` if the model has gathered it. `kl`, `elbo`, `nll` and `prior`
+            are those of a model that samples its plans from this prior.
+        group: processes that share the work. Each receives all batches and evaluates some of them; all return the same
+            result. The model may be sharded over them.
 
     Raises:
-        ValueError: for an unknown method or prior, too many plans for the exact one, or nothing to predict.
+        InputError: for an unknown method or prior, `num_samples` below 1, too many plans for the exact method, or no
+            tokens to predict.
     """
     if method not in METHODS:
-        raise ValueError(f"method={method!r}: one of {METHODS}")
+        raise InputError(f"method={method!r}: one of {METHODS}")
     if isinstance(model, FreeTransformer):
         model.plan_prior.checked(prior)
     if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: at least 1")
+        raise InputError(f"num_samples={num_samples}: at least 1")
     was_training = model.training
     model.eval()
     seed = int(torch.randint(2**62, ()))
@@ -108,19 +123,20 @@ def evaluate_likelihood(
 
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            # Particle filters take as many steps as a batch has plans, which a sharded model could not follow.
+            # The number of steps of a particle filter depends on the batch, so sharded models would get out of step.
             shared = group if method != "particle_filter" else None
             parts = _evaluate_all(evaluate, batches, shared)
     finally:
         model.train(was_training)
     if not parts or sum(float(sums["tokens"].sum()) for sums, _ in parts) == 0:
-        raise ValueError("there is nothing to predict in these batches")
+        raise InputError("there is nothing to predict in these batches: they contain no labels")
     sums = {name: torch.cat([part[name] for part, _ in parts]).cpu().double().numpy() for name in parts[0][0]}
     kept = sums["tokens"] > 0
     sums = {name: values[kept] for name, values in sums.items()}
     logits = [each for _, each in parts if each is not None]
     plan_logits = torch.cat(logits).cpu() if logits else None
-    result = _summary(sums, plan_logits, model.config, method, num_samples)
+    free_bits = model.config.free_bits if isinstance(model, FreeTransformer) else 0.0
+    result = _summary(sums, plan_logits, free_bits, method, num_samples)
     result.plan_prior = prior
     return result
 
@@ -131,9 +147,10 @@ def _evaluate_all(
     group: dist.ProcessGroup | None,
 ) -> list[_Part]:
     """
-    All batches' parts in order, each read by one process of the group.
+    Evaluates all batches, each in one process of the group, and returns their parts in order.
 
-    All take the same number of steps, as a sharded model asks: where batches run out, the last is read once more.
+    All processes take the same number of steps, which a sharded model requires: if there are not enough batches in the
+    last step, the last batch is evaluated more than once.
     """
     numbered = enumerate(batches)
     if group is None:
@@ -144,16 +161,16 @@ def _evaluate_all(
         index, batch = round_of[min(rank, len(round_of) - 1)]
         sums, logits = evaluate(index, batch)
         own[index] = ({name: values.cpu() for name, values in sums.items()}, None if logits is None else logits.cpu())
-    gathered: list[Any] = [None] * size
+    gathered: list[dict[int, _Part]] = [{} for _ in range(size)]
     dist.all_gather_object(gathered, own, group=group)
     parts = {index: part for each in gathered for index, part in each.items()}
     return [parts[index] for index in sorted(parts)]
 
 
 def _summary(
-    sums: dict[str, np.ndarray], plan_logits: Tensor | None, config: Any, method: str, num_samples: int
+    sums: dict[str, np.ndarray], plan_logits: Tensor | None, free_bits: float, method: str, num_samples: int
 ) -> Likelihood:
-    """From nats of each document to means per token."""
+    """Computes means per token from the sums of each document."""
     tokens = sums["tokens"]
     result = Likelihood(
         nll=float(sums["nll"].sum() / tokens.sum()),
@@ -173,12 +190,12 @@ def _summary(
     for name, units in (("kl", sums["plans"]), ("kl_per_token", tokens)):
         setattr(result, name, float(sums["kl_bits"].sum() / units.sum()))
         result.standard_errors[name] = ratio_standard_error(sums["kl_bits"], units)
-    result.usage = plan_usage(plan_logits, config.free_bits)
+    result.usage = plan_usage(plan_logits, free_bits)
     return result
 
 
 def ratio_standard_error(totals: np.ndarray, sizes: np.ndarray) -> float:
-    """Standard error of `totals.sum() / sizes.sum()` over independent documents (linearised ratio estimator)."""
+    """Standard error of `totals.sum() / sizes.sum()` over independent documents (linearized ratio estimator)."""
     count = len(totals)
     if count < 2:
         return math.nan
@@ -188,14 +205,14 @@ def ratio_standard_error(totals: np.ndarray, sizes: np.ndarray) -> float:
 
 @dataclass
 class _Units:
-    """The documents of a batch, numbered through: what each token and each plan belongs to."""
+    """The documents of a batch, numbered consecutively: the document of each token and of each plan."""
 
     of_column: Tensor  # (B, T)
     of_plan: Tensor  # (B, P)
     count: int
 
     def sum_tokens(self, values: Tensor) -> Tensor:
-        """(B, T - 1), of the predicted tokens."""
+        """Sums values of the predicted tokens, (B, T - 1), over each document, (documents,)."""
         return self._sum(values, self.of_column[:, 1:])
 
     def sum_columns(self, values: Tensor) -> Tensor:
@@ -219,61 +236,91 @@ def _units(token_document: Tensor | None, plan_document: Tensor | None, tokens: 
     return _Units(token_document + first, plan_document + first, batch * width)
 
 
+@dataclass
+class _PlannedBatch:
+    """A batch with the output of the lower layers and the posterior of its plans."""
+
+    model: FreeTransformer
+    lower: LowerOutput
+    layout: PlanLayout
+    units: _Units
+    plan_logits: Tensor  # (B, P, H) fp32
+    target: Tensor  # (B, T - 1)
+    prior: str
+
+    def nats(self, plan: Tensor) -> Tensor:
+        """Cross-entropy of each document under a plan, (documents,)."""
+        return self.units.sum_tokens(_nats(self.model.upper_layers(self.lower, plan)[:, :-1], self.target))
+
+    def log_posterior(self, plan: Tensor) -> Tensor:
+        """log q(z|x) of each plan, (B, P)."""
+        return F.logsigmoid(torch.where(plan, self.plan_logits, -self.plan_logits)).sum(-1) * self.layout.plan_mask
+
+    def log_prior(self, plan: Tensor) -> Tensor:
+        """log p(z) of each plan, (B, P)."""
+        return self.model.plan_prior.log_prob(plan, self.prior) * self.layout.plan_mask
+
+    def kl_bits(self) -> Tensor:
+        """KL of the posterior from the prior, in bits per document, (documents,)."""
+        mask = self.layout.plan_mask
+        per_plan = self.model.plan_prior.kl(self.plan_logits.flatten(0, 1), self.prior).view(mask.shape)
+        return self.units.sum_plans(per_plan * mask)
+
+
 def _evaluate_batch(
     model: PreTrainedModel, batch: Mapping[str, Tensor], num_samples: int, method: str, prior: str
 ) -> _Part:
     """Sums over each document of the batch, in nats, and the logits of its plans."""
     batch = {name: values.to(model.device) for name, values in batch.items()}
-    labels = _labels(batch)
-    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
-    target = labels[:, 1:]
-
+    target = labels_of(batch)[:, 1:]
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
     if not isinstance(model, FreeTransformer):
         return _evaluate_baseline(model, inputs, target), None
 
-    lower = model.lower_layers(**inputs)
+    lower = run_lower_layers(model, inputs)
     layout = lower.layout
     assert layout is not None
     units = _units(layout.token_document, layout.plan_document, inputs["input_ids"], layout.num_plans)
-    plan_logits = model.encode(lower).float()
-    mask = layout.plan_mask
-
-    def log_probability(plan: Tensor) -> Tensor:  # log q(z|x) of each plan, (B, P)
-        return F.logsigmoid(torch.where(plan, plan_logits, -plan_logits)).sum(-1) * mask
-
-    def log_prior(plan: Tensor) -> Tensor:
-        return model.plan_prior.log_prob(plan, prior) * mask
-
+    planned = _PlannedBatch(model, lower, layout, units, model.encode(lower).float(), target, prior)
     reconstructions, log_weights = [], []
     for _ in range(1 if method == "particle_filter" else num_samples):
-        plan = model.plan_mapper(plan_logits)
-        reconstructions.append(units.sum_tokens(_nats(model.upper_layers(lower, plan)[:, :-1], target)))
-        log_weights.append(units.sum_plans(log_prior(plan) - log_probability(plan)) - reconstructions[-1])
-    reconstruction = torch.stack(reconstructions).mean(0)
-    per_plan = model.plan_prior.kl(plan_logits.flatten(0, 1), prior).view(mask.shape)
-    kl = units.sum_plans(per_plan * mask)
-    if method == "exact":
-        nll = -_log_likelihood_exact(model, lower, units, target, prior)
-    elif method == "particle_filter":
-        following = F.pad(target, (0, 1), value=IGNORED)
-        estimates = particle_filter(model, lower, plan_logits, _nats, following, num_samples, prior)
-        nll = -units.sum_columns(estimates)
-    else:
-        nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
+        plan = model.plan_mapper(planned.plan_logits)
+        reconstructions.append(planned.nats(plan))
+        log_ratio = units.sum_plans(planned.log_prior(plan) - planned.log_posterior(plan))
+        log_weights.append(log_ratio - reconstructions[-1])
+    reconstruction, kl = torch.stack(reconstructions).mean(0), planned.kl_bits()
+    nll = _nll(planned, torch.stack(log_weights), method, num_samples)
     priors = []
-    for _ in range(min(num_samples, MOST_PRIOR_PLANS)):
-        plan = model.sample_plan(len(labels), layout.num_plans, prior=prior)
-        priors.append(units.sum_tokens(_nats(model.upper_layers(lower, plan)[:, :-1], target)))
+    for _ in range(min(num_samples, MAX_PRIOR_PLANS)):
+        priors.append(planned.nats(model.sample_plan(len(target), layout.num_plans, prior=prior)))
     sums = {
         **_text_sums(units, target),
-        "plans": units.sum_plans(mask),
+        "plans": units.sum_plans(layout.plan_mask),
         "reconstruction": reconstruction,
         "kl_bits": kl,
         "elbo": reconstruction + math.log(2) * kl,
         "nll": nll,
         "prior": torch.stack(priors).mean(0),
     }
-    return sums, plan_logits[mask]
+    return sums, planned.plan_logits[layout.plan_mask]
+
+
+def _nll(planned: _PlannedBatch, log_weights: Tensor, method: str, num_samples: int) -> Tensor:
+    """
+    Negative log-likelihood of each document, (documents,), by one of `METHODS`.
+
+    Args:
+        log_weights: (samples, documents), log p(x, z) - log q(z|x).
+    """
+    if method == "exact":
+        return -_log_likelihood_exact(planned)
+    if method == "particle_filter":
+        following = F.pad(planned.target, (0, 1), value=IGNORED)
+        estimates = particle_filter(
+            planned.model, planned.lower, planned.plan_logits, _nats, following, num_samples, planned.prior
+        )
+        return -planned.units.sum_columns(estimates)
+    return math.log(num_samples) - log_weights.logsumexp(0)
 
 
 def _nats(logits: Tensor, target: Tensor) -> Tensor:
@@ -281,24 +328,20 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
 
 
-def _log_likelihood_exact(
-    model: FreeTransformer, lower: LowerOutput, units: _Units, target: Tensor, prior: str
-) -> Tensor:
-    """log p(x) of each document, summed over all plans."""
-    bits = model.config.latent_dim
-    layout = lower.layout
-    assert layout is not None
-    most = int(units.sum_plans(layout.plan_mask).max())
+def _log_likelihood_exact(planned: _PlannedBatch) -> Tensor:
+    """log p(x) of each document, (documents,), summed over all plans."""
+    bits, mask = planned.model.config.latent_dim, planned.layout.plan_mask
+    most = int(planned.units.sum_plans(mask).max())
     if most > 1 or bits > MAX_ENUMERATED_BITS:
-        raise ValueError(
-            f"method='exact' enumerates one plan of at most {MAX_ENUMERATED_BITS} bits a document; these have {most} "
+        raise InputError(
+            f"method='exact' enumerates one plan of at most {MAX_ENUMERATED_BITS} bits per document; these have {most} "
             f"of {bits} bits: use method='importance'"
         )
     total = None
     for code in range(2**bits):
-        plan = codes_to_bits(torch.tensor(code, device=model.device), bits).expand(*layout.plan_mask.shape, -1)
-        nats = _nats(model.upper_layers(lower, plan)[:, :-1], target)
-        log_joint = units.sum_plans(model.plan_prior.log_prob(plan, prior) * layout.plan_mask) - units.sum_tokens(nats)
+        plan = codes_to_bits(torch.tensor(code, device=mask.device), bits).expand(*mask.shape, -1)
+        nats = planned.nats(plan)
+        log_joint = planned.units.sum_plans(planned.log_prior(plan)) - nats
         total = log_joint if total is None else torch.logaddexp(total, log_joint)
     assert total is not None
     return total
@@ -318,36 +361,10 @@ def _evaluate_baseline(model: PreTrainedModel, inputs: dict[str, Tensor], target
 
 
 def _text_sums(units: _Units, target: Tensor) -> dict[str, Tensor]:
-    """Predicted tokens of each document, and a fingerprint that tells whether two evaluations read the same text."""
+    """Number of predicted tokens per document, and a fingerprint to check that two evaluations used the same text."""
     weight = torch.arange(target.shape[1], device=target.device) * 7919 % 10007 + 1
     predicted = target != IGNORED
     return {
         "tokens": units.sum_tokens(predicted),
         "fingerprint": units.sum_tokens((target + 1) * weight * predicted),
     }
-
-
-def baseline_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """
-    A batch as a plain Llama takes it.
-
-    `transformers` tells packed documents apart by their positions only where there is neither an `attention_mask`
-    nor a cache; padding on the right needs no mask, and comes out as documents of one token.
-    """
-    packed = "position_ids" in batch
-    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "attention_mask" or not packed}
-    return {**inputs, "use_cache": False}
-
-
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
-    if "labels" in batch:
-        return batch["labels"]
-    labels, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None:
-        # with padding on the left, the first real token has no past to be predicted from
-        labels = labels.masked_fill((mask == 0) | ((mask.cumsum(1) == 1) & (mask == 1)), IGNORED)
-    if positions is not None:  # nor has the first of a packed document
-        starts = torch.ones_like(positions, dtype=torch.bool)
-        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-        labels = labels.masked_fill(starts, IGNORED)
-    return labels

@@ -1,10 +1,10 @@
 """
-Sequential Monte Carlo over the plans of a text: the likelihood where a text has many of them.
+Sequential Monte Carlo over the plans of a text: estimates the likelihood of texts with many plans.
 
-Weights over whole texts fall apart when plans are many: a single sample carries the sum. Here `K` particles are drawn
-plan by plan from the posterior, weighted by the tokens that each plan covers, and the likely ones take the place of
-the unlikely (systematic resampling) when the effective sample size falls under lower. The estimate of p(x) has no
-bias, so that the mean of its negative logarithm is an upper bound of the NLL.
+Importance weights of whole texts degenerate if a text has many plans: a single sample dominates the sum. Here, `K`
+particles are sampled from the posterior plan by plan and weighted by the tokens that each plan covers. When the
+effective sample size falls below half of `K`, likely particles replace unlikely ones (systematic resampling). The
+estimate of p(x) is unbiased, so the mean of its negative logarithm is an upper bound of the NLL.
 """
 
 import math
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from free_transformer.errors import InputError
 from free_transformer.model.layout import PlanLayout
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.outputs import LowerOutput
 
-RESAMPLE_UNDER = 0.5
+RESAMPLE_BELOW = 0.5  # effective sample size, as a share of K
 
 
 def particle_filter(
@@ -36,18 +37,20 @@ def particle_filter(
 ) -> Tensor:
     """
     Args:
-        lower: of B rows of T tokens. The second lower runs once for each of the `num_particles` of a row.
-        plan_logits: (B, P, H), the posterior that plans are drawn from.
-        nats: cross-entropies of logits (N, t, V) against tokens (N, t), 0 where nothing is predicted.
+        lower: output of the lower layers for B rows of T tokens. The upper layers run once for each of the
+            `num_particles` of a row.
+        plan_logits: (B, P, H), logits of the posterior that plans are sampled from.
+        nats: computes cross-entropies of logits (N, t, V) against tokens (N, t), 0 where nothing is predicted.
         target: (B, T), the token that follows each token.
+        prior: `"uniform"` or `"aggregate"`.
 
     Returns:
-        (B, T): estimates of log p, each at the last token of what it is of: a row, or a document of a packed row.
+        (B, T): estimates of log p in nats, at the last token of each row, or of each document of a packed row.
     """
     layout = lower.layout
     assert layout is not None
     batch, tokens = target.shape
-    second = _UpperLayers(model, lower, num_particles)
+    upper = _UpperLayers(model, lower, num_particles)
     log_weights = torch.zeros(batch, num_particles, dtype=torch.float64, device=target.device)
     plan = torch.zeros(batch, num_particles, plan_logits.shape[-1], dtype=torch.bool, device=target.device)
     estimates = torch.zeros(batch, tokens, dtype=torch.float64, device=target.device)
@@ -57,30 +60,30 @@ def particle_filter(
         index = layout.token_plan[:, start]
         new = torch.ones_like(rows, dtype=torch.bool) if start == 0 else index != layout.token_plan[:, start - 1]
         if start > 0:
-            ends = _document_ends(layout, start)  # what follows does not depend on what was: start afresh
-            resampled = new & ~ends & (_effective_size(log_weights) < RESAMPLE_UNDER * num_particles)
+            ends = _document_ends(layout, start)  # documents are independent: weights restart
+            resampled = new & ~ends & (_effective_size(log_weights) < RESAMPLE_BELOW * num_particles)
             settled = ends | resampled
             estimates[settled, start - 1] += _log_mean(log_weights[settled])
             if resampled.any():
                 chosen = _systematic(log_weights, resampled)
                 plan = plan.gather(1, chosen[..., None].expand_as(plan))
-                second.reorder(chosen)
+                upper.reorder(chosen)
             log_weights[settled] = 0
         logits = plan_logits[rows, index][:, None].expand(-1, num_particles, -1)
-        drawn = model.plan_mapper(logits)
-        plan = torch.where(new[:, None, None], drawn, plan)
-        proposal = F.logsigmoid(torch.where(drawn, logits, -logits)).sum(-1)
+        sampled = model.plan_mapper(logits)
+        plan = torch.where(new[:, None, None], sampled, plan)
+        proposal = F.logsigmoid(torch.where(sampled, logits, -logits)).sum(-1)
         counted = (new & layout.plan_mask[rows, index])[:, None]
-        log_weights += (model.plan_prior.log_prob(drawn, prior) - proposal).double() * counted
+        log_weights += (model.plan_prior.log_prob(sampled, prior) - proposal).double() * counted
         repeated = target[:, start:end].repeat_interleave(num_particles, 0)
-        lost = nats(second.step(plan.flatten(0, 1), start, end), repeated)
+        lost = nats(upper.step(plan.flatten(0, 1), start, end), repeated)
         log_weights -= lost.double().sum(1).view(batch, num_particles)
     estimates[:, -1] += _log_mean(log_weights)
     return estimates
 
 
 class _UpperLayers:
-    """Layers K to L-1, norm and head, a stretch of tokens at a time, for K particles a row."""
+    """Runs the upper layers, norm and head on a range of tokens at a time, for several particles per row."""
 
     def __init__(self, model: FreeTransformer, lower: LowerOutput, num_particles: int):
         self.model, self.lower, self.num_particles = model, lower, num_particles
@@ -88,20 +91,20 @@ class _UpperLayers:
         self.mask = self._mask()
 
     def _mask(self) -> Tensor:
-        """(1 or B, 1, T, T), by addition or bool."""
+        """Attention mask, (1 or B, 1, T, T), additive or bool."""
         mask, states = self.lower.layer_arguments["attention_mask"], self.lower.hidden_states
         if mask is None:
             tokens = states.shape[1]
             future = torch.ones(tokens, tokens, dtype=torch.bool, device=states.device).triu(1)
             return torch.zeros_like(future, dtype=states.dtype).masked_fill(future, -math.inf)[None, None]
         if not isinstance(mask, Tensor) or mask.ndim != 4:
-            raise ValueError(
-                "method='particle_filter' reads padded and packed rows with attn_implementation='sdpa' or 'eager'"
+            raise InputError(
+                "method='particle_filter' with padded or packed rows needs attn_implementation='sdpa' or 'eager'"
             )
         return mask
 
     def step(self, plan: Tensor, start: int, end: int) -> Tensor:
-        """Logits (B · K, end - start, V) under the plans of these tokens, (B · K, H)."""
+        """Computes logits, (B · K, end - start, V), of the tokens from `start` to `end - 1` under plans (B · K, H)."""
         arguments: dict[str, Any] = dict(self.lower.layer_arguments)
         arguments["cache"] = self.cache
         arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, :end])
@@ -114,23 +117,23 @@ class _UpperLayers:
         return self.model.compute_logits(stretch, plan_vectors)
 
     def reorder(self, chosen: Tensor) -> None:
-        """(B, K), which of its row's particles each one goes on from."""
+        """Replaces the particles of each row by those chosen, (B, K) indices within the row."""
         first = self.num_particles * torch.arange(len(chosen), device=chosen.device)
         self.cache.reorder_cache((chosen + first[:, None]).flatten())
 
     def _repeat(self, values: Tensor) -> Tensor:
-        """What is the same for all rows is left to broadcasting."""
+        """Repeats rows for each particle. A single row is broadcast instead."""
         return values if len(values) == 1 else values.repeat_interleave(self.num_particles, 0)
 
 
 def _plan_starts(layout: PlanLayout) -> list[int]:
-    """Columns at which some row goes on to another plan; every row has one plan between two of them."""
+    """Columns at which a new plan begins in any row. Between two of them, each row has one plan."""
     changes = (layout.token_plan[:, 1:] != layout.token_plan[:, :-1]).any(0)
     return [0, *(changes.nonzero()[:, 0] + 1).tolist()]
 
 
 def _document_ends(layout: PlanLayout, column: int) -> Tensor:
-    """(B,) bool, whether another document begins at this column."""
+    """(B,) bool, whether a new document begins at this column."""
     if layout.token_document is None:
         return torch.zeros(len(layout.token_plan), dtype=torch.bool, device=layout.token_plan.device)
     return layout.token_document[:, column] != layout.token_document[:, column - 1]
@@ -141,12 +144,12 @@ def _log_mean(log_weights: Tensor) -> Tensor:
 
 
 def _effective_size(log_weights: Tensor) -> Tensor:
-    """1 / Σ w² of the normalised weights: K where all are equal, 1 where one has them all."""
+    """1 / Σ w² of the normalized weights, (B,): K if all are equal, 1 if a single one dominates."""
     return 1 / log_weights.softmax(1).square().sum(1)
 
 
 def _systematic(log_weights: Tensor, wanted: Tensor) -> Tensor:
-    """(B, K) indices: of `wanted` rows each particle in proportion to its weight, of the others themselves."""
+    """Systematic resampling, (B, K) indices: by weight in the rows `wanted`, the identity in the others."""
     batch, count = log_weights.shape
     own = torch.arange(count, device=log_weights.device)
     points = (own + torch.rand(batch, 1, dtype=log_weights.dtype, device=log_weights.device)) / count

@@ -1,4 +1,4 @@
-"""Plans made from plans: bits set and flipped, ways from one plan to another, the plan that examples share."""
+"""Operations on plans: set and flip bits, interpolate between plans, average posteriors, read the plan of a text."""
 
 from collections.abc import Mapping
 
@@ -7,26 +7,27 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data import begin_token, encode
+from free_transformer.errors import InputError
 from free_transformer.model.modeling import FreeTransformer
 
 
 def set_bits(plan: Tensor, values: Mapping[int, bool | int]) -> Tensor:
     """
-    The plan with these bits fixed, in each of its P plans: (..., P, H) bool -> the same.
+    Returns a copy with these bits set to the given values in each of the P plans, (..., P, H) bool.
 
     Raises:
-        ValueError: for a bit that the plan has not, or a value that is no bit.
+        InputError: for a bit index out of range, or a value other than 0 and 1.
     """
     result = plan.clone()
     for bit, value in values.items():
         if value not in (0, 1):
-            raise ValueError(f"bit {bit}: {value!r} is neither 0 nor 1")
+            raise InputError(f"bit {bit}: {value!r} is neither 0 nor 1")
         result[..., _checked(plan, bit)] = bool(value)
     return result
 
 
 def flip_bit(plan: Tensor, bit: int) -> Tensor:
-    """The plan with one bit turned over, in each of its P plans: (..., P, H) bool -> the same."""
+    """Returns a copy with one bit flipped in each of the P plans, (..., P, H) bool. `InputError` if out of range."""
     result = plan.clone()
     result[..., _checked(plan, bit)] ^= True
     return result
@@ -34,16 +35,20 @@ def flip_bit(plan: Tensor, bit: int) -> Tensor:
 
 def path(start: Tensor, end: Tensor) -> Tensor:
     """
-    From one plan to another, a bit at a time, in the order of the bits.
+    Interpolates between two plans by flipping one bit at a time, in the order of the bits.
 
     Args:
-        start, end: (P, H) bool.
+        start: the first plan, (P, H) bool.
+        end: the last plan, (P, H) bool.
 
     Returns:
-        (N + 1, P, H) where N bits differ; `generate(plan=path)` writes a text for each.
+        (N + 1, P, H) bool if N bits differ. `generate(plan=...)` generates one text for each.
+
+    Raises:
+        InputError: if the shapes differ.
     """
     if start.shape != end.shape:
-        raise ValueError(f"plans of {tuple(start.shape)} and {tuple(end.shape)} bits have no way between them")
+        raise InputError(f"plans of shapes {tuple(start.shape)} and {tuple(end.shape)}: the shapes must be equal")
     steps = [start.clone()]
     for position in (start != end).flatten().nonzero()[:, 0].tolist():
         step = steps[-1].clone()
@@ -54,13 +59,13 @@ def path(start: Tensor, end: Tensor) -> Tensor:
 
 def average_posteriors(plan_logits: Tensor) -> Tensor:
     """
-    What the posteriors of several examples have in common: logits of the mean probability of each bit.
+    Averages the posteriors of several examples: returns the logits of each bit's mean probability.
 
     Args:
         plan_logits: (N, P, H), as `infer_plan` returns.
 
     Returns:
-        (P, H); `> 0` is the plan that most of them share, and bits near 0 are those on which they differ.
+        (P, H) logits. `> 0` is the most likely shared plan. Logits near 0 belong to bits in which the examples differ.
     """
     tiny = torch.finfo(torch.float64).eps
     return plan_logits.double().sigmoid().mean(0).logit(tiny).to(plan_logits.dtype)
@@ -68,12 +73,12 @@ def average_posteriors(plan_logits: Tensor) -> Tensor:
 
 def _checked(plan: Tensor, bit: int) -> int:
     if not 0 <= bit < plan.shape[-1]:
-        raise ValueError(f"bit {bit}: this plan has bits 0 to {plan.shape[-1] - 1}")
+        raise InputError(f"bit {bit}: this plan has bits 0 to {plan.shape[-1] - 1}")
     return bit
 
 
 def plan_of_text(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The most likely plans of a text, (P, H) bool, read from as much of it as the model was built for."""
+    """Returns the most likely plans of a text, (P, H) bool. Tokens beyond the model's `max_seq_len` are ignored."""
     ids = [begin_token(tokenizer), *encode(tokenizer, [text])[0]]
     tokens = torch.tensor([ids[: model.config.max_position_embeddings]], device=model.device)
     return model.infer_plan(tokens)[0] > 0

@@ -1,1 +1,1 @@
-"""Models in other formats: from a pretrained Llama, to ONNX, to 8-bit weights and to compiled packages."""
+"""Conversion of pretrained models, and export to ONNX, to 8-bit weights and to ahead-of-time compiled packages."""

@@ -1,4 +1,4 @@
-"""Packages of machine code, compiled ahead of time by PyTorch (AOTInductor), that C++ programs run without Python."""
+"""Ahead-of-time compiled packages (AOTInductor), which C++ programs run without Python."""
 
 import os
 import shutil
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from free_transformer.export.files import Difference, check_export, quiet, traceable, within, write_rest
+from free_transformer.errors import RunError
+from free_transformer.export.files import (
+    Difference,
+    check_export,
+    check_tolerance,
+    save_metadata,
+    silence_exporters,
+    traceable_copy,
+)
 from free_transformer.export.graphs import Graph, static_graphs, traced_sizes
 from free_transformer.files import own_folder
 
@@ -18,7 +26,13 @@ SUFFIX = ".pt2"
 
 @dataclass
 class AotExport:
-    """The folder, bytes of each package, and how far its outputs are from the model's."""
+    """
+    An exported folder.
+
+    Attributes:
+        sizes: bytes of each package.
+        differences: of its outputs from the model's.
+    """
 
     folder: Path
     sizes: dict[str, int] = field(default_factory=dict)
@@ -33,32 +47,39 @@ def export_aot(
     overwrite: bool = False,
 ) -> AotExport:
     """
-    `encode.pt2`, `prefill.pt2` and `decode.pt2` (see `graphs`) for a fixed number of texts and tokens, in float32, for
-    this machine's processor. They need a C++ compiler, and a quarter of a minute each.
+    Compiles `encode.pt2`, `prefill.pt2` and `decode.pt2` (see `graphs`) in float32 for the processor of this machine.
 
-    Packages for any number were tried: the encoder's refuses texts of no more than `plan_span` tokens.
+    Shapes are fixed: with variable shapes the encoder's package rejects texts of at most `plan_span` tokens.
+
+    Args:
+        model: a Free Transformer.
+        folder: the new folder.
+        static: numbers of texts and of tokens.
+        tokenizer: saved in the folder.
+        overwrite: replace the folder whatever it contains. Otherwise it must be new, empty or an earlier export.
 
     Raises:
-        ValueError, RuntimeError: as `onnx_export.export_onnx`, and without a compiler.
+        ValueError: for a model that cannot be exported, and a folder that contains other files.
+        RuntimeError: without a C++ compiler, and if a package differs from the model by more than `TOLERANCE`.
     """
-    check_export(model, static)
+    free_transformer = check_export(model, static)
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"packages are compiled by {compiler}, which is not here; CXX can name another")
-    model = traceable(model)
+        raise RunError(f"packages are compiled by {compiler}, which is not installed; set CXX to another compiler")
+    traced = traceable_copy(free_transformer)
     export = AotExport(Path(folder))
-    with own_folder(export.folder, "export", overwrite) as temporary, torch.no_grad(), quiet():
-        for graph in static_graphs(model, static[1]):
+    with own_folder(export.folder, "export", overwrite) as temporary, torch.no_grad(), silence_exporters():
+        for graph in static_graphs(traced, static[1]):
             if graph.name != "training":
                 file = temporary / f"{graph.name}{SUFFIX}"
-                export.differences += _write_package(graph, file, static)
+                export.differences += _compile_package(graph, file, static)
                 export.sizes[graph.name] = file.stat().st_size
-        within(export.differences)
-        write_rest(model, tokenizer, temporary)
+        check_tolerance(export.differences)
+        save_metadata(traced, tokenizer, temporary)
     return export
 
 
-def _write_package(graph: Graph, file: Path, static: tuple[int, int]) -> list[Difference]:
+def _compile_package(graph: Graph, file: Path, static: tuple[int, int]) -> list[Difference]:
     sizes = traced_sizes(graph, graph.model.config.plan_span, static)
     inputs = [argument.example(sizes) for argument in graph.arguments]
     program = torch.export.export(graph, tuple(inputs))
@@ -66,9 +87,9 @@ def _write_package(graph: Graph, file: Path, static: tuple[int, int]) -> list[Di
     run = torch._inductor.aoti_load_package(str(file))
     found = []
     for padded in (False, True):
-        inputs = [_random(values, graph.model.config.vocab_size) for values in inputs]
+        inputs = [_random_like(values, graph.model.config.vocab_size) for values in inputs]
         inputs[1] = torch.ones_like(inputs[1])
-        inputs[1][:, : padded + (graph.name == "decode")] = 0  # what a full cache drops must be padding
+        inputs[1][:, : padded + (graph.name == "decode")] = 0  # the column that a full cache drops must be padding
         real = inputs[1][:, -inputs[0].shape[1] :].bool()
         if graph.name != "encode":
             inputs[2] = torch.tensor([inputs[0].shape[1] - 1])
@@ -80,7 +101,7 @@ def _write_package(graph: Graph, file: Path, static: tuple[int, int]) -> list[Di
     return found
 
 
-def _random(values: Tensor, vocab_size: int) -> Tensor:
+def _random_like(values: Tensor, vocab_size: int) -> Tensor:
     if values.dtype == torch.int64:
         return torch.randint(vocab_size, values.shape)
     return torch.rand(values.shape) < 0.5 if values.dtype == torch.bool else torch.randn(values.shape)

@@ -1,13 +1,12 @@
 """
-The model as three functions of tensors alone, which is what an exporter takes: no configuration, no random numbers, no
-cache object, no question about a tensor's values.
+The model as functions of tensors, as exporters need them: without random numbers, cache objects and branches on values.
 
     training   tokens, uniform noise       -> logits, plan logits, plan
     encode     tokens                      -> plan logits
     decode     tokens, plan, past          -> logits, present
 
-B texts of T tokens, P plans of H bits; the past holds S tokens. Padding on the left or, where there is no past, on the
-right.
+Shapes: B texts of T tokens, P plans of H bits, S tokens in the past. Padding is on the left, or without a past on
+either side.
 """
 
 from dataclasses import dataclass
@@ -17,21 +16,22 @@ from torch import Tensor, nn
 
 from free_transformer.model.configuration import FreeTransformerConfig
 from free_transformer.model.layout import num_plans, plan_layout
-from free_transformer.model.modeling import FreeTransformer, LowerOutput
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.model.outputs import LowerOutput
 
-Shape = tuple[int | str, ...]  # a name for what may vary
+Shape = tuple[int | str, ...]  # variable dimensions have names
 
 
 @dataclass
 class Argument:
-    """An input of a graph: its name, its shape and its type."""
+    """An input of a graph."""
 
     name: str
     shape: Shape
     dtype: torch.dtype
 
     def example(self, sizes: dict[str, int]) -> Tensor:
-        """Values to trace with, `sizes` of the named dimensions."""
+        """Returns values to trace with, given the `sizes` of the named dimensions."""
         shape = [sizes[size] if isinstance(size, str) else size for size in self.shape]
         if self.dtype == torch.int64:
             return torch.ones(shape, dtype=torch.int64)
@@ -40,12 +40,14 @@ class Argument:
 
 class Graph(nn.Module):
     """
+    A part of the model that is exported as one graph.
+
     Args:
         model: in eval mode, float32, with SDPA or eager attention.
 
     Attributes:
-        arguments: of `forward`, in order.
-        outputs: names of what it returns.
+        arguments: arguments of `forward`, in order.
+        outputs: names of the returned tensors.
     """
 
     name: str
@@ -57,31 +59,31 @@ class Graph(nn.Module):
         self.model = model
 
     def lower_layers(self, input_ids: Tensor, attention_mask: Tensor, past: "_Past | None" = None) -> LowerOutput:
-        """(B, T) tokens and (B, S + T) their mask; a layout where there is no past."""
+        """Runs the lower layers on (B, T) tokens with a (B, S + T) mask. The plan layout is only set without a past."""
         model = self.model
         tokens, total = input_ids.shape[1], attention_mask.shape[1]
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0).narrow(1, total - tokens, tokens)
         columns = torch.arange(total, device=input_ids.device)
         own = torch.arange(tokens, device=input_ids.device)[:, None] + (total - tokens)
         real = attention_mask.bool()
-        # padding reads itself: a row of attention that may read nothing would not be a number
+        # padding attends to itself: softmax over a fully masked row gives NaN
         mask = ((columns <= own) & real[:, None]) | (columns == own)
         embedded = model.model.embed_tokens(input_ids)
         layout, plans = None, 0
         if past is None:
             layout = plan_layout(model.config.plan_span, positions, real, packed=False)
             plans = layout.num_plans
-        return model.run_lower_layers(embedded, mask[:, None], positions, past, layout, plans)  # type: ignore[arg-type]
+        return model.model.run_lower(embedded, mask[:, None], positions, past, layout, plans)  # type: ignore[arg-type]
 
     def upper_layers(self, lower: LowerOutput, plan: Tensor, columns: Tensor | int = 0) -> Tensor:
-        """Logits of all tokens, or of those in `columns`, under a plan of (B, P, H) bits."""
+        """Returns the logits of all tokens, or of those in `columns`, under a plan of (B, P, H) bits."""
         of_token = lower.token_plan[:, :, None].expand(-1, -1, plan.shape[2])
         states = self.model.plan_table(plan.gather(1, of_token))
-        return self.model.run_upper_layers(lower, states, columns)
+        return self.model.compute_logits(lower, states, columns)
 
 
 def _tokens(masked: str = "tokens") -> list[Argument]:
-    """Tokens, and the mask of these or of `masked` ones."""
+    """Returns the arguments for tokens and for a mask with `masked` columns."""
     return [
         Argument("input_ids", ("batch", "tokens"), torch.int64),
         Argument("attention_mask", ("batch", masked), torch.int64),
@@ -89,7 +91,7 @@ def _tokens(masked: str = "tokens") -> list[Argument]:
 
 
 class Training(Graph):
-    """A forward pass of training, but for its random numbers: `plan = noise < sigmoid(plan_logits)`."""
+    """A forward pass of training with the noise as an input: `plan = noise < sigmoid(plan_logits)`."""
 
     name = "training"
 
@@ -108,7 +110,7 @@ class Training(Graph):
 
 
 class Encode(Graph):
-    """The posterior's logits, `FreeTransformer.infer_plan`."""
+    """The logits of the posterior, as `FreeTransformer.infer_plan` returns them."""
 
     name = "encode"
 
@@ -123,11 +125,11 @@ class Encode(Graph):
 
 class Decode(Graph):
     """
-    Tokens that follow those of a cache, or begin a text, under the text's plans.
+    A step of generation: the logits of tokens that begin a text or continue a cache, under the text's plans.
 
     Args:
-        past: tokens of the cache: `"past"`, any number, none too; 0, none at all; or a number, which the cache then
-            keeps: its oldest tokens, which must be padding, give way to new ones.
+        past: number of tokens in the cache. `"past"` allows any number including 0; 0 means no cache. With another
+            number the cache keeps that size: new tokens replace the oldest ones, which must be padding.
     """
 
     def __init__(self, model: FreeTransformer, past: int | str = "past", name: str = "decode"):
@@ -150,11 +152,14 @@ class Decode(Graph):
     ) -> tuple[Tensor, ...]:
         """
         Args:
-            input_ids: (B, T), tokens to read.
-            attention_mask: (B, S + T), 0 on padding, of the past too.
-            columns: those of the T tokens whose logits are asked for; `[T - 1]` to write on.
-            plan: (B, P, H), of the whole text from its first token, at least as far as it has come.
+            input_ids: (B, T), new tokens.
+            attention_mask: (B, S + T), 0 for padding, including the past.
+            columns: (K,), indices of the tokens whose logits are returned; `[T - 1]` to generate.
+            plan: (B, P, H), from the first token of the text up to at least the last new one.
             past: keys and values of each layer in turn, (B, heads, S, head_dim).
+
+        Returns:
+            logits, (B, K, V), and the new keys and values in the order of `past`.
         """
         cache = _Past(past, fixed=isinstance(self.past, int) and self.past > 0)
         lower = self.lower_layers(input_ids, attention_mask, cache)
@@ -162,7 +167,7 @@ class Decode(Graph):
 
 
 class _Past:
-    """What attention takes for a cache: it puts keys and values behind those of the past."""
+    """A minimal cache for attention: it appends new keys and values to those of the past."""
 
     def __init__(self, past: tuple[Tensor, ...], fixed: bool):
         self.past, self.fixed = past, fixed
@@ -178,31 +183,35 @@ class _Past:
 
 
 def cache_names(config: FreeTransformerConfig) -> list[str]:
-    """Of keys and values of all layers, as the inputs `past.…` and the outputs `present.…` are named."""
+    """Names of all layers' keys and values, without the prefixes `past.` and `present.`."""
     return [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
 
 
 def _plans(plan_span: int | str) -> int | str:
-    """The number of plans of `tokens` tokens."""
+    """Returns the number of plans of `tokens` tokens, or the name of the dimension."""
     if plan_span == "sequence":
         return 1
     return "tokens" if plan_span == 1 else "plans"
 
 
 def dynamic_graphs(model: FreeTransformer) -> list[Graph]:
-    """For any number of texts and tokens."""
+    """Returns the graphs for any number of texts and tokens."""
     return [Training(model), Encode(model), Decode(model)]
 
 
 def static_graphs(model: FreeTransformer, length: int) -> list[Graph]:
-    """For a fixed number: `prefill` reads a prompt padded on the left to `length`, `decode` goes on token by token."""
+    """
+    Returns the graphs for fixed shapes.
+
+    `prefill` takes a prompt padded on the left to `length` tokens, and `decode` continues it token by token.
+    """
     return [Training(model), Encode(model), Decode(model, past=0, name="prefill"), Decode(model, past=length)]
 
 
 def traced_sizes(graph: Graph, plan_span: int | str, static: tuple[int, int] | None) -> dict[str, int]:
-    """Sizes of the named dimensions to trace a graph with; `static` is the number of texts, and of tokens."""
+    """Returns the sizes of the named dimensions for tracing. `static`: fixed numbers of texts and of tokens, if any."""
     if static is None:
-        # What a tracer takes for variables: neither 0 nor 1, plans included.
+        # the tracer treats sizes 0 and 1 as constants, also of plans
         tokens = 6 if plan_span == "sequence" else int(plan_span) + 5
         sizes = {"batch": 2, "tokens": tokens, "past": tokens + 1, "asked": 3}
         sizes["total"] = sizes["tokens"] + (sizes["past"] if graph.name == "decode" else 0)

@@ -1,27 +1,42 @@
-"""Writes a model as ONNX graphs, and holds each of them against the model that it came from."""
+"""Exports a model as ONNX graphs, and compares each graph with the model."""
 
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer import __version__
-from free_transformer.export.files import SCHEMES, Difference, check_export, quiet, traceable, within, write_rest
+from free_transformer.errors import InputError, MissingDependency, RunError
+from free_transformer.export.files import (
+    SCHEMES,
+    Difference,
+    check_export,
+    check_tolerance,
+    save_metadata,
+    silence_exporters,
+    traceable_copy,
+)
 from free_transformer.export.graphs import Argument, Graph, dynamic_graphs, static_graphs, traced_sizes
 from free_transformer.export.onnx_quantize import quantize_graph
 from free_transformer.files import own_folder, write_json
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.runtime.onnx_model import EXPORT_FILE, OnnxFreeTransformer
 
-OPSET = 23  # the newest that PyTorch writes: attention and RMS norm are one operation each
-STATIC_OPSET = 18  # plain operations, which every TensorRT since 8.5 knows
-MOST_IN_ONE_FILE = 2**31 - 2**26  # bytes; a protocol buffer holds 2 GiB, and the graph needs some
+if TYPE_CHECKING:
+    import onnx_ir
+    from onnxruntime import OrtValue
+    from torch.export.dynamic_shapes import _DimHint
 
-# Those of TensorRT's parser, release 8.5, that graphs of `STATIC_OPSET` are made of (onnx-tensorrt, docs/operators.md).
+DynamicShape = dict[int, "torch.export.Dim | _DimHint"]
+OPSET = 23  # the newest that PyTorch exports: attention and RMS norm are one operation each
+STATIC_OPSET = 18  # plain operations, which every TensorRT since 8.5 knows
+MAX_IN_ONE_FILE = 2**31 - 2**26  # bytes; a protocol buffer holds at most 2 GiB, including the graph
+
+# operators in graphs of `STATIC_OPSET`, all supported by TensorRT's parser since 8.5 (onnx-tensorrt, docs/operators.md)
 TENSORRT_OPERATORS = {
     *("Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "Div", "Equal"),
     *("Expand", "Gather", "GatherElements", "GatherND", "IsNaN", "Less", "LessOrEqual", "MatMul", "Max", "Min"),
@@ -34,9 +49,14 @@ TENSORRT_OPERATORS = {
 @dataclass
 class Export:
     """
+    An exported folder.
+
     Attributes:
-        sizes: bytes of each graph, its weights included.
-        tolerance: what differences were held against; None for quantized graphs, which do differ.
+        static: fixed numbers of texts and of tokens, if any.
+        quantize: the quantization scheme, if any.
+        sizes: bytes of each graph, including its weights.
+        differences: of the graphs' outputs from the model's.
+        tolerance: largest allowed difference; None for quantized graphs, which are not checked against it.
     """
 
     folder: Path
@@ -54,33 +74,34 @@ def export_onnx(
     tokenizer: PreTrainedTokenizerBase | None = None,
     static: tuple[int, int] | None = None,
     quantize: str | None = None,
-    most_in_one_file: int = MOST_IN_ONE_FILE,
+    most_in_one_file: int = MAX_IN_ONE_FILE,
     overwrite: bool = False,
 ) -> Export:
     """
-    Three graphs, `training`, `encode` and `decode` (see `graphs`), for any number of texts and tokens, in float32.
+    Exports the graphs `training`, `encode` and `decode` (see `graphs`) for any number of texts and tokens, in float32.
 
-    They are run at other shapes than they were traced with, padding included, and compared with the model; only then
-    does the folder take its place.
+    The graphs are compared with the model at other shapes than the traced ones, with and without padding, before the
+    folder appears.
 
     Args:
-        tokenizer: written beside them, for `OnnxFreeTransformer.write`.
-        static: number of texts and of tokens to be fixed, for TensorRT and others that want fixed shapes; with one
-            graph more, `prefill`, which reads the prompt.
-        quantize: `"int8-weight"` (weights alone) or `"int8-dynamic"` (activations too, while it runs).
-        most_in_one_file: bytes of weights above which they are written beside their graph, as `NAME.onnx.data`.
-        overwrite: replaces a folder whatever it holds; otherwise only a new or empty one, or an earlier export.
+        model: a Free Transformer.
+        folder: the new folder.
+        tokenizer: saved in the folder, for `OnnxFreeTransformer.write`.
+        static: numbers of texts and of tokens to fix, for TensorRT and other compilers of fixed shapes. This adds the
+            graph `prefill` for the prompt.
+        quantize: `"int8-weight"` (weights only) or `"int8-dynamic"` (also activations, at run time).
+        most_in_one_file: bytes of weights above which they are stored in a file beside the graph, `NAME.onnx.data`.
+        overwrite: replace the folder whatever it contains. Otherwise it must be new, empty or an earlier export.
 
     Raises:
-        ValueError: for a model without a plan or with 8-bit weights, static sizes that it was not built for, an unknown
-            scheme, and a folder that holds other files.
+        ValueError: for a model without a plan or with 8-bit weights, unsupported static sizes, an unknown scheme, and a
+            folder that contains other files.
         ImportError: without onnx, onnxscript or onnxruntime.
-        RuntimeError: where a graph differs from the model by more than `TOLERANCE`.
+        RuntimeError: if a graph differs from the model by more than `TOLERANCE`.
     """
-    _check_arguments(model, static, quantize)
-    model = traceable(model)
+    traced = traceable_copy(_check_arguments(model, static, quantize))
     export = Export(Path(folder), OPSET if static is None else STATIC_OPSET, static, quantize)
-    graphs = dynamic_graphs(model) if static is None else static_graphs(model, static[1])
+    graphs = dynamic_graphs(traced) if static is None else static_graphs(traced, static[1])
     with own_folder(export.folder, "export", overwrite) as temporary, torch.no_grad():
         for graph in graphs:
             file = temporary / f"{graph.name}.onnx"
@@ -90,17 +111,17 @@ def export_onnx(
             if quantize is not None:
                 quantize_graph(file, quantize)
             export.sizes[graph.name] = sum(each.stat().st_size for each in temporary.glob(f"{graph.name}.onnx*"))
-        write_rest(model, tokenizer, temporary)
+        save_metadata(traced, tokenizer, temporary)
         _write_summary(export, temporary)
-        export.differences = compare(model, OnnxFreeTransformer(temporary))
+        export.differences = compare(traced, OnnxFreeTransformer(temporary))
         if quantize is None:
-            export.tolerance = within(export.differences)
+            export.tolerance = check_tolerance(export.differences)
         _write_summary(export, temporary)
     return export
 
 
 def compare(model: FreeTransformer, exported: OnnxFreeTransformer) -> list[Difference]:
-    """Runs every graph on random texts, of shapes that it was not traced with, beside the model itself."""
+    """Compares every graph with the model on random texts of shapes that it was not traced with."""
     generator = torch.Generator().manual_seed(0)
     span = model.config.plan_span
     long = 11 if span == "sequence" else 2 * int(span) + 9
@@ -110,9 +131,9 @@ def compare(model: FreeTransformer, exported: OnnxFreeTransformer) -> list[Diffe
         for padded in (False, True):
             ids = torch.randint(model.config.vocab_size, (batch, tokens), generator=generator)
             mask = torch.ones_like(ids)
-            if padded:  # on the left, by as many tokens as the text's number and one; three are left
+            if padded:  # row i has i + 1 columns of padding on the left; at least three tokens remain
                 mask[torch.arange(tokens) <= torch.arange(batch)[:, None] % (tokens - 3)] = 0
-            for graph, outputs in _both(model, exported, ids, mask, generator).items():
+            for graph, outputs in _compute_outputs(model, exported, ids, mask, generator).items():
                 for output, (ours, theirs) in outputs.items():
                     differences.append(Difference.of(graph, output, ids, padded, ours, theirs))
     return differences
@@ -120,10 +141,10 @@ def compare(model: FreeTransformer, exported: OnnxFreeTransformer) -> list[Diffe
 
 def check_static(file: Path) -> None:
     """
-    What a compiler of fixed shapes needs: a valid graph, every shape known, operators that TensorRT's parser has.
+    Checks that a graph is valid, that every shape is fixed, and that TensorRT's parser supports every operator.
 
     Raises:
-        RuntimeError: where something is missing.
+        RuntimeError: if a shape is not fixed or an operator is not supported.
     """
     import onnx
 
@@ -134,26 +155,27 @@ def check_static(file: Path) -> None:
         value.name for value in values if any(not dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
     ]
     if unknown:
-        raise RuntimeError(f"{file.name}: the shapes of {', '.join(unknown[:5])} are not fixed")
+        raise RunError(f"{file.name}: the shapes of {', '.join(unknown[:5])} are not fixed")
     if foreign := {node.op_type for node in inferred.graph.node} - TENSORRT_OPERATORS:
-        raise RuntimeError(f"{file.name}: operators that TensorRT may not have: {', '.join(sorted(foreign))}")
+        raise RunError(f"{file.name}: operators that TensorRT may not have: {', '.join(sorted(foreign))}")
 
 
-def _check_arguments(model: PreTrainedModel, static: tuple[int, int] | None, quantize: str | None) -> None:
-    check_export(model, static)
+def _check_arguments(model: PreTrainedModel, static: tuple[int, int] | None, quantize: str | None) -> FreeTransformer:
+    checked = check_export(model, static)
     if quantize is not None and static is not None:
-        raise ValueError("static graphs are for compilers that quantize by themselves: leave quantize out")
+        raise InputError("static graphs are for compilers that quantize by themselves: leave quantize out")
     if quantize is not None and quantize not in SCHEMES:
-        raise ValueError(f"quantize={quantize!r}: one of {SCHEMES}")
+        raise InputError(f"quantize={quantize!r}: one of {SCHEMES}")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
-            raise ImportError(f"export needs {package}: pip install 'free-transformer-lm[export]'")
+            raise MissingDependency(f"export needs {package}: pip install 'free-transformer-lm[export]'")
+    return checked
 
 
 def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int) -> None:
     sizes = traced_sizes(graph, graph.model.config.plan_span, export.static)
     examples = tuple(argument.example(sizes) for argument in graph.arguments)
-    with quiet():
+    with silence_exporters():
         program = torch.onnx.export(
             graph,
             examples,
@@ -172,14 +194,14 @@ def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int
     program.save(file, external_data=weights > most_in_one_file)
 
 
-def _dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
-    """Each argument's variable dimensions; those that others determine are left to the tracer."""
+def _dynamic_shapes(graph: Graph) -> tuple[DynamicShape | tuple[DynamicShape, ...], ...]:
+    """Returns the variable dimensions of each argument. The tracer infers those that depend on others."""
     free = {name: torch.export.Dim(name) for name in ("batch", "tokens", "past", "asked")}
     span = graph.model.config.plan_span
-    if graph.name != "decode" and span != "sequence":  # the tracer counts plans, and takes 1 for a case of its own
+    if graph.name != "decode" and span != "sequence":  # the tracer treats a single plan as a constant
         free["tokens"] = torch.export.Dim("tokens", min=int(span) + 1)
 
-    def of(argument: Argument) -> dict[int, Any]:
+    def of(argument: Argument) -> DynamicShape:
         named = enumerate(argument.shape)
         return {place: free.get(size, torch.export.Dim.AUTO) for place, size in named if isinstance(size, str)}
 
@@ -188,13 +210,13 @@ def _dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
     return (*shapes, tuple(past)) if past else tuple(shapes)
 
 
-def _name_dimensions(graph: Any, arguments: list[Argument]) -> None:
-    """Gives the dimensions that the tracer has numbered the names of our arguments, wherever they occur."""
+def _name_dimensions(graph: "onnx_ir.Graph", arguments: list[Argument]) -> None:
+    """Replaces the tracer's numbered dimension names with those of the arguments, in all values of the graph."""
     import onnx_ir
 
     names: dict[str, str] = {}
     for value, argument in zip(graph.inputs, arguments, strict=True):
-        for traced, ours in zip(value.shape, argument.shape, strict=True):
+        for traced, ours in zip(value.shape or (), argument.shape, strict=True):
             if isinstance(traced, onnx_ir.SymbolicDim) and isinstance(ours, str):
                 names[str(traced.value)] = ours
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
@@ -211,15 +233,15 @@ def _write_summary(export: Export, folder: Path) -> None:
     write_json(folder / EXPORT_FILE, {"free_transformer": __version__, **values})
 
 
-def _both(
+def _compute_outputs(
     model: FreeTransformer, exported: OnnxFreeTransformer, ids: Tensor, mask: Tensor, generator: torch.Generator
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """Outputs of the model and of each graph, where tokens are no padding and plans cover some."""
+    """Returns the outputs of the model and of each graph, without padding and without plans that cover only padding."""
     real = mask.bool()
     out = model(ids, attention_mask=mask, labels=ids, mode="training")
     plan_logits, used = out.plan_logits, out.plan_mask
     noise = torch.rand(plan_logits.shape, generator=generator)
-    near = (noise - plan_logits.sigmoid()).abs() < 1e-3  # where rounding could turn a bit over
+    near = (noise - plan_logits.sigmoid()).abs() < 1e-3  # where rounding could flip a bit
     noise = torch.where(near, 1 - plan_logits.sigmoid().round(), noise)
     plan = noise < plan_logits.sigmoid()
     logits = model(ids, attention_mask=mask, plan=plan).logits
@@ -239,5 +261,5 @@ def _both(
     }
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(value: "OrtValue") -> Tensor:
     return torch.from_numpy(value.numpy())

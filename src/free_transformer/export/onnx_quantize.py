@@ -1,4 +1,4 @@
-"""Integers in the place of a graph's matrices, by the tools of onnxruntime."""
+"""8-bit quantization of ONNX graphs with onnxruntime's tools."""
 
 import contextlib
 import logging
@@ -10,21 +10,22 @@ BLOCK = 64  # weights that share a scale
 
 def quantize_graph(file: Path, scheme: str) -> None:
     """
-    Replaces the graph by one whose matrices are held in 8 bits; embeddings and the table of plans stay as they are.
+    Replaces a graph by one with 8-bit matrices. Embeddings and the codebook keep their type.
 
     Args:
-        scheme: `"int8-weight"`, products in float32 with weights that are unpacked block by block, or
-            `"int8-dynamic"`, products of integers, the scale of the activations being found while it runs.
+        file: the ONNX file.
+        scheme: `"int8-weight"` multiplies in float32 with weights that are dequantized block by block.
+            `"int8-dynamic"` multiplies in integers, with activations quantized at run time.
     """
     external = file.with_name(f"{file.name}.data").exists()
-    with _root_logger_kept():
+    with _root_logger_restored():
         if scheme == "int8-weight":
-            _weights_alone(file, external)
+            _quantize_weights(file, external)
         else:
-            _with_activations(file, external)
+            _quantize_weights_and_activations(file, external)
 
 
-def _weights_alone(file: Path, external: bool) -> None:
+def _quantize_weights(file: Path, external: bool) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
@@ -34,7 +35,7 @@ def _weights_alone(file: Path, external: bool) -> None:
     quantizer.model.save_model_to_file(str(file), external)
 
 
-def _with_activations(file: Path, external: bool) -> None:
+def _quantize_weights_and_activations(file: Path, external: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -42,7 +43,7 @@ def _with_activations(file: Path, external: bool) -> None:
         file,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
-        reduce_range=True,  # processors without VNNI add pairs of products in 16 bits
+        reduce_range=True,  # avoids overflow on processors without VNNI, which add pairs of products in 16 bits
         weight_type=QuantType.QInt8,
         use_external_data_format=external,
         extra_options={"MatMulConstBOnly": True},
@@ -50,8 +51,8 @@ def _with_activations(file: Path, external: bool) -> None:
 
 
 @contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """onnxruntime's quantizers set the root logger up for themselves, and tell it of every tensor."""
+def _root_logger_restored() -> Iterator[None]:
+    """Undoes what onnxruntime's quantizers do to the root logger, and hides their line per tensor."""
     root = logging.getLogger()
     handlers, level, silenced = root.handlers[:], root.level, root.manager.disable
     logging.disable(logging.WARNING)

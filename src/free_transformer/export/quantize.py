@@ -1,28 +1,27 @@
 """
-Integers in the place of a model's matrices, in PyTorch.
+8-bit weights in PyTorch, quantized by torchao and stored in the format that `transformers` reads.
 
-The head, the embedding and the table of plans stay as they are: what is rounded are the linear maps of the layers and
-of the encoder.
+The linear layers of the decoder and the encoder are quantized. The head, the embedding and the codebook keep their
+type.
 """
 
 import copy
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 
-from free_transformer.export.files import SCHEMES, check_export, dynamic_layers
-from free_transformer.files import first_line, own_folder, write_json
-from free_transformer.model.configuration import FreeTransformerConfig
-from free_transformer.model.hub_code import name_code
+from free_transformer.errors import InputError, MissingDependency, RunError
+from free_transformer.export.files import SCHEMES, check_export
+from free_transformer.files import own_folder
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.runs.load_model import check_finite, check_names, load_pretrained
 
-DYNAMIC_FILE, WEIGHTS_FILE = "int8_dynamic.json", "model.safetensors"
+if TYPE_CHECKING:
+    from torchao.quantization import Int8Tensor
 
 
 def quantize(
@@ -33,133 +32,106 @@ def quantize(
     overwrite: bool = False,
 ) -> PreTrainedModel:
     """
-    Writes a quantized model and returns it, as `load_quantized` would.
+    Saves a quantized copy of a model, and returns it as `load_quantized` loads it.
 
     Args:
-        scheme: `"int8-weight"`, torchao's: weights in 8 bits, a scale for each row, products in the model's own type.
-            A quarter of the size on any device; faster only where memory is slower than the unpacking, and on a CPU
-            it is not. `"int8-dynamic"`, PyTorch's own: products of integers, the activations' scale being found while
-            it runs; on a CPU alone, where it is faster.
-        overwrite: replaces a folder whatever it holds; otherwise only a new or empty one, or an earlier export.
+        model: a Free Transformer without 8-bit weights. It stays unchanged.
+        scheme: `"int8-weight"` stores weights in 8 bits with one scale per row, and multiplies in the model's own type.
+            It reduces the size on any device; on a CPU it does not increase the speed. `"int8-dynamic"` also
+            multiplies in integers, with activations quantized at run time. It is for CPUs, computes in float32 outside
+            of the products, and is faster there.
+        folder: the new folder, also readable by `AutoModelForCausalLM.from_pretrained` where torchao is installed.
+        tokenizer: saved in the folder.
+        overwrite: replace the folder whatever it contains. Otherwise it must be new, empty or an earlier export.
 
     Raises:
         ValueError: for an unknown scheme, a model without a plan or with 8-bit weights, a device that cannot run the
-            scheme, and a folder that holds other files.
-        ImportError: without torchao, which int8-weight needs.
+            scheme, and a folder that contains other files.
+        ImportError: without torchao.
     """
     if scheme not in SCHEMES:
-        raise ValueError(f"quantize={scheme!r}: one of {SCHEMES}")
-    check_export(model, None)
+        raise InputError(f"quantize={scheme!r}: one of {SCHEMES}")
+    model = check_export(model, None)
+    if scheme == "int8-dynamic" and model.device.type != "cpu":
+        raise InputError(f"int8-dynamic runs on a CPU alone, this model is on {model.device}: use int8-weight")
+    config = _torchao_config(scheme)
     with own_folder(Path(folder), "export", overwrite) as temporary:
-        if scheme == "int8-weight":
-            _write_weight_only(model, temporary)
-        else:
-            _write_dynamic(model, temporary)
+        (copy.deepcopy(model).float() if scheme == "int8-dynamic" else model).save_pretrained(temporary)
+        quantized = FreeTransformer.from_pretrained(temporary, quantization_config=config)
+        for file in temporary.glob("*.safetensors*"):
+            file.unlink()
+        quantized.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return load_quantized(folder)
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether `load_quantized` alone can read the folder."""
-    return (folder / DYNAMIC_FILE).is_file()
-
-
 def load_quantized(folder: str | Path) -> PreTrainedModel:
     """
-    A model that `quantize` has written, in eval mode; of int8-weight `from_pretrained` gives the same.
+    Loads a saved model, such as one saved by `quantize`, in eval mode.
+
+    Layers quantized with int8-dynamic run on PyTorch's integer kernels for CPUs, which are several times faster than
+    torchao's; `from_pretrained` uses torchao's. A quantized model can generate and be evaluated. It cannot be saved
+    again: copy its folder instead.
 
     Raises:
-        ValueError: where the weights cannot be read, or are of another model.
+        SettingsError: if the folder cannot be read, or weights are missing, of another shape, or NaN or infinite.
     """
-    folder = Path(folder)
-    if not is_quantized(folder):
-        return load_pretrained(folder, FreeTransformer)
-    _check_device(torch.device("cpu"))
-    model = _withdynamic_layers(FreeTransformer(FreeTransformerConfig.from_pretrained(folder)))
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder}: the model cannot be read ({first_line(error)})") from error
-    places = _plain_tensors(model)
-    layers = dict(dynamic_layers(model))
-    shapes = {name: place.shape for name, place in places.items()}
-    for name, layer in layers.items():
-        weight = layer.weight()
-        shapes |= {f"{name}.weight": weight.shape, f"{name}.scale": weight.shape[:1]}
-    check_names(folder, "weights are missing", [name for name in shapes if name not in tensors])
-    biases = {f"{name}.bias" for name in layers}
-    wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
-    wrong += sorted(set(tensors) - set(shapes) - biases)
-    check_names(folder, "the weights are of another model", wrong)
-    check_finite(folder, tensors.items())
-    with torch.no_grad():
-        for name, place in places.items():
-            place.copy_(tensors[name])
-    for name, layer in layers.items():
-        values, scales = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
-        packed = torch._make_per_channel_quantized_tensor(values, scales, torch.zeros_like(scales).long(), 0)
-        layer.set_weight_bias(packed, tensors.get(f"{name}.bias"))
-    return model.eval()
+    model = load_pretrained(folder)
+    if not isinstance(getattr(model.config, "quantization_config", None), TorchAoConfig):
+        return model
+    from torchao.quantization import Int8Tensor
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and isinstance(layer.weight, Int8Tensor):
+            _check_weight(folder, f"{name}.weight", layer, layer.weight)
+            if layer.weight.act_quant_kwargs is not None and _has_integer_kernels():
+                model.set_submodule(name, PackedLinear(layer.weight, layer.bias))
+    return model
 
 
-def _write_weight_only(model: FreeTransformer, folder: Path) -> None:
+class PackedLinear(nn.Module):
+    """
+    Linear layer with int8 weights in the layout of PyTorch's integer kernels for CPUs.
+
+    Args:
+        weight: (out features, in features), symmetric with one scale per row.
+        bias: (out features,) in float32.
+    """
+
+    def __init__(self, weight: "Int8Tensor", bias: Tensor | None):
+        super().__init__()
+        scales = weight.scale.flatten()
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated; `load_quantized` keeps torchao's layers once they are removed
+            integers = torch._make_per_channel_quantized_tensor(weight.qdata, scales, zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(integers, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in features) -> (..., out features), float32."""
+        # with 7-bit activations the sum of two products fits the 16 bits that processors without VNNI add them in
+        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        raise RunError("packed int8 weights cannot be saved: copy the folder that they were loaded from")
+
+
+def _check_weight(folder: str | Path, name: str, layer: nn.Linear, weight: "Int8Tensor") -> None:
+    """Checks the tensors of a quantized weight, which `load_pretrained` does not see."""
+    if weight.qdata.shape != (layer.out_features, layer.in_features) or weight.scale.numel() != layer.out_features:
+        check_names(folder, "weights of another shape than the configuration's", [name])
+    check_finite(folder, [(name, weight.scale)])
+
+
+def _has_integer_kernels() -> bool:
+    return torch.backends.quantized.engine != "none" and hasattr(torch, "_make_per_channel_quantized_tensor")
+
+
+def _torchao_config(scheme: str) -> TorchAoConfig:
     try:
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     except ImportError as error:
-        raise ImportError("int8-weight needs torchao: pip install 'free-transformer-lm[quantize]'") from error
-    from transformers import TorchAoConfig
-
-    model.save_pretrained(folder)
-    quantized = FreeTransformer.from_pretrained(
-        folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2))
-    )
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    quantized.save_pretrained(folder)
-
-
-def _write_dynamic(model: FreeTransformer, folder: Path) -> None:
-    _check_device(model.device)
-    quantized = _withdynamic_layers(copy.deepcopy(model).float().eval())
-    tensors = {name: value.detach().contiguous() for name, value in _plain_tensors(quantized).items()}
-    for name, layer in dynamic_layers(quantized):
-        weight, bias = layer._weight_bias()
-        tensors |= {f"{name}.weight": weight.int_repr(), f"{name}.scale": weight.q_per_channel_scales()}
-        if bias is not None:
-            tensors[f"{name}.bias"] = bias.detach()
-    config = copy.deepcopy(model.config)
-    name_code(config, wanted=False)  # it could not read what is written here
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    save_file(tensors, folder / WEIGHTS_FILE)
-    write_json(folder / DYNAMIC_FILE, {"engine": torch.backends.quantized.engine})
-
-
-def _plain_tensors(model: FreeTransformer) -> dict[str, Tensor]:
-    """What a model with dynamic layers keeps besides them; of tied weights the one that others are tied to."""
-    layers = dict(dynamic_layers(model))
-    return {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
-        and not any(name.startswith(f"{layer}.") for layer in layers)
-        and name not in model.all_tied_weights_keys
-    }
-
-
-def _withdynamic_layers(model: FreeTransformer) -> FreeTransformer:
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch points to torchao, whose dynamic int8 is slower on a CPU
-        return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"int8-dynamic runs on a CPU alone, this model is on {device}: use int8-weight")
-    if torch.backends.quantized.engine in ("none", ""):
-        raise ValueError(
-            f"int8-dynamic: this PyTorch has no integer kernels for {torch.backends.cpu.get_cpu_capability()}"
-        )
+        raise MissingDependency(f"{scheme} needs torchao: pip install 'free-transformer-lm[quantize]'") from error
+    kind = Int8WeightOnlyConfig if scheme == "int8-weight" else Int8DynamicActivationInt8WeightConfig
+    return TorchAoConfig(kind(version=2))

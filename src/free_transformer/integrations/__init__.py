@@ -1,1 +1,1 @@
-"""The model inside other libraries: the Trainers of transformers and TRL, and lm-evaluation-harness."""
+"""Integrations with other libraries: the trainers of transformers and TRL, and lm-evaluation-harness."""

@@ -1,10 +1,10 @@
 """
-The `lm_eval` command line with the model `free-transformer` in its list; by itself it has no way to find other models:
+The `lm_eval` command line with the model `free-transformer` registered. `lm_eval` has no option to find other models:
 
     python -m free_transformer.integrations.lm_eval --model free-transformer --model_args pretrained=RUN --tasks ...
 """
 
-from free_transformer import quiet  # noqa: F401  # before what it quiets
+from free_transformer import quiet  # noqa: F401  # before the imports that it silences
 
 
 def main() -> None:

@@ -1,15 +1,16 @@
 """
-`transformers.Trainer`, and trainers built on it, with numbers of a Free Transformer that may be compared.
+Training and evaluation of Free Transformers with `transformers.Trainer` and trainers derived from it.
 
-What the model returns with labels is no evaluation: its plan comes from the encoder, which has read the answer. And
-trainers that compute the loss themselves from the decoder, as TRL's do, leave out both the plan and its KL.
+The loss that the model returns with labels is not suitable for evaluation, because its plan comes from the encoder,
+which has read the answer. Trainers that compute the loss from the decoder themselves, like those of TRL, omit the plan
+and its KL.
 
 Needs `accelerate`: pip install 'free-transformer-lm[trainers]'.
 """
 
 import copy
+import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +18,26 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
+from free_transformer.errors import InputError
 from free_transformer.evaluation import evaluate_likelihood
 from free_transformer.model.losses import predicted_tokens
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, plan_rates
 
-NEW = ("encoder", "plan_table")  # parts that no pretrained model brings
+NEW = ("encoder", "plan_table")  # parameters that a pretrained Llama does not have
 LOGGED = ("reconstruction", "kl", "hinge")
-READ = ("input_ids", "attention_mask", "position_ids", "labels")  # all that the likelihood needs of a batch
+READ = ("input_ids", "attention_mask", "position_ids", "labels")  # the part of a batch that the likelihood needs
 IN_NATS = ("elbo", "nll", "reconstruction", "prior", "gap")
 
 
 @dataclass
 class _LossParts:
-    """Of the micro-batches since the last log; on the device, since reading a number there would wait for it."""
+    """
+    Sums over the micro-batches since the last log entry. They stay on the device, since reading them would synchronize.
+    """
 
     first_step: int
     micro_batches: int = 0
@@ -41,64 +46,64 @@ class _LossParts:
 
 class PlanTrainer(Trainer):
     """
-    `Trainer` for a `FreeTransformer`, alone, compiled or inside PEFT; any other model is trained as ever.
+    `Trainer` for a `FreeTransformer`, which may be compiled or wrapped by PEFT. Other models are trained as usual.
 
-    To train on texts with another trainer put this one first: `class PlanSFTTrainer(PlanTrainer, SFTTrainer): pass`.
-    Trainers on preferences or rewards have losses of their own, which this would replace.
+    To combine it with another trainer, list it first: `class PlanSFTTrainer(PlanTrainer, SFTTrainer): pass`. Trainers
+    for preferences or rewards are not supported, because this class would replace their losses.
 
-    Training logs `reconstruction` (nats per predicted token), `kl` (bits per plan) and `hinge` (bits per plan beyond
-    the free bits) beside `loss`. An evaluation's `eval_loss` is the ELBO in nats per token, an upper bound of the
-    negative log-likelihood, and so is what early stopping and the best checkpoint go by. Beside it stand `eval_nll`,
-    `eval_reconstruction`, `eval_prior` and `eval_gap` (nats per token) and `eval_kl` (bits per plan), as in
-    `Likelihood`. `compute_metrics` gets logits under a plan from the prior. Evaluations have their own random numbers.
+    Training logs `loss`, `reconstruction` (nats per predicted token), `kl` (bits per plan) and `hinge` (bits per plan
+    beyond the free bits). Evaluation reports the ELBO as `eval_loss`, in nats per token. It is an upper bound of the
+    negative log-likelihood, and determines early stopping and the best checkpoint. Evaluation also reports `eval_nll`,
+    `eval_reconstruction`, `eval_prior` and `eval_gap` (nats per token) and `eval_kl` (bits per plan), see `Likelihood`.
+    `compute_metrics` receives logits under a plan from the prior. Evaluations have their own random stream.
 
-    Where rows do not divide evenly among processes, `accelerate` repeats some, and they count twice. The likelihood
-    calls parts of the model by themselves, which sharded weights (FSDP, ZeRO-3) do not allow: shard with
-    `free-transformer train` instead.
+    If rows do not divide evenly among processes, `accelerate` repeats some of them, which then count twice. The
+    likelihood calls parts of the model separately, which sharded weights (FSDP, ZeRO-3) do not support. Use
+    `free-transformer train` for sharding.
 
     Args:
-        num_samples: plans drawn for each held-out text, see `evaluate_likelihood`.
-        plan_learning_rate: peak rate of the encoder, the table's following from it; default `learning_rate`, or where a
-            pretrained model has brought the rest ten times that (`training.optimizers.plan_rates`).
+        num_samples: number of plans sampled for each held-out text, see `evaluate_likelihood`.
+        plan_learning_rate: peak learning rate of the encoder, from which that of the codebook is derived. Default:
+            `learning_rate`, or ten times that if the Llama is pretrained (see `training.optimizers.plan_rates`).
 
     Raises:
-        ValueError: for losses that know no KL: label smoothing, `compute_loss_func`, TRL's `loss_type`.
+        InputError: for losses without the KL: label smoothing, `compute_loss_func`, other values of TRL's `loss_type`.
     """
 
-    def __init__(self, *args: Any, num_samples: int = 4, plan_learning_rate: float | None = None, **kwargs: Any):
-        args = tuple(_with_the_model_s_loss(each) for each in args)
-        kwargs = {name: _with_the_model_s_loss(value) for name, value in kwargs.items()}
+    def __init__(self, *args: object, num_samples: int = 4, plan_learning_rate: float | None = None, **kwargs: object):
+        args = tuple(_with_model_loss(each) for each in args)
+        kwargs = {name: _with_model_loss(value) for name, value in kwargs.items()}
         super().__init__(*args, **kwargs)
         self.num_samples = num_samples
         self.plan_learning_rate = plan_learning_rate
-        self._likelihood_sums: list[dict[str, float]] = []  # of each batch of an evaluation
+        self._likelihood_sums: list[dict[str, float]] = []  # per batch of the current evaluation
         self._parts: _LossParts | None = None
         if self._free_transformer() is not None:
-            self._refuse_other_losses()
+            self._check_loss()
 
-    def _refuse_other_losses(self) -> None:
+    def _check_loss(self) -> None:
         without = "without the KL of its plans"
         loss_type = getattr(self.args, "loss_type", None)
         if loss_type not in (None, "nll"):
-            raise ValueError(
-                f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported, with loss_type='nll'; "
-                "trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not"
+            raise InputError(
+                f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported with loss_type='nll'; "
+                "trainers for preferences or rewards (DPO, GRPO, KTO, ...) are not"
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
-            raise ValueError(
-                "label_smoothing_factor and compute_loss_func replace the loss of a Free Transformer by one "
-                f"{without}: leave them out"
+            raise InputError(
+                "label_smoothing_factor and compute_loss_func replace the loss of a Free Transformer with one "
+                f"{without}: remove them"
             )
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         """
-        The Trainer's own, with the new parts in groups of their own rates. Where it is AdamW and the codebook is large,
-        only the rows of sampled plans are updated, see `RowAdamW`.
+        Creates the optimizer of `Trainer`, with separate parameter groups and learning rates for the encoder and the
+        codebook. AdamW with a large codebook only updates the rows of sampled plans, see `RowAdamW`.
         """
-        made: bool = self.optimizer is None  # type: ignore[has-type]
-        optimizer = super().create_optimizer(*args, **kwargs)
+        is_new = getattr(self, "optimizer", None) is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         model = self._free_transformer()
-        if model is None or not made:
+        if model is None or not is_new:
             return optimizer
         by_row = type(optimizer) is torch.optim.AdamW and len(model.plan_table.weight) > LARGE_TABLE
         rates = dict(zip(NEW, plan_rates(model, self.args.learning_rate, self.plan_learning_rate), strict=True))
@@ -107,7 +112,7 @@ class PlanTrainer(Trainer):
         }
         for group in list(optimizer.param_groups):
             for part, rate in rates.items():
-                changes = {"lr": rate}
+                changes: dict[str, float | bool] = {"lr": rate}
                 if by_row and part == "plan_table":
                     changes |= {"weight_decay": 0.0, "by_row": True}
                 moved = [parameter for parameter in group["params"] if part_of.get(parameter) == part]
@@ -123,15 +128,15 @@ class PlanTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor | bool],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, CausalLMOutput]:
         if self._free_transformer() is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and not return_outputs and "labels" in inputs:
             inputs = {**inputs, "skip_logits": True}
-        # Not `super()`: TRL's loss comes from `model.model`, a Llama that neither has a plan nor trains the encoder.
+        # Not `super()`: TRL computes its loss from `model.model`, a Llama without a plan, and never trains the encoder.
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if model.training:
             self._add_parts(outputs, num_items_in_batch)
@@ -140,18 +145,18 @@ class PlanTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts is not None:
             logs.update(self._mean_parts(self._parts))
-        if "loss" in logs or "train_loss" in logs:  # the latter at the end, where steps may be left
+        if "loss" in logs or "train_loss" in logs:  # the latter is logged at the end of training, when steps may remain
             self._parts = None
         super().log(logs, start_time)
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The ELBO of a batch in nats per token, logits under a plan from the prior, and labels."""
+        """Returns the ELBO of a batch in nats per token, logits under a plan from the prior, and the labels."""
         if self._free_transformer() is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -173,13 +178,20 @@ class PlanTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        run = functools.partial(
+            super().evaluation_loop,
+            dataloader,
+            description,
+            prediction_loss_only=prediction_loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
         if self._free_transformer() is None:
-            return super().evaluation_loop(*arguments)
+            return run()
         self._likelihood_sums = []
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)
-            output = super().evaluation_loop(*arguments)
+            output = run()
         batches = gather_object(self._likelihood_sums)
         if batches:
             total = {name: sum(batch[name] for batch in batches) for name in batches[0]}
@@ -192,19 +204,19 @@ class PlanTrainer(Trainer):
         model = unwrap_peft_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return model if isinstance(model, FreeTransformer) else None
 
-    def _add_likelihood(self, inputs: dict[str, Any]) -> float:
-        """Adds the sums of a batch to those of the evaluation; returns its ELBO in nats per token."""
+    def _add_likelihood(self, inputs: dict[str, Tensor]) -> float:
+        """Adds the sums of a batch to those of the evaluation, and returns the ELBO of the batch in nats per token."""
         model = self._free_transformer()
         assert model is not None
         batch = {name: inputs[name] for name in READ if inputs.get(name) is not None}
-        torch.manual_seed(self.args.seed + len(self._likelihood_sums))  # whatever the data or the logits have drawn
+        torch.manual_seed(self.args.seed + len(self._likelihood_sums))  # independent of other random numbers
         likelihood = evaluate_likelihood(model, [batch], self.num_samples)
         names = (*IN_NATS, "kl_bits", "plans", "tokens")
         self._likelihood_sums.append({name: float(np.sum(likelihood.per_document[name])) for name in names})
         assert likelihood.elbo is not None
         return likelihood.elbo
 
-    def _add_parts(self, outputs: Any, num_items_in_batch: Tensor | int | None) -> None:
+    def _add_parts(self, outputs: CausalLMOutput, num_items_in_batch: Tensor | int | None) -> None:
         if self._parts is None:
             self._parts = _LossParts(self.state.global_step)
         parts = self._parts
@@ -214,7 +226,7 @@ class PlanTrainer(Trainer):
             if value is None:
                 continue
             value = value.detach().float().mean()
-            if name == "reconstruction":  # as the Trainer does with the loss, so that those of a step add up to its own
+            if name == "reconstruction":  # scaled like the loss, so that the parts of a step add up to it
                 if num_items_in_batch is None:
                     value = value / self.current_gradient_accumulation_steps
                 elif self.args.average_tokens_across_devices:
@@ -222,7 +234,10 @@ class PlanTrainer(Trainer):
             parts.totals[name] = parts.totals.get(name, 0) + value
 
     def _mean_parts(self, parts: _LossParts) -> dict[str, float]:
-        """A mean over steps where a step's micro-batches add up, else over micro-batches; over all processes."""
+        """
+        Averages the sums over all processes: over steps if the values of micro-batches add up to that of a step,
+        otherwise over micro-batches.
+        """
         steps = self.state.global_step - parts.first_step
         means = [
             total / (steps if name == "reconstruction" else parts.micro_batches) for name, total in parts.totals.items()
@@ -231,10 +246,10 @@ class PlanTrainer(Trainer):
         return dict(zip(parts.totals, values, strict=True))
 
 
-def _with_the_model_s_loss(arguments: Any) -> Any:
-    """For `loss_type="chunked_nll"`, by which TRL would replace the model's `forward`: the same loss as `"nll"`."""
-    if getattr(arguments, "loss_type", None) != "chunked_nll":
-        return arguments
-    arguments = copy.copy(arguments)
-    arguments.loss_type = "nll"
-    return arguments
+def _with_model_loss(argument: object) -> object:
+    """Replaces `loss_type="chunked_nll"`, for which TRL overrides the model's `forward`, by the equivalent `"nll"`."""
+    if getattr(argument, "loss_type", None) != "chunked_nll":
+        return argument
+    changed = copy.copy(argument)
+    setattr(changed, "loss_type", "nll")  # noqa: B010  # a field that only the configurations of TRL have
+    return changed

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .cache import PlanCache, PlanState
 from .compat import Cache
+from .errors import InputError
 from .layout import PlanLayout
 from .sampling import PROMPT_PLANS, check_choice
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 MODES = ("training", "inference")
 NO_ENCODER_GRADIENT = (
     "called in training mode without labels: the plan is sampled from the prior, and the encoder gets no gradient. "
-    "Give labels or mode='training', or mode='inference' if this is meant. (Trainers on preferences or rewards, such as "
-    "DPO and GRPO of TRL, are not supported)"
+    "Give labels or mode='training', or mode='inference' if this is meant. (Trainers on preferences or rewards, such "
+    "as DPO and GRPO of TRL, are not supported)"
 )
 
 
@@ -26,9 +27,9 @@ def check_loss_arguments(labels: Tensor | None, num_items: int | Tensor | None, 
     if labels is not None:
         return
     if skip_logits:
-        raise ValueError("skip_logits=True: without labels the logits are all there is to return")
+        raise InputError("skip_logits=True: without labels the logits are all there is to return")
     if num_items is not None:
-        raise ValueError(
+        raise InputError(
             "num_items_in_batch without labels: label_smoothing_factor and compute_loss_func of a Trainer keep the "
             "labels from the model, so that its encoder would not be trained. Leave them out; the model computes "
             "the loss itself"
@@ -39,9 +40,9 @@ def resolve_mode(mode: str | None, plan: object, labels: Tensor | None, prompt_p
     if mode is None:
         mode = "training" if labels is not None and plan is None else "inference"
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: one of {MODES}")
+        raise InputError(f"mode={mode!r}: one of {MODES}")
     if mode == "training" and plan is not None:
-        raise ValueError("mode='training' samples the plan from the posterior: give a plan in mode='inference'")
+        raise InputError("mode='training' samples the plan from the posterior: give a plan in mode='inference'")
     if prompt_plan is not None:
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
     return mode
@@ -52,7 +53,7 @@ def resolve_cache(
 ) -> Cache | None:
     if model.training and torch.is_grad_enabled() and model.model.layers[0].gradient_checkpointing:
         if given is not None and int(given.get_seq_length()) > 0:
-            raise ValueError("cache: gradient checkpointing computes layers twice, so it takes no cache with tokens")
+            raise InputError("cache: gradient checkpointing computes layers twice, so it takes no cache with tokens")
         return None
     if given is not None:
         return given
@@ -75,9 +76,9 @@ def check_layout(
     position_ids: Tensor | None,
 ) -> None:
     if past or attention_mask is not None or position_ids is not None:
-        raise ValueError("layout replaces attention_mask and position_ids, and takes no cache that holds tokens")
+        raise InputError("layout replaces attention_mask and position_ids, and takes no cache that holds tokens")
     if layout.token_plan.shape != shape:
-        raise ValueError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
+        raise InputError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
 
 
 def continues(state: PlanState, position_ids: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ import functools
 import inspect
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
+from .errors import InputError
 from .hub_code import write_code
 from .warm_start import adopt, plain_config
 
@@ -25,6 +27,14 @@ BYTE_VOCABULARY = 259  # of `byte_tokenizer`: 256 bytes and three special tokens
 BYTE_SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 NOT_GIVEN = -1  # a special token that the caller leaves open
 TABLE_INITS = ("bit_linear", "normal", "zero")
+OBJECTIVE = {"free_bits": 2.5, "min_bits": 2.0, "aggregate_weight": 1.0}  # with which one plan per sequence steers
+PAPER: dict[str, Any] = {
+    "latent_dim": 16,
+    "plan_span": 1,
+    "free_bits": 0.5,
+    "min_bits": 0.0,
+    "aggregate_weight": 0.0,
+}
 
 # What `transformers` accepts beside the fields of a configuration, mostly in files written by older versions.
 _ALSO_ACCEPTED = {
@@ -33,6 +43,20 @@ _ALSO_ACCEPTED = {
     *("auto_map", "quantization_config"),
     *GenerationConfig._get_default_generation_params(),
 }
+
+
+def plan_objective(plan_span: int | str, latent_dim: int, given: Mapping[str, float]) -> dict[str, float]:
+    """
+    The weights of the objective that are given, and defaults for the others.
+
+    With one plan per sequence each plan carries 2 to 2.5 bits and all plans are equally common (docs/plan.md). Else the
+    defaults are those of the paper.
+    """
+    defaults = OBJECTIVE if plan_span == "sequence" else {name: PAPER[name] for name in OBJECTIVE}
+    found = {**defaults, **given}
+    if "min_bits" not in given:
+        found["min_bits"] = min(found["min_bits"], found["free_bits"], latent_dim)
+    return found
 
 
 def _one_line_errors(config_class: Any) -> Any:
@@ -44,7 +68,7 @@ def _one_line_errors(config_class: Any) -> Any:
         try:
             construct(self, *args, **kwargs)
         except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+            raise InputError(" ".join(str(error.__cause__ or error).split())) from error
 
     config_class.__init__ = __init__
     return config_class
@@ -59,14 +83,17 @@ class FreeTransformerConfig(LlamaConfig):
     Attributes:
         latent_dim: bits of one plan, H, 1 to 64. What it may know is bounded by `free_bits`: 8 carried all that was
             measured, and large models often take 16 to 64.
-        plan_span: tokens that one plan covers: 1 (the paper), n, or `"sequence"` (one plan for a whole document).
+        plan_span: tokens that one plan covers: `"sequence"` (one plan per document, the default), n, or 1 (the paper).
         code_bits: bits of one group; each group has its own table of `2^code_bits` rows. Default: one group up to
             16 bits (the paper), else groups of 8. The last group may be shorter.
-        free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4).
+        free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4). Default: 2.5 with one plan per
+            sequence, else 0.5.
         kl_weight: weight of the KL beyond the free bits.
-        min_bits: bits that each plan must spend; 0 is the paper. Not above `free_bits`.
-        aggregate_weight: weight of the divergence of all texts' plans together from the uniform prior, so that a
-            plan drawn at random is one that texts take; 0 is the paper. Use it with `min_bits`.
+        min_bits: bits that each plan must spend, not above `free_bits`; 0 is the paper. Default: 2 with one plan per
+            sequence (less with fewer bits), else 0.
+        aggregate_weight: weight of the divergence of the aggregate posterior from the uniform prior, so that a plan
+            sampled from the prior is one that texts take; 0 is the paper. Use it with `min_bits`. Default: 1 with one
+            plan per sequence, else 0.
         injection_layers: layers whose keys and values receive the plan, default `[num_layers // 2]`; none before
             that layer, since the encoder reads its input. `"all"` is replaced by all from there on.
         plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
@@ -113,13 +140,13 @@ class FreeTransformerConfig(LlamaConfig):
     intermediate_size: int | None = None
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
-    latent_dim: int = 16
-    plan_span: int | str = 1
+    latent_dim: int = 8
+    plan_span: int | str = "sequence"
     code_bits: int | None = None
-    free_bits: float | int = 0.5
+    free_bits: float | int | None = None
     kl_weight: float | int = 1.0
-    min_bits: float | int = 0.0
-    aggregate_weight: float | int = 0.0
+    min_bits: float | int | None = None
+    aggregate_weight: float | int | None = None
     injection_layers: list[int] | str | None = None
     plan_gradient: str = "auto"
     plan_chunk_bytes: int = 24 * 2**20
@@ -135,9 +162,9 @@ class FreeTransformerConfig(LlamaConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         if unknown := set(kwargs) - _ALSO_ACCEPTED:
-            raise ValueError(self._unknown_names(unknown))
+            raise InputError(self._unknown_names(unknown))
         if self.num_hidden_layers < 1 or self.num_attention_heads < 1 or self.hidden_size < 1 or self.vocab_size < 1:
-            raise ValueError(
+            raise InputError(
                 f"hidden_dim={self.hidden_size}, num_layers={self.num_hidden_layers}, "
                 f"num_heads={self.num_attention_heads} and vocab_size={self.vocab_size} must all be at least 1"
             )
@@ -150,10 +177,13 @@ class FreeTransformerConfig(LlamaConfig):
             self.injection_layers = [self.plan_layer]
         elif self.injection_layers == "all":
             self.injection_layers = list(range(self.plan_layer, self.num_hidden_layers))
+        given = {name: getattr(self, name) for name in OBJECTIVE if getattr(self, name) is not None}
+        for name, value in plan_objective(self.plan_span, self.latent_dim, given).items():
+            setattr(self, name, value)
         if self.code_bits is None:
             self.code_bits = self.latent_dim if self.latent_dim <= PAPER_CODE_BITS else 8
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_dim={self.hidden_size} is not a multiple of num_heads={self.num_attention_heads}")
+            raise InputError(f"hidden_dim={self.hidden_size} is not a multiple of num_heads={self.num_attention_heads}")
         self._check_plan()
         if self.plan_gradient == "auto":
             self.plan_gradient = "exact" if max(self.group_bits) <= EXACT_GRADIENT_BITS else "sampled"
@@ -171,6 +201,11 @@ class FreeTransformerConfig(LlamaConfig):
         assert self.code_bits is not None
         full, rest = divmod(self.latent_dim, self.code_bits)
         return [self.code_bits] * full + [rest] * (rest > 0)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "FreeTransformerConfig":
+        """The settings of the paper: 16 bits per plan, one plan per token, and its objective."""
+        return cls(**{**PAPER, **changes})
 
     def to_llama(self) -> PreTrainedConfig:
         """The same Llama (or Qwen) without a plan: the configuration of the baseline."""
@@ -228,6 +263,7 @@ class FreeTransformerConfig(LlamaConfig):
 
     def _check_plan(self) -> None:
         assert self.code_bits is not None and self.injection_layers is not None
+        assert self.free_bits is not None and self.min_bits is not None and self.aggregate_weight is not None
         layers = range(self.plan_layer, self.num_hidden_layers)
         span = self.plan_span
         checks = [
@@ -257,13 +293,13 @@ class FreeTransformerConfig(LlamaConfig):
         ]
         for passed, message in checks:
             if not passed:
-                raise ValueError(message)
+                raise InputError(message)
 
     def _check_heads(self) -> None:
         if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(
+            raise InputError(
                 f"hidden_dim={self.hidden_size} with num_heads={self.num_attention_heads} gives heads of "
                 f"{self.head_dim}: rotary positions need an even size"
             )
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_heads={self.num_attention_heads} is not a multiple of {self.num_key_value_heads=}")
+            raise InputError(f"num_heads={self.num_attention_heads} is not a multiple of {self.num_key_value_heads=}")

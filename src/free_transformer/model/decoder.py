@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .attention import rotary
 from .compat import Cache, LlamaPreTrainedModel, LlamaRotaryEmbedding, OwnInitialization
 from .configuration import FreeTransformerConfig
+from .errors import InputError
 from .initialization import init_module
 from .injection import InjectedDecoderLayer
 from .layers import DecoderLayer, RMSNorm, is_observed
@@ -41,7 +42,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
+        raise InputError(
             "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
             "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
             "Trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not supported"
@@ -81,7 +82,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         }
         if output_attentions:
             if self.config._attn_implementation != "eager":
-                raise ValueError(
+                raise InputError(
                     f"output_attentions=True: attn_implementation={self.config._attn_implementation!r} computes no "
                     "attention weights; call model.set_attn_implementation('eager')"
                 )

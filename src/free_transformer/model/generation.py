@@ -18,6 +18,7 @@ from .compat import (
     create_masks_for_generate,
 )
 from .configuration import FreeTransformerConfig
+from .errors import InputError, NotSupported
 from .layout import num_plans
 from .plan import PlanPrior, as_plan
 from .sampling import (
@@ -93,7 +94,7 @@ class PlanGenerationMixin(GenerationHooks):
             _check_prompt(prompt, self.config.vocab_size)
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         if len(caches) > 1:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+            raise InputError("cache and past_key_values are two names of one argument: give one of them")
         state = PlanState(prompt_plan=prompt_plan, prior=prior)
         if plan is not None:
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -105,7 +106,7 @@ class PlanGenerationMixin(GenerationHooks):
             if plan is None and cache.get_seq_length() > 0:
                 held = cache.state if isinstance(cache, PlanCache) else None
                 if held is None:
-                    raise ValueError("the cache was written under a plan that it does not hold: give it too, plan=...")
+                    raise InputError("the cache was written under a plan that it does not hold: give it too, plan=...")
                 state.plan = held.plan
         elif prompt is not None:
             inputs, kwargs = self._padded_on_the_left(prompt, inputs, kwargs)
@@ -121,7 +122,7 @@ class PlanGenerationMixin(GenerationHooks):
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: the continuous batching of `transformers` keeps no plan for its requests."""
-        raise NotImplementedError(
+        raise NotSupported(
             "generate_batch: the continuous batching of transformers has no place for a plan. Use generate with a "
             "padded batch, or `free-transformer serve`, which batches requests continuously"
         )
@@ -179,14 +180,14 @@ class PlanGenerationMixin(GenerationHooks):
             return kwargs.get(name, getattr(config, name, None))
 
         if (setting("num_beams") or 1) > 1:
-            raise ValueError(f"num_beams={setting('num_beams')}: beams reorder the cache but not the plans; use 1")
+            raise InputError(f"num_beams={setting('num_beams')}: beams reorder the cache but not the plans; use 1")
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
             if setting(name):
-                raise ValueError(f"{name}: this crops the cache but not the plans; generate without an assistant")
+                raise InputError(f"{name}: this crops the cache but not the plans; generate without an assistant")
         if setting("prefill_chunk_size"):
-            raise ValueError("prefill_chunk_size: the encoder reads a prompt whole, so it cannot be read in chunks")
+            raise InputError("prefill_chunk_size: the encoder reads a prompt whole, so it cannot be read in chunks")
         if setting("guidance_scale") not in (None, 1):
-            raise ValueError(
+            raise InputError(
                 f"guidance_scale={setting('guidance_scale')}: the unconditional branch of the guidance has no plan; "
                 "leave it out, and give a plan to steer the text"
             )
@@ -210,7 +211,7 @@ def _check_sampling(kwargs: dict[str, Any]) -> None:
 
 def _check_prompt(prompt: Tensor, vocab_size: int) -> None:
     if prompt.ndim != 2 or prompt.numel() == 0:
-        raise ValueError(
+        raise InputError(
             f"tokens of shape {tuple(prompt.shape)}: (B, T) is needed, at least one token per row; an empty prompt is "
             "the begin-of-text token alone"
         )

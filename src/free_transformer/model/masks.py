@@ -8,6 +8,7 @@ from torch import Tensor
 from .attention import takes_boundaries
 from .compat import Cache, create_causal_mask, is_flash_attention_requested
 from .configuration import FreeTransformerConfig
+from .errors import InputError
 from .layout import PlanLayout, find_boundaries, same_document
 
 # A mask for the layers, and arguments of the attention backend that replace one.
@@ -29,7 +30,7 @@ def token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int
     if attention_mask.dim() == 2:
         if attention_mask.shape[1] != past + tokens:
             cached = f" ({past} of them in the cache)" if past else ""
-            raise ValueError(
+            raise InputError(
                 f"attention_mask of shape {tuple(attention_mask.shape)}: ({batch}, {past + tokens}) is needed, a "
                 f"column for each token{cached}"
             )
@@ -41,7 +42,7 @@ def token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int
     elif attention_mask.dim() == 4:
         return None
     else:
-        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: 2 or 4 dimensions are needed")
+        raise InputError(f"attention_mask of shape {tuple(attention_mask.shape)}: 2 or 4 dimensions are needed")
     if torch.compiler.is_compiling():  # which cannot ask for values
         return mask
     return None if mask.all() else mask
@@ -79,7 +80,7 @@ def mask_of_layout(
     inside = None
     if layout.token_mask is not None or layout.token_document is not None:
         if is_flash_attention_requested(config):
-            raise ValueError(
+            raise InputError(
                 f"attn_implementation={config._attn_implementation!r} takes no packed rows with padding inside a "
                 "document; call model.set_attn_implementation('sdpa')"
             )
@@ -91,7 +92,7 @@ def mask_of_layout(
 def mask_of_backend(config: FreeTransformerConfig, mask: Tensor, hidden_states: Tensor) -> Tensor:
     """A mask of four dimensions in the form that the attention backend takes."""
     if is_flash_attention_requested(config):
-        raise ValueError(
+        raise InputError(
             f"attention_mask of shape {tuple(mask.shape)}: attn_implementation={config._attn_implementation!r} takes "
             "masks of two dimensions only; call model.set_attn_implementation('sdpa')"
         )

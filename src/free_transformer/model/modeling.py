@@ -27,6 +27,7 @@ from .compat import Cache, create_causal_mask
 from .configuration import FreeTransformerConfig
 from .decoder import Decoder, Initialization
 from .encoder import PlanEncoder
+from .errors import InputError
 from .generation import PlanGenerationMixin
 from .layers import Head, is_observed
 from .layout import PlanLayout, is_packed, num_plans, plan_layout, plan_of_rank, plan_to_token, token_ranks
@@ -66,7 +67,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
         if encoder is None and config.encoder_class is not None:
-            raise ValueError(f"this model has an encoder of its own: give it, encoder={config.encoder_class}(...)")
+            raise InputError(f"this model has an encoder of its own: give it, encoder={config.encoder_class}(...)")
         if encoder is not None:  # the caller's configuration stays as it is
             config = copy.deepcopy(config)
             config.encoder_class = type(encoder).__qualname__
@@ -147,7 +148,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
             ValueError: for arguments that contradict each other, and a cache of tokens whose plan is not known.
         """
         if past_key_values is not None and cache is not None:
-            raise ValueError(
+            raise InputError(
                 f"cache and past_key_values are two names of one argument: give one of them ({NO_PREFIX_TUNING})"
             )
         check_loss_arguments(labels, num_items_in_batch, skip_logits)
@@ -213,7 +214,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         batch, tokens = hidden_states.shape[:2]
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and getattr(cache, "packed", False):
-            raise ValueError("cache: it holds packed rows of several documents, which cannot be continued")
+            raise InputError("cache: it holds packed rows of several documents, which cannot be continued")
         token_plan = None
         if layout is not None:
             check_layout(layout, (batch, tokens), past, attention_mask, position_ids)
@@ -252,7 +253,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
     def encode(self, lower: LowerOutput) -> Tensor:
         """The posterior's logits, (B, P, H), from the output of the first lower."""
         if lower.layout is None:
-            raise ValueError(
+            raise InputError(
                 f"mode='training' takes no cache that holds tokens: the encoder reads whole texts ({NO_PREFIX_TUNING})"
             )
         arguments: dict[str, Any] = {}
@@ -263,7 +264,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         logits = self.encoder(lower.hidden_states, **arguments)
         expected = (*lower.layout.plan_mask.shape, self.config.latent_dim)
         if logits.shape != expected:
-            raise ValueError(f"the encoder returned logits of shape {tuple(logits.shape)}, (B, P, H) is {expected}")
+            raise InputError(f"the encoder returned logits of shape {tuple(logits.shape)}, (B, P, H) is {expected}")
         return logits
 
     def upper_layers(
@@ -344,7 +345,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         if inputs_embeds is not None and input_ids is None:
             return inputs_embeds
         if input_ids is None or inputs_embeds is not None:
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise InputError("give either input_ids or inputs_embeds")
         return self.model.embed_tokens(input_ids)
 
     def _upper_states(self, lower: LowerOutput, plan_vectors: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .errors import InputError
 from .losses import kl_bits
 from .plan_text import parse_plan
 from .sampling import PRIORS, check_choice
@@ -26,7 +27,7 @@ UNIFORM_SHARE = 0.01  # of the aggregate prior, so that no plan is impossible
 def bits_to_codes(bits: Tensor) -> Tensor:
     """(..., H) bool or 0/1 -> (...) int64, bit 0 the least significant. `ValueError` above 63 bits."""
     if bits.shape[-1] > MAX_CODE_BITS_INT64:
-        raise ValueError(f"{bits.shape[-1]} bits do not fit an int64 code: at most {MAX_CODE_BITS_INT64}")
+        raise InputError(f"{bits.shape[-1]} bits do not fit an int64 code: at most {MAX_CODE_BITS_INT64}")
     powers = 1 << torch.arange(bits.shape[-1], device=bits.device)  # AOTInductor gets `2 **` wrong (PyTorch 2.13)
     return (bits.long() * powers).sum(-1)
 
@@ -34,9 +35,9 @@ def bits_to_codes(bits: Tensor) -> Tensor:
 def codes_to_bits(codes: Tensor, num_bits: int) -> Tensor:
     """(...) integers in [0, 2^num_bits) -> (..., num_bits) bool, bit 0 the least significant."""
     if num_bits > MAX_CODE_BITS_INT64:
-        raise ValueError(f"{num_bits} bits do not fit an int64 code: at most {MAX_CODE_BITS_INT64}")
+        raise InputError(f"{num_bits} bits do not fit an int64 code: at most {MAX_CODE_BITS_INT64}")
     if codes.numel() and (codes.min() < 0 or codes.max() > 2**num_bits - 1):
-        raise ValueError(f"codes from {codes.min()} to {codes.max()}: {num_bits} bits hold 0 to {2**num_bits - 1}")
+        raise InputError(f"codes from {codes.min()} to {codes.max()}: {num_bits} bits hold 0 to {2**num_bits - 1}")
     return (codes.long()[..., None] >> torch.arange(num_bits, device=codes.device)) % 2 == 1
 
 
@@ -56,25 +57,25 @@ def as_plan(plan: Tensor | str | Sequence[str], batch_size: int, latent_dim: int
     elif isinstance(plan, list | tuple) and plan and all(isinstance(each, str) for each in plan):
         rows = [parse_plan(each, latent_dim) for each in plan]
         if len({len(each) for each in rows}) > 1:
-            raise ValueError(
+            raise InputError(
                 f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; give as many"
             )
         plan = torch.stack(rows)
     try:
         plan = torch.as_tensor(plan)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"plan of type {type(plan).__name__}: give bits, (P, {latent_dim}), or a text such as '0110'"
         ) from error
     if plan.ndim == 2:
         plan = plan.expand(batch_size, -1, -1)
     if plan.ndim != 3 or plan.shape[0] != batch_size or plan.shape[2] != latent_dim or plan.shape[1] == 0:
-        raise ValueError(
+        raise InputError(
             f"plan of shape {tuple(plan.shape)}: (P, {latent_dim}) or ({batch_size}, P, {latent_dim}) is needed, "
             f"P plans of {latent_dim} bits for {batch_size} texts"
         )
     if plan.dtype != torch.bool and not ((plan == 0) | (plan == 1)).all():
-        raise ValueError("a plan is made of bits, bool or 0/1; this one holds other values")
+        raise InputError("a plan is made of bits, bool or 0/1; this one holds other values")
     return plan.bool()
 
 
@@ -128,7 +129,7 @@ class PlanPrior(nn.Module):
         check_choice("prior", prior, PRIORS)
         # What is offloaded can be read inside `forward` only.
         if prior == "aggregate" and not self.log_aggregate.is_meta and not self.gathered:
-            raise ValueError("prior='aggregate': this model has gathered none; model.gather_prior(batches) does")
+            raise InputError("prior='aggregate': this model has gathered none; model.gather_prior(batches) does")
         return prior
 
     @torch.no_grad()
@@ -141,7 +142,7 @@ class PlanPrior(nn.Module):
             counts += code_probabilities(p).sum(0) if self.counts_codes else torch.stack([1 - p, p]).sum(1)
             total += len(p)
         if total == 0:
-            raise ValueError("there are no plans to gather a prior from")
+            raise InputError("there are no plans to gather a prior from")
         outcomes = len(counts)
         self.log_aggregate.copy_(((1 - UNIFORM_SHARE) * counts / total + UNIFORM_SHARE / outcomes).log())
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .cache import PlanCache, PlanState
 from .compat import Cache
 from .configuration import FreeTransformerConfig
+from .errors import InputError
 from .layout import num_plans, plan_to_token
 from .outputs import LowerOutput
 from .plan import as_plan
@@ -40,7 +41,7 @@ def known_plans(
     """The plans that the caller gives, or those that the cache was generated under, or none yet."""
     if isinstance(plan, PlanState):
         if plan.plan is None and lower.layout is None:
-            raise ValueError(UNKNOWN_PLAN)
+            raise InputError(UNKNOWN_PLAN)
         return plan
     held = cache.state if isinstance(cache, PlanCache) else None
     if prior is None:
@@ -48,7 +49,7 @@ def known_plans(
     if plan is not None:
         given = as_plan(plan, len(lower.hidden_states), config.latent_dim)
         if prompt_plan is None and given.shape[1] != lower.num_plans:
-            raise ValueError(
+            raise InputError(
                 f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
                 f"(plan_span={config.plan_span!r}): ({lower.num_plans}, {config.latent_dim}) is needed, or "
                 "prompt_plan='prior' to draw those that are missing"
@@ -58,7 +59,7 @@ def known_plans(
         held.prior = prior
         return held
     if lower.layout is None:
-        raise ValueError(UNKNOWN_PLAN)
+        raise InputError(UNKNOWN_PLAN)
     return PlanState(prompt_plan=prompt_plan or "prior", prior=prior)
 
 

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import InputError
+
 if TYPE_CHECKING:  # this module also serves installations without torch
     from torch import Tensor
 
@@ -17,9 +19,9 @@ def parse_bits(text: str, latent_dim: int) -> np.ndarray:
     """
     digits = "".join(text.replace(",", " ").split())
     if set(digits) - {"0", "1"} or not digits:
-        raise ValueError(f"plan {text!r}: write its bits as 0 and 1, bit 0 first")
+        raise InputError(f"plan {text!r}: write its bits as 0 and 1, bit 0 first")
     if len(digits) % latent_dim:
-        raise ValueError(f"plan {text!r} has {len(digits)} bits: a plan of this model has {latent_dim}")
+        raise InputError(f"plan {text!r} has {len(digits)} bits: a plan of this model has {latent_dim}")
     return np.array([digit == "1" for digit in digits]).reshape(-1, latent_dim)
 
 

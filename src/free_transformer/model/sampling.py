@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import InputError
+
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-6  # below, a difference of logits divided by it overflows float32; the result is greedy anyway
 MAX_TOP_K = 2**31 - 1  # more tokens than any vocabulary has
@@ -48,19 +50,19 @@ class Sampling:
 
 def check_temperature(value: Any) -> float:
     if not _is_number(value) or not 0 <= value <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature={value}: 0 (the most likely token) to {MAX_TEMPERATURE:g}")
+        raise InputError(f"temperature={value}: 0 (the most likely token) to {MAX_TEMPERATURE:g}")
     return float(value)
 
 
 def check_top_k(value: Any) -> int:
     if not _is_integer(value) or value < 0:
-        raise ValueError(f"top_k={_shown(value)}: an integer of at least 0 (0 samples from all tokens)")
+        raise InputError(f"top_k={_shown(value)}: an integer of at least 0 (0 samples from all tokens)")
     return int(value)
 
 
 def check_top_p(value: Any) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"top_p={value}: 0 (the most likely token) to 1 (all tokens)")
+        raise InputError(f"top_p={value}: 0 (the most likely token) to 1 (all tokens)")
     return float(value)
 
 
@@ -72,31 +74,31 @@ def check_seed(value: Any) -> int:
         ValueError: for anything but an integer from -2**63 to 2**64 - 1.
     """
     if not _is_integer(value) or not MIN_SEED <= value <= MAX_SEED:
-        raise ValueError(f"seed={_shown(value)}: an integer from -2**63 to 2**64 - 1")
+        raise InputError(f"seed={_shown(value)}: an integer from -2**63 to 2**64 - 1")
     return int(value) % 2**64
 
 
 def check_max_new_tokens(value: Any) -> None:
     if not _is_integer(value) or value < 1:
-        raise ValueError(f"max_new_tokens={_shown(value)}: an integer of at least 1")
+        raise InputError(f"max_new_tokens={_shown(value)}: an integer of at least 1")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """`ValueError` where a setting is not one of the given values."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r}: one of {choices}")
+        raise InputError(f"{name}={value!r}: one of {choices}")
 
 
 def check_plan_count(num_plans: int, plan_span: int | str) -> None:
     """`ValueError` for several plans where one plan covers the whole text."""
     if plan_span == "sequence" and num_plans > 1:
-        raise ValueError(f"{num_plans} plans per text: this model takes one (plan_span='sequence')")
+        raise InputError(f"{num_plans} plans per text: this model takes one (plan_span='sequence')")
 
 
 def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
     """`ValueError` for token ids that the vocabulary does not have."""
     if lowest < 0 or highest >= vocab_size:
-        raise ValueError(f"token ids from {lowest} to {highest}, the vocabulary has 0 to {vocab_size - 1}")
+        raise InputError(f"token ids from {lowest} to {highest}, the vocabulary has 0 to {vocab_size - 1}")
 
 
 def length_warning(length: int, trained: int) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from .modeling import FreeTransformer
 
@@ -43,7 +45,7 @@ def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """
     kind = values.get("model_type", "")
     if kind not in KIN:
-        raise ValueError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(KIN)}")
+        raise InputError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(KIN)}")
     own = CONFIG_MAPPING[kind].from_dict(dict(values))
     adopted = {
         name: value

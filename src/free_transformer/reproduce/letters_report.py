@@ -1,8 +1,8 @@
-"""`letters/report.html`: the paper's picture, and the table that it lacks."""
+"""The report of the letters experiment: tables, the paper's figure, and sample strings."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,10 +11,13 @@ from free_transformer.reporting.report import Report
 from free_transformer.reproduce.letters import GROUP_SIZE, SHOWN_STRINGS, VARIANTS, Result, Variant
 from free_transformer.reproduce.noise import noise_optimum
 
-POSITION_SHARED = 0.75  # a plan carries the place where it shrinks the place's deviation to this share, and
-NOISE_SHARED = 2.0  # the noise where it multiplies the overlap of the `!` by this
-SOUND = 0.9  # generation counts as correct from this share of valid strings on, and
-DRIFT = 1.5  # up to this multiple of the task's rate of `!`: noise anywhere is valid
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POSITION_SHARED = 0.75  # a plan carries the place if sharing it reduces the place's deviation to this share
+NOISE_SHARED = 2.0  # a plan carries the noise if sharing it multiplies the overlap of the `!` by this
+SOUND = 0.9  # generation is correct if at least this share of strings is valid
+DRIFT = 1.5  # and the rate of `!` is at most this multiple of the task's; `!` is valid anywhere
 FOUND = {
     "1_64": "behaves like a plain model",
     "1_8": "carries the place",
@@ -30,37 +33,37 @@ def write_letters_report(results: Sequence[Result], out: Path) -> Path:
     seeds = len({result.seed for result in results})
     report = Report("The letters of the Free Transformer")
     report.paragraph(
-        f"Each model was trained for {results[0].steps} steps on strings of 64 characters: underscores, a run of 8 "
-        f"letters at a random place, and every character replaced by ! with probability 1/16. {seeds} "
-        f"seed{'s' * (seeds > 1)}, means ± standard deviation over seeds."
+        f"Each model was trained for {results[0].steps} steps on strings of 64 characters: underscores and a run of 8 "
+        "letters at a random place, with each character replaced by ! with probability 1/16. Values are means ± "
+        f"standard deviations over {seeds} seed{'s' * (seeds > 1)}."
     )
     report.heading("What a plan carries")
     report.table(*finding_table(results))
-    report.heading("What the strings show")
+    report.heading("Generated strings")
     report.paragraph(
-        f"Groups of {GROUP_SIZE} strings; the strings of a group have one letter, and one plan (shared) or a "
-        f"plan each (independent). The task's rate of ! is {NOISE:.4f}."
+        f"Groups of {GROUP_SIZE} strings. The strings of a group share the letter, and either share one plan (shared) "
+        f"or each have their own (independent). The task's rate of ! is {NOISE:.4f}."
     )
     report.table(*strings_table(results))
     try:
         figure = _figure(results)
         figure.savefig(out / "figure.png", dpi=120)
-        report.figure(figure, "shared against independent plans, mean over seeds")
+        report.figure(figure, "Shared and independent plans, means over seeds")
     except ImportError:
         report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
-    report.heading("What the objective asks of the noise")
+    report.heading("Noise at the minimum of the objective")
     report.paragraph(
-        "The minimum of the objective for the noise alone, with the best decoder there is and no network: what its "
-        "plan saves, and what fair coins then write. Training is on its way there."
+        "The minimum of the objective for the noise alone, computed with an ideal decoder instead of a network: how "
+        "many nats the plan saves, and what is generated from the uniform prior. Training approaches this minimum."
     )
     report.table(*optimum_table())
-    report.heading("What the plan costs, in nats a string")
+    report.heading("Likelihood, in nats per string")
     report.paragraph(
-        f"No model can pass {letters_entropy():.3f} nats, the entropy of the data given the letter. Reconstruction "
-        "has read the string and may not be compared with anything."
+        f"No model can be below {letters_entropy():.3f} nats, the entropy of the data given the letter. Do not compare "
+        "the reconstruction with other columns: its encoder has read the string."
     )
     report.table(*likelihood_table(results))
-    report.heading("The strings")
+    report.heading("Sample strings")
     for variant in VARIANTS:
         first = next(result for result in results if result.variant == variant.name)
         report.heading(variant.title, level=3)
@@ -71,7 +74,7 @@ def write_letters_report(results: Sequence[Result], out: Path) -> Path:
 
 
 def _shown(result: Result) -> list[tuple[str, str]]:
-    titles = {"independent": "a plan each", "shared": "one plan a group"}
+    titles = {"independent": "one plan per string", "shared": "one plan per group"}
     shown = []
     for name, title in titles.items():
         if texts := result.texts.get(name):
@@ -85,11 +88,15 @@ def _of(results: Sequence[Result], variant: Variant) -> list[Result]:
 
 
 def _values(results: Sequence[Result], path: str) -> list[float]:
-    """`path` of each result, as in `shared.place_std`; those that a model without a plan lacks are left out."""
-    values: list[Any] = list(results)
-    for name in path.split("."):
-        values = [getattr(value, name) for value in values if value is not None]
-    return [value for value in values if value is not None]
+    """The attribute `path` of each result, for example `shared.place_std`. Missing values are omitted."""
+    found = []
+    for result in results:
+        value: object = result
+        for name in path.split("."):
+            value = None if value is None else getattr(value, name)
+        if isinstance(value, int | float):
+            found.append(value)
+    return found
 
 
 def _cell(results: Sequence[Result], path: str, digits: int) -> str:
@@ -102,7 +109,7 @@ def _cell(results: Sequence[Result], path: str, digits: int) -> str:
 
 
 def finding_table(results: Sequence[Result]) -> Rows:
-    """The paper's finding beside what is seen here, by thresholds that the header names."""
+    """Header and rows that compare the paper's findings with these results, by the thresholds in the header."""
     rows = []
     for variant in VARIANTS[:-1]:
         here = _of(results, variant)
@@ -125,7 +132,7 @@ def finding_table(results: Sequence[Result]) -> Rows:
 
 
 def _ratio(results: Sequence[Result], name: str) -> np.ndarray:
-    """Under a shared plan against independent ones, of each seed."""
+    """Ratio of a value under shared plans to that under independent plans, for each seed."""
     with np.errstate(invalid="ignore", divide="ignore"):  # no ! anywhere: NaN
         return np.array(_values(results, f"shared.{name}")) / np.array(_values(results, f"independent.{name}"))
 
@@ -135,7 +142,7 @@ def _count(hits: np.ndarray) -> str:
 
 
 def strings_table(results: Sequence[Result]) -> Rows:
-    """Validity and noise of strings under independent plans, and what a shared plan changes."""
+    """Header and rows: validity and noise under independent plans, and the effect of sharing plans."""
     rows = []
     for variant in VARIANTS:
         here = _of(results, variant)
@@ -154,7 +161,7 @@ def strings_table(results: Sequence[Result]) -> Rows:
 
 
 def optimum_table() -> Rows:
-    """Of the models with a plan for every token."""
+    """Header and rows: the optimum of the noise, for the models with one plan per token."""
     rows = []
     for variant in VARIANTS:
         if variant.model and variant.model["plan_span"] == 1:
@@ -162,18 +169,18 @@ def optimum_table() -> Rows:
             overlap = f"{found.overlap_shared:.3f} : {found.overlap_independent:.3f}"
             rate = f"{found.rate:.4f} (× {found.rate / NOISE:.1f})"
             rows.append([variant.title, f"{found.saved:.2f}", rate, overlap])
-    return ["plan", "saved, nats a string", "rate of !", "overlap of the !, shared : independent"], rows
+    return ["plan", "saved, nats per string", "rate of !", "overlap of the !, shared : independent"], rows
 
 
 def likelihood_table(results: Sequence[Result]) -> Rows:
-    """Nats a string."""
+    """Header and rows: losses in nats per string."""
     columns = {
-        "kl": "KL, bits a string",
+        "kl": "KL, bits per string",
         "reconstruction": "reconstruction",
-        "prior": "one plan from the prior",
+        "prior": "plan from the prior",
         "elbo": "ELBO",
         "nll": "NLL, 16 importance-weighted plans",
-        "nll_filter": "NLL, 16 particles (exact for one plan)",
+        "nll_filter": "NLL, 16 particles (exact for one plan per string)",
         "nll_aggregate": "the same, aggregate prior",
     }
     rows = []
@@ -184,7 +191,7 @@ def likelihood_table(results: Sequence[Result]) -> Rows:
     return ["plan", *columns.values()], rows
 
 
-def _figure(results: Sequence[Result]) -> Any:
+def _figure(results: Sequence[Result]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3), layout="constrained")

@@ -1,9 +1,9 @@
 """
-What the objective asks of the noise of the letters task, whatever a network makes of it.
+The minimum of the objective for the noise of the letters task, independent of any network.
 
-A character is `!` with probability 1/16 or it is not. Its plan of H bits has a posterior that is a product over the
-bits, as in the model, and the decoder is the best there is, Bayes' rule. What remains of the objective is a function
-of 2H numbers; its minimum says how much of the noise belongs into the plan, and what fair coins then write.
+Each character is `!` with probability 1/16. Its plan of H bits has a posterior with independent bits, as in the model,
+and the decoder is optimal (Bayes' rule). The objective is then a function of 2H numbers. Its minimum shows how much of
+the noise the plan should carry, and how much noise plans from the uniform prior then generate.
 """
 
 import math
@@ -24,9 +24,10 @@ STARTS, STEPS, RATE = 32, 400, 0.1
 class NoiseOptimum:
     """
     Attributes:
-        saved: nats a string by which the objective falls when the noise is in the plan.
-        rate: of `!` where the plan is drawn from fair coins; the task's is 1/16.
-        overlap_shared, overlap_independent: Jaccard index of the `!` of two strings of one plan, of two plans.
+        saved: decrease of the objective when the plan carries the noise, in nats per string.
+        rate: rate of `!` under plans from the uniform prior. The task's is 1/16.
+        overlap_shared: Jaccard index of the `!` of two strings with the same plan.
+        overlap_independent: Jaccard index of the `!` of two strings with different plans.
     """
 
     saved: float
@@ -36,11 +37,11 @@ class NoiseOptimum:
 
 
 def noise_optimum(free_bits: float, latent_dim: int = 8) -> NoiseOptimum:
-    """The best of `STARTS` descents in float64, for one plan a character; the same for every call."""
+    """Returns the best of `STARTS` gradient descents in float64, for one plan per character. Deterministic."""
     bits = codes_to_bits(torch.arange(2**latent_dim), latent_dim)
     generator = torch.Generator().manual_seed(0)
-    start = 2 * torch.randn(STARTS, 2, latent_dim, dtype=torch.float64, generator=generator)
-    logits = start.requires_grad_()
+    initial = 2 * torch.randn(STARTS, 2, latent_dim, dtype=torch.float64, generator=generator)
+    logits = initial.requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=RATE)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
     with torch.enable_grad():
@@ -64,10 +65,11 @@ def noise_optimum(free_bits: float, latent_dim: int = 8) -> NoiseOptimum:
 def _objective(logits: Tensor, bits: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
     """
     Args:
-        logits: (N, 2, H), posteriors of a character that is no `!` and of one that is; bits: (2^H, H).
+        logits: (N, 2, H), posterior logits of a character that is not `!` and of one that is.
+        bits: (2^H, H) bool, all plans.
 
     Returns:
-        nats a character (N,), and the decoder's probability of `!` under each code, (N, 2^H).
+        the objective in nats per character, (N,), and the decoder's probability of `!` under each code, (N, 2^H).
     """
     weight = torch.tensor([1 - NOISE, NOISE], dtype=logits.dtype)
     log_posterior = F.logsigmoid(torch.where(bits, logits[:, :, None], -logits[:, :, None])).sum(-1)

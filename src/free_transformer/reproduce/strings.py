@@ -1,4 +1,4 @@
-"""What strings of the letters task show of their plan: validity, place of the run, noise; alone and within groups."""
+"""Measures generated strings of the letters task: validity, place of the run, and noise, alone and within groups."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,17 @@ UNDERSCORE, NOISE_MARK = ord("_"), ord("!")
 
 def places_and_validity(strings: np.ndarray, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Where the run of each string is, and whether the task could have written it.
+    Finds the place of the run in each string, and whether the task can produce the string.
 
-    A string is valid where some place explains every character that is no `!`. Otherwise its place is the one that
-    explains the most; the middle one where several do; NaN in a string without its letter.
+    A string is valid if some place explains every character that is not `!`. Its place is the one that explains most
+    characters, the median if there are several, and NaN for a string without its letter.
 
     Args:
-        strings: (N, 64) bytes; letters: (N,) bytes, the letter of each prompt.
+        strings: (N, 64) bytes.
+        letters: (N,) bytes, the letter of each prompt.
 
     Returns:
-        places (N,), validity (N,) bool.
+        places, (N,), and validity, (N,) bool.
     """
     inside = np.zeros((PLACES, LENGTH))
     for place in range(PLACES):
@@ -37,13 +38,14 @@ def places_and_validity(strings: np.ndarray, letters: np.ndarray) -> tuple[np.nd
 @dataclass
 class Groups:
     """
-    Strings of 64 characters in groups, one prompt a group.
+    Measurements of groups of strings of 64 characters; the strings of a group have the same prompt.
 
     Attributes:
-        valid: share that the task could have written; noise_rate: share of `!` (the task's is 1/16 = 0.0625).
-        place_std: standard deviation of the place within a group, mean over groups, 16.5 where it is uniform.
-        place_mode: share of a group at its commonest place.
-        noise_overlap: Jaccard index of the places of `!` of two strings of a group.
+        valid: share of strings that the task can produce.
+        noise_rate: share of `!` among the characters. The task's is 1/16 = 0.0625.
+        place_std: standard deviation of the place within a group, mean over groups. 16.5 for uniform places.
+        place_mode: share of a group at its most common place, mean over groups.
+        noise_overlap: Jaccard index of the positions of `!` of two strings of a group, mean over pairs and groups.
     """
 
     valid: float
@@ -54,7 +56,7 @@ class Groups:
 
 
 def measure_groups(strings: np.ndarray, letters: np.ndarray, group_size: int) -> Groups:
-    """`strings`: (N, 64) bytes, `letters`: (N,), groups of `group_size` one behind the other."""
+    """Measures `strings`, (N, 64) bytes, with `letters`, (N,) bytes, in consecutive groups of `group_size`."""
     places, valid = places_and_validity(strings, letters)
     stds, modes = [], []
     for group in places.reshape(-1, group_size):
@@ -73,7 +75,7 @@ def measure_groups(strings: np.ndarray, letters: np.ndarray, group_size: int) ->
 
 
 def _overlap(noise: np.ndarray) -> float:
-    """Mean Jaccard index of all pairs of rows, (N, 64) bool; pairs without any `!` left out."""
+    """Mean Jaccard index of all pairs of rows, (N, 64) bool. Pairs without any `!` are ignored."""
     both = noise.astype(float) @ noise.T
     either = noise.sum(1)[:, None] + noise.sum(1)[None] - both
     pairs = np.triu(either > 0, 1)
@@ -81,7 +83,7 @@ def _overlap(noise: np.ndarray) -> float:
 
 
 def prompts(groups: int, group_size: int, begin: int, seed: int) -> Tensor:
-    """(groups · group_size, 3) tokens: begin-of-text, a letter, `>`; one letter a group."""
+    """Samples prompts, (groups · group_size, 3) tokens: begin-of-text, a letter, `>`. Each group has one letter."""
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(LETTERS.encode(), np.uint8)[rng.integers(len(LETTERS), size=groups)]
     rows = [[begin, int(letter), ord(">")] for letter in letters]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from free_transformer.files import write_text
 from free_transformer.reporting.report import COMPARABLE, nll_method
 from free_transformer.runs.monitor import VALIDATION_SAMPLES, Watcher
-from free_transformer.settings.stages import stages_of
+from free_transformer.settings.curriculum import stages_of
 
 if TYPE_CHECKING:
     from free_transformer.runs.run import Run

@@ -8,7 +8,7 @@ from typing import Any
 
 from free_transformer.evaluation.usage import ADVICE, SPENT_SHARE
 from free_transformer.settings import Settings
-from free_transformer.settings.stages import stages_of
+from free_transformer.settings.curriculum import stages_of
 
 VALIDATION_SAMPLES = 4  # plans per text, for the NLL of a validation
 WINDOW = 10  # lines of metrics that a figure is judged by
@@ -150,7 +150,7 @@ class Watcher:
         value = _with_unit(self.validation["loss"], "nats per token", 4)
         best = f"best {self.best[0]:.4f} at step {self.best[1]}"
         if self.since_best >= 3:
-            stop = "stop (training.early_stopping), or more text"
+            stop = "stop (evaluation.early_stopping), or more text"
             return Reading(label, value, f"{best}, no better for {self.since_best} validations: {stop}", alarm=True)
         return Reading(label, value, f"{best}; the number to go by, train on while it falls")
 

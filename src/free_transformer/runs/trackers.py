@@ -1,4 +1,4 @@
-"""Where the lines of `metrics.jsonl` go besides: TensorBoard, Weights & Biases, trackio."""
+"""Trackers: TensorBoard, Weights & Biases and trackio receive the lines of `metrics.jsonl`."""
 
 import contextlib
 import importlib.util
@@ -6,58 +6,66 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
-from typing import Protocol
 
+from free_transformer.errors import MissingDependency
 from free_transformer.files import write_text
 from free_transformer.runs.run import Run
-from free_transformer.settings import Settings, SettingsError
+from free_transformer.runs.subscribers import MetricsUpdate, MetricValue, Subscriber
+from free_transformer.settings import Settings
 
 
-class Tracker(Protocol):
-    """Takes numbers, and texts such as advice, by name and step."""
+class Tracker(Subscriber):
+    """Base class of trackers, which log numbers, and text such as advice, by name and step."""
 
-    def log(self, step: int, values: Mapping[str, float | str]) -> None: ...
+    def metrics(self, update: MetricsUpdate) -> None:
+        if values := update.values:
+            self.log(update.step, {f"{update.split}/{name}": _plain(value) for name, value in values.items()})
 
-    def close(self) -> None: ...
+    def log(self, step: int, values: Mapping[str, MetricValue]) -> None:
+        raise NotImplementedError
+
+
+def _plain(value: MetricValue) -> MetricValue:
+    return value if isinstance(value, str) else float(value)
 
 
 def open_trackers(run: Run, settings: Settings, resumed: int | None) -> list[Tracker]:
     """
-    Those that `settings.logging` asks for, see `check_trackers`. TensorBoard is left out where it is not installed.
+    The trackers that `settings.logging` selects. TensorBoard is left out if it is not installed.
 
     Args:
-        resumed: the step of the checkpoint that was loaded, None for a new run.
+        resumed: step of the checkpoint that was loaded, None for a new run.
     """
     logging, trackers = settings.logging, list[Tracker]()
     if logging.tensorboard:
         with contextlib.suppress(ImportError):
             trackers.append(TensorBoard(run, resumed))
     if logging.wandb:
-        trackers.append(WandB(run, settings, resumed is not None))
+        trackers.append(WandB(run, settings, resumed))
     if logging.trackio:
-        trackers.append(Trackio(run, settings, resumed is not None))
+        trackers.append(Trackio(run, settings, resumed))
     return trackers
 
 
 def check_trackers(settings: Settings) -> None:
-    """`SettingsError` where one that is asked for is not installed."""
+    """Raises `MissingDependency` if a selected tracker is not installed."""
     for name in ("wandb", "trackio"):
         if getattr(settings.logging, name) and importlib.util.find_spec(name) is None:
-            raise SettingsError(
+            raise MissingDependency(
                 f"logging.{name}=true: {name} is not installed; pip install 'free-transformer-lm[{name}]', or "
                 f"logging.{name}=false"
             )
 
 
-class TensorBoard:
-    """Steps after `resumed`, which an interrupted training has logged, are purged, so that none is shown twice."""
+class TensorBoard(Tracker):
+    """Purges the steps after `resumed` that an interrupted training logged, so that no step is shown twice."""
 
     def __init__(self, run: Run, resumed: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=(resumed or 0) + 1)
 
-    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+    def log(self, step: int, values: Mapping[str, MetricValue]) -> None:
         for name, value in values.items():
             if isinstance(value, str):
                 self.writer.add_text(name, value, step)
@@ -68,14 +76,14 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """Its own settings are in the environment, as WANDB_MODE=offline. What it writes here goes to RUN/wandb/."""
+class WandB(Tracker):
+    """Reads its own settings from the environment, such as WANDB_MODE=offline, and writes to RUN/wandb/."""
 
-    def __init__(self, run: Run, settings: Settings, resumed: bool):
+    def __init__(self, run: Run, settings: Settings, resumed: int | None):
         import wandb
 
-        name_file = run.path / "wandb_id.txt"  # so that a run that goes on is one run there too
-        if not resumed or not name_file.is_file():
+        name_file = run.path / "wandb_id.txt"  # a resumed run keeps its id, so that W&B shows one run
+        if resumed is None or not name_file.is_file():
             write_text(name_file, uuid.uuid4().hex[:8])
         os.environ.setdefault("WANDB_SILENT", "true")
         self.run = wandb.init(
@@ -87,29 +95,29 @@ class WandB:
             config=settings.model_dump(mode="json"),
         )
 
-    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+    def log(self, step: int, values: Mapping[str, MetricValue]) -> None:
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
-class Trackio:
-    """Keeps the numbers on this machine; `trackio show` shows them."""
+class Trackio(Tracker):
+    """Keeps the numbers on this machine. `trackio show` displays them."""
 
-    def __init__(self, run: Run, settings: Settings, resumed: bool):
+    def __init__(self, run: Run, settings: Settings, resumed: int | None):
         import trackio
 
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is the command's own
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command
             self.run = trackio.init(
                 project=settings.logging.project,
                 name=run.path.name,
-                resume="allow" if resumed else "never",
+                resume="never" if resumed is None else "allow",
                 config=settings.model_dump(mode="json"),
                 auto_log_cpu=False,
             )
 
-    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+    def log(self, step: int, values: Mapping[str, MetricValue]) -> None:
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:

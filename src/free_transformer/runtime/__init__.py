@@ -1,1 +1,1 @@
-"""What runs where torch is not installed: ONNX exports and their plans, with NumPy alone."""
+"""Runs where torch is not installed: ONNX exports and their plans, with NumPy alone."""

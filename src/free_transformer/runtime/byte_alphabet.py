@@ -1,8 +1,10 @@
-"""The bytes of a text, and the characters that byte-level tokenizers have for bytes."""
+"""UTF-8 bytes, and the characters that byte-level tokenizers use for them."""
+
+from free_transformer.errors import InputError
 
 
 def byte_alphabet() -> list[str]:
-    """The character that `ByteLevel` writes for each byte: itself if printable in Latin-1, else one from U+0100 on."""
+    """The character that `ByteLevel` uses for each byte: itself if printable in Latin-1, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -13,7 +15,7 @@ def utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise InputError(
             f"the text is not valid UTF-8: character {error.start} is the lone surrogate {text[error.start]!r}; "
             "give text that is encoded in UTF-8"
         ) from error

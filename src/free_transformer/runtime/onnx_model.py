@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from free_transformer.errors import InputError, MissingDependency, RunError
 from free_transformer.files import first_line
 from free_transformer.model.sampling import (
     PRIORS,
@@ -61,7 +62,7 @@ class OnnxFreeTransformer:
     ):
         self.folder = Path(folder)
         if not (self.folder / EXPORT_FILE).is_file():
-            raise ValueError(f"{folder}: no export (it has no {EXPORT_FILE}); free-transformer export writes one")
+            raise InputError(f"{folder}: no export (it has no {EXPORT_FILE}); free-transformer export writes one")
         self.export = self._read_json(EXPORT_FILE, "static")
         self.config = self._read_json("config.json", "latent_dim", "plan_span", "vocab_size", "max_position_embeddings")
         has_generation_config = (self.folder / "generation_config.json").is_file()
@@ -100,7 +101,7 @@ class OnnxFreeTransformer:
         if name == "uniform":
             return None
         if self._log_aggregate is None:
-            raise ValueError("prior='aggregate': the exported model had gathered none")
+            raise InputError("prior='aggregate': the exported model had gathered none")
         return self._log_aggregate
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
@@ -168,7 +169,7 @@ class OnnxFreeTransformer:
             logits = texts.read(tokens)
             chosen = draw(logits, temperatures, top_ks, top_ps, rng.random(len(logits)))
             if (chosen == NO_TOKEN).any():
-                raise RuntimeError(f"{self.folder}: the model's logits are NaN or infinite")
+                raise RunError(f"{self.folder}: the model's logits are NaN or infinite")
             if ended.any():
                 chosen = np.where(ended, self._padding(end), chosen)
             yield chosen
@@ -195,11 +196,11 @@ class OnnxFreeTransformer:
 
         file = self.folder / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(f"{self.folder}: no tokenizer was exported; use generate with tokens")
+            raise InputError(f"{self.folder}: no tokenizer was exported; use generate with tokens")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # `tokenizers` raises plain exceptions
-            raise ValueError(f"{file}: cannot be read as a tokenizer ({first_line(error)})") from error
+            raise InputError(f"{file}: cannot be read as a tokenizer ({first_line(error)})") from error
         check_vocabulary(tokenizer, self.config["vocab_size"], file)
         tokenizer.encode_special_tokens = True  # what looks like a special token is text like any other
         return tokenizer
@@ -231,7 +232,7 @@ class OnnxFreeTransformer:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class
-            raise RuntimeError(f"{self.folder / graph}.onnx: onnxruntime failed ({first_line(error)})") from error
+            raise RunError(f"{self.folder / graph}.onnx: onnxruntime failed ({first_line(error)})") from error
         return binding.get_outputs()
 
     def read_in_pieces(self, input_ids: np.ndarray, attention_mask: np.ndarray, plan: np.ndarray) -> np.ndarray:
@@ -279,7 +280,7 @@ class OnnxFreeTransformer:
                 model = file.read_bytes()
                 self._sessions[graph] = onnxruntime.InferenceSession(model, options, providers=self._providers)
             except Exception as error:  # onnxruntime's errors have no common class
-                raise ValueError(f"{file}: cannot be loaded by onnxruntime ({first_line(error)})") from error
+                raise InputError(f"{file}: cannot be loaded by onnxruntime ({first_line(error)})") from error
         return self._sessions[graph]
 
     def _read_json(self, name: str, *needed: str) -> dict[str, Any]:
@@ -288,16 +289,16 @@ class OnnxFreeTransformer:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
+            raise InputError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
         missing = [key for key in needed if not isinstance(values, dict) or key not in values]
         if missing:
-            raise ValueError(f"{file}: {', '.join(missing)} is missing; export the model again")
+            raise InputError(f"{file}: {', '.join(missing)} is missing; export the model again")
         return values
 
     def _check_file(self, graph: str) -> Path:
         file = self.folder / f"{graph}.onnx"
         if not file.is_file():
-            raise ValueError(f"{file}: missing; copy it too, or export the model again")
+            raise InputError(f"{file}: missing; copy it too, or export the model again")
         return file
 
     def _complete_plan(
@@ -338,7 +339,7 @@ class OnnxFreeTransformer:
             return tokens, mask
         batch, length = self.static
         if len(tokens) > batch or longest > length:
-            raise ValueError(
+            raise InputError(
                 f"{len(tokens)} texts of {longest} tokens: this export was made for {batch} of {length} (--static)"
             )
         padding = ((0, 0), (length - tokens.shape[1], 0))
@@ -360,7 +361,7 @@ class OnnxFreeTransformer:
         begin = self._special("bos_token_id")
         begin = [begin] if begin is not None else self.ends()[:1]
         if not begin:
-            raise ValueError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
+            raise InputError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
         return begin[0]
 
     def ends(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
@@ -412,13 +413,13 @@ def _checked_providers(providers: Sequence[Provider]) -> list[Provider]:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("an exported model is run by onnxruntime: pip install onnxruntime") from error
+        raise MissingDependency("an exported model is run by onnxruntime: pip install onnxruntime") from error
     available = onnxruntime.get_available_providers()
     if not providers:
-        raise ValueError(f"providers=[]: name at least one provider of {', '.join(available)}")
+        raise InputError(f"providers=[]: name at least one provider of {', '.join(available)}")
     for provider in providers:
         if _name(provider) not in available:
-            raise ValueError(f"provider {_name(provider)!r}: this onnxruntime has {', '.join(available)}")
+            raise InputError(f"provider {_name(provider)!r}: this onnxruntime has {', '.join(available)}")
     return list(providers)
 
 

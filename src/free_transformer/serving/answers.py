@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from free_transformer.errors import InputError
 from free_transformer.model.plan_text import format_bits, parse_bits
 from free_transformer.model.sampling import Sampling, check_plan_count, check_token_ids
 from free_transformer.serving.batch import Batch, TokenScore
@@ -38,9 +39,9 @@ def completion_jobs(request: CompletionRequest, batch: Batch, limits: Limits) ->
         ValueError: for what this model cannot do, or the limits do not allow.
     """
     if request.best_of not in (None, request.n):
-        raise ValueError(f"best_of={request.best_of}: only n ({request.n}) is supported; leave it out")
+        raise InputError(f"best_of={request.best_of}: only n ({request.n}) is supported; leave it out")
     if request.max_tokens == 0 and not request.echo:
-        raise ValueError("max_tokens=0: at least 1, or 0 with echo, which returns the prompt")
+        raise InputError("max_tokens=0: at least 1, or 0 with echo, which returns the prompt")
     prompts = _prompts(request.prompt)
     _check_count(len(prompts), request.n, limits)
     base = _base(request, batch)
@@ -71,7 +72,7 @@ def chat_jobs(request: ChatRequest, batch: Batch, limits: Limits) -> list[Job]:
             message["content"] = "".join(part["text"] for part in message["content"])
     tokens = batch.encode_chat(batch.chat.render(messages), limits.prompt)
     if not tokens:
-        raise ValueError("messages: the chat template makes an empty prompt of them")
+        raise InputError("messages: the chat template makes an empty prompt of them")
     _check_prompt(tokens, batch, limits)
     new = request.max_completion_tokens or request.max_tokens
     if new is None:
@@ -93,7 +94,7 @@ def _jobs(
 def _base(request: GenerationRequest, batch: Batch) -> dict[str, Any]:
     """What all texts of a request have in common."""
     if request.plan is not None and request.plan_from is not None:
-        raise ValueError("plan: give plan or plan_from, not both")
+        raise InputError("plan: give plan or plan_from, not both")
     batch.prior(request.prior)
     example = None
     if request.plan_from is not None:
@@ -132,7 +133,7 @@ def _prompts(prompt: Any) -> list[Any]:
 
 def _check_count(prompts: int, each: int, limits: Limits) -> None:
     if prompts * each > limits.texts:
-        raise ValueError(
+        raise InputError(
             f"prompt: {prompts * each} texts in one request, this server takes at most {limits.texts}; send fewer "
             "prompts at a time, or a smaller n"
         )
@@ -150,18 +151,18 @@ def _encoded(prompts: Sequence[Any], batch: Batch, limits: Limits) -> list[list[
 
 def _check_prompt(tokens: list[int], batch: Batch, limits: Limits) -> None:
     if len(tokens) > limits.prompt:
-        raise ValueError(f"prompt: more than {limits.prompt} tokens, the most that this server reads")
+        raise InputError(f"prompt: more than {limits.prompt} tokens, the most that this server reads")
     try:
         check_token_ids(min(tokens), max(tokens), batch.vocab_size)
     except ValueError as error:
-        raise ValueError(f"prompt: {error}") from error
+        raise InputError(f"prompt: {error}") from error
 
 
 def _check_length(prompt: int, new: int, limits: Limits, both: int) -> None:
     if new > limits.new:
-        raise ValueError(f"max_tokens={new}: this server generates at most {limits.new}")
+        raise InputError(f"max_tokens={new}: this server generates at most {limits.new}")
     if prompt + new > both:
-        raise ValueError(
+        raise InputError(
             f"max_tokens={new} after a prompt of {prompt} tokens: this server holds at most {both} tokens of a text"
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from free_transformer.errors import InputError
 from free_transformer.model.sampling import Sampling
 from free_transformer.runtime.arrays import check_vocabulary, draw, sample_prior
 from free_transformer.serving.chat import ChatTemplate
@@ -101,7 +102,7 @@ class Batch(ABC):
         logits.append(self.step([self.begin]))
         self.remove(0)
         if not all(np.isfinite(np.asarray(each)).all() for each in logits):
-            raise ValueError(f"{NOT_FINITE}: its weights are damaged, or its precision too low")
+            raise InputError(f"{NOT_FINITE}: its weights are damaged, or its precision too low")
 
     @abstractmethod
     def reset(self) -> None:
@@ -226,7 +227,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """In double precision. `ValueError` for logits that are NaN or infinite."""
     logits = np.asarray(logits, dtype=np.float64)
     if not np.isfinite(logits).all():
-        raise ValueError(NOT_FINITE)
+        raise InputError(NOT_FINITE)
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
@@ -244,5 +245,5 @@ def token_scores(log_probs: np.ndarray, tokens: Sequence[int], top: int) -> list
 def checked_length(length: int | None, trained: int) -> int:
     """Tokens of a text: `length`, or what the model was built for, at most 2,048. `ValueError` beyond the model's."""
     if length is not None and not 2 <= length <= trained:
-        raise ValueError(f"max_length={length}: from 2 to {trained} tokens, for which the model was built")
+        raise InputError(f"max_length={length}: from 2 to {trained} tokens, for which the model was built")
     return min(trained, DEFAULT_MAX_LENGTH) if length is None else length

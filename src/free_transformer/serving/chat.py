@@ -11,6 +11,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from free_transformer.errors import InputError
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -44,7 +46,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(template)
         except TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template cannot be read: {error}") from error
+            raise InputError(f"the tokenizer's chat template cannot be read: {error}") from error
         self.special_tokens = {name: str(special_tokens[name]) for name in SPECIAL_TOKENS if special_tokens.get(name)}
 
     @classmethod
@@ -77,7 +79,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
         except Exception as error:  # a template is a program: its errors have no common class
-            raise ValueError(f"messages: the model's chat template refuses them ({error})") from error
+            raise InputError(f"messages: the model's chat template refuses them ({error})") from error
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

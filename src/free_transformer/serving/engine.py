@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from free_transformer.errors import InputError, RunError
 from free_transformer.files import first_line
 from free_transformer.model.sampling import Sampling
 from free_transformer.runtime.arrays import NO_TOKEN, sample_prior
@@ -30,11 +31,11 @@ RECOVERY_SECONDS = 5  # between attempts to start a failed engine again
 log = logging.getLogger(__name__)
 
 
-class QueueFull(RuntimeError):
+class QueueFull(RunError):
     """More texts would wait than may."""
 
 
-class Stopping(RuntimeError):
+class Stopping(RunError):
     """The server is shutting down, or its engine has failed, and takes no new texts."""
 
 
@@ -172,7 +173,7 @@ class Engine:
             try:
                 batch.warm_up()
             except RuntimeError as error:
-                raise ValueError(f"the first tokens could not be generated: {first_line(error)}") from error
+                raise InputError(f"the first tokens could not be generated: {first_line(error)}") from error
             built.set_result(batch)
         except BaseException as error:
             built.set_exception(error)
@@ -199,7 +200,7 @@ class Engine:
                 self._admit()
                 self._step()
                 if batch.rows != len(self._texts):
-                    raise RuntimeError(f"{batch.rows} rows for {len(self._texts)} texts")
+                    raise RunError(f"{batch.rows} rows for {len(self._texts)} texts")
             except Exception as error:
                 self._fail(error)
             self._deliver()

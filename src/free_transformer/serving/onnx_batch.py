@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from free_transformer.errors import InputError
 from free_transformer.model.sampling import Sampling
 from free_transformer.runtime.onnx_model import OnnxFreeTransformer
 from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length, sample_rows
@@ -29,7 +30,7 @@ class OnnxBatch(Batch):
 
     def __init__(self, model: OnnxFreeTransformer, max_rows: int = 8, max_length: int | None = None):
         if model.static is not None:
-            raise ValueError(f"{model.folder}: made for fixed sizes; a server needs an export without --static")
+            raise InputError(f"{model.folder}: made for fixed sizes; a server needs an export without --static")
         config = model.config
         super().__init__(
             model.tokenizer,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
+from free_transformer.errors import InputError
 from free_transformer.model.sampling import check_seed, check_temperature, check_top_k, check_top_p
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
@@ -90,7 +91,7 @@ class GenerationRequest(_Body):
         stops = [value] if isinstance(value, str) else value
         fits = isinstance(stops, list) and len(stops) <= MAX_STOPS and {*map(type, stops)} <= {str}
         if not fits or any(not 1 <= len(each) <= MAX_STOP_LENGTH for each in stops):
-            raise ValueError(
+            raise InputError(
                 f"stop: up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty"
             )
         return stops
@@ -105,13 +106,13 @@ class GenerationRequest(_Body):
             and all(_types(row) == {int} and {*row} <= {0, 1} for row in rows)
         ):
             return value
-        raise ValueError(PLAN)
+        raise InputError(PLAN)
 
     @field_validator("logit_bias", "presence_penalty", "frequency_penalty")
     @classmethod
     def _not_supported(cls, value: Any) -> Any:
         if value:
-            raise ValueError("not supported by this server; leave it out")
+            raise InputError("not supported by this server; leave it out")
         return value
 
 
@@ -144,19 +145,19 @@ class CompletionRequest(GenerationRequest):
         if isinstance(value, str) or _types(value) in ({str}, {int}):
             return value
         if value == []:
-            raise ValueError("prompt: an empty list; give a text, '' to begin from nothing")
+            raise InputError("prompt: an empty list; give a text, '' to begin from nothing")
         if _types(value) == {list} and len(value) <= MAX_ROWS:
             if [] in value:
-                raise ValueError("prompt: no tokens; begin with the one that begins a text")
+                raise InputError("prompt: no tokens; begin with the one that begins a text")
             if all(_types(row) == {int} for row in value):
                 return value
-        raise ValueError(PROMPT)
+        raise InputError(PROMPT)
 
     @field_validator("suffix")
     @classmethod
     def _no_suffix(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("not supported by this server; leave it out")
+            raise InputError("not supported by this server; leave it out")
         return value
 
 
@@ -198,7 +199,7 @@ class ChatRequest(GenerationRequest):
     @classmethod
     def _only_text(cls, value: Any) -> Any:
         if value and value not in ("none", "auto", {"type": "text"}):
-            raise ValueError("not supported by this server; leave it out")
+            raise InputError("not supported by this server; leave it out")
         return value
 
 

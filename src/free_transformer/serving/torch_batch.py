@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from free_transformer.errors import InputError
 from free_transformer.data import begin_token
 from free_transformer.model.cache import MIN_SPARE, PlanState
 from free_transformer.model.modeling import FreeTransformer
@@ -45,7 +46,7 @@ class TorchBatch(Batch):
         config = model.config
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise ValueError(f"{type(tokenizer).__name__}: a server needs a tokenizer of the package tokenizers")
+            raise InputError(f"{type(tokenizer).__name__}: a server needs a tokenizer of the package tokenizers")
         ends = model.generation_config.eos_token_id
         super().__init__(
             Tokenizer.from_str(backend.to_str()),
@@ -123,7 +124,7 @@ class TorchBatch(Batch):
         for start in range(0, len(tokens), columns):
             for which, plan in enumerate(plans):
                 if start == 0:
-                    states.append(model.upper_layers(lower, self._on_device(plan)[None], with_head=False)[0])
+                    states.append(model.upper_states(lower, self._on_device(plan)[None])[0])
                 logits = model.lm_head(states[which][start : start + columns])
                 yield start, which, logits.float().cpu().numpy()
 

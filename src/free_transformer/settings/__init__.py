@@ -3,28 +3,33 @@
 from free_transformer.errors import SettingsError
 from free_transformer.settings.checks import settings_warnings
 from free_transformer.settings.loading import describe_settings, load_settings, parse_settings
+from free_transformer.settings.model_section import DECIDED_BY, ModelSettings
 from free_transformer.settings.paths import Sources
-from free_transformer.settings.sections import (
-    DECIDED_BY,
-    DataSettings,
-    DistributedSettings,
-    LoggingSettings,
-    ModelSettings,
+from free_transformer.settings.section import Section
+from free_transformer.settings.sections import DataSettings, DistributedSettings, LoggingSettings, Settings
+from free_transformer.settings.training_sections import (
+    CheckpointSettings,
+    CodebookOptimizer,
+    CurriculumSettings,
+    EvaluationSettings,
+    OptimizerSettings,
     Precision,
     Schedule,
-    Section,
-    Settings,
     StageSettings,
-    TableOptimizer,
     TrainingSettings,
 )
 
 __all__ = [
     "DECIDED_BY",
+    "CheckpointSettings",
+    "CodebookOptimizer",
+    "CurriculumSettings",
     "DataSettings",
     "DistributedSettings",
+    "EvaluationSettings",
     "LoggingSettings",
     "ModelSettings",
+    "OptimizerSettings",
     "Precision",
     "Schedule",
     "Section",
@@ -32,7 +37,6 @@ __all__ = [
     "SettingsError",
     "Sources",
     "StageSettings",
-    "TableOptimizer",
     "TrainingSettings",
     "describe_settings",
     "load_settings",

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from free_transformer.settings.sections import SECTIONS, Settings, StageSettings, leaves
+from free_transformer.settings.section import leaves
+from free_transformer.settings.sections import SECTIONS, Settings
+from free_transformer.settings.training_sections import StageSettings
 from free_transformer.settings.words import PYTHON_TYPES, TYPES, either, one_line, shown
 
 MEMBER = re.compile(r"(constrained-)?int|(literal|function|list|dict).*\[.*|\[key\]")  # of a union, in pydantic's words

@@ -6,10 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from free_transformer.errors import SettingsError
+from free_transformer.errors import InputError, SettingsError
 from free_transformer.settings.checks import check_together
 from free_transformer.settings.explain import explain
-from free_transformer.settings.sections import SECTIONS, Section, Settings, StageSettings
+from free_transformer.settings.section import MOVED, Section, relocated
+from free_transformer.settings.sections import SECTIONS, Settings
+from free_transformer.settings.training_sections import StageSettings
 from free_transformer.settings.words import one_line
 from free_transformer.settings.yaml_text import YamlError, load_yaml
 
@@ -43,11 +45,12 @@ def _read_sections(path: Path) -> dict[Any, Any]:
         for name, section in SECTIONS.items():
             if isinstance(values.get(name), dict):
                 values[name] = _renamed(name, section, values[name])
+        values = relocated(values)
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read as text ({error})") from error
-    except SettingsError as error:
+    except InputError as error:
         raise SettingsError(f"{path}: {error}") from error
     return values
 
@@ -101,9 +104,10 @@ class _Override:
             raise SettingsError(f"{text!r}: {error}") from error
         section = SECTIONS.get(first)
         if section and not rest and isinstance(value, dict):
-            return [cls(text, (first, name), each) for name, each in _renamed(first, section, value).items()]
+            return [cls(text, _place(first, name), each) for name, each in _renamed(first, section, value).items()]
         if section and rest:
             rest[0] = section.other_names.get(rest[0], rest[0])
+            return [cls(text, (*_place(first, rest[0]), *rest[1:]), value)]
         return [cls(text, (first, *rest), value)]
 
     def apply(self, values: dict[Any, Any]) -> None:
@@ -116,6 +120,11 @@ class _Override:
             values[section] = dict(inner or {})
             values = values[section]
         values[last] = self.value
+
+
+def _place(section: str, name: str) -> tuple[str, ...]:
+    """Where a setting is kept."""
+    return MOVED.get(name, (section, name)) if section == "training" else (section, name)
 
 
 def _check_overrides(overrides: list[_Override]) -> None:

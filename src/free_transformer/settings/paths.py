@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticKnownError
 
 from free_transformer.data.documents import is_path_source
+from free_transformer.errors import InputError
 from free_transformer.settings.words import one_line
 
 VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([^{}\n]*)\})", re.ASCII)
@@ -18,12 +19,12 @@ VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([^{}\n]*)\})", re.ASCII)
 def expand(text: str) -> str:
     """A path with the home folder and environment variables filled in; `$$` is a dollar sign."""
     if not text:
-        raise ValueError("is empty; name a file or folder")
+        raise InputError("is empty; name a file or folder")
     home, slash, rest = text.partition("/")
     if home.startswith("~"):
         folder = os.path.expanduser(home)  # noqa: PTH111 - Path raises for users without a home folder
         if folder == home:
-            raise ValueError(f"the home folder {one_line(home)} is not known; write the folder's full path")
+            raise InputError(f"the home folder {one_line(home)} is not known; write the folder's full path")
         return folder + slash + _fill_in(rest)
     return _fill_in(text)
 
@@ -34,7 +35,7 @@ def _fill_in(text: str) -> str:
         if name is None:
             return "$"
         if name not in os.environ:
-            raise ValueError(f"the environment variable {name} is not set; set it, or write $$ for a dollar sign")
+            raise InputError(f"the environment variable {name} is not set; set it, or write $$ for a dollar sign")
         return os.environ[name]
 
     return VARIABLE.sub(value, text)
@@ -63,7 +64,7 @@ def check_distinct(names: Mapping[str, str]) -> None:
     known: dict[str, str] = {}
     for name, meant in names.items():
         if (other := known.setdefault(meant, name)) != name:
-            raise ValueError(f"{one_line(other)} and {one_line(name)} are the same source; give it one share")
+            raise InputError(f"{one_line(other)} and {one_line(name)} are the same source; give it one share")
 
 
 def _escape_sources(sources: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from free_transformer.errors import MissingDependency
 from free_transformer.model.modeling import FreeTransformer
 
 IN_FULL = ["encoder", "plan_table"]
@@ -30,7 +31,7 @@ def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> Any
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
     except ImportError as error:
-        raise ImportError("training.lora_rank needs peft: pip install 'free-transformer-lm[trainers]'") from error
+        raise MissingDependency("training.lora_rank needs peft: pip install 'free-transformer-lm[trainers]'") from error
     layers = range(first_layer, model.config.num_hidden_layers)
     config = LoraConfig(
         r=rank,

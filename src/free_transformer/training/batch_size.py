@@ -19,7 +19,7 @@ from free_transformer.model.losses import predicted_tokens
 from free_transformer.reporting.console import stderr_console
 from free_transformer.runs.run import Run
 from free_transformer.settings import Settings, SettingsError
-from free_transformer.settings.stages import stages_of
+from free_transformer.settings.curriculum import stages_of
 from free_transformer.training.batches import Stream, TrainingData, check_batches, load_training, training_batches
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.state import new_state

@@ -19,9 +19,10 @@ from free_transformer.data import (
 )
 from free_transformer.data.rows import Batch, MixedRows, TrainingRows
 from free_transformer.distributed.processes import Processes
+from free_transformer.errors import InputError
 from free_transformer.files import few
 from free_transformer.settings import DataSettings, Settings, SettingsError, Sources
-from free_transformer.settings.stages import Stage, stages_of
+from free_transformer.settings.curriculum import Stage, stages_of
 
 
 @dataclass
@@ -139,7 +140,7 @@ def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, 
         readers = processes.data_size * max(1, settings.data.workers)
         for documents in stream.documents:
             if sum(1 for _ in itertools.islice(documents, readers)) < readers:
-                raise ValueError(
+                raise InputError(
                     f"data.streaming: fewer documents in {', '.join(documents.sources)} than the {readers} processes "
                     "and workers that read them; take fewer data.workers, or streaming=false"
                 )

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from free_transformer.distributed.parallelize import SharedBinaryMapper, random_state
 from free_transformer.distributed.processes import Processes
+from free_transformer.errors import RunError
 from free_transformer.files import TEMPORARY, first_line, publish_folder, write_json
 from free_transformer.settings import SettingsError
 from free_transformer.training.identity import Change, Identity, check_changes
@@ -43,7 +44,7 @@ OF_MUON = {"momentum_buffer"}
 UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, CheckpointException)
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(RunError):
     """A checkpoint that could not be written; those before it are as they were."""
 
 
@@ -383,7 +384,7 @@ def _check_optimizers(path: Path, state: TrainState, saved: dict[str, torch.Size
             prefix = f"optimizer.{names[parameter]}."
             if {name.removeprefix(prefix) for name in saved if name.startswith(prefix)} != kept:
                 raise UnusableCheckpoint(
-                    f"{path}: written with another training.optimizer; use the one it was trained with, or choose "
+                    f"{path}: written with another optimizer.name; use the one it was trained with, or choose "
                     "another run_dir"
                 )
 

@@ -14,7 +14,7 @@ from free_transformer.runs.monitor import Watcher
 from free_transformer.runs.run import Run
 from free_transformer.runs.trackers import Tracker, open_trackers
 from free_transformer.settings import DistributedSettings, Settings
-from free_transformer.settings.stages import Stage
+from free_transformer.settings.curriculum import Stage
 from free_transformer.training.batches import Stream, TrainingData
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.identity import Change

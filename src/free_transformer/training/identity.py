@@ -13,7 +13,7 @@ from free_transformer.data import Rows, fingerprint, is_path_source, source_file
 from free_transformer.distributed.processes import Processes
 from free_transformer.model.configuration import FreeTransformerConfig
 from free_transformer.settings import Settings, SettingsError, parse_settings
-from free_transformer.settings.stages import Stage, stages_of
+from free_transformer.settings.curriculum import Stage, stages_of
 from free_transformer.training.batches import Documents, Stream, TrainingData, rows_of
 
 # Of the model's configuration: what may change, since the weights mean the same with another value, ...
@@ -26,7 +26,7 @@ MODEL_IGNORED = {
     *("kl_weight", "plan_gradient"),
 }
 # Settings that no checkpoint can resume with another value of,
-FIXED = ("model.kind", "training.optimizer", "training.lora_rank", "training.freeze_first_half")
+FIXED = ("model.kind", "optimizer.name", "training.lora_rank", "training.freeze_first_half")
 # those that decide which rows come next, which can change on purpose,
 ROWS = ("training.seed", "training.seq_len", "data.streaming")
 ROWS_OF_STREAMS = ("data.shuffle_buffer", "data.workers", "training.batch_size")
@@ -130,22 +130,22 @@ class Identity:
             old, new = (each.settings["data"]["validation"] for each in (older, self))
             if old == new:
                 old, new = (f"{_shown(old)} ({str(each.validation)[:8]})" for each in (older, self))
-            keeps_best = self.settings["training"]["early_stopping"] or self.settings["training"]["keep_best"]
+            keeps_best = self.settings["evaluation"]["early_stopping"] or self.settings["checkpoint"]["keep_best"]
             yield Change("data.validation", old, new, needs_permission=bool(keeps_best and older.validation))
         if self.processes != older.processes and self.settings["data"]["streaming"]:
             yield Change("processes", older.processes, self.processes, needs_permission=True)
 
     def _training_text_changes(self, older: "Identity", step: int) -> Iterable[Change]:
         begun_before, begun = _stages_begun(older, step), _stages_begun(self, step)
-        old, new = (each.settings["training"]["stages"] for each in (older, self))
+        old, new = (each.settings["curriculum"]["stages"] for each in (older, self))
         if (old or new) and [stage[:2] for stage in begun_before] != [stage[:2] for stage in begun]:
             old, new = (
                 ", ".join(f"{length} tokens from step {start}" for start, length, _ in each)
                 for each in (begun_before, begun)
             )
-            yield Change("training.stages", old, new, needs_permission=True)
+            yield Change("curriculum.stages", old, new, needs_permission=True)
         elif old != new:
-            yield Change("training.stages", old, new)
+            yield Change("curriculum.stages", old, new)
         texts_before, texts = ([text for *_, text in each] for each in (begun_before, begun))
         if self.settings["data"]["streaming"] != older.settings["data"]["streaming"] or texts_before == texts:
             return  # hashes of text that is streamed are of other things
@@ -158,7 +158,7 @@ class Identity:
         old, new = flat(older.settings), flat(self.settings)
         readers = max(max(1, each.settings["data"]["workers"]) * each.processes for each in (older, self))
         streaming = self.settings["data"]["streaming"]
-        handled = ("model.", "data.train", "data.validation", "data.tokenizer", "training.stages")
+        handled = ("model.", "data.train", "data.validation", "data.tokenizer", "curriculum.stages")
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) == new.get(name) or name.startswith(SILENT):
                 continue

@@ -19,6 +19,7 @@ from free_transformer.data import Rows, begin_token, load_tokenizer
 from free_transformer.data.rows import Batch
 from free_transformer.distributed.parallelize import reshard, whole_state_dict
 from free_transformer.distributed.processes import Processes, join_processes
+from free_transformer.errors import RunError
 from free_transformer.evaluation.likelihood import evaluate_likelihood
 from free_transformer.evaluation.usage import collapse_warning
 from free_transformer.files import new_folder
@@ -28,7 +29,7 @@ from free_transformer.runs.monitor import VALIDATION_SAMPLES, Watcher
 from free_transformer.runs.run import Run
 from free_transformer.runs.trackers import check_trackers
 from free_transformer.settings import Settings, SettingsError, settings_warnings
-from free_transformer.settings.stages import Stage, stage_at, stages_of
+from free_transformer.settings.curriculum import Stage, stage_at, stages_of
 from free_transformer.training.adapters import merge_adapters, write_adapters
 from free_transformer.training.batch_size import decide_batch_size
 from free_transformer.training.batches import (
@@ -50,7 +51,7 @@ from free_transformer.training.step import agree_on_step, apply_gradients, autoc
 MIN_LOSS_SCALE = 1.0  # of fp16: below it, gradients are NaN or infinite for another reason
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(RunError):
     """A run that cannot continue, such as one whose loss is NaN."""
 
 
@@ -117,7 +118,8 @@ def _train(settings: Settings, run: Run, processes: Processes, quiet: bool, allo
     settings = resolved(settings, state.model)  # type: ignore[arg-type]
     identity = Identity.of(settings, state.model, tokenizer, training_data, validation, processes)  # type: ignore[arg-type]
     checkpoints = Checkpoints(
-        *(run.checkpoints, training.save_total, processes, training.async_save, identity, allow_change)
+        *(run.checkpoints, settings.checkpoint.save_total, processes, settings.checkpoint.async_save),
+        *(identity, allow_change),
     )
     told = [*settings_warnings(settings), *([overlap] if overlap else [])]
     resuming = checkpoints.load_newest(state, told.append) is not None
@@ -135,12 +137,12 @@ def _train(settings: Settings, run: Run, processes: Processes, quiet: bool, allo
         display.start(state, training_data[0], checkpoints.changes, told)
         trainer = _Trainer(settings, run, state, tokenizer, processes, display, checkpoints, training_data)
         with listen_for_stop(quiet or not processes.main) as trainer.stop:
-            trainer.train(None if validation is None else validation.sample(training.eval_rows))
+            trainer.train(None if validation is None else validation.sample(settings.evaluation.rows))
 
 
 def _has_steps_left(settings: Settings, step: int, watcher: Watcher) -> bool:
     """Whether neither `max_steps` is reached nor early stopping has waited for long enough."""
-    patience = settings.training.early_stopping
+    patience = settings.evaluation.early_stopping
     return step < settings.training.max_steps and not 0 < patience <= watcher.since_best
 
 
@@ -209,7 +211,7 @@ class _Trainer:
         totals = Totals()
         while _has_steps_left(self.settings, state.step, self.display.watcher):
             self._enter_stage()
-            rate = set_learning_rate(state.optimizers, state.step, training)
+            rate = set_learning_rate(state.optimizers, state.step, self.settings)
             stop = self._optimizer_step(totals)
             state.step += 1
             last = state.step == training.max_steps
@@ -218,7 +220,7 @@ class _Trainer:
             logging = (
                 saving
                 or _due(state.step, training.log_every, self._ends_stage())
-                or (validating and training.keeps_best)
+                or (validating and self.settings.keeps_best)
             )
             if totals.steps and logging:
                 self._log(totals, rate)  # a state that is saved has finite losses and gradients
@@ -230,7 +232,7 @@ class _Trainer:
                 self._sample()
             if saving:
                 with self.stop.saving():
-                    self.checkpoints.save(state, self.display.watcher.best if training.keeps_best else None)
+                    self.checkpoints.save(state, self.display.watcher.best if self.settings.keeps_best else None)
             if stop and not last:
                 with self.stop.saving():
                     self.checkpoints.wait()
@@ -372,12 +374,12 @@ class _Trainer:
     def _is_best(self) -> bool:
         """Whether the validation of this step is the best so far, and its state to be kept."""
         best = self.display.watcher.best
-        return self.settings.training.keeps_best and best is not None and best[1] == self.state.step
+        return self.settings.keeps_best and best is not None and best[1] == self.state.step
 
     def _take_best(self) -> None:
         """The weights of the best validation, where they are kept."""
         best = self.display.watcher.best
-        if not self.settings.training.keeps_best or best is None or best[1] == self.state.step:
+        if not self.settings.keeps_best or best is None or best[1] == self.state.step:
             return
         path = self.run.checkpoints / f"step-{best[1]}"
         if not path.is_dir():
@@ -389,11 +391,11 @@ class _Trainer:
 
     def _gather_prior(self) -> None:
         """The aggregate prior, from rows of training text in an order of its own, in every process the same."""
-        training, model = self.settings.training, self.state.model
-        if not isinstance(model, FreeTransformer) or training.prior_rows == 0:
+        training, model, wanted = self.settings.training, self.state.model, self.settings.evaluation.prior_rows
+        if not isinstance(model, FreeTransformer) or wanted == 0:
             return
         stage, data = self.stages[-1], self.training_data[-1]
-        count = -(-training.prior_rows // stage.batch_size)
+        count = -(-wanted // stage.batch_size)
         alone = Processes(self.device)  # so that all read the same
         batches = itertools.islice(training_batches(data, stage, self.tokenizer, self.settings, alone), count)
         with self._evaluation_mode(training.seed), autocast(training.precision, self.processes):

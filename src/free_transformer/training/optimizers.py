@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.settings import TableOptimizer, TrainingSettings
+from free_transformer.settings import CodebookOptimizer, Settings
 
 LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that were not drawn
 
@@ -20,9 +20,7 @@ NEW_PARTS = 10  # times the rate of what is pretrained
 FROM_ZERO = 10  # times more for a table that has all its way to go
 
 
-def build_optimizers(
-    model: nn.Module, settings: TrainingSettings, sparse_tables: bool = True
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool = True) -> list[torch.optim.Optimizer]:
     """
     AdamW, with weight decay on matrices alone; with `muon`, Muon for the matrices inside the blocks.
 
@@ -35,11 +33,11 @@ def build_optimizers(
     muon: list[nn.Parameter] = []
     of_adam: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     table: list[nn.Parameter] = []
-    by_row = table_optimizer(model, settings) == "sparse_adam"
+    by_row = codebook_optimizer(model, settings) == "sparse_adam"
     if isinstance(model, FreeTransformer):
         model.plan_table.sparse = by_row and sparse_tables
-    rate = settings.learning_rate
-    plan_rate, table_rate = plan_rates(model, rate, settings.plan_learning_rate)
+    rate = settings.training.learning_rate
+    plan_rate, table_rate = plan_rates(model, rate, settings.optimizer.plan_learning_rate)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,10 +45,10 @@ def build_optimizers(
             table.append(parameter)
         elif "plan_table" in name:
             of_adam.setdefault((table_rate, 0.0), []).append(parameter)
-        elif settings.optimizer == "muon" and parameter.ndim == 2 and not any(part in name for part in NOT_HIDDEN):
+        elif settings.optimizer_name == "muon" and parameter.ndim == 2 and not any(part in name for part in NOT_HIDDEN):
             muon.append(parameter)
         else:
-            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            decay = settings.optimizer.weight_decay if parameter.ndim >= 2 else 0.0
             of_adam.setdefault((plan_rate if name.startswith("encoder.") else rate, decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": alike, "lr": lr, "weight_decay": decay}
@@ -62,7 +60,9 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = [RowAdamW(groups, betas=BETAS, fused=True)]
     if muon:
         kind = SharedMuon if any(isinstance(each, DTensor) for each in muon) else torch.optim.Muon
-        optimizers.append(kind(muon, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
+        optimizers.append(
+            kind(muon, lr=settings.optimizer.muon_learning_rate, weight_decay=settings.optimizer.weight_decay)
+        )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -239,12 +239,12 @@ def _spread_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(whole, mesh, everywhere, run_check=False).redistribute(placements=parameter.placements)
 
 
-def table_optimizer(model: nn.Module, settings: TrainingSettings) -> TableOptimizer:
-    """`training.table_optimizer` with `auto` resolved for this model."""
+def codebook_optimizer(model: nn.Module, settings: Settings) -> CodebookOptimizer:
+    """`optimizer.codebook` with `auto` resolved for this model."""
     if not isinstance(model, FreeTransformer):
         return "adamw"
-    if settings.table_optimizer != "auto":
-        return settings.table_optimizer
+    if settings.optimizer.codebook != "auto":
+        return settings.optimizer.codebook
     return "sparse_adam" if len(model.plan_table.weight) > LARGE_TABLE else "adamw"
 
 
@@ -287,18 +287,19 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def learning_rate_scale(step: int, settings: TrainingSettings) -> float:
-    """Linear warm-up, then a cosine that ends at `min_lr_ratio` after `max_steps`; a share of the peak."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
-    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def learning_rate_scale(step: int, settings: Settings) -> float:
+    """Share of the peak rate: a linear warm-up, then a cosine that ends at `min_lr_ratio` after `max_steps`."""
+    warmup, least = settings.training.warmup_steps, settings.optimizer.min_lr_ratio
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.training.max_steps - warmup)
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, settings: TrainingSettings) -> float:
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, settings: Settings) -> float:
     """Sets the rate of a step in all groups of all optimizers, and returns `learning_rate`'s."""
     scale = learning_rate_scale(step, settings)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
-    return settings.learning_rate * scale
+    return settings.training.learning_rate * scale

@@ -13,7 +13,7 @@ from free_transformer.reporting.report import Table
 from free_transformer.runs.run import Run
 from free_transformer.runs.trackers import check_trackers
 from free_transformer.settings import Settings, settings_warnings
-from free_transformer.settings.stages import Stage, stages_of
+from free_transformer.settings.curriculum import Stage, stages_of
 from free_transformer.training.batch_size import MIB, StepCosts, decide_batch_size, memory_budget, try_steps
 from free_transformer.training.batches import Stream, load_training, load_validation, overlap_warning
 from free_transformer.training.optimizers import describe_groups

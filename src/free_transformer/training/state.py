@@ -7,12 +7,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from free_transformer.data import begin_token, vocabulary_size
 from free_transformer.distributed.parallelize import parallelize
 from free_transformer.distributed.processes import Processes
-from free_transformer.model.modeling import FreeTransformer, build_baseline
+from free_transformer.model.initialization import build_baseline
+from free_transformer.model.modeling import FreeTransformer
 from free_transformer.runs.load_model import load_pretrained
 from free_transformer.settings import Settings, SettingsError
 from free_transformer.training.adapters import add_adapters
 from free_transformer.training.checkpoint import TrainState
-from free_transformer.training.optimizers import build_optimizers, table_optimizer
+from free_transformer.training.optimizers import build_optimizers, codebook_optimizer
 from free_transformer.training.step import computing_dtype
 
 
@@ -86,13 +87,14 @@ def new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes:
     if not alone:  # dropout: another one in each process
         torch.manual_seed(int(np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)[0]))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
-    return TrainState(model, build_optimizers(model, training, sparse_tables=alone), scaler, adapters)
+    return TrainState(model, build_optimizers(model, settings, sparse_tables=alone), scaler, adapters)
 
 
 def resolved(settings: Settings, model: PreTrainedModel) -> Settings:
     """The settings with what was left to the library as it was decided."""
     settings = settings.model_copy(deep=True)
+    settings.optimizer.name = settings.optimizer_name
     if isinstance(model, FreeTransformer):
         settings.model = settings.model.model_copy(update={"plan_gradient": model.config.plan_gradient})
-        settings.training.table_optimizer = table_optimizer(model, settings.training)
+        settings.optimizer.codebook = codebook_optimizer(model, settings)
     return settings

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from free_transformer.distributed.processes import find_device
-from free_transformer.evaluation import evaluate_likelihood
+from free_transformer.errors import InputError
 from free_transformer.files import check_claimable, check_own_results, claimed_folder, first_line, write_json
 from free_transformer.reporting.console import stderr_console
+from free_transformer.runs.evaluate import evaluate_run
 from free_transformer.runs.run import Run
 from free_transformer.settings import Settings, SettingsError, load_settings
 from free_transformer.settings.yaml_text import YamlError, split_yaml_list
@@ -36,10 +36,11 @@ from free_transformer.training.sweep_summary import (
 
 LONGEST_NAME = 100  # of a folder
 FAILURES = (TrainingFailed, CheckpointFailed, ValueError, OSError, torch.OutOfMemoryError)  # explained by a line
-NUM_SAMPLES, MAX_ROWS, ROWS_AT_ONCE, EVALUATION_SEED = 16, 1000, 32, 0  # as the command `evaluate` has them
 
 # Settings that do not change the results of a run.
-HARMLESS = re.compile(r"logging\..*|data\.workers|training\.(device|compile|log_every|save_.*|async_save|resume)")
+HARMLESS = re.compile(
+    r"logging\..*|data\.workers|training\.(device|compile|log_every|save_every|resume)|checkpoint\.(save_total|async_save)"
+)
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -228,13 +229,10 @@ def _training_figures(run: Run) -> dict[str, float | None]:
 
 def _evaluate(run: Run) -> dict[str, float | None]:
     """Writes `metrics.json`, as the command `evaluate` does."""
-    model, tokenizer = run.load_model(), run.load_tokenizer()
-    model.to(find_device(run.settings.training.device))  # type: ignore[arg-type]
-    rows = run.held_out_rows(tokenizer).sample(MAX_ROWS, EVALUATION_SEED)
-    torch.manual_seed(EVALUATION_SEED)
-    likelihood = evaluate_likelihood(model, rows.in_order(ROWS_AT_ONCE), NUM_SAMPLES)
+    evaluation = evaluate_run(run, quiet=True)
+    likelihood = evaluation.likelihood
     if not math.isfinite(likelihood.nll):
-        raise ValueError(f"the nll of the held-out text is {likelihood.nll}")
-    run.write_evaluation(likelihood, rows.bytes_per_token)
+        raise InputError(f"the nll of the held-out text is {likelihood.nll}")
+    run.write_evaluation(likelihood, evaluation.bytes_per_token)
     figures = {name: getattr(likelihood, name) for name in ("nll", "elbo", "kl", "gap")}
     return {**figures, "live_bits": likelihood.usage and likelihood.usage.live_bits}

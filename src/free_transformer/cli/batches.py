@@ -1,0 +1,44 @@
+"""The batches that `free-transformer serve` generates with: PyTorch, or onnxruntime without torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from free_transformer.errors import InputError
+
+if TYPE_CHECKING:
+    from free_transformer.serving.batch import Batch
+
+
+def torch_batch(folder: Path, rows: int | None, length: int | None, threads: int | None) -> "Batch":
+    """
+    Loads a run or a saved model for the server.
+
+    Args:
+        rows: maximum number of texts generated together. Default: 32.
+        length: maximum number of tokens per text. Default: the model's, at most 2,048.
+        threads: CPU threads per matrix product. Default: one per core.
+
+    Raises:
+        InputError: for a baseline, and a `length` beyond the model's.
+    """
+    import torch
+
+    from free_transformer.distributed.processes import find_device
+    from free_transformer.export.load import load_with_tokenizer
+    from free_transformer.model.modeling import FreeTransformer
+    from free_transformer.serving.torch_batch import TorchBatch
+
+    model, tokenizer = load_with_tokenizer(folder)
+    if not isinstance(model, FreeTransformer):
+        raise InputError(f"{folder}: a baseline has no plan to steer by; serve takes a Free Transformer")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchBatch(model.to(find_device("auto")), tokenizer, rows or 32, length)
+
+
+def onnx_batch(folder: Path, rows: int | None, length: int | None, threads: int | None) -> "Batch":
+    """Loads an ONNX export for the server; arguments as for `torch_batch`, with 8 rows by default."""
+    from free_transformer.runtime.onnx_model import OnnxFreeTransformer
+    from free_transformer.serving.onnx_batch import OnnxBatch
+
+    return OnnxBatch(OnnxFreeTransformer(folder, threads=threads), rows or 8, length)

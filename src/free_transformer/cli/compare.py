@@ -1,0 +1,82 @@
+"""`free-transformer compare`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from free_transformer.cli.options import (
+    BatchOption,
+    DataOption,
+    MethodOption,
+    PriorOption,
+    RowsOption,
+    RunArgument,
+    SamplesOption,
+    SeedOption,
+)
+from free_transformer.cli.output import print_table
+from free_transformer.files import check_own_results
+from free_transformer.runs.evaluation_options import EvaluationOptions
+
+if TYPE_CHECKING:
+    from free_transformer.evaluation import Comparison
+
+
+def compare(
+    run: RunArgument,
+    baseline_run: Annotated[
+        Path, typer.Argument(help="Folder of the baseline's run (`model.kind=baseline`).", metavar="BASELINE_RUN")
+    ],
+    data: DataOption = None,
+    num_samples: SamplesOption = EvaluationOptions.num_samples,
+    method: MethodOption = EvaluationOptions.method,
+    prior: PriorOption = EvaluationOptions.prior,
+    max_rows: RowsOption = EvaluationOptions.max_rows,
+    batch_size: BatchOption = EvaluationOptions.batch_size,
+    seed: SeedOption = EvaluationOptions.seed,
+) -> None:
+    """
+    Compare the likelihood of a run with its baseline on the same text, and save the result in `RUN/comparison.json`.
+
+    Examples:
+
+    - `free-transformer compare runs/free runs/baseline`
+    """
+    from free_transformer.cli.processes import evaluation_processes
+    from free_transformer.runs.evaluate import compare_runs
+    from free_transformer.runs.run import Run
+
+    free = Run(run)
+    check_own_results(free.comparison_file, "difference")
+    options = EvaluationOptions(
+        data=tuple(data or ()),
+        num_samples=num_samples,
+        method=method,
+        prior=prior,
+        max_rows=max_rows,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    with evaluation_processes() as processes:
+        result = compare_runs(free, Run(baseline_run), options, processes)
+    if not processes.main:
+        return
+    free.write_comparison(result.comparison, result.bytes_per_token)
+    print_table(["", "nats per token", "nats per byte"], _rows(result.comparison, result.bytes_per_token))
+
+
+def _rows(result: "Comparison", bytes_per_token: float) -> list[list[str]]:
+    def row(title: str, value: float, style: str, error: float | None = None) -> list[str]:
+        cells = [title]
+        for scale in (1.0, bytes_per_token):
+            margin = "" if error is None else f" ± {error / scale:.4f}"
+            cells.append(f"{value / scale:{style}}{margin}")
+        return cells
+
+    return [
+        row("nll, baseline", result.baseline_nll, ".4f"),
+        row("nll, free", result.nll, ".4f"),
+        row("difference", result.difference, "+.4f", result.standard_error),
+        row("difference of the elbo", result.elbo_difference, "+.4f"),
+    ]

@@ -1,0 +1,69 @@
+"""`free-transformer generate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from free_transformer.cli.options import ModelArgument, PriorOption, PromptPlanOption, SeedOption
+from free_transformer.errors import InputError
+from free_transformer.model.sampling import Sampling
+
+
+def generate(
+    run: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue. Default: start from nothing.")] = "",
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of the plan, bit 0 first, such as 01101001; several plans one after the other. Default: sampled."
+        ),
+    ] = None,
+    plan_from: Annotated[
+        Path | None, typer.Option(help="Text file whose most likely plan to use. Default: none.")
+    ] = None,
+    prompt_plan: PromptPlanOption = "posterior",
+    prior: PriorOption = "uniform",
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of texts, at least 1.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens, at least 1.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature, from 0 (the most likely token) to 100.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens with this total probability, 0 to 1.")
+    ] = 1.0,
+    stream: Annotated[bool, typer.Option(help="Show the text while it is generated; one sample only.")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """
+    Generate text with sampled plans, a given plan, or the plan of an example.
+
+    Examples:
+
+    - `free-transformer generate runs/my-run --prompt "Once upon"`
+    - `free-transformer generate runs/my-run --plan 01101001 --num-samples 4`
+    """
+    from free_transformer.cli.generation import Request, generate_with_onnx, generate_with_torch
+    from free_transformer.runtime.onnx_model import EXPORT_FILE
+
+    if plan is not None and plan_from is not None:
+        raise InputError("give --plan or --plan-from, not both")
+    if stream and num_samples > 1:
+        raise InputError("--stream shows one text: use --num-samples 1")
+    request = Request(
+        prompt=prompt,
+        plan=plan,
+        plan_from=plan_from,
+        prompt_plan=prompt_plan,
+        prior=prior,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p),
+        stream=stream,
+        seed=seed,
+    )
+    if (run / EXPORT_FILE).is_file():
+        generate_with_onnx(run, request)
+    else:
+        generate_with_torch(run, request)

@@ -1,0 +1,26 @@
+"""The processes that `torchrun` has started, for commands that share their work."""
+
+import os
+from contextlib import AbstractContextManager
+
+from transformers import PreTrainedModel
+
+from free_transformer.distributed.parallelize import parallelize
+from free_transformer.distributed.processes import Processes, join_processes
+from free_transformer.settings import DistributedSettings
+
+
+def evaluation_processes() -> AbstractContextManager[Processes]:
+    """Joins processes that share the texts of an evaluation, each with a shard of the model."""
+    return join_processes(DistributedSettings(fsdp=True))
+
+
+def generation_processes() -> AbstractContextManager[Processes]:
+    """Joins processes that generate the same texts together, each with a part of every matrix."""
+    return join_processes(DistributedSettings(tensor=int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def distribute(model: PreTrainedModel, processes: Processes) -> None:
+    """Spreads a model over these processes, or moves it to the device of a single one."""
+    parallelize(model, processes)
+    model.to(processes.device)

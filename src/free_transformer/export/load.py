@@ -1,0 +1,30 @@
+"""Loads a model with its tokenizer from a run, a saved model or a quantized export."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from free_transformer.data import load_tokenizer
+from free_transformer.export.quantize import load_quantized
+from free_transformer.runs.run import Run
+from free_transformer.runtime.arrays import check_vocabulary
+
+
+def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Loads a model, in eval mode, and its tokenizer.
+
+    Args:
+        folder: of a run, or one created by `save_pretrained` or `export --to torch`.
+
+    Raises:
+        SettingsError: for a folder that is not a run, has no model yet, or is damaged.
+        InputError: for a tokenizer with token ids outside the model's vocabulary.
+    """
+    if (folder / "config.json").is_file():
+        model, tokenizer = load_quantized(folder), load_tokenizer(str(folder))
+    else:
+        run = Run(folder)
+        model, tokenizer = run.load_model(), run.load_tokenizer()
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    return model, tokenizer

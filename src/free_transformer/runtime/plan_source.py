@@ -1,0 +1,158 @@
+"""
+Where the plans of a text come from, in NumPy: given by the caller, read from the prompt by the encoder, or sampled from
+the prior.
+
+An empty prompt (no token besides the begin-of-text token) has nothing to read, so its plan comes from the prior.
+`model.plan_source` is the same rule for torch.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from free_transformer.errors import InputError
+from free_transformer.model.plan_text import parse_bits
+from free_transformer.model.sampling import check_plan_count
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """
+    The candidates for the plans of B texts. A text takes the given plans first, then those read from its prompt, and
+    sampled ones after that.
+
+    Attributes:
+        given: (B, G, H) bool, the first plans of each text, chosen by the caller.
+        read: (B, R, H) bool, the first plans of each text, sampled from the posterior of its prompt.
+        num_read: (B,) number of plans in `read` that each text may take; see `num_plans_to_read`.
+        sampled: (B, S, H) bool, the last plans of each text, sampled from the prior.
+    """
+
+    given: np.ndarray
+    read: np.ndarray
+    num_read: np.ndarray
+    sampled: np.ndarray
+
+    def complete(self, num_plans: int) -> np.ndarray:
+        """
+        Chooses among the candidates.
+
+        Returns:
+            (B, num_plans, H) bool.
+
+        Raises:
+            ValueError: where a text has no candidate for one of its plans.
+        """
+        batch, num_given, latent_dim = self.given.shape
+        first_sampled = num_plans - self.sampled.shape[1]
+        known = np.maximum(num_given, np.minimum(self.num_read, self.read.shape[1]))
+        if first_sampled > known.min(initial=num_plans):
+            raise InputError(
+                f"{num_plans} plans are needed, but only {int(known.min())} are given or read and "
+                f"{self.sampled.shape[1]} are sampled"
+            )
+        plan = np.zeros((batch, num_plans, latent_dim), dtype=bool)
+        plan[:, max(first_sampled, 0) :] = self.sampled[:, max(-first_sampled, 0) :]
+        read = self.read[:, :num_plans]
+        is_read = np.arange(read.shape[1]) < self.num_read[:, None]
+        plan[:, : read.shape[1]] = np.where(is_read[..., None], read, plan[:, : read.shape[1]])
+        plan[:, :num_given] = self.given[:, :num_plans]
+        return plan
+
+
+def num_plans(plan_span: int | str, num_tokens: Count) -> Count:
+    """The number of plans that cover a text of `num_tokens` tokens, an integer or an array."""
+    if plan_span == "sequence":
+        return 0 * num_tokens + 1
+    return -(-num_tokens // int(plan_span))
+
+
+def num_plans_to_read(
+    tokens: np.ndarray, mask: np.ndarray, prompt_plan: str, plan_span: int | str, begin_token: int | None
+) -> np.ndarray:
+    """
+    The number of plans that the encoder reads from each prompt, (B,): 0 with `prompt_plan="prior"`, and for a prompt
+    that holds no token besides the begin-of-text token.
+
+    Args:
+        tokens: (B, T).
+        mask: (B, T), 0 on padding.
+        begin_token: the begin-of-text token, None for a model without one.
+    """
+    has_text = ((tokens != begin_token) & (mask == 1)).any(1)
+    return np.where(has_text & (prompt_plan == "posterior"), num_plans(plan_span, mask.sum(1)), 0)
+
+
+def given_plan(plan: ArrayLike | None, batch: int, latent_dim: int, plan_span: int | str) -> np.ndarray:
+    """
+    Checks the plan that a caller gives.
+
+    Args:
+        plan: (P, H) or (B, P, H), bool or 0/1, or text such as `"0110"`; None for no plan.
+
+    Returns:
+        (B, P, H) bool, with P = 0 for no plan.
+
+    Raises:
+        ValueError: for another shape, other values than bits, or several plans where one covers the whole text.
+    """
+    if plan is None:
+        return np.zeros((batch, 0, latent_dim), dtype=bool)
+    if isinstance(plan, str):
+        bits = parse_bits(plan, latent_dim)
+    else:
+        try:
+            bits = np.asarray(plan)
+        except ValueError as error:
+            raise InputError("plan: texts with different numbers of plans; give the same number for each") from error
+    if bits.ndim == 2:
+        bits = np.broadcast_to(bits, (batch, *bits.shape))
+    if bits.ndim != 3 or bits.shape[0] != batch or bits.shape[2] != latent_dim or bits.shape[1] == 0:
+        raise InputError(
+            f"plan of shape {bits.shape}: (P, {latent_dim}) or ({batch}, P, {latent_dim}) is needed, P plans of "
+            f"{latent_dim} bits for {batch} texts"
+        )
+    if not np.isin(bits, (0, 1)).all():
+        raise InputError("a plan is made of bits, bool or 0/1; this one holds other values")
+    check_plan_count(bits.shape[1], plan_span)
+    return bits.astype(bool)
+
+
+def sample_posterior(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """
+    Samples plans from the posterior.
+
+    Args:
+        logits: (..., H) of the encoder.
+        uniform: random numbers in [0, 1), of the same shape. The plans are a function of them.
+
+    Returns:
+        (..., H) bool.
+    """
+    return uniform * (1 + np.exp(-logits.astype(np.float64))) < 1
+
+
+def sample_prior(
+    shape: tuple[int, ...], latent_dim: int, log_aggregate: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """
+    Samples plans from the uniform prior or the aggregate prior.
+
+    Args:
+        log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values, (2, H); None for the uniform
+            prior.
+
+    Returns:
+        (*shape, H) bool.
+    """
+    if log_aggregate is None:
+        return rng.random((*shape, latent_dim)) < 0.5
+    probabilities = np.exp(log_aggregate.astype(np.float64))
+    if probabilities.ndim == 2:
+        return rng.random((*shape, latent_dim)) < probabilities[1]
+    codes = rng.choice(len(probabilities), size=shape, p=probabilities / probabilities.sum())
+    return (codes[..., None] >> np.arange(latent_dim)) % 2 == 1

@@ -1,0 +1,160 @@
+"""`train`, `sweep` and `tokenizer`."""
+
+import math
+from pathlib import Path
+
+import pytest
+from cli_cases import TEXT, assert_refused, everything_below
+
+from free_transformer.data import load_tokenizer
+from free_transformer.files import write_text
+from free_transformer.training import Run, step
+
+
+def test_train_writes_a_run_and_its_report(command, config, tmp_path):
+    outcome = command("train", config, "training.max_steps=3", "model.latent_dim=2", f"run_dir={tmp_path / 'new'}")
+    assert outcome.status == 0, outcome
+    files = {path.name for path in (tmp_path / "new").iterdir() if not path.name.startswith(".")}
+    assert files == {"config.yaml", "metrics.jsonl", "history.jsonl", "checkpoints", "model", "report.html"}
+    assert str(tmp_path / "new" / "report.html") in outcome.out
+    settings = Run(tmp_path / "new").settings
+    assert (settings.training.max_steps, settings.model.latent_dim) == (3, 2)
+
+
+def test_train_goes_on_with_a_run_and_says_so(command, config, tmp_path):
+    command("train", config, "training.max_steps=2")
+    outcome = command("train", config, "training.max_steps=4")
+    assert "resumed at step 2" in outcome.err
+    assert [line["step"] for line in Run(tmp_path / "free").read_metrics() if line["split"] == "train"] == [2, 4]
+
+
+def test_tokenizer_is_trained_saved_and_used(command, config, tmp_path):
+    outcome = command("tokenizer", tmp_path / "text.txt", tmp_path / "bpe", "--vocab-size", 300)
+    assert outcome.status == 0, outcome
+    assert f"data.tokenizer={tmp_path / 'bpe'}" in outcome.out
+    tokenizer = load_tokenizer(str(tmp_path / "bpe"))
+    assert tokenizer.decode(tokenizer.encode("the cat 🙂"), skip_special_tokens=True) == "the cat 🙂"
+    assert command("train", config, f"data.tokenizer={tmp_path / 'bpe'}", "training.max_steps=1").status == 0
+    assert Run(tmp_path / "free").load_model().config.vocab_size == len(tokenizer) <= 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["only.txt"], "name the text to train on, then the folder to create"),
+        (["nowhere.txt", "out"], "nowhere.txt: no such file"),
+        (["text.txt", "out", "--vocab-size", 258], "vocab_size=258: at least 259"),
+        (["text.txt", "text.txt"], "holds what is being read"),
+        (["table.jsonl", "out", "--column", "body"], r"no column 'body'.*'text'"),
+    ],
+)
+def test_tokenizer_refuses_what_it_cannot_use_and_writes_nothing(command, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("text.txt"), TEXT)
+    write_text(Path("table.jsonl"), '{"text": "a"}\n')
+    before = everything_below(tmp_path)
+    assert_refused(command("tokenizer", *options), 2, message)
+    assert everything_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rat=1"], "unknown setting 'training.learning_rat': did you mean 'learning_rate'"),
+        (["model.latent_dims=1"], "unknown setting 'latent_dims': did you mean 'latent_dim'"),
+        (["training.max_steps=many"], r"training\.max_steps='many'"),
+        (["training.precision=fp16", "training.device=cpu"], "it is for GPUs without bf16"),
+        (["model.num_heads=3"], "hidden_dim=16 is not a multiple of num_heads=3"),
+        (["model.num_heads=16"], "heads of 1: rotary positions need an even size"),
+        (["data.train=[nowhere.txt]"], "nowhere.txt: no such file"),
+        (["data.tokenizer=nowhere"], "tokenizer 'nowhere'"),
+        (["training.batch_size=10000"], "fewer than batch_size=10000"),
+        (["nonsense"], "an override is section.name=value"),
+        (["training.device=cuda:99"], "not on this machine"),
+    ],
+)
+def test_settings_that_are_refused_write_nothing(command, config, tmp_path, overrides, message):
+    before = everything_below(tmp_path)
+    assert_refused(command("train", config, *overrides), 2, message)
+    assert everything_below(tmp_path) == before
+    assert not (tmp_path / "free").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01\x02", b"\xff\xfe"])
+def test_text_that_is_none_is_refused_by_name_and_nothing_is_written(command, config, tmp_path, content):
+    (tmp_path / "bad.txt").write_bytes(content)
+    outcome = command("train", config, f"data.train=[{tmp_path / 'bad.txt'}]")
+    assert_refused(outcome, 2, r"bad\.txt: (contains no text|not)")
+    assert not (tmp_path / "free").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"model: [", "not YAML"),
+        (b"just words", "sections of settings"),
+        (b"\xff\xff", "as text"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused(command, tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    assert_refused(command("train", path), 2, rf"config\.yaml: .*{message}")
+
+
+def test_a_damaged_checkpoint_is_one_line(command, config, tmp_path):
+    command("train", config, "training.max_steps=2")
+    next((tmp_path / "free" / "checkpoints" / "step-2").glob("*.safetensors")).write_bytes(b"\x07garbage" * 100)
+    assert_refused(command("train", config, "training.max_steps=4"), 2, "step-2: cannot be read.*delete it")
+
+
+def test_a_run_that_fails_is_status_1(command, config, monkeypatch):
+    original = step.training_forward
+
+    def forward(*arguments):
+        output = original(*arguments)
+        return {**output, "loss": output["loss"] * math.nan}
+
+    monkeypatch.setattr(step, "training_forward", forward)
+    outcome = command("train", config)
+    assert outcome.status == 1
+    assert outcome.err.splitlines()[-1].startswith(
+        "free-transformer: error: the loss is nan at step 1 (from row 0 of pass 1 of the data"
+    )
+    assert "Traceback" not in outcome.err
+
+
+def test_stopping_by_hand_says_how_to_go_on(command, config, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "training_forward", stop)
+    outcome = command("train", config)
+    assert outcome.status in (1, 130)
+    assert "the same command resumes a training from its last checkpoint" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_dry_run_shows_what_a_run_would_take_and_writes_nothing(command, config, tmp_path):
+    before = everything_below(tmp_path)
+    outcome = command("train", config, "--dry-run")
+    assert outcome.status == 0
+    for shown in ("plan table", "encoder", "tokens of a step", "memory of a process", "time of a step", "no decay"):
+        assert shown in outcome.out
+    assert everything_below(tmp_path) == before
+
+
+def test_a_sweep_prints_its_table_and_is_status_1_where_a_run_fails(command, config, tmp_path, monkeypatch):
+    arguments = ["sweep", config, "--grid", "model.latent_dim=2,3", "training.seed=0,1", f"run_dir={tmp_path / 'all'}"]
+    outcome = command(*arguments)
+    assert outcome.status == 0 and "latent_dim" in outcome.out and "(best)" in outcome.out
+    assert command(*arguments).err.count("done already") == 4
+
+    def forward(*arguments):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(step, "training_forward", forward)
+    outcome = command(*arguments[:-1], f"run_dir={tmp_path / 'failing'}")
+    assert outcome.status == 1 and "4 of 4 runs failed" in outcome.err
