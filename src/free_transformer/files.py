@@ -47,7 +47,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: object) -> object:
     if isinstance(value, dict):
         return {name: _without_nan(each) for name, each in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -122,7 +122,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def update_marker(folder: Path, **values: Any) -> None:
+def update_marker(folder: Path, **values: object) -> None:
     """Sets values in the marker of a folder, which `claimed_folder` has made ours."""
     write_json(folder / MARKER, {**read_marker(folder), "written_by": WRITTEN_BY, **values})
 

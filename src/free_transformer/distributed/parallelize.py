@@ -122,7 +122,7 @@ def _gather_outside_of_training(model: Any, name: str) -> None:
     gathering = getattr(model, name)
 
     @functools.wraps(plain)
-    def either(*args: Any, **kwargs: Any) -> Any:
+    def either(*args: object, **kwargs: object) -> Any:
         return (plain if torch.is_grad_enabled() else gathering)(*args, **kwargs)
 
     setattr(model, name, either)
@@ -141,7 +141,7 @@ def synchronize_gradients(model: nn.Module, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Any]:
+def whole_state_dict(model: nn.Module) -> dict[str, object]:
     """All weights on the main process' CPU, a tied one once; empty elsewhere. All processes must call it."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     once = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}

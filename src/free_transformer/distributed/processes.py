@@ -42,7 +42,7 @@ class Processes:
     size: int = 1
     tensor: int = 1
     mesh: DeviceMesh | None = None
-    data_group: Any = None
+    data_group: dist.ProcessGroup | None = None
     timeout: timedelta | None = None
 
     @property

@@ -52,7 +52,7 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """
     Attention in plain operations, all (B, heads, T, head_dim); also in double precision, where Llama's is in single.
@@ -147,7 +147,7 @@ class SplitAttention(LlamaAttention):
         key_value_position_embeddings: Rotation | None = None,
         implementation: str | None = None,
         boundaries: Boundaries | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:

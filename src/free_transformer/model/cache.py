@@ -35,7 +35,9 @@ class GrowingLayer(DynamicLayer):
         self.max_length = max_length
         self.buffers: list[Tensor | None] = [None, None]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Appends the states of new tokens, both (B, heads, T, head_dim). Returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -119,7 +119,9 @@ class GenerationHooks(GenerationMixin):
             new_tokens: how many tokens may follow it.
         """
 
-    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict, *args: object, **kwargs: object
+    ) -> Any:
         length = input_ids.shape[1]
         self.before_prompt(model_kwargs, length, generation_config.max_length - length)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)

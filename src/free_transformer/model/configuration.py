@@ -28,7 +28,7 @@ BYTE_SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id":
 NOT_GIVEN = -1  # a special token that the caller leaves open
 TABLE_INITS = ("bit_linear", "normal", "zero")
 OBJECTIVE = {"free_bits": 2.5, "min_bits": 2.0, "aggregate_weight": 1.0}  # with which one plan per sequence steers
-PAPER: dict[str, Any] = {
+PAPER: dict[str, float] = {
     "latent_dim": 16,
     "plan_span": 1,
     "free_bits": 0.5,
@@ -64,7 +64,7 @@ def _one_line_errors(config_class: Any) -> Any:
     construct = config_class.__init__
 
     @functools.wraps(construct)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: object, **kwargs: object) -> None:
         try:
             construct(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -157,7 +157,7 @@ class FreeTransformerConfig(LlamaConfig):
     attention_output_bias: bool | None = None
     encoder_class: str | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
@@ -203,7 +203,7 @@ class FreeTransformerConfig(LlamaConfig):
         return [self.code_bits] * full + [rest] * (rest > 0)
 
     @classmethod
-    def paper(cls, **changes: Any) -> "FreeTransformerConfig":
+    def paper(cls, **changes: object) -> "FreeTransformerConfig":
         """The settings of the paper: 16 bits per plan, one plan per token, and its objective."""
         return cls(**{**PAPER, **changes})
 
@@ -212,19 +212,19 @@ class FreeTransformerConfig(LlamaConfig):
         return plain_config(self)
 
     @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, *args: object, **kwargs: object) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `transformers`, of a pretrained model without a plan what it becomes; no warning is due then."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         return cls._adopted(config_dict), kwargs
 
     @classmethod
-    def _adopted(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+    def _adopted(cls, config_dict: dict[str, object]) -> dict[str, object]:
         if config_dict.get("model_type", cls.model_type) in (cls.model_type, FreeTransformerConfig.model_type):
             return config_dict
         return adopt(config_dict, cls._known_names() | _ALSO_ACCEPTED)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: object) -> Any:
         """As in `transformers`; a name in a *file* that this version does not know is dropped with a warning."""
         known = cls._known_names() | _ALSO_ACCEPTED
         config_dict = cls._adopted(config_dict)
@@ -236,14 +236,14 @@ class FreeTransformerConfig(LlamaConfig):
         config_dict = {k: v for k, v in config_dict.items() if k not in unknown and not k.startswith("_")}
         return super().from_dict({**config_dict, **changes}, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
         """As in `transformers`; where `auto_map` names the model's code, that is written too, see `sharing`."""
         if hasattr(self, "auto_map") and not write_code(Path(save_directory)):
             del self.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+    def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
         """As in `transformers`, for a class of your own: this one's code is named and written with its model's."""
         if cls is not FreeTransformerConfig:
             super().register_for_auto_class(auto_class)

@@ -41,7 +41,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         raise InputError(
             "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
             "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
@@ -60,7 +60,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         num_tokens: int = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> LowerOutput:
         """
         Layers 0 to K-1.

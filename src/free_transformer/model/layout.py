@@ -20,7 +20,7 @@ class Boundaries:
     max_tokens: int  # an upper bound of the tokens of a document
     max_plans: int
 
-    def for_flash_attention(self) -> dict[str, Any]:
+    def for_flash_attention(self) -> dict[str, object]:
         """The arguments that `transformers` passes on to the `flash_attention_*` backends."""
         names = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
         return {**dict.fromkeys(names[0], self.tokens), **dict.fromkeys(names[1], self.max_tokens)}

@@ -157,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(states, weight, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         states, weight, grad_states, grad_weight = ctx.saved_tensors
         found: list[Tensor | None] = [None, None]
         if ctx.needed[0]:

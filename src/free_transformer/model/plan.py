@@ -6,7 +6,6 @@ A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the l
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +164,7 @@ class PlanPrior(nn.Module):
         chance = self.log_aggregate[1].exp().to(device) if prior == "aggregate" else 0.5
         return torch.rand(*shape, self.latent_dim, device=device, generator=generator) < chance
 
-    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(self, *args: object, **kwargs: object) -> Tensor:
         """`forward`, by its name. It is a call of the module, so that offloading brings the counts back."""
         return self(*args, **kwargs)
 

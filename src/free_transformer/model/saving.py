@@ -34,7 +34,7 @@ class SavingMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *args: Any, encoder: nn.Module | None = None, **kwargs: Any
+        cls, path: str | os.PathLike, *args: object, encoder: nn.Module | None = None, **kwargs: object
     ) -> Any:
         """
         `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
@@ -61,7 +61,7 @@ class SavingMixin(PreTrainedModel):
             warm_start(model)
         return (model, loading) if tells else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
         """As in `transformers`, and the code of the model beside its weights, unless a part of it is your own."""
         name = type(self).__name__.removeprefix("FSDP")  # the class that sharding makes of this one
         name_code(self.config, wanted=name == OWN_NAME and self.config.encoder_class is None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What each has beyond what its own configuration says.
-KIN: dict[str, dict[str, Any]] = {
+KIN: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
@@ -33,7 +33,7 @@ START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
 PROBE_TOKENS = 64
 
 
-def adopt(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+def adopt(values: dict[str, object], known: set[str]) -> dict[str, object]:
     """
     From the `config.json` of a pretrained model to the settings of a Free Transformer whose plan changes nothing.
 

@@ -1,7 +1,6 @@
 """Settings that contradict each other, and settings that have no effect."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from free_transformer.errors import SettingsError
 from free_transformer.model.configuration import FreeTransformerConfig
@@ -134,7 +133,7 @@ def _effects(settings: Settings) -> Iterable[tuple[list[str], bool, str]]:
     ]
 
 
-def _get(settings: Settings, name: str) -> Any:
+def _get(settings: Settings, name: str) -> object:
     section, _, key = name.partition(".")
     return getattr(getattr(settings, section), key, None)
 

@@ -55,7 +55,7 @@ def _read_sections(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _renamed(name: str, section: type[Section], values: dict[Any, Any]) -> dict[Any, Any]:
+def _renamed(name: str, section: type[Section], values: dict[str, object]) -> dict[str, object]:
     try:
         return section.renamed(values)
     except ValueError as error:

@@ -76,7 +76,7 @@ class ModelSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
+    def _apply_preset(cls, values: object) -> object:
         if isinstance(values, dict) and values.get("preset") == "paper":
             return {**PAPER, **values}
         return values
@@ -88,7 +88,7 @@ class ModelSettings(Section):
         self.__dict__.update(plan_objective(self.plan_span, self.latent_dim, given))
         return self
 
-    def build(self, **changes: Any) -> FreeTransformerConfig:
+    def build(self, **changes: object) -> FreeTransformerConfig:
         """The model's configuration. `SettingsError` for a name or value that it refuses."""
         values = {**self.model_dump(exclude={"kind", "pretrained", "preset"}), **changes}
         _check_rope(values)
@@ -127,7 +127,7 @@ def _check_rope(values: dict[str, Any]) -> None:
                 raise SettingsError(f"model.{full}={shown(each)}: must be a number")
 
 
-def _explain_config(error: Exception, values: dict[str, Any]) -> str:
+def _explain_config(error: Exception, values: dict[str, object]) -> str:
     """The errors of type that `transformers` finds name Python's types; others are ours and name the setting."""
     found = re.match(
         r"Field '(\w+)' (?:with value .* doesn't match any type in \((?P<many>.*)\)\. |expected (?P<one>\w+),)",

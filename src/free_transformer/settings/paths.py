@@ -47,7 +47,7 @@ def _escape(path: str | Path) -> str:
     return f"./{text}" if text.startswith("~") else text
 
 
-def _expand_sources(value: Any) -> Any:
+def _expand_sources(value: object) -> object:
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):
@@ -67,7 +67,7 @@ def check_distinct(names: Mapping[str, str]) -> None:
             raise InputError(f"{one_line(other)} and {one_line(name)} are the same source; give it one share")
 
 
-def _escape_sources(sources: Any) -> Any:
+def _escape_sources(sources: object) -> object:
     if isinstance(sources, dict):
         return {_escape(name): share for name, share in sources.items()}
     return [_escape(each) for each in sources] if isinstance(sources, list) else sources

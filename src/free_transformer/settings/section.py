@@ -80,12 +80,12 @@ class Section(BaseModel):
         return value
 
 
-def leaves(kind: Any) -> set[Any]:
+def leaves(kind: object) -> set[object]:
     """The types that an annotation is made of."""
     members = get_args(kind) if get_origin(kind) is not Literal else ()
     return set().union(*map(leaves, members)) if members else {kind}
 
 
-def replace_checked(section: Section, **values: Any) -> None:
+def replace_checked(section: Section, **values: object) -> None:
     """Sets values that are checked already: a dollar sign in them is no variable, and they are not the person's."""
     section.__dict__.update(values)

@@ -1,7 +1,7 @@
 """The settings of a run, a class for each section of the file."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -111,7 +111,7 @@ class Settings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _relocate(cls, values: Any) -> Any:
+    def _relocate(cls, values: object) -> object:
         return relocated(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")

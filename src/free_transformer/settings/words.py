@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 PYTHON_TYPES = {
     int: "an integer",
@@ -28,7 +27,7 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message, constants as YAML has them."""
     if value is None:
         return "null"

@@ -22,7 +22,7 @@ class YamlError(SettingsError):
     """Text that cannot be read as YAML 1.2 with unique keys; the message is one line with the line's number."""
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str) -> object:
     """
     The value of a YAML document: None, a scalar, a list or a dictionary. Dates and times are text.
 
@@ -46,7 +46,7 @@ def split_yaml_list(text: str) -> list[str]:
     return [listed[item.start_mark.index : item.end_mark.index] for item in node.value]
 
 
-def dump_yaml(values: Mapping[str, Any]) -> str:
+def dump_yaml(values: Mapping[str, object]) -> str:
     """YAML text of nested dictionaries, lists and scalars, which `load_yaml` reads as equal values in equal order."""
     stream = io.StringIO()
     _yaml().dump(dict(values), stream)
@@ -61,10 +61,10 @@ _Constructor.add_constructor(f"{TAG}timestamp", SafeConstructor.construct_yaml_s
 
 
 class _Representer(SafeRepresenter):
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
-    def represent_str(self, data: str) -> Any:
+    def represent_str(self, data: str) -> object:
         style = '"' if not data.isprintable() else "'" if YAML_1_1.fullmatch(data) else None
         return self.represent_scalar(f"{TAG}str", data, style=style)
 

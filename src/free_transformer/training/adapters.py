@@ -19,7 +19,7 @@ PREFIX = "base_model.model."  # of names in PEFT's files
 NAME = "default"
 
 
-def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> Any:
+def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> object:
     """
     Puts adapters beside the projections of the layers from `first_layer` on, in place; what else is a pretrained
     model's no longer learns.

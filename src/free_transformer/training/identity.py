@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class Change:
     """
 
     name: str
-    old: Any
-    new: Any
+    old: object
+    new: object
     fixed: bool = False
     needs_permission: bool = False
 
@@ -68,8 +68,8 @@ class Identity:
         processes: that share each batch.
     """
 
-    settings: dict[str, Any]
-    model: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    model: dict[str, object]
     tokenizer: str
     text: list[list[str]]
     validation: str | None
@@ -187,7 +187,7 @@ def check_changes(where: Path, changes: Iterable[Change], allowed: Sequence[str]
             )
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat(settings: Mapping[str, object]) -> dict[str, object]:
     """`section.name` and value."""
     values = {}
     for section, content in settings.items():
@@ -224,7 +224,7 @@ def _stream_hash(documents: Documents) -> str:
     return source_hash(documents.sources, documents.column)
 
 
-def _stages_begun(identity: Identity, step: int) -> list[tuple[int, int, Any]]:
+def _stages_begun(identity: Identity, step: int) -> list[tuple[int, int, object]]:
     """Start, row length and text (hashes with their shares) of the stages that have begun by a step."""
     settings = parse_settings(identity.settings, to_train=False)
     begun = [
@@ -242,7 +242,7 @@ def _shares(stage: Stage, text: list[str]) -> list[tuple[str, float]]:
     return [(hash_, share / total) for hash_, share in zip(text, stage.sources.values(), strict=True)]
 
 
-def _sources(settings: dict[str, Any]) -> Any:
+def _sources(settings: dict[str, dict[str, Any]]) -> object:
     stages = [stage["data"] for stage in settings["training"]["stages"] if stage["data"] is not None]
     return settings["data"]["train"] if not stages else [settings["data"]["train"], *stages]
 

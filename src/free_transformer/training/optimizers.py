@@ -50,7 +50,7 @@ def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool =
         else:
             decay = settings.optimizer.weight_decay if parameter.ndim >= 2 else 0.0
             of_adam.setdefault((plan_rate if name.startswith("encoder.") else rate, decay), []).append(parameter)
-    groups: list[dict[str, Any]] = [
+    groups: list[dict[str, object]] = [
         {"params": alike, "lr": lr, "weight_decay": decay}
         for (lr, decay), parameters in of_adam.items()
         for alike in _by_mesh(parameters)
@@ -250,7 +250,7 @@ def codebook_optimizer(model: nn.Module, settings: Settings) -> CodebookOptimize
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters that are sharded alike: PyTorch's operations on lists take no others together."""
-    groups: dict[Any, list[nn.Parameter]] = {}
+    groups: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
     return list(groups.values())

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,7 @@ def computing_dtype(precision: str, processes: Processes) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
 
 
-def autocast(precision: str, processes: Processes) -> Any:
+def autocast(precision: str, processes: Processes) -> AbstractContextManager:
     dtype = computing_dtype(precision, processes)
     if dtype is None or processes.data_size > 1:
         return contextlib.nullcontext()  # or `fully_shard` has cast the weights
