@@ -131,7 +131,7 @@ def backward(model: Any, tokens: Tensor, processes: Processes) -> None:
 
 def random_tokens(processes: Processes) -> Tensor:
     tokens = torch.randint(SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    return tokens[processes.share_of(BATCH)]
+    return tokens[processes.local_slice(BATCH)]
 
 
 def measure_memory(_: int) -> dict[str, float]:

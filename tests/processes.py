@@ -17,7 +17,16 @@ SENTENCES = ["the cat sat on the mat. ", "a dog ran home again. ", "all work and
 TINY = {
     "model": {"hidden_dim": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "latent_dim": 3, "plan_span": 5}
     | {"free_bits": 0.25, "readout_init_scale": 3.0},
-    "training": {"max_steps": 6, "batch_size": 6, "seq_len": 16, "warmup_steps": 2, "log_every": 1, "eval_every": 3}
+    "training": {
+        "optimizer": "adamw",
+        "min_lr_ratio": 0.1,
+        "max_steps": 6,
+        "batch_size": 6,
+        "seq_len": 16,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "eval_every": 3,
+    }
     | {"learning_rate": 3e-3, "save_every": 2, "device": "cpu", "prior_rows": 12, "eval_rows": 12},
     "logging": {"tensorboard": False, "sample_every": 6, "sample_tokens": 2},
 }

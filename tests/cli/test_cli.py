@@ -8,6 +8,7 @@ import sys
 import pytest
 import typer
 from cli_cases import assert_refused
+from cli_fixtures import *  # noqa: F403
 
 from free_transformer.cli.main import app, as_command, main
 from free_transformer.errors import DataError, InputError, MissingDependency, RunError, SettingsError

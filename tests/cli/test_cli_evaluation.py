@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import BITS, KINDS, assert_refused, everything_below
+from cli_fixtures import *  # noqa: F403
 
 from free_transformer.evaluation import likelihood
 from free_transformer.files import write_text

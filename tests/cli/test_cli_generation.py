@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import KINDS, assert_refused, texts_of
+from cli_fixtures import *  # noqa: F403
 
 from free_transformer.data import load_tokenizer
 from free_transformer.files import write_text

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cli_cases import BITS, KINDS, assert_refused
+from cli_fixtures import *  # noqa: F403
 
 from free_transformer.files import write_text
 

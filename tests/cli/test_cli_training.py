@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cli_cases import TEXT, assert_refused, everything_below
+from cli_fixtures import *  # noqa: F403
 
 from free_transformer.data import load_tokenizer
 from free_transformer.files import write_text

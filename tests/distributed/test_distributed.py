@@ -188,7 +188,7 @@ def stop_after(values: dict, step: int) -> None:
         return optimizer_step(self, *arguments)
 
     _Trainer._optimizer_step = optimizer_step_that_stops
-    checkpoint.LEAST_FILE = 1000  # so that there are several files
+    checkpoint.MIN_FILE_BYTES = 1000  # so that there are several files
     try:
         train_tiny(values)
     except SystemExit as end:
@@ -284,7 +284,7 @@ def test_a_batch_with_fewer_rows_than_processes_is_one_line(tmp_path):
 @pytest.mark.parametrize(("rows", "size", "tensor"), [(7, 3, 1), (8, 4, 2), (5, 5, 1), (64, 6, 3)])
 def test_each_row_of_a_batch_goes_to_one_data_process(rows, size, tensor):
     cpu = torch.device("cpu")
-    shares = [Processes(cpu, rank, size, tensor).share_of(rows) for rank in range(0, size, tensor)]
+    shares = [Processes(cpu, rank, size, tensor).local_slice(rows) for rank in range(0, size, tensor)]
     assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
     assert max(s.stop - s.start for s in shares) - min(s.stop - s.start for s in shares) <= 1
 

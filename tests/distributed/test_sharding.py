@@ -18,7 +18,7 @@ PROCESSES = 2
 def build(gradient: str) -> tuple[FreeTransformer, torch.Tensor]:
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_dim": 16, "num_layers": 4, "num_heads": 2}
-    plan = {"latent_dim": 11, "code_bits": 6, "plan_gradient": gradient, "plan_chunk_bytes": 2000}
+    plan = {"latent_dim": 11, "plan_span": 1, "code_bits": 6, "plan_gradient": gradient, "plan_chunk_bytes": 2000}
     model = FreeTransformer(FreeTransformerConfig(**sizes, **plan, readout_init_scale=3.0))
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0  # the same plans on any process
     return model, torch.randint(0, 32, (4, 12))

@@ -22,7 +22,7 @@ from free_transformer.export import onnx as exporting
 from free_transformer.export.files import SCHEMES, TOLERANCE
 from free_transformer.export.onnx import check_static, export_onnx
 from free_transformer.export.onnx_quantize import quantize_graph
-from free_transformer.runtime.arrays import draw
+from free_transformer.runtime.arrays import sample_tokens
 from free_transformer.serving.onnx_batch import OnnxBatch
 from rows import write_in_rows
 
@@ -243,7 +243,7 @@ def test_draws_have_the_chances_of_what_is_left():
 
     def shares(top_k: int, top_p: float) -> list[float]:
         settings = (np.full(len(logits), each) for each in (1.0, top_k, top_p))
-        drawn = draw(logits, *settings, rng.random(len(logits)))
+        drawn = sample_tokens(logits, *settings, rng.random(len(logits)))
         return [float(share) for share in np.bincount(drawn, minlength=4) / len(logits)]
 
     assert shares(0, 1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)

@@ -247,7 +247,7 @@ def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
     ]
     uniform = rng.random(rows)
     settings = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
-    expected = arrays.draw(logits, *settings, uniform).tolist()
+    expected = arrays.sample_tokens(logits, *settings, uniform).tolist()
     assert draw(torch.from_numpy(logits), sampling, uniform) == expected
     one = [draw(torch.from_numpy(logits[i : i + 1]), sampling[i : i + 1], uniform[i : i + 1])[0] for i in range(rows)]
     assert one == expected  # whatever the neighbours' settings

@@ -49,8 +49,8 @@ TINY = {
     "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "free_bits": 0.25}
     | {"min_bits": 0.0, "aggregate_weight": 0.0},
     "training": {"max_steps": 6, "batch_size": 4, "seq_len": 16, "warmup_steps": 2, "log_every": 1, "eval_every": 0}
-    | {"learning_rate": 3e-3, "save_every": 0, "device": "cpu", "prior_rows": 8},
-    "optimizer": {"name": "adamw", "min_lr_ratio": 0.1},
+    | {"learning_rate": 3e-3, "save_every": 0, "device": "cpu", "prior_rows": 8}
+    | {"optimizer": "adamw", "min_lr_ratio": 0.1},
     "logging": {"tensorboard": False, "sample_every": 0, "sample_tokens": 4},
 }
 
@@ -535,14 +535,14 @@ def test_workers_bring_the_same_batches(tiny_settings):
 
 
 def test_a_checkpoint_is_in_files_of_which_each_is_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LEAST_FILE", 2000)
+    monkeypatch.setattr(checkpoint, "MIN_FILE_BYTES", 2000)
     state = tiny_state()
     path = Checkpoints(tmp_path, keep=1).save(state)
     files = [load_file(file) for file in path.glob("*.safetensors")]
     assert len(files) > 2
     for tensors in files:  # no tensor is cut to fit
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 2000
-    monkeypatch.setattr(checkpoint, "MOST_FILES", 1)
+    monkeypatch.setattr(checkpoint, "MAX_FILES", 1)
     assert len(list(Checkpoints(tmp_path / "one", keep=1).save(state).glob("*.safetensors"))) == 1
     fresh = tiny_state()
     for parameter in fresh.model.parameters():

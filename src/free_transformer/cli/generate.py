@@ -45,7 +45,7 @@ def generate(
     - `free-transformer generate runs/my-run --plan 01101001 --num-samples 4`
     """
     from free_transformer.cli.generation import Request, generate_with_onnx, generate_with_torch
-    from free_transformer.runtime.onnx_model import EXPORT_FILE
+    from free_transformer.runtime.sessions import EXPORT_FILE
 
     if plan is not None and plan_from is not None:
         raise InputError("give --plan or --plan-from, not both")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ class Request:
     @property
     def has_plan(self) -> bool:
         return self.plan is not None or self.plan_from is not None
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Sampling options of `generate`."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
 
 
 def generate_with_torch(folder: Path, request: Request) -> None:
@@ -103,7 +113,7 @@ def generate_with_onnx(folder: Path, request: Request) -> None:
         print_sample(f"sample {index + 1}", text)
 
 
-def sampling_options(sampling: Sampling) -> dict[str, bool | int | float]:
+def sampling_options(sampling: Sampling) -> SamplingOptions:
     """Returns the options of `generate`; they override the `generation_config.json` of a converted model."""
     if sampling.greedy:
         return {"do_sample": False}

@@ -7,7 +7,7 @@ import typer
 
 from free_transformer.cli.options import ModelArgument, OverwriteOption, PriorOption, PromptPlanOption
 from free_transformer.cli.output import print_line, print_table
-from free_transformer.errors import MissingDependency
+from free_transformer.cli.packages import optional_packages
 from free_transformer.files import WRITTEN_BY, check_own_file, write_json
 
 
@@ -55,12 +55,10 @@ def lm_eval(
 
     - `free-transformer lm-eval runs/my-run --tasks lambada_openai,arc_easy --limit 100`
     """
-    try:
+    with optional_packages("tasks need", "lm-eval"):
         from lm_eval.models.huggingface import HFLM
 
         from free_transformer.integrations.harness import PlanHarnessLM, result_table, run_tasks
-    except ImportError as error:
-        raise MissingDependency(f"tasks need {error.name}: pip install 'free-transformer-lm[lm-eval]'") from error
     from free_transformer.distributed.processes import find_device
     from free_transformer.export.load import load_with_tokenizer
     from free_transformer.model.modeling import FreeTransformer

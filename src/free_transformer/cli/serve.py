@@ -8,7 +8,8 @@ import typer
 
 from free_transformer.cli import output
 from free_transformer.cli.batches import onnx_batch, torch_batch
-from free_transformer.errors import InputError, MissingDependency
+from free_transformer.cli.packages import optional_packages
+from free_transformer.errors import InputError
 
 
 def serve(
@@ -90,12 +91,10 @@ def serve(
     - `free-transformer serve runs/my-run`
     - `free-transformer serve --onnx runs/my-run/onnx --port 9000`
     """
-    try:
+    with optional_packages("a server needs", "serve"):
         from free_transformer.serving.access import is_loopback, local_hosts
         from free_transformer.serving.app import create_app, listen
         from free_transformer.serving.app import run as run_server
-    except ImportError as error:
-        raise MissingDependency(f"a server needs {error.name}: pip install 'free-transformer-lm[serve]'") from error
 
     folder = onnx or run
     if folder is None or (run is not None and onnx is not None):

@@ -58,7 +58,7 @@ class Processes:
     def data_size(self) -> int:
         return self.size // self.tensor
 
-    def share_of(self, rows: int) -> slice:
+    def local_slice(self, rows: int) -> slice:
         """Which of so many rows are this process'; the first processes have one more where they do not divide."""
         least, more = divmod(rows, self.data_size)
         start = self.data_rank * least + min(self.data_rank, more)
@@ -80,7 +80,7 @@ class Processes:
         dist.all_gather(found, own)
         return [each.tolist() for each in found]
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of each over all processes; on the CPU, so that no accelerator is waited for."""
         values = torch.tensor(numbers)
         if self.size > 1:
@@ -88,7 +88,7 @@ class Processes:
         return values.tolist()
 
     def barrier(self) -> None:
-        self.largest(0)
+        self.all_reduce_max(0)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from free_transformer.errors import InputError, RunError
 from free_transformer.model.hub_code import name_code
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.runtime.onnx_model import PRIOR_FILE
+from free_transformer.runtime.sessions import PRIOR_FILE
 
 SCHEMES = ("int8-weight", "int8-dynamic")
 TOLERANCE = 1e-4  # largest difference of logits in float32, relative where their largest absolute value exceeds 1

@@ -24,7 +24,8 @@ from free_transformer.export.graphs import Argument, Graph, dynamic_graphs, stat
 from free_transformer.export.onnx_quantize import quantize_graph
 from free_transformer.files import own_folder, write_json
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.runtime.onnx_model import EXPORT_FILE, OnnxFreeTransformer
+from free_transformer.runtime.onnx_model import OnnxFreeTransformer
+from free_transformer.runtime.sessions import EXPORT_FILE
 
 if TYPE_CHECKING:
     import onnx_ir

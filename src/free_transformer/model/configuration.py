@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from .errors import InputError
 from .hub_code import write_code
-from .warm_start import adopt, plain_config
+from .warm_start import convert_config, plain_config
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class FreeTransformerConfig(LlamaConfig):
     def _adopted(cls, config_dict: dict[str, object]) -> dict[str, object]:
         if config_dict.get("model_type", cls.model_type) in (cls.model_type, FreeTransformerConfig.model_type):
             return config_dict
-        return adopt(config_dict, cls._known_names() | _ALSO_ACCEPTED)
+        return convert_config(config_dict, cls._known_names() | _ALSO_ACCEPTED)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: object) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What each has beyond what its own configuration says.
-KIN: dict[str, dict[str, object]] = {
+SUPPORTED_BASES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
@@ -33,7 +33,7 @@ START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
 PROBE_TOKENS = 64
 
 
-def adopt(values: dict[str, object], known: set[str]) -> dict[str, object]:
+def convert_config(values: dict[str, object], known: set[str]) -> dict[str, object]:
     """
     From the `config.json` of a pretrained model to the settings of a Free Transformer whose plan changes nothing.
 
@@ -44,8 +44,8 @@ def adopt(values: dict[str, object], known: set[str]) -> dict[str, object]:
         ValueError: for a model of another kind.
     """
     kind = values.get("model_type", "")
-    if kind not in KIN:
-        raise InputError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(KIN)}")
+    if kind not in SUPPORTED_BASES:
+        raise InputError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(SUPPORTED_BASES)}")
     own = CONFIG_MAPPING[kind].from_dict(dict(values))
     adopted = {
         name: value
@@ -56,7 +56,7 @@ def adopt(values: dict[str, object], known: set[str]) -> dict[str, object]:
     if window is not None and window < own.max_position_embeddings:
         logger.warning("texts of up to %d tokens: beyond, %s attends within a sliding window", window, kind)
         adopted["max_position_embeddings"] = window
-    return {**adopted, **KIN[kind], **START, "model_type": "free_transformer"}
+    return {**adopted, **SUPPORTED_BASES[kind], **START, "model_type": "free_transformer"}
 
 
 def plain_config(config: Any) -> PreTrainedConfig:

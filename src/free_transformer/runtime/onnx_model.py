@@ -1,15 +1,15 @@
-"""An exported model: plans and text by onnxruntime and NumPy alone."""
+"""Generates text and reads plans with an ONNX export, without torch."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from free_transformer.errors import InputError, MissingDependency, RunError
+from free_transformer.errors import InputError, RunError
 from free_transformer.files import first_line
 from free_transformer.model.sampling import (
     PRIORS,
@@ -17,40 +17,71 @@ from free_transformer.model.sampling import (
     Sampling,
     check_choice,
     check_max_new_tokens,
-    check_plan_count,
     check_seed,
     length_warning,
 )
 from free_transformer.runtime.arrays import (
     NO_TOKEN,
-    as_plan,
     as_tokens,
     check_vocabulary,
-    draw,
-    padded_on_the_left,
-    rows_to,
-    sample_prior,
+    move_padding_left,
+    repeat_last_row,
+    sample_tokens,
 )
 from free_transformer.runtime.byte_alphabet import utf8
+from free_transformer.runtime.plan_source import (
+    PlanSource,
+    given_plan,
+    num_plans,
+    num_plans_to_read,
+    sample_posterior,
+    sample_prior,
+)
+from free_transformer.runtime.sessions import (
+    ExportFolder,
+    GraphSessions,
+    Provider,
+    ort_values,
+    token_list,
+)
 
-EXPORT_FILE, PRIOR_FILE = "export.json", "plan_prior.npy"
-DECODERS, STATIC_DECODERS = ("decode",), ("prefill", "decode")  # the graphs that generation cannot do without
-ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-Provider = str | tuple[str, dict[str, Any]]
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+    from tokenizers import Tokenizer
+    from typing_extensions import Unpack
+
+DECODERS, STATIC_DECODERS = ("decode",), ("prefill", "decode")  # the graphs that generation always needs
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The options of `OnnxFreeTransformer.stream`."""
+
+    plan: ArrayLike | None
+    prompt_plan: str
+    prior: str
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_token_id: int | Sequence[int] | None
+    seed: int | None
 
 
 class OnnxFreeTransformer:
     """
-    The graphs are read into memory when they are first needed: files that change later do not change the results.
+    A Free Transformer in an ONNX export. Graphs are read into memory when they are first needed; later changes of the
+    files do not change the results.
 
     Args:
-        folder: what `free-transformer export --to onnx` has written.
-        providers: of onnxruntime, the first that can run an operation does, as in `["CUDAExecutionProvider",
-            "CPUExecutionProvider"]`; one with options is a pair, name and dictionary. Default: the CPU.
-        threads: that one operation may use, default all cores.
+        folder: created by `free-transformer export --to onnx`.
+        providers: of onnxruntime. The first that supports an operation runs it, as in `["CUDAExecutionProvider",
+            "CPUExecutionProvider"]`. A provider with options is a pair of name and dictionary. Default: the CPU.
+        threads: used by one operation, default all cores.
 
     Raises:
-        ValueError: for a folder that is no export or lacks a file, or a provider that this onnxruntime does not have.
+        ValueError: for a folder that is not an export or lacks a file, or a provider that this onnxruntime does not
+            have.
         ImportError: without onnxruntime.
     """
 
@@ -60,24 +91,16 @@ class OnnxFreeTransformer:
         providers: Sequence[Provider] = ("CPUExecutionProvider",),
         threads: int | None = None,
     ):
-        self.folder = Path(folder)
-        if not (self.folder / EXPORT_FILE).is_file():
-            raise InputError(f"{folder}: no export (it has no {EXPORT_FILE}); free-transformer export writes one")
-        self.export = self._read_json(EXPORT_FILE, "static")
-        self.config = self._read_json("config.json", "latent_dim", "plan_span", "vocab_size", "max_position_embeddings")
-        has_generation_config = (self.folder / "generation_config.json").is_file()
-        self.generation_config = self._read_json("generation_config.json") if has_generation_config else {}
-        self.latent_dim: int = self.config["latent_dim"]
-        self.plan_span: int | str = self.config["plan_span"]
-        self.static: tuple[int, int] | None = tuple(self.export["static"]) if self.export["static"] else None
+        self._files = ExportFolder(folder)
+        self.folder, self.config = self._files.path, self._files.settings
+        self.latent_dim, self.plan_span = self.config["latent_dim"], self.config["plan_span"]
+        self.static = self._files.summary["static"]
         for graph in self._decoders:  # `encode` is only needed where plans are read
-            self._check_file(graph)
-        self._providers = _checked_providers(providers)
-        self._threads = threads
-        self._sessions: dict[str, Any] = {}
+            self._files.graph_file(graph)
+        self._sessions = GraphSessions(self._files, providers, threads)
 
-    def infer_plan(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
-        """The posterior's logits, (B, P, H), of the plans of texts of (B, T) tokens; `> 0` is the likeliest plan."""
+    def infer_plan(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> np.ndarray:
+        """The posterior's logits, (B, P, H), for texts of (B, T) tokens; `> 0` is the most likely plan."""
         tokens, mask = as_tokens(input_ids, attention_mask, self.config["vocab_size"])
         batch, length = tokens.shape
         tokens, mask = self.fit(tokens, mask, length)
@@ -91,12 +114,15 @@ class OnnxFreeTransformer:
         rng: np.random.Generator | None = None,
         prior: str = "uniform",
     ) -> np.ndarray:
-        """Plans from the prior, (B, P, H) bool: `"uniform"`, or `"aggregate"`, the plans that training texts took."""
+        """Plans from the prior, (B, P, H) bool: `"uniform"`, or `"aggregate"`, the distribution over training texts."""
         shape = (batch_size, num_plans)
         return sample_prior(shape, self.latent_dim, self.prior(prior), rng or np.random.default_rng())
 
     def prior(self, name: str) -> np.ndarray | None:
-        """What `sample_prior` takes for `"uniform"` or `"aggregate"`. `ValueError` where the model has none."""
+        """
+        Log-probabilities of a prior as `plan_source.sample_prior` takes them, None for `"uniform"`. `ValueError` for
+        `"aggregate"` where the model has no aggregate prior.
+        """
         check_choice("prior", name, PRIORS)
         if name == "uniform":
             return None
@@ -104,9 +130,11 @@ class OnnxFreeTransformer:
             raise InputError("prior='aggregate': the exported model had gathered none")
         return self._log_aggregate
 
-    def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
+    def generate(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **options: "Unpack[GenerationOptions]"
+    ) -> np.ndarray:
         """
-        Prompts and what follows them, (B, T + N) tokens; a text that has ended is followed by padding.
+        Prompts and the tokens generated after them, (B, T + N). A text that has ended is followed by padding.
 
         Args:
             input_ids: (B, T) tokens.
@@ -119,10 +147,10 @@ class OnnxFreeTransformer:
 
     def stream(
         self,
-        input_ids: Any,
-        attention_mask: Any = None,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
         *,
-        plan: Any = None,
+        plan: ArrayLike | None = None,
         prompt_plan: str = "posterior",
         prior: str = "uniform",
         max_new_tokens: int = 200,
@@ -134,14 +162,14 @@ class OnnxFreeTransformer:
         seed: int | None = None,
     ) -> Iterator[np.ndarray]:
         """
-        The same, token by token: each time (B,).
+        As `generate`, one new token of each text at a time, (B,).
 
         Args:
             plan: (P, H) or (B, P, H) bits, or text such as `"0110"`, as `FreeTransformer.generate` takes them. Missing
                 plans come from the prompt and, for new text, from the prior.
             prompt_plan: where plans of the prompt come from, `"posterior"` (the encoder) or `"prior"`.
             max_new_tokens: at least 1. A text longer than the model was built for causes a warning.
-            do_sample: samples tokens; without it the most likely one is taken.
+            do_sample: samples tokens; otherwise the most likely token is taken.
             temperature, top_k, top_p: see `sampling.Sampling`.
             eos_token_id: ends a text, default the model's; `()` for none.
             seed: of plans and tokens, an integer from -2**63 to 2**64 - 1.
@@ -153,45 +181,58 @@ class OnnxFreeTransformer:
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         check_max_new_tokens(max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
-        tokens, mask = padded_on_the_left(*as_tokens(input_ids, attention_mask, self.config["vocab_size"]))
+        tokens, mask = move_padding_left(*as_tokens(input_ids, attention_mask, self.config["vocab_size"]))
         rng = np.random.default_rng(None if seed is None else check_seed(seed))
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
         bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
-        texts = _Texts(self, mask, bits, longest)
-        trained = self.config["max_position_embeddings"]
-        if self.static is None and tokens.shape[1] + max_new_tokens > trained:
-            warnings.warn(length_warning(tokens.shape[1] + max_new_tokens, trained), stacklevel=2)
-        end = self.ends(eos_token_id)
+        decoder = _Decoder(self, mask, bits, longest)
+        if self.static is None and longest + 1 > self.config["max_position_embeddings"]:
+            warnings.warn(length_warning(longest + 1, self.config["max_position_embeddings"]), stacklevel=2)
+        if not do_sample:
+            sampling = Sampling(0.0, top_k, top_p)
+        yield from self._continue(decoder, tokens, sampling, max_new_tokens, self.ends(eos_token_id), rng)
+
+    def _continue(
+        self,
+        decoder: "_Decoder",
+        tokens: np.ndarray,
+        sampling: Sampling,
+        max_new_tokens: int,
+        ends: list[int],
+        rng: np.random.Generator,
+    ) -> Iterator[np.ndarray]:
+        """Samples new tokens, (B,) each, until all texts have ended."""
+        padding = [*self._files.special_tokens("pad_token_id"), *ends][:1]
         ended = np.zeros(len(tokens), dtype=bool)
-        settings = (sampling.temperature if do_sample else 0.0, sampling.top_k, sampling.top_p)
-        temperatures, top_ks, top_ps = (np.full(len(tokens), each) for each in settings)
+        settings = (sampling.temperature, sampling.top_k, sampling.top_p)
+        temperature, top_k, top_p = (np.full(len(tokens), each) for each in settings)
         for _ in range(max_new_tokens):
-            logits = texts.read(tokens)
-            chosen = draw(logits, temperatures, top_ks, top_ps, rng.random(len(logits)))
+            logits = decoder.read(tokens)
+            chosen = sample_tokens(logits, temperature, top_k, top_p, rng.random(len(logits)))
             if (chosen == NO_TOKEN).any():
                 raise RunError(f"{self.folder}: the model's logits are NaN or infinite")
             if ended.any():
-                chosen = np.where(ended, self._padding(end), chosen)
+                chosen = np.where(ended, padding[0], chosen)
             yield chosen
-            ended |= np.isin(chosen, end)
+            ended |= np.isin(chosen, ends)
             if ended.all():
                 return
             tokens = chosen[:, None]
 
-    def write(self, prompt: str = "", num_samples: int = 1, **options: Any) -> list[str]:
-        """Texts that begin with `prompt`; options of `stream`. Needs the package `tokenizers`."""
+    def write(self, prompt: str = "", num_samples: int = 1, **options: "Unpack[GenerationOptions]") -> list[str]:
+        """Generates texts that begin with `prompt`; options of `stream`. Needs the package `tokenizers`."""
         ids = self._encode(prompt)
-        written = self.generate(np.tile(ids, (num_samples, 1)), **options)
-        return self.tokenizer.decode_batch(written.tolist(), skip_special_tokens=True)
+        sequences = self.generate(np.tile(ids, (num_samples, 1)), **options)
+        return self.tokenizer.decode_batch(sequences.tolist(), skip_special_tokens=True)
 
     def plan_of_text(self, text: str) -> np.ndarray:
-        """The likeliest plans of a text, (P, H) bool, read from as much of it as the model was built for."""
+        """The most likely plans of a text, (P, H) bool, read from as many tokens as the model was built for."""
         length = self.config["max_position_embeddings"] if self.static is None else self.static[1]
         return self.infer_plan([self._encode(text)[:length]])[0] > 0
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` that was exported with the model."""
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer that was exported with the model. `ValueError` where there is none."""
         from tokenizers import Tokenizer
 
         file = self.folder / "tokenizer.json"
@@ -202,108 +243,40 @@ class OnnxFreeTransformer:
         except Exception as error:  # `tokenizers` raises plain exceptions
             raise InputError(f"{file}: cannot be read as a tokenizer ({first_line(error)})") from error
         check_vocabulary(tokenizer, self.config["vocab_size"], file)
-        tokenizer.encode_special_tokens = True  # what looks like a special token is text like any other
+        tokenizer.encode_special_tokens = True  # text that looks like a special token is encoded as plain text
         return tokenizer
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray], past: Sequence[Any] = ()) -> list[Any]:
-        """
-        One of the exported graphs.
-
-        Args:
-            inputs: by name, but for the cache.
-            past: keys and values, as the graph has returned them after its first output.
-
-        Returns:
-            its outputs, each an `onnxruntime.OrtValue`; the cache stays on the provider's device.
-
-        Raises:
-            ValueError: where the graph cannot be loaded. RuntimeError: where it cannot be run.
-        """
-        session = self._session(graph)
-        device = "cuda" if _name(self._providers[0]) in ON_CUDA else "cpu"
-        binding = session.io_binding()
-        for argument in session.get_inputs():
-            if argument.name in inputs:
-                binding.bind_cpu_input(argument.name, np.ascontiguousarray(inputs[argument.name]))
-        for name, value in zip(_starting(session.get_inputs(), "past."), past, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        for output in session.get_outputs():
-            binding.bind_output(output.name, device if output.name.startswith("present.") else "cpu")
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors have no common class
-            raise RunError(f"{self.folder / graph}.onnx: onnxruntime failed ({first_line(error)})") from error
-        return binding.get_outputs()
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], past: "Sequence[OrtValue]" = ()) -> "list[OrtValue]":
+        """Runs one of the exported graphs; see `GraphSessions.run`."""
+        return self._sessions.run(graph, inputs, past)
 
     def read_in_pieces(self, input_ids: np.ndarray, attention_mask: np.ndarray, plan: np.ndarray) -> np.ndarray:
-        """Logits of the last three tokens, (B, 3, V): two were read one by one, the others before them at once."""
+        """Logits of the last three tokens, (B, 3, V): the last two are read one by one, the others at once."""
         longest = input_ids.shape[1]
-        texts = _Texts(self, attention_mask[:, : longest - 2], plan, longest)
+        decoder = _Decoder(self, attention_mask[:, : longest - 2], plan, longest)
         pieces = [input_ids[:, : longest - 2], input_ids[:, -2:-1], input_ids[:, -1:]]
-        return np.stack([texts.read(piece) for piece in pieces], axis=1)
+        return np.stack([decoder.read(piece) for piece in pieces], axis=1)
 
-    def no_past(self, batch: int) -> list[Any]:
-        """Keys and values of no tokens."""
-        names = _starting(self._session("decode").get_inputs(), "past.")
-        shape = (batch, self.config["num_key_value_heads"], 0, self.config["head_dim"])
-        return self.ort_values([np.zeros(shape, np.float32) for _ in names])
+    def no_past(self, batch: int) -> "list[OrtValue]":
+        """Keys and values of zero tokens."""
+        return self._sessions.empty_past(batch)
 
-    def ort_values(self, arrays: Sequence[np.ndarray]) -> list[Any]:
-        """What `run` takes for keys and values."""
-        from onnxruntime import OrtValue
-
-        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each)) for each in arrays]
+    def ort_values(self, arrays: Sequence[np.ndarray]) -> "list[OrtValue]":
+        """Keys and values as `run` takes them."""
+        return ort_values(arrays)
 
     def load(self) -> None:
         """Loads all graphs that generation may need. `ValueError` where one cannot be loaded."""
         for graph in ("encode", *self._decoders):
-            self._session(graph)
+            self._sessions.session(graph)
 
     @property
     def _decoders(self) -> tuple[str, ...]:
         return DECODERS if self.static is None else STATIC_DECODERS
 
-    def _session(self, graph: str) -> Any:
-        if graph not in self._sessions:
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4  # fatal: errors are raised
-            if self._threads is not None:
-                options.intra_op_num_threads = self._threads
-            file = self._check_file(graph)
-            beside = file.with_name(f"{file.name}.data")
-            try:
-                if beside.is_file():  # weights beside their graph would be mapped, and change with the file
-                    data = beside.read_bytes()
-                    options.add_external_initializers_from_files_in_memory([beside.name], [data], [len(data)])
-                model = file.read_bytes()
-                self._sessions[graph] = onnxruntime.InferenceSession(model, options, providers=self._providers)
-            except Exception as error:  # onnxruntime's errors have no common class
-                raise InputError(f"{file}: cannot be loaded by onnxruntime ({first_line(error)})") from error
-        return self._sessions[graph]
-
-    def _read_json(self, name: str, *needed: str) -> dict[str, Any]:
-        """A JSON file of the export, with the keys that it needs."""
-        file = self.folder / name
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
-        missing = [key for key in needed if not isinstance(values, dict) or key not in values]
-        if missing:
-            raise InputError(f"{file}: {', '.join(missing)} is missing; export the model again")
-        return values
-
-    def _check_file(self, graph: str) -> Path:
-        file = self.folder / f"{graph}.onnx"
-        if not file.is_file():
-            raise InputError(f"{file}: missing; copy it too, or export the model again")
-        return file
-
     def _complete_plan(
         self,
-        plan: Any,
+        plan: ArrayLike | None,
         tokens: np.ndarray,
         mask: np.ndarray,
         longest: int,
@@ -311,30 +284,31 @@ class OnnxFreeTransformer:
         prior: str,
         rng: np.random.Generator,
     ) -> np.ndarray:
-        """The caller's plans and drawn ones for the rest of a text of `longest` tokens, (B, P, H) bool."""
-        batch, wanted = len(tokens), self.num_plans(longest)
-        given = np.zeros((batch, 0, self.latent_dim), dtype=bool)
-        if plan is not None:
-            given = as_plan(plan, batch, self.latent_dim)
-            check_plan_count(given.shape[1], self.plan_span)
+        """The plans of texts of `longest` tokens that begin with these prompts, (B, P, H) bool."""
+        (batch, length), wanted = tokens.shape, self.num_plans(longest)
+        given = given_plan(plan, batch, self.latent_dim, self.plan_span)
         if given.shape[1] >= wanted:
             return given[:, :wanted]
-        drawn = self.sample_plan(batch, wanted, rng, prior)
-        if prompt_plan == "posterior" and given.shape[1] < self.num_plans(tokens.shape[1]):
-            logits = self.infer_plan(tokens, mask)
-            read = rng.random(logits.shape) * (1 + np.exp(-logits.astype(np.float64))) < 1
-            written = np.arange(logits.shape[1]) < np.reshape(self.num_plans(mask.sum(1)), (-1, 1))
-            # a prompt of nothing but begin-of-text has no text to read a plan from
-            written = written & ((tokens != self._special("bos_token_id")) & (mask == 1)).any(1, keepdims=True)
-            drawn[:, : logits.shape[1]] = np.where(written[..., None], read, drawn[:, : logits.shape[1]])
-        return np.concatenate([given, drawn[:, given.shape[1] :]], axis=1)
+        sampled = self.sample_plan(batch, wanted, rng, prior)
+        begin = next(iter(self._files.special_tokens("bos_token_id")), None)
+        num_read = num_plans_to_read(tokens, mask, prompt_plan, self.plan_span, begin)
+        read = np.zeros((batch, 0, self.latent_dim), dtype=bool)
+        if prompt_plan == "posterior" and given.shape[1] < self.num_plans(length):
+            # consumed for prompts without text too: what a seed gives does not depend on which prompts are read
+            uniform = rng.random((batch, self.num_plans(length), self.latent_dim))
+            if num_read.any():
+                read = sample_posterior(self.infer_plan(tokens, mask), uniform)
+        return PlanSource(given=given, read=read, num_read=num_read, sampled=sampled).complete(wanted)
 
-    def num_plans(self, num_tokens: Any) -> Any:
-        """Plans of a text of so many tokens, or of texts, (B,)."""
-        return 1 if self.plan_span == "sequence" else -(-num_tokens // int(self.plan_span))
+    def num_plans(self, num_tokens: int) -> int:
+        """The number of plans that cover a text of `num_tokens` tokens."""
+        return num_plans(self.plan_span, num_tokens)
 
     def fit(self, tokens: np.ndarray, mask: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask padded to what a static export takes, where this is one; `longest` is all that follows."""
+        """
+        Tokens and mask, padded to the fixed sizes of a static export. `ValueError` where texts of `longest` tokens do
+        not fit them.
+        """
         if self.static is None:
             return tokens, mask
         batch, length = self.static
@@ -343,52 +317,47 @@ class OnnxFreeTransformer:
                 f"{len(tokens)} texts of {longest} tokens: this export was made for {batch} of {length} (--static)"
             )
         padding = ((0, 0), (length - tokens.shape[1], 0))
-        return rows_to(np.pad(tokens, padding), batch), rows_to(np.pad(mask, padding), batch)
+        return repeat_last_row(np.pad(tokens, padding), batch), repeat_last_row(np.pad(mask, padding), batch)
 
     @cached_property
     def _log_aggregate(self) -> np.ndarray | None:
-        file = self.folder / PRIOR_FILE
-        return np.load(file, allow_pickle=False) if file.is_file() else None
+        return self._files.load_prior()
 
     def _encode(self, text: str) -> list[int]:
-        """Tokens of a text from its beginning."""
+        """Token ids of a text, the begin-of-text token first."""
         utf8(text)  # `tokenizers` raises a TypeError about its own types
         return [self.begin_token, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     @property
     def begin_token(self) -> int:
-        """That a text begins with: as in training, where the model has none, the one that ends texts."""
-        begin = self._special("bos_token_id")
-        begin = [begin] if begin is not None else self.ends()[:1]
-        if not begin:
+        """The begin-of-text token, or where the model has none the end-of-text token, as in training."""
+        tokens = [*self._files.special_tokens("bos_token_id"), *self.ends()]
+        if not tokens:
             raise InputError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
-        return begin[0]
+        return tokens[0]
 
     def ends(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
         """The tokens that end a text: those given, default the model's."""
-        ends = self._special("eos_token_id") if eos_token_id is None else eos_token_id
-        if ends is None:
-            return []
-        return [ends] if isinstance(ends, int) else list(ends)
-
-    def _padding(self, end: list[int]) -> int:
-        padding = self._special("pad_token_id")
-        return end[0] if padding is None else padding
-
-    def _special(self, name: str) -> Any:
-        return self.generation_config.get(name, self.config.get(name))
+        return self._files.special_tokens("eos_token_id") if eos_token_id is None else token_list(eos_token_id)
 
 
-class _Texts:
-    """Texts that are being written under their plans: the cache, and which of its columns are padding."""
+class _Decoder:
+    """
+    The state of texts during generation: plans, the cache, and the mask of its columns.
+
+    Args:
+        mask: (B, T) of the prompts.
+        plan: (B, P, H) bool.
+        longest: the number of tokens that will be read of a text.
+    """
 
     def __init__(self, model: OnnxFreeTransformer, mask: np.ndarray, plan: np.ndarray, longest: int):
         self.model, self.mask, self.plan, self.longest = model, mask, plan, longest
         self.batch = len(mask)
-        self.past: list[Any] | None = None
+        self.past: list[OrtValue] | None = None
 
     def read(self, tokens: np.ndarray) -> np.ndarray:
-        """(B, T) tokens that follow, the logits of the next one, (B, V)."""
+        """Reads the next tokens, (B, T). Returns the logits of the token after them, (B, V)."""
         model, graph = self.model, "decode"
         if self.past is None:
             tokens, self.mask = model.fit(tokens, self.mask, self.longest)
@@ -397,35 +366,13 @@ class _Texts:
             else:
                 self.past, graph = [], "prefill"
                 missing = model.num_plans(model.static[1]) - self.plan.shape[1]
-                self.plan = rows_to(np.pad(self.plan, ((0, 0), (0, missing), (0, 0))), len(tokens))
+                self.plan = repeat_last_row(np.pad(self.plan, ((0, 0), (0, missing), (0, 0))), len(tokens))
         else:
-            tokens = rows_to(tokens, len(self.mask))
+            tokens = repeat_last_row(tokens, len(self.mask))
             self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=1)
         columns = np.array([tokens.shape[1] - 1])
         inputs = {"input_ids": tokens, "attention_mask": self.mask, "columns": columns, "plan": self.plan}
         logits, *self.past = model.run(graph, inputs, self.past)
-        if model.static is not None:  # the oldest column, which is padding, gives way
+        if model.static is not None:  # the oldest column, which is padding, is dropped from the cache
             self.mask = self.mask[:, -model.static[1] :]
         return logits.numpy()[: self.batch, -1]
-
-
-def _checked_providers(providers: Sequence[Provider]) -> list[Provider]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency("an exported model is run by onnxruntime: pip install onnxruntime") from error
-    available = onnxruntime.get_available_providers()
-    if not providers:
-        raise InputError(f"providers=[]: name at least one provider of {', '.join(available)}")
-    for provider in providers:
-        if _name(provider) not in available:
-            raise InputError(f"provider {_name(provider)!r}: this onnxruntime has {', '.join(available)}")
-    return list(providers)
-
-
-def _name(provider: Provider) -> str:
-    return provider if isinstance(provider, str) else provider[0]
-
-
-def _starting(arguments: Sequence[Any], prefix: str) -> list[str]:
-    return [argument.name for argument in arguments if argument.name.startswith(prefix)]

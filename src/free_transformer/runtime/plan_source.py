@@ -51,7 +51,7 @@ class PlanSource:
         first_sampled = num_plans - self.sampled.shape[1]
         known = np.maximum(num_given, np.minimum(self.num_read, self.read.shape[1]))
         if first_sampled > known.min(initial=num_plans):
-            raise InputError(
+            raise ValueError(
                 f"{num_plans} plans are needed, but only {int(known.min())} are given or read and "
                 f"{self.sampled.shape[1]} are sampled"
             )

@@ -62,9 +62,7 @@ class ExportFolder:
         sizes = cast("list[int] | None", summary["static"])
         self.summary: ExportSummary = {"static": (sizes[0], sizes[1]) if sizes else None}
         self.settings = cast(ModelSettings, config)
-        self._special = {
-            name: cast(SpecialToken, generation.get(name, config.get(name))) for name in SPECIAL_TOKENS
-        }
+        self._special = {name: cast(SpecialToken, generation.get(name, config.get(name))) for name in SPECIAL_TOKENS}
 
     def special_tokens(self, name: str) -> list[int]:
         """The token ids of `bos_token_id`, `eos_token_id` or `pad_token_id`; several, or none, may be set."""
@@ -116,9 +114,7 @@ class GraphSessions:
         self.providers = _checked_providers(providers)
         self._sessions: dict[str, InferenceSession] = {}
 
-    def run(
-        self, graph: str, inputs: Mapping[str, np.ndarray], past: "Sequence[OrtValue]" = ()
-    ) -> "list[OrtValue]":
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], past: "Sequence[OrtValue]" = ()) -> "list[OrtValue]":
         """
         Runs a graph.
 

@@ -1,57 +1,127 @@
-"""What the engine needs from a model: rows of texts that are generated together, and that come and go."""
+"""What the engine needs from a model: a batch whose rows are texts that come and go."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from free_transformer.errors import InputError
 from free_transformer.model.sampling import Sampling
-from free_transformer.runtime.arrays import check_vocabulary, draw, sample_prior
+from free_transformer.runtime.arrays import check_vocabulary
+from free_transformer.runtime.plan_source import (
+    PlanSource,
+    num_plans,
+    num_plans_to_read,
+    sample_posterior,
+    sample_prior,
+)
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.detokenizer import TokenTexts
+from free_transformer.serving.scoring import (
+    NOT_FINITE,
+    PromptLogits,
+    PromptScores,
+    TokenScore,
+    log_softmax,
+    score_prompt,
+    token_scores,
+)
 
 DEFAULT_MAX_LENGTH = 2048  # tokens of a text
-SCORED_VALUES = 2**22  # logits that are in memory at a time while a prompt is scored
-NOT_FINITE = "the model's logits are NaN or infinite"
-MARGIN = 16  # tokens by which the beginning of a text may have more than the same beginning of the whole text
-PromptLogits = Iterator[tuple[int, int, np.ndarray]]
-Complete = Callable[[Callable[[], np.ndarray]], np.ndarray]
+SCORED_VALUES = 2**22  # logits in memory at a time while a prompt is scored
+MARGIN = 16  # tokens by which a prefix of a text may differ from the same prefix of the tokenized whole
+Self = TypeVar("Self")
+
+
+class Logits(Protocol):
+    """(rows, V), an array of NumPy or a tensor of torch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self: Self, rows: slice, /) -> Self: ...
+
+
+L = TypeVar("L", bound=Logits)
+
+
+@dataclass(eq=False)
+class TextRequest:
+    """
+    One text to generate, checked against the limits of the server.
+
+    Attributes:
+        tokens: of the prompt.
+        max_tokens: number of new tokens at most.
+        plan: (P, H) bool, the first plans of the text.
+        plan_from: tokens of an example whose plans become the first ones of the text.
+        prompt_plan: where other plans of the prompt come from, `"posterior"` or `"prior"`.
+        prior: what the remaining plans are sampled from, `"uniform"` or `"aggregate"`.
+        stop: strings that end the text.
+        stream: whether chunks are sent before the text has ended.
+        logprobs: number of most likely tokens to list with each token's log-probability; None for no scores.
+        score_prompt: whether the prompt's tokens are scored too.
+        num_plans: number of plans from the prior to average these scores over; 0 scores under the text's own plan.
+    """
+
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    plan: np.ndarray | None = None
+    plan_from: list[int] | None = None
+    prompt_plan: str = "posterior"
+    prior: str = "uniform"
+    stop: Sequence[str] = ()
+    seed: Sequence[int] | None = None
+    stream: bool = False
+    logprobs: int | None = None
+    score_prompt: bool = False
+    num_plans: int = 0
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether the prompt's scores are all that is needed: for at most one new token."""
+        return self.max_tokens == 0 or (self.score_prompt and self.max_tokens == 1)
+
+    # Plans and tokens have separate random streams: a longer text then begins like a shorter one with the same seed.
+    def plan_generator(self) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed).spawn(2)[0])
+
+    def token_generator(self) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed).spawn(2)[1])
 
 
 @dataclass
-class TokenScore:
+class NewRow(Generic[L]):
     """
-    The log-probability of a token.
+    A prompt that has become a row of the batch.
 
     Attributes:
-        log_prob: None for the first token of a text, which nothing precedes.
-        top: the most likely tokens at this place and their log-probabilities, the most likely first.
+        plan: (P, H) bool, the plans of the text to its end.
+        logits: (1, V), of the first new token.
     """
 
-    token: int
-    log_prob: float | None
-    top: list[tuple[int, float]]
+    plan: np.ndarray
+    logits: L
 
 
-class Batch(ABC):
+class Batch(ABC, Generic[L]):
     """
-    A model and the rows of texts that it generates at the same time. Operations on rows either succeed or leave the
-    rows as they were.
+    A model and the texts that it generates at the same time, one per row. An operation on rows either succeeds or
+    leaves the rows unchanged.
 
     Args:
-        tokenizer: of the model; what looks like a special token in a text is text like any other.
+        tokenizer: of the model. Text that looks like a special token is encoded as plain text.
         begin: the token that a text begins with.
-        ends: tokens that end one.
-        max_rows: texts at a time.
+        ends: tokens that end a text.
+        max_rows: number of texts at a time.
         max_length: tokens of a text, its prompt included.
         chat: the tokenizer's chat template, if it has one.
 
     Attributes:
-        rows: texts that are being generated now.
+        rows: number of texts that are being generated.
     """
 
     def __init__(
@@ -82,26 +152,28 @@ class Batch(ABC):
 
     def encode(self, text: str, limit: int) -> list[int]:
         """
-        A text's tokens, the one that begins it first; of a text with more than `limit` tokens at least its first
-        `limit + 1`. Little more of a long text is tokenized than that.
+        Token ids of a text, the begin token first. Of a text with more than `limit` tokens at least the first
+        `limit + 1` are returned, and little more than that is tokenized.
         """
         return [self.begin, *_tokenize(self.tokenizer, text, limit - 1)]
 
     def encode_chat(self, text: str, limit: int) -> list[int]:
-        """The same of a text that a chat template has made, which contains special tokens."""
+        """As `encode`, for the output of a chat template, which contains the special tokens."""
         assert self._chat_tokenizer is not None
         return _tokenize(self._chat_tokenizer, text, limit)
 
     def num_plans(self, num_tokens: int) -> int:
-        return 1 if self.plan_span == "sequence" else -(-num_tokens // int(self.plan_span))
+        """The number of plans that cover a text of `num_tokens` tokens."""
+        return num_plans(self.plan_span, num_tokens)
 
     def warm_up(self) -> None:
-        """Reads a text, generates two tokens and forgets them. Raises what a request would."""
+        """Reads a text, generates two tokens and forgets them. Raises what a request would raise."""
         plan = np.zeros((self.num_plans(2), self.latent_dim), dtype=bool)
-        logits = [self.infer_plan([self.begin]), self.add([self.begin], lambda read: plan)]
-        logits.append(self.step([self.begin]))
+        finite = [np.isfinite(self.infer_plan([self.begin])).all()]
+        for logits in (self.add(TextRequest([self.begin], 2, plan=plan)).logits, self.step([self.begin])):
+            finite.append(np.isfinite(np.asarray(logits)).all())
         self.remove(0)
-        if not all(np.isfinite(np.asarray(each)).all() for each in logits):
+        if not all(finite):
             raise InputError(f"{NOT_FINITE}: its weights are damaged, or its precision too low")
 
     @abstractmethod
@@ -110,36 +182,30 @@ class Batch(ABC):
 
     @abstractmethod
     def prior(self, name: str) -> np.ndarray | None:
-        """What `arrays.sample_prior` takes for `"uniform"` or `"aggregate"`. `ValueError` where there is none."""
+        """
+        Log-probabilities of a prior as `plan_source.sample_prior` takes them, None for `"uniform"`. `ValueError` for
+        `"aggregate"` where the model has no aggregate prior.
+        """
 
     @abstractmethod
     def infer_plan(self, tokens: list[int]) -> np.ndarray:
         """The posterior's logits, (P, H), of the plans of a text."""
 
     @abstractmethod
-    def add(self, tokens: list[int], complete: Complete) -> Any:
-        """
-        Reads a prompt into the next row.
-
-        Args:
-            complete: called with a function that reads the prompt's plans, as `infer_plan` does; returns the plans of
-                the text to its end, (P, H) bool.
-
-        Returns:
-            logits of the next token, (1, V), as `sample` takes them.
-        """
+    def add(self, request: TextRequest) -> NewRow[L]:
+        """Reads a prompt into the next row."""
 
     @abstractmethod
-    def step(self, tokens: list[int]) -> Any:
-        """Reads the last token of each row. Returns logits of the next one of each, (rows, V)."""
+    def step(self, tokens: list[int]) -> L:
+        """Reads the last token of each row. Returns the logits of the next one of each, (rows, V)."""
 
     @abstractmethod
-    def sample(self, logits: Any, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-        """The next token of each row, as `arrays.draw`."""
+    def sample(self, logits: L, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
+        """The next token of each row, as `arrays.sample_tokens`."""
 
     @abstractmethod
     def remove(self, row: int) -> None:
-        """Ends a row; the last one takes its place."""
+        """Ends a row. The last row takes its place."""
 
     @abstractmethod
     def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
@@ -148,66 +214,70 @@ class Batch(ABC):
         in turn, then those of the next ones, and so on.
 
         Yields:
-            the first column, the plan, and (C, V) logits.
+            the first column, the index of the plan, and (C, V) logits.
         """
 
-    def score_plans(
-        self, num_tokens: int, count: int, prior: str, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def complete_plan(self, request: TextRequest, read: Callable[[], np.ndarray] | None = None) -> np.ndarray:
         """
-        Plans that the probabilities of a text are averaged over, (S, P, H) bool, and their log-weights: `count` sampled
-        from the prior, or all that there are where those are no more.
+        The plans of a text up to its last token, (P, H) bool.
+
+        Args:
+            read: returns the posterior's logits of the prompt, default `infer_plan`. Only called where they are needed.
         """
-        log_aggregate = self.prior(prior)
+        tokens, rng = request.tokens, request.plan_generator()
+        given = np.zeros((0, self.latent_dim), dtype=bool) if request.plan is None else request.plan
+        if request.plan_from is not None:
+            given = self.infer_plan(request.plan_from) > 0
+        prompt, mask = np.array([tokens]), np.ones((1, len(tokens)), dtype=bool)
+        num_read = num_plans_to_read(prompt, mask, request.prompt_plan, self.plan_span, self.begin)
+        from_prompt = np.zeros((0, self.latent_dim), dtype=bool)
+        if num_read[0] > len(given):
+            logits = self.infer_plan(tokens) if read is None else read()
+            from_prompt = sample_posterior(logits, rng.random(logits.shape))
+        wanted = self.num_plans(len(tokens) + max(request.max_tokens - 1, 0))  # the last token is never read
+        missing = max(wanted - max(len(given), len(from_prompt)), 0)
+        sampled = sample_prior((missing,), self.latent_dim, self.prior(request.prior), rng)
+        source = PlanSource(given=given[None], read=from_prompt[None], num_read=num_read, sampled=sampled[None])
+        return source.complete(wanted)[0]
+
+    def score_plans(self, request: TextRequest) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Plans to average the probabilities of a prompt over, (S, P, H) bool, and their log-weights, (S,): `num_plans`
+        sampled from the prior, or all that exist where there are no more than that.
+        """
+        log_aggregate, count = self.prior(request.prior), request.num_plans
         if self.plan_span != "sequence" or self.latent_dim > 30 or 2**self.latent_dim > count:
-            shape = (count, self.num_plans(num_tokens))
-            return sample_prior(shape, self.latent_dim, log_aggregate, rng), None
+            shape = (count, self.num_plans(len(request.tokens)))
+            sampled = sample_prior(shape, self.latent_dim, log_aggregate, request.plan_generator())
+            return sampled, np.zeros(count)
         plans = np.arange(2**self.latent_dim)[:, None] >> np.arange(self.latent_dim) & 1
-        if log_aggregate is not None and log_aggregate.ndim == 2:  # of each bit's values
+        if log_aggregate is None:
+            log_aggregate = np.zeros(len(plans))
+        elif log_aggregate.ndim == 2:  # of each bit's values
             log_aggregate = log_aggregate[plans, np.arange(self.latent_dim)].sum(1)
         return plans[:, None].astype(bool), log_aggregate
 
-    def score_token(self, logits: Any, row: int, token: int, top: int) -> TokenScore:
+    def score_token(self, logits: L, row: int, token: int, top: int) -> TokenScore:
         """The log-probability of a token by a row of logits, before temperature, top_k and top_p."""
-        return token_scores(_log_softmax(np.asarray(logits[row : row + 1])), [token], top)[0]
+        return token_scores(log_softmax(np.asarray(logits[row : row + 1])), [token], top)[0]
 
     def score_prompt(
         self, tokens: list[int], plans: np.ndarray, top: int, log_weights: np.ndarray | None = None
-    ) -> Iterator[tuple[list[TokenScore], np.ndarray]]:
-        r"""
-        Log-probabilities of a text's tokens, averaged over plans: `p(x_t | x_<t)` of `p(x) = \sum_s w_s p(x | Z_s)`.
+    ) -> Iterator[PromptScores]:
+        """
+        Scores of a prompt, averaged over plans; see `scoring.score_prompt`.
 
         Args:
             plans: (S, P, H) bool; one plan gives the probabilities under that plan.
-            top: number of most likely tokens to list at each place.
-            log_weights: log w, (S,), default the same for all, as it is for plans sampled from the prior.
-
-        Yields:
-            after each piece of work the scores that are known by then, of tokens from the first on, and the
-            log-probabilities, (V,), of the token after them.
+            log_weights: (S,), default equal weights, which is right for plans sampled from the prior.
         """
-        scores = [TokenScore(tokens[0], None, [])]
-        log_weights = np.zeros(len(plans)) if log_weights is None else log_weights.copy()  # later w_s p(x_<t | Z_s)
         columns = max(1, SCORED_VALUES // self.vocab_size)
-        mixture, total = np.zeros((0, self.vocab_size)), np.zeros(0)
-        for start, which, logits in self.prompt_logits(tokens, plans, columns):
-            log_probs = _log_softmax(logits)
-            following = tokens[start + 1 : start + 1 + len(log_probs)]
-            own = log_probs[np.arange(len(following)), following]
-            before = log_weights[which] + np.concatenate([[0.0], own.cumsum()])[: len(log_probs)]
-            log_weights[which] += own.sum()
-            if len(plans) > 1:
-                log_probs += before[:, None]
-                mixture = log_probs if which == 0 else np.logaddexp(mixture, log_probs)
-                total = before if which == 0 else np.logaddexp(total, before)
-                log_probs = mixture - total[:, None]
-            if which == len(plans) - 1:
-                scores += token_scores(log_probs, following, top)
-            yield scores, log_probs[-1]
+        weights = np.zeros(len(plans)) if log_weights is None else log_weights
+        return score_prompt(tokens, self.prompt_logits(tokens, plans, columns), top, weights)
 
 
 def _tokenize(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
-    """Token ids; of a text with more than `limit` those of its beginning, more than `limit` of them."""
+    """Token ids; of a text with more than `limit` tokens those of a prefix, more than `limit` of them."""
     size = 4 * limit + MARGIN
     while size < len(text):
         ids = tokenizer.encode(text[:size], add_special_tokens=False).ids
@@ -215,31 +285,6 @@ def _tokenize(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
             return ids
         size *= 4
     return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def sample_rows(logits: np.ndarray, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-    """`arrays.draw` with the settings of each row."""
-    temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
-    return draw(logits, temperature, top_k, top_p, uniform).tolist()
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In double precision. `ValueError` for logits that are NaN or infinite."""
-    logits = np.asarray(logits, dtype=np.float64)
-    if not np.isfinite(logits).all():
-        raise InputError(NOT_FINITE)
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def token_scores(log_probs: np.ndarray, tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """Scores of one token per row of log-probabilities, (C, V), with the `top` most likely tokens of each row."""
-    found = []
-    for row, token in zip(log_probs, tokens, strict=False):
-        best = np.argpartition(-row, min(top, len(row) - 1))[:top] if top else np.zeros(0, dtype=int)
-        best = best[np.argsort(-row[best], kind="stable")]
-        found.append(TokenScore(token, float(row[token]), [(int(each), float(row[each])) for each in best]))
-    return found
 
 
 def checked_length(length: int | None, trained: int) -> int:

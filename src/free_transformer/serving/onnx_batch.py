@@ -1,31 +1,36 @@
-"""Rows of texts by onnxruntime, with no torch."""
+"""A batch that runs on onnxruntime, without torch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from free_transformer.errors import InputError
 from free_transformer.model.sampling import Sampling
+from free_transformer.runtime.arrays import sample_rows
 from free_transformer.runtime.onnx_model import OnnxFreeTransformer
-from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length, sample_rows
+from free_transformer.serving.batch import Batch, NewRow, TextRequest, checked_length
 from free_transformer.serving.chat import ChatTemplate
+from free_transformer.serving.scoring import PromptLogits
 
-PIECE = 256  # tokens of a prompt that are read at a time while it is scored
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+SCORED_TOKENS = 256  # tokens of a prompt that are read at a time while it is scored
 
 
-class OnnxBatch(Batch):
+class OnnxBatch(Batch[np.ndarray]):
     """
-    The cache is as wide as the longest text; shorter ones have padding on their left. The graph copies it at every
-    step, so that more than a few rows at a time gain little.
+    The cache is as wide as the longest text. Shorter ones are padded on the left. The graph copies the cache at every
+    step, so more than a few rows at a time gain little.
 
     Args:
-        model: an export of free sizes.
-        max_rows: texts at a time.
-        max_length: of a text in tokens, its prompt included, default that of the model, at most 2,048.
+        model: an export with dynamic shapes.
+        max_rows: number of texts at a time.
+        max_length: tokens of a text, its prompt included. Default: that of the model, at most 2,048.
 
     Raises:
-        ValueError: for an export of fixed sizes or without a tokenizer, and a `max_length` beyond the model's.
+        ValueError: for an export with static shapes or without a tokenizer, and a `max_length` beyond the model's.
     """
 
     def __init__(self, model: OnnxFreeTransformer, max_rows: int = 8, max_length: int | None = None):
@@ -50,8 +55,8 @@ class OnnxBatch(Batch):
         self.rows = 0
         self.plan = np.zeros((self.max_rows, self.num_plans(self.max_length), self.latent_dim), dtype=bool)
         self.lengths = np.zeros(self.max_rows, dtype=np.int64)
-        # keys and values that hold a row in their last columns, and the row's place in them
-        self.places: list[tuple[list[Any], int]] = []
+        # for each row: keys and values that hold it in their last columns, and its index in them
+        self.places: list[tuple[list[OrtValue], int]] = []
 
     def prior(self, name: str) -> np.ndarray | None:
         return self.model.prior(name)
@@ -59,15 +64,14 @@ class OnnxBatch(Batch):
     def infer_plan(self, tokens: list[int]) -> np.ndarray:
         return self.model.infer_plan([tokens])[0]
 
-    def add(self, tokens: list[int], complete: Complete) -> np.ndarray:
-        plan = complete(lambda: self.infer_plan(tokens))
-        row = self.rows
+    def add(self, request: TextRequest) -> NewRow[np.ndarray]:
+        plan, tokens, row = self.complete_plan(request), request.tokens, self.rows
         self.plan[row, : len(plan)] = plan
         logits, past = self._read(np.array([tokens]), self.plan[row : row + 1], self.model.no_past(1))
         self.places.append((past, 0))
         self.lengths[row] = len(tokens)
         self.rows += 1
-        return logits[:, -1]
+        return NewRow(plan, logits[:, -1])
 
     def step(self, tokens: list[int]) -> np.ndarray:
         past = self._gathered()
@@ -84,7 +88,7 @@ class OnnxBatch(Batch):
 
     def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
         pasts = [self.model.no_past(1) for _ in plans]
-        size = min(columns, PIECE)
+        size = min(columns, SCORED_TOKENS)
         for start in range(0, len(tokens), size):
             piece = np.array([tokens[start : start + size]])
             mask = np.ones((1, start + piece.shape[1]), dtype=bool)
@@ -98,8 +102,8 @@ class OnnxBatch(Batch):
         self.plan[row], self.lengths[row], self.places[row] = self.plan[last], self.lengths[last], self.places[last]
         self.places.pop()
 
-    def _gathered(self) -> list[Any]:
-        """Keys and values of all rows: those of the last step, or where rows have come or gone, copies of them."""
+    def _gathered(self) -> "list[OrtValue]":
+        """Keys and values of all rows: those of the last step, or copies of them where rows were added or removed."""
         first = self.places[0][0]
         if first[0].shape()[0] == self.rows and all(place == (first, row) for row, place in enumerate(self.places)):
             return first
@@ -119,11 +123,11 @@ class OnnxBatch(Batch):
         self,
         tokens: np.ndarray,
         plan: np.ndarray,
-        past: list[Any],
+        past: "list[OrtValue]",
         mask: np.ndarray | None = None,
         columns: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, list[Any]]:
-        """Logits of some columns of the tokens, default the last, (B, C, V), and keys and values of all so far."""
+    ) -> "tuple[np.ndarray, list[OrtValue]]":
+        """Logits of some columns of the tokens, default the last, (B, C, V), and keys and values of the text so far."""
         mask = np.ones_like(tokens) if mask is None else mask.astype(np.int64)
         columns = np.array([tokens.shape[1] - 1]) if columns is None else columns
         inputs = {"input_ids": tokens, "attention_mask": mask, "columns": columns, "plan": plan}

@@ -1,7 +1,6 @@
-"""Rows of texts by PyTorch, on a CPU or a GPU."""
+"""A batch that runs on PyTorch, on a CPU or a GPU."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,28 +8,29 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from free_transformer.errors import InputError
 from free_transformer.data import begin_token
+from free_transformer.errors import InputError
 from free_transformer.model.cache import MIN_SPARE, PlanState
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.sampling import MIN_TEMPERATURE, Sampling
 from free_transformer.runtime.arrays import NO_TOKEN
-from free_transformer.serving.batch import Batch, Complete, PromptLogits, checked_length
+from free_transformer.serving.batch import Batch, NewRow, TextRequest, checked_length
 from free_transformer.serving.chat import ChatTemplate
+from free_transformer.serving.scoring import PromptLogits, TokenScore
 
-# With fewer rows, matrix libraries of CPUs choose other algorithms, which round differently: a text would depend on how
+# With fewer rows, CPU matrix libraries choose other algorithms, which round differently: a text would depend on how
 # many others are generated at the same time. From this many rows on, each row of a product was bit-for-bit the same.
 MIN_ROWS = 16
-COLUMNS = 64  # the cache is read up to a multiple of this
+COLUMN_MULTIPLE = 64  # the cache is read up to a multiple of this
 
 
-class TorchBatch(Batch):
+class TorchBatch(Batch[Tensor]):
     """
     Args:
-        model: where it is to run; it is set to eval mode, and to PyTorch's attention.
-        tokenizer: one of the package `tokenizers`, or of `transformers` that stands on one.
-        max_rows: texts at a time.
-        max_length: tokens of a text, its prompt included; default that of the model, at most 2,048.
+        model: on the device where it is to run. It is set to eval mode, and to PyTorch's attention.
+        tokenizer: of `transformers`, based on one of the package `tokenizers`.
+        max_rows: number of texts at a time.
+        max_length: tokens of a text, its prompt included. Default: that of the model, at most 2,048.
 
     Raises:
         ValueError: for a tokenizer without a `tokenizers.Tokenizer`, and a `max_length` beyond the model's.
@@ -80,18 +80,18 @@ class TorchBatch(Batch):
         return self.model.infer_plan(self._on_device([tokens]))[0].float().cpu().numpy()
 
     @torch.inference_mode()
-    def add(self, tokens: list[int], complete: Complete) -> Tensor:
+    def add(self, request: TextRequest) -> NewRow[Tensor]:
         model, row = self.model, self.rows
         cache = DynamicCache(config=model.config)
-        lower = model.lower_layers(self._on_device([tokens]), cache=cache)
-        plan = complete(lambda: model.encode(lower)[0].float().cpu().numpy())
+        lower = model.lower_layers(self._on_device([request.tokens]), cache=cache)
+        plan = self.complete_plan(request, lambda: model.encode(lower)[0].float().cpu().numpy())
         bits = self._on_device(plan)[None]
         logits = model.upper_layers(lower, bits, logits_to_keep=1)[:, -1]
         self.plan[row, : bits.shape[1]] = bits[0]
         self.cache.store(row, cache)
-        self.lengths[row] = len(tokens)
+        self.lengths[row] = len(request.tokens)
         self.rows += 1
-        return logits
+        return NewRow(plan, logits)
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:
@@ -107,13 +107,13 @@ class TorchBatch(Batch):
             plan=PlanState(plan=self.plan[:rows], columns=0),
             logits_to_keep=1,
         ).logits
-        self.lengths[: self.rows] += 1  # last: a step that fails can be repeated
+        self.lengths[: self.rows] += 1  # last, so that a failed step can be repeated
         return logits[: self.rows, -1]
 
     def sample(self, logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-        return draw(logits, sampling, uniform)
+        return sample_tokens(logits, sampling, uniform)
 
-    def score_token(self, logits: Tensor, row: int, token: int, top: int) -> Any:
+    def score_token(self, logits: Tensor, row: int, token: int, top: int) -> TokenScore:
         return super().score_token(logits[row : row + 1].float().cpu().numpy(), 0, token, top)
 
     @torch.inference_mode()
@@ -135,35 +135,35 @@ class TorchBatch(Batch):
             self.cache.move(last, row, int(self.lengths[last]))
             self.plan[row] = self.plan[last]
             self.lengths[row] = self.lengths[last]
-        self.lengths[last] = 0  # nothing, as all rows that only fill up a step
+        self.lengths[last] = 0  # as for all unused rows
 
-    def _on_device(self, values: Any) -> Tensor:
+    def _on_device(self, values: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor) -> Tensor:
         return torch.as_tensor(values).to(self.model.device)
 
 
 class RowCache:
     """
-    Keys and values of rows of different lengths, each from column 0 on: (rows, heads, columns, head_dim) a layer.
+    Keys and values of rows of different lengths, each from column 0 on: (rows, heads, columns, head_dim) per layer.
 
-    It takes the place of a cache of `transformers` in a step that reads one token of each row.
+    It replaces a cache of `transformers` in a step that reads one token of each row.
 
     Attributes:
-        is_compileable: for the model, that its mask tells all.
+        is_compileable: read by the model; False, since the columns in use change from step to step.
     """
 
     is_compileable = False
 
     def __init__(self, model: FreeTransformer, rows: int, max_length: int):
         config = model.config
-        self.max_length = -(-max_length // COLUMNS) * COLUMNS
+        self.max_length = -(-max_length // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
         shape = (rows, config.num_key_value_heads, min(MIN_SPARE, self.max_length), config.head_dim)
         layers = range(config.num_hidden_layers)
-        # zeros: what a mask hides counts nothing, but what is not a number would
+        # zeros: masked values have weight 0, but 0 times NaN is NaN
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def store(self, row: int, cache: DynamicCache) -> None:
-        """A text alone becomes a row."""
+        """Copies the cache of a single text into a row."""
         self._reserve(cache.get_seq_length())
         for ours, theirs in zip([self.keys, self.values], ["keys", "values"], strict=True):
             for states, layer in zip(ours, cache.layers, strict=True):
@@ -175,15 +175,15 @@ class RowCache:
             states[to, :, :length] = states[row, :, :length]
 
     def begin_step(self, lengths: Tensor, columns: int) -> Tensor:
-        """The mask, (rows, 1, 1, columns) bool, of a step that reads a token of each row; `columns` then hold all."""
+        """The mask, (rows, 1, 1, columns) bool, for reading one token of each row, `columns` in total."""
         self._reserve(columns)
-        columns = -(-columns // COLUMNS) * COLUMNS
+        columns = -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
         self.lengths, self.columns = lengths, columns
         self.places = torch.arange(len(lengths), device=lengths.device)
         return (torch.arange(columns, device=lengths.device) <= lengths[:, None])[:, None, None]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Both (rows, heads, 1, head_dim), of the new tokens; returns those of all columns of the step."""
+        """Stores states of new tokens, both (rows, heads, 1, head_dim). Returns those of all columns of the step."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.places, :, self.lengths] = key[:, :, 0]
         values[self.places, :, self.lengths] = value[:, :, 0]
@@ -194,8 +194,8 @@ class RowCache:
         held = self.keys[0].shape[2]
         if columns <= held:
             return
-        room = min(max(2 * held, -(-columns // COLUMNS) * COLUMNS), self.max_length)
-        # both before either is replaced: where memory runs out, the cache is as it was
+        room = min(max(2 * held, -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE), self.max_length)
+        # both are allocated before either is replaced: where memory runs out, the cache is unchanged
         keys, values = (
             [torch.nn.functional.pad(old, (0, 0, 0, room - held)) for old in states]
             for states in (self.keys, self.values)
@@ -203,35 +203,40 @@ class RowCache:
         self.keys, self.values = keys, values
 
 
-def draw(logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-    """`deploy.arrays.draw` on the device of the logits, (B, V)."""
+def sample_tokens(logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
+    """As `runtime.arrays.sample_tokens`, on the device of the logits, (B, V), with one `Sampling` per row."""
     finite = torch.isfinite(logits).all(-1)
     chosen = logits.argmax(-1)
     known = finite.tolist()
-    drawn = [row for row, each in enumerate(sampling) if known[row] and each.temperature >= MIN_TEMPERATURE]
-    cut = [row for row in drawn if sampling[row].top_k or sampling[row].top_p < 1]
-    for rows in ([row for row in drawn if row not in cut], cut):
+    sampled = [row for row, each in enumerate(sampling) if known[row] and each.temperature >= MIN_TEMPERATURE]
+    truncated = [row for row in sampled if sampling[row].top_k or sampling[row].top_p < 1]
+    for rows in ([row for row in sampled if row not in truncated], truncated):
         if not rows:
             continue
-
-        def setting(name: str, rows: list[int] = rows) -> Tensor:
-            values = [getattr(sampling[row], name) for row in rows]
-            return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
         differences = logits[rows].double()
         differences -= differences.amax(-1, keepdim=True)
-        chances = (differences / setting("temperature")).exp()
+        weights = (differences / _column([sampling[row].temperature for row in rows], logits)).exp()
         order = None
-        if rows is cut:
-            chances, order = torch.sort(chances, dim=-1, descending=True, stable=True)
-            rank = torch.arange(chances.shape[1], device=logits.device)
-            top_k = setting("top_k")
-            before = chances.cumsum(-1) - chances
-            inside = before < setting("top_p") * chances.sum(-1, keepdim=True)
-            inside[:, 0] = True  # the most likely token always stays
-            chances = chances.where(inside & ((rank < top_k) | (top_k == 0)), 0)
-        reached = chances.cumsum(-1)
-        numbers = torch.from_numpy(uniform[rows]).to(reached)[:, None]
-        picked = (reached < numbers * reached[:, -1:]).sum(-1, keepdim=True)
+        if rows is truncated:
+            weights, order = torch.sort(weights, dim=-1, descending=True, stable=True)
+            weights = _truncate(weights, [sampling[row] for row in rows])
+        cumulative = weights.cumsum(-1)
+        numbers = torch.from_numpy(uniform[rows]).to(cumulative)[:, None]
+        picked = (cumulative < numbers * cumulative[:, -1:]).sum(-1, keepdim=True)
         chosen[rows] = (picked if order is None else order.gather(1, picked))[:, 0]
     return chosen.masked_fill(~finite, NO_TOKEN).tolist()
+
+
+def _truncate(weights: Tensor, sampling: Sequence[Sampling]) -> Tensor:
+    """Weights of tokens, (B, V), the most likely first, with those outside of `top_k` and `top_p` set to 0."""
+    rank = torch.arange(weights.shape[1], device=weights.device)
+    top_k = _column([each.top_k for each in sampling], weights)
+    before = weights.cumsum(-1) - weights
+    inside = before < _column([each.top_p for each in sampling], weights) * weights.sum(-1, keepdim=True)
+    inside[:, 0] = True  # the most likely token always stays
+    return weights.where(inside & ((rank < top_k) | (top_k == 0)), 0)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """(B, 1) float64, on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

@@ -29,8 +29,8 @@ MIB, GIB = 2**20, 2**30
 USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that is free; the rest is for what a trial does not see
 BYTES_PER_PARAMETER = 16  # fp32 weight and gradient, two moments
 LONG_STEP = 2.0  # seconds, after which no larger step is tried
-LEAST_TRIALS = 4  # but where the memory ends sooner: a line through smaller steps tells little of large ones
-LEAST_GAIN = 1.05  # a larger step that is hardly faster by the row ends the trials
+MIN_TRIALS = 4  # but where the memory ends sooner: a line through smaller steps tells little of large ones
+MIN_GAIN = 1.05  # a larger step that is hardly faster by the row ends the trials
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def try_steps(
             trials.append(trial)
         costs = StepCosts(trials, state_bytes)
         ends = trial is None or _is_enough(costs, budget) or rows >= most_rows
-        if processes.largest(ends)[0]:
+        if processes.all_reduce_max(ends)[0]:
             break
         rows = min(2 * rows, most_rows)
     del state
@@ -135,10 +135,10 @@ def _is_enough(costs: StepCosts, budget: int) -> bool:
     last = costs.trials[-1]
     if len(costs.trials) > 1 and costs.bytes(2 * last.rows) > budget:
         return True
-    if len(costs.trials) < LEAST_TRIALS:
+    if len(costs.trials) < MIN_TRIALS:
         return False
     before = costs.trials[-2]
-    return last.seconds > LONG_STEP or before.seconds / before.rows < LEAST_GAIN * last.seconds / last.rows
+    return last.seconds > LONG_STEP or before.seconds / before.rows < MIN_GAIN * last.seconds / last.rows
 
 
 def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, processes: Processes) -> Trial | None:
@@ -183,7 +183,7 @@ def decide_batch_size(
     costs = try_steps(one_each, tokenizer, processes, data, most)
     budget = memory_budget(processes)
     fitting = min(most, costs.most_rows(budget))
-    rows = -processes.largest(-fitting)[0] * processes.data_size
+    rows = -processes.all_reduce_max(-fitting)[0] * processes.data_size
     if rows == 0:
         raise SettingsError(f"training.batch_size=auto: not one row fits into {budget / GIB:.1f} GiB")
     least = costs.trials[-1].rows * processes.data_size

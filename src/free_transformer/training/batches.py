@@ -173,7 +173,7 @@ def training_batches(
     """
     source = _Source(
         *(data, stage, tokenizer, settings, start),
-        *(processes.share_of(stage.batch_size), processes.data_rank, processes.data_size),
+        *(processes.local_slice(stage.batch_size), processes.data_rank, processes.data_size),
     )
     return prefetched(source, settings.data.workers)
 

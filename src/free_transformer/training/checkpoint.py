@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 BEST = "best.json"
-LEAST_FILE, MOST_FILES = 64 * 2**20, 32  # bytes of a file of a checkpoint, unless there would be more files
+MIN_FILE_BYTES, MAX_FILES = 64 * 2**20, 32  # bytes of a file of a checkpoint, unless there would be more files
 FORMAT = 2  # of state.json: positions in the data are counted in rows, and what the run is stands beside them
 COUNTS = ("step", "rows", "stage_rows", "skipped")
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -226,7 +226,7 @@ class Checkpoints:
             _check_optimizers(path, state, saved)
         except SettingsError as error:
             problem = error
-        if self.processes.largest(problem is not None) != [0]:  # those that go on would wait for the others
+        if self.processes.all_reduce_max(problem is not None) != [0]:  # those that go on would wait for the others
             raise problem or UnusableCheckpoint(f"{path}: another process cannot use it")
         _restore(path, facts, saved, state, self.processes)
         if any(change.needs_permission and change.name != "training.seed" for change in changes):
@@ -317,7 +317,7 @@ def _tensors(state: TrainState, processes: Processes) -> dict[str, Tensor]:
 
 def _file_numbers(tensors: dict[str, Tensor], processes: int) -> dict[str, int]:
     """Which file each tensor goes to. Small ones, since the writer holds a whole file in memory, twice."""
-    most = max(LEAST_FILE, sum(tensor.nbytes for tensor in tensors.values()) // MOST_FILES)
+    most = max(MIN_FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // MAX_FILES)
     number, held = 1, 0
     numbers = {f"random.{rank}.{device}": 1 for rank in range(processes) for device in ("cpu", "cuda")}  # of others too
     for name, tensor in tensors.items():

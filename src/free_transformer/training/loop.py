@@ -91,7 +91,7 @@ def _claimed(run: Run, processes: Processes) -> Iterator[None]:
                 claim.enter_context(run.claimed())
             except SettingsError as error:
                 problem = error
-        if processes.largest(problem is not None) != [0]:
+        if processes.all_reduce_max(problem is not None) != [0]:
             raise problem or SettingsError(f"{run.path}: the main process cannot use this folder")
         yield
 
@@ -298,7 +298,7 @@ class _Trainer:
         elif training.nonfinite == "stop":  # looked at once for all steps since the last line of metrics
             return True
         finite = of_step.has_finite_losses() and of_step.has_finite_gradients()
-        if self.processes.largest(not finite) == [0]:
+        if self.processes.all_reduce_max(not finite) == [0]:
             return True
         self.state.skipped += 1
         if self.state.skipped > training.max_skipped or training.nonfinite == "stop":

@@ -12,7 +12,7 @@ from free_transformer.runs.run import Run
 from free_transformer.settings import Settings
 
 SEED = "training.seed"
-MOST_CURVES = 10  # matplotlib's colours repeat then
+MAX_CURVES = 10  # matplotlib's colours repeat then
 # Where one of these varies, losses are of other text or other tokens, and none is the best.
 TEXT = {"data.validation", "data.column", "data.tokenizer", "training.seq_len"}
 
@@ -188,7 +188,7 @@ def write_sweep_report(sweep: Sweep) -> Path:
         "runs without any, the last line of training."
     )
     metrics = {run.name: lines for run in sweep.runs if (lines := Run(run.settings.run_dir).read_metrics())}
-    if 0 < len(metrics) <= MOST_CURVES:
+    if 0 < len(metrics) <= MAX_CURVES:
         try:
             from free_transformer.reporting.plots import curves
 

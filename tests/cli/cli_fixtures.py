@@ -1,3 +1,5 @@
+"""Fixtures of the tests of the command line: `from cli_fixtures import *` in a test file."""
+
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from cli_cases import KINDS, TEXT, Outcome, tiny_settings
 from free_transformer.cli.main import main
 from free_transformer.files import write_text
 from free_transformer.training import train
+
+__all__ = ["command", "config", "run", "runs", "wide_terminal"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,7 @@ def command(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """A free run and a baseline of twenty steps, `free_bits` high enough for a posterior that spends bits."""
     folder = tmp_path_factory.mktemp("runs")
