@@ -1,4 +1,4 @@
-"""Free Transformer: a Llama that draws a plan before it writes."""
+"""Free Transformer: a Llama that samples a latent plan and generates every token conditioned on it."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,9 @@ from free_transformer.auto_classes import register_soon
 if TYPE_CHECKING:
     from free_transformer.model.configuration import FreeTransformerConfig
     from free_transformer.model.encoder import PlanEncoder
+    from free_transformer.model.initialization import build_baseline
     from free_transformer.model.modeling import FreeTransformer
     from free_transformer.model.outputs import FreeTransformerOutput
-    from free_transformer.model.initialization import build_baseline
     from free_transformer.model.plan import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
 
 __version__ = "0.1.0"

@@ -54,7 +54,7 @@ def _without_nan(value: object) -> object:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages that go on for a page."""
+    """The first line of an error's message, since some messages fill a page."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -114,7 +114,7 @@ def _listed(path: Path, kind: str) -> set[str]:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What the marker of a folder says; empty where there is none of ours."""
+    """Content of a folder's marker; empty if the folder has none of ours."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         return marker if marker["written_by"] == WRITTEN_BY else {}

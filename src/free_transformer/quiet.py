@@ -1,4 +1,4 @@
-"""Silences what packages say while they are imported and at work, on every start of the command line."""
+"""Silences messages that other packages print on every start of the command line."""
 
 import logging
 import os

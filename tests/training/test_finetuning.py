@@ -174,7 +174,7 @@ def test_what_a_pretrained_model_cannot_do_is_named(settings_of, llama, tmp_path
     with pytest.raises(SettingsError, match=r"seq_len=128 is longer than model.max_seq_len=64"):
         train(settings_of(seq_len=128), quiet=True)
     run = train(settings_of(), quiet=True)
-    with pytest.raises(SettingsError, match="a baseline starts from a model without a plan"):
+    with pytest.raises(SettingsError, match="a baseline needs a model without a plan"):
         train(settings_of({"kind": "baseline", "pretrained": str(run.model_folder)}, run="other"), quiet=True)
     (llama / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(SettingsError, match="cannot be read"):

@@ -37,7 +37,7 @@ def parallelize(
 ) -> None:
     """
     Spreads a model over processes, in place: matrices over tensor processes -> activation checkpointing -> compile
-    block by block -> `fully_shard`, of each block, the encoder, the table and the ends.
+    block by block -> `fully_shard`, of each block, the encoder, the codebook, the embedding and the head.
 
     Args:
         dtype: of the computation where data processes share the model; weights and sums of gradients stay fp32.
@@ -136,7 +136,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def synchronize_gradients(model: nn.Module, last: bool) -> None:
-    """Gradients are summed over replicas after the last micro-batch of a step alone."""
+    """Gradients are summed over replicas only after the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 
@@ -149,7 +149,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, object]:
 
 
 def spread_plans(model: FreeTransformer, processes: Processes) -> None:
-    """Plans are drawn and compared as one process with all rows would: their number changes nothing."""
+    """Plans are sampled and compared as in one process with all rows, so the number of processes does not matter."""
     model.plan_mapper = SharedBinaryMapper(processes).train(model.training)
     if processes.data_size > 1:
         model.gather_plans = functools.partial(_plans_of_all, mapper=model.plan_mapper)
@@ -161,15 +161,15 @@ class PlanPlace:
 
     first_row: int
     rows: int  # of all processes
-    plans: int  # the most that a row of any process has
+    plans: int  # maximum over the rows of all processes
 
 
 class SharedBinaryMapper(BinaryMapper):
     """
-    While training, draws the plans of all processes' rows from a stream that is the same in each, and keeps its own.
+    In training, samples the plans of all processes' rows from a stream that is the same in each, and keeps its own.
 
     Attributes:
-        generator: that stream. It goes on from the random numbers of a single process that has built its model.
+        generator: that stream. It continues the random numbers of a single process after building its model.
         place: of the next batch, where the training loop has told it; otherwise the processes ask each other.
     """
 
@@ -230,7 +230,7 @@ def _plans_of_all(plan_logits: Tensor, used: Tensor, mapper: SharedBinaryMapper)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes, each of which goes on with it: gradients are summed as well."""
+    """Sum over processes, whose gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:

@@ -47,7 +47,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     @property
@@ -190,5 +190,5 @@ def _who_is_missing(store: Any, rank: int, size: int, error: Exception) -> str:
         return f"the processes have lost each other: {first_line(error)}"
     return (
         f"rank {', '.join(missing)} of {size} ended or does not answer (killed, out of memory, a machine or a line "
-        "lost; its own message, if any, says why). The same command goes on from the last checkpoint"
+        "lost; its own message, if any, says why). The same command resumes from the last checkpoint"
     )

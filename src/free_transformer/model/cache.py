@@ -1,4 +1,4 @@
-"""What is kept of a text between two steps of decoding: keys, values and the plans it is generated under."""
+"""State between two steps of decoding: keys, values, and the plans of the texts."""
 
 import copy
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class PlanState:
     Attributes:
         plan: (B, P, H) bool, the plans so far; None before the prompt has been read.
         prompt_plan, prior: where plans that are not known come from, as in `FreeTransformer.generate`.
-        new_tokens: tokens that may follow the prompt. Their plans are drawn when the prompt is read.
+        new_tokens: tokens that may follow the prompt. Their plans are sampled when the prompt is read.
         prompt_length: tokens of the prompt as `generate` counts them, 0 for a prompt of embeddings.
         columns: tokens of the prompt as the model counts them, padding and virtual tokens included; None before it
             has been read.

@@ -36,7 +36,7 @@ PAPER: dict[str, float] = {
     "aggregate_weight": 0.0,
 }
 
-# What `transformers` accepts beside the fields of a configuration, mostly in files written by older versions.
+# Names that `transformers` accepts besides the fields of a configuration, mostly from files of older versions.
 _ALSO_ACCEPTED = {
     *("torch_dtype", "num_labels", "rope_theta", "rope_scaling", "name_or_path", "output_attentions"),
     *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "return_unused_kwargs"),
@@ -60,7 +60,7 @@ def plan_objective(plan_span: int | str, latent_dim: int, given: Mapping[str, fl
 
 
 def _one_line_errors(config_class: Any) -> Any:
-    """Errors of type and of shape, which `strict` raises in a class of its own, as a `ValueError` of one line."""
+    """Turns errors of type and shape, which `strict` raises in its own class, into one-line errors of ours."""
     construct = config_class.__init__
 
     @functools.wraps(construct)
@@ -81,11 +81,11 @@ class FreeTransformerConfig(LlamaConfig):
     Everything that `LlamaConfig` knows, under its own names or the shorter ones of `attribute_map`, and the plan.
 
     Attributes:
-        latent_dim: bits of one plan, H, 1 to 64. What it may know is bounded by `free_bits`: 8 carried all that was
+        latent_dim: bits per plan, H, 1 to 64. `free_bits` limits the information in a plan: 8 bits carried all that was
             measured, and large models often take 16 to 64.
         plan_span: tokens that one plan covers: `"sequence"` (one plan per document, the default), n, or 1 (the paper).
-        code_bits: bits of one group; each group has its own table of `2^code_bits` rows. Default: one group up to
-            16 bits (the paper), else groups of 8. The last group may be shorter.
+        code_bits: bits of one group; each group has `2^code_bits` rows of the codebook. Default: one group up to 16 bits
+            (the paper), else groups of 8. The last group may be shorter.
         free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4). Default: 2.5 with one plan per
             sequence, else 0.5.
         kl_weight: weight of the KL beyond the free bits.
@@ -99,14 +99,14 @@ class FreeTransformerConfig(LlamaConfig):
         plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
             replaces by `"exact"` up to 10 bits a group and by `"sampled"` above.
         plan_chunk_bytes: memory that the gradient of the plan may take at a time.
-        table_init: start of the table: `"bit_linear"` (each bit adds or subtracts its own vector), `"normal"`
-            (independent rows) or `"zero"` (a plan that changes nothing, for pretrained models).
+        table_init: initialization of the codebook: `"bit_linear"` (each bit adds or subtracts its own vector),
+            `"normal"` (independent rows) or `"zero"` (a plan that changes nothing, for pretrained models).
         readout_init_scale: scale of the encoder's readout at the start, relative to `fan_in^-1/2`.
-        stream_scale: root mean square of X where it was measured, as in a pretrained model; the start of the table
-            and its learning rate follow it. None: 1, or `hidden_dim^-1/2` with tied embeddings.
+        stream_scale: root mean square of X where it was measured, as in a pretrained model; the initialization of the
+            codebook and its learning rate follow it. None: 1, or `hidden_dim^-1/2` with tied embeddings.
         query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
         attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
-        encoder_class: written by a model with an encoder of your own, so that loading can ask for it.
+        encoder_class: set by a model with a custom encoder, so that loading can ask for it.
         bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
             with its vocabulary of 259, which is the default; None with any other, whose tokens are not known here.
 
@@ -192,7 +192,7 @@ class FreeTransformerConfig(LlamaConfig):
 
     @property
     def plan_layer(self) -> int:
-        """K, the layer before which the plan is drawn: `num_layers // 2`."""
+        """K, the first layer that computes under the plan: `num_layers // 2`."""
         return self.num_hidden_layers // 2
 
     @property
@@ -213,7 +213,7 @@ class FreeTransformerConfig(LlamaConfig):
 
     @classmethod
     def get_config_dict(cls, *args: object, **kwargs: object) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in `transformers`, of a pretrained model without a plan what it becomes; no warning is due then."""
+        """As in `transformers`; for a pretrained model without a plan, the configuration that it gets with one."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         return cls._adopted(config_dict), kwargs
 
@@ -231,7 +231,7 @@ class FreeTransformerConfig(LlamaConfig):
         unknown = {name for name in config_dict if name not in known and not name.startswith("_")}
         if unknown:
             logger.warning("config.json: ignored %s", ", ".join(sorted(unknown)))
-        # What the caller changes counts before anything follows from it; types of weights are the loader's business.
+        # Apply the caller's changes before defaults that depend on them. The loader handles dtypes.
         changes = {name: kwargs.pop(name) for name in cls._known_names() & kwargs.keys() - {"dtype"}}
         config_dict = {k: v for k, v in config_dict.items() if k not in unknown and not k.startswith("_")}
         return super().from_dict({**config_dict, **changes}, **kwargs)
@@ -270,7 +270,7 @@ class FreeTransformerConfig(LlamaConfig):
             (self.latent_dim >= 1, f"latent_dim={self.latent_dim}: at least 1 bit"),
             (
                 1 <= self.code_bits <= MAX_CODE_BITS,
-                f"code_bits={self.code_bits}: 1 to {MAX_CODE_BITS}, a table has 2^code_bits rows",
+                f"code_bits={self.code_bits}: 1 to {MAX_CODE_BITS}, the codebook has 2^code_bits rows per group",
             ),
             (
                 span == "sequence" or (isinstance(span, int) and not isinstance(span, bool) and span >= 1),

@@ -17,7 +17,7 @@ from .outputs import LowerOutput
 
 
 class Initialization(OwnInitialization):
-    """Initializes weights by `init_module`, in every part that `transformers` takes for a model of its own."""
+    """Initializes weights by `init_module`, in every part that `transformers` treats as a model of its own."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]  # norms and rotary buffers

@@ -1,4 +1,4 @@
-"""Plans while text is generated: given by the caller, read from the prompt, or drawn from the prior."""
+"""`generate` with plans: given by the caller, read from the prompt, or sampled from the prior."""
 
 import warnings
 from collections.abc import Sequence
@@ -45,8 +45,8 @@ class PlanGenerationMixin(GenerationHooks):
     """
     `generate()` of `transformers` with plans.
 
-    When the prompt is read, the plans of all tokens that may follow are drawn at once. A step of decoding then costs
-    what a Llama's does, and looking up the vector of a plan.
+    When the prompt is read, the plans of all tokens that may follow are sampled at once. A step of decoding then costs
+    as much as a Llama's, plus the lookup of a plan's vector.
     """
 
     config: FreeTransformerConfig
@@ -106,7 +106,7 @@ class PlanGenerationMixin(GenerationHooks):
             if plan is None and cache.get_seq_length() > 0:
                 held = cache.state if isinstance(cache, PlanCache) else None
                 if held is None:
-                    raise InputError("the cache was written under a plan that it does not hold: give it too, plan=...")
+                    raise InputError("cache: it does not hold the plan of its tokens. Give that plan too, plan=...")
                 state.plan = held.plan
         elif prompt is not None:
             inputs, kwargs = self._padded_on_the_left(prompt, inputs, kwargs)
@@ -123,7 +123,7 @@ class PlanGenerationMixin(GenerationHooks):
     def generate_batch(self, *args: object, **kwargs: object) -> object:
         """Not supported: the continuous batching of `transformers` keeps no plan for its requests."""
         raise NotSupported(
-            "generate_batch: the continuous batching of transformers has no place for a plan. Use generate with a "
+            "generate_batch: the continuous batching of transformers does not support plans. Use generate with a "
             "padded batch, or `free-transformer serve`, which batches requests continuously"
         )
 

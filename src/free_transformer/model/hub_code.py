@@ -1,5 +1,6 @@
 """
-The code of a model beside its weights, for who has `transformers` and not this package (`trust_remote_code=True`).
+Saves the model's code next to its weights, for users who have `transformers` but not this package
+(`trust_remote_code=True`).
 
 `config.json` names the code in `auto_map`, and a configuration that does brings it along wherever it is saved. What
 `model` imports of this package it imports relatively, so that the files also find each other in a model's folder.
@@ -14,7 +15,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Both from one file: `transformers` copies each file that is named, with what it imports, to a place of its own.
+# Both from one file: `transformers` copies each named file and its imports to a separate place.
 AUTO_MAP = {"AutoConfig": "modeling.FreeTransformerConfig", "AutoModelForCausalLM": "modeling.FreeTransformer"}
 
 
@@ -40,8 +41,8 @@ def write_code(folder: Path) -> bool:
     ]
     if others and not _names_code(folder):
         logger.warning(
-            f"{folder}: {', '.join(others)} there is not this model's, so its code is left out and only who has "
-            "free-transformer-lm can load it; save into a folder of its own"
+            f"{folder}: {', '.join(others)} belong to something else, so the code of the model is left out "
+            "and loading it needs free-transformer-lm; save into an empty folder"
         )
         return False
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,14 @@ class InjectedDecoderLayer(DecoderLayer):
     """
     A decoder layer that receives the plan (paper, section 3.1).
 
-    The residual stream goes on from X, so that a plan of zeros is the plain Llama.
+    The residual stream continues from X, so with a zero plan vector (R = 0) the layer is a Llama's.
     """
 
     def forward(self, hidden_states: Tensor, plan_states: Tensor | None = None, **kwargs: Any) -> Tensor:
         """
         Args:
             hidden_states: X, (B, T, D).
-            plan_states: R of each token, (B, T, D); None is a plan of zeros.
+            plan_states: R of each token, (B, T, D); None: zeros.
         """
         queries = self.input_layernorm(hidden_states)
         key_values = queries if plan_states is None else self.input_layernorm(hidden_states + plan_states)

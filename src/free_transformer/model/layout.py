@@ -79,7 +79,7 @@ class PlanLayout:
 
 
 def plan_to_token(per_plan: Tensor, token_plan: Tensor) -> Tensor:
-    """From one row a plan, (B, P, X), to one row a token, (B, T, X), by the plan of each token, (B, T) or (1, T)."""
+    """Looks up a row per token, (B, T, X), in rows per plan, (B, P, X), by the plan of each token, (B, T) or (1, T)."""
     if per_plan.shape[1] == 1:
         return per_plan.expand(-1, token_plan.shape[1], -1)
     if len(token_plan) == 1:

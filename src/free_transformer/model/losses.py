@@ -36,7 +36,7 @@ def kl_bits(plan_logits: Tensor) -> Tensor:
 
 def free_bits_hinge(kl: Tensor, free_bits: float | Tensor) -> Tensor:
     """
-    What a plan spends beyond its free bits, `max(0, kl - free_bits)`, of each plan by itself (paper, eq. 5).
+    KL of each plan beyond its free bits, `max(0, kl - free_bits)` (paper, eq. 5).
 
     Its gradient is that of `clamp(kl, min=free_bits)`.
     """
@@ -44,7 +44,7 @@ def free_bits_hinge(kl: Tensor, free_bits: float | Tensor) -> Tensor:
 
 
 def min_bits_shortfall(kl: Tensor, min_bits: float) -> Tensor:
-    """What a plan lacks to `min_bits`, `max(0, min_bits - kl)`, of each plan by itself: it keeps a plan from dying."""
+    """Bits that each plan lacks to `min_bits`, `max(0, min_bits - kl)`. It keeps plans in use."""
     return (min_bits - kl).clamp(min=0)
 
 
@@ -52,8 +52,8 @@ def aggregate_divergence(plan_logits: Tensor, used: Tensor | None = None) -> Ten
     """
     How far the plans that a batch takes *together* are from the uniform prior, in bits: Rényi's divergence of order 2.
 
-    Free bits leave that open, so that a uniform draw may land on a plan that no text ever took. The estimate is the
-    probability that two texts of the batch draw the same plan, against `2^-H`: `H + log2 mean_{i≠j} Σ_z q_i(z) q_j(z)`,
+    Free bits do not control it, so a plan sampled uniformly may be one that no text has. The estimate compares the
+    probability that two texts of the batch sample the same plan with `2^-H`: `H + log2 mean_{i≠j} Σ_z q_i(z) q_j(z)`,
     a product over the bits. 0 is reached where each text is sure of its plan and all plans are equally common, but
     also where no plan says anything: use it with `min_bits`.
 
@@ -211,7 +211,7 @@ def predicted_tokens(labels: Tensor) -> Tensor:
 class Objective:
     """
     `loss = reconstruction + kl_weight * hinge`, and what `min_bits` and `aggregate_weight` add; nats per predicted
-    token, but for means over plans in bits: `kl`, `hinge` (what a plan spends beyond its free bits) and `kl_per_bit`.
+    token, but for means over plans in bits: `kl`, `hinge` (the KL beyond the free bits) and `kl_per_bit`.
     """
 
     loss: Tensor
@@ -228,7 +228,7 @@ class LossWeights:
         free_bits: κ, KL in bits per plan that costs nothing.
         kl_weight: weight of the KL beyond the free bits.
         min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
-            `1 + aggregate_weight` times its bits, since a plan that says nothing would please the aggregate most.
+            `1 + aggregate_weight` times its bits, since plans without information would minimize the aggregate term.
     """
 
     free_bits: float | Tensor = 0.0

@@ -44,7 +44,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
     """
     Args:
         config: see `FreeTransformerConfig`.
-        encoder: any `nn.Module` in the place of `PlanEncoder`. Its `forward(hidden_states, mask)` gets X, (B, T, D),
+        encoder: any `nn.Module` instead of `PlanEncoder`. Its `forward(hidden_states, mask)` gets X, (B, T, D),
             and `mask`, (B, P, T) bool, which tokens each plan may read, and returns the bits' logits, (B, P, H). An
             argument named `layout` gets the `PlanLayout`. Its weights are saved with the model; give the module
             again to load: `FreeTransformer.from_pretrained(d, encoder=MyEncoder(config))`.
@@ -67,7 +67,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
         if encoder is None and config.encoder_class is not None:
-            raise InputError(f"this model has an encoder of its own: give it, encoder={config.encoder_class}(...)")
+            raise InputError(f"this model has a custom encoder: pass it, encoder={config.encoder_class}(...)")
         if encoder is not None:  # the caller's configuration stays as it is
             config = copy.deepcopy(config)
             config.encoder_class = type(encoder).__qualname__

@@ -1,4 +1,4 @@
-"""What the model returns, and what its lower layers hand to its upper layers."""
+"""Output of the model, and output of its lower layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +24,13 @@ class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
     plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
     reconstruction: Tensor | None = None
     kl: Tensor | None = None
-    hinge: Tensor | None = None  # what a plan spends beyond its free bits
+    hinge: Tensor | None = None  # KL beyond the free bits
     kl_per_bit: Tensor | None = None  # (H,), mean over plans
 
 
 @dataclass
 class LowerOutput:
-    """Output of the lower layers, and what the upper layers need besides."""
+    """Output of the lower layers, and what the upper layers need as well."""
 
     hidden_states: Tensor  # X, (B, T, D)
     layout: PlanLayout | None  # None while a cache holds the beginning of the text
@@ -59,7 +59,7 @@ def model_output(
     plan_logits: Tensor | None = None,
     losses: dict[str, Tensor | None] | None = None,
 ) -> FreeTransformerOutput:
-    """The output of a forward pass, from what its parts have computed."""
+    """Builds the output of a forward pass."""
     attentions = lower.layer_arguments.get("attentions")
     return FreeTransformerOutput(
         **(losses or {}),  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 """
-The plan: its bits, their codes, how they are drawn, and the table that turns a code into a vector.
+The plan: its bits, their codes, sampling, and the codebook that maps a code to a vector.
 
 A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the least significant.
 """
@@ -90,7 +90,7 @@ class BinaryMapper(nn.Module):
 
 class PlanPrior(nn.Module):
     """
-    What plans are drawn from where no text determines them: the uniform prior (the method), or the *aggregate* of the
+    The distribution of plans that no text determines: the uniform prior (the method), or the *aggregate* of the
     plans that training texts took, gathered after training and saved with the model.
 
     Plans of one text are independent. Up to 12 bits the aggregate counts codes, above that each bit by itself; 1 % of
@@ -200,10 +200,10 @@ def code_probabilities(p: Tensor) -> Tensor:
 
 class PlanTable(nn.Module):
     """
-    The vector of a plan: one row for each code of each group of bits, summed over the groups.
+    The codebook: one row per code of each group of bits. A plan's vector is the sum over the groups.
 
-    One group is the paper's table of shape `(2^H, D)`; groups of one bit are a linear map of the bits. The groups'
-    tables stand one under the other in `weight`.
+    One group is the paper's codebook of shape `(2^H, D)`; groups of one bit are a linear map of the bits. `weight`
+    stacks the rows of all groups.
 
     Args:
         group_bits: bits of each group.
@@ -240,7 +240,7 @@ class PlanTable(nn.Module):
         """
         Starts the rows at root mean square `scale`, that of X: `norm(X + R)` sees only their ratio.
 
-        The bit-linear start decides whether the plan is ever used: rows drawn independently of each other give the
+        The bit-linear initialization decides whether the plan is ever used: independent random rows give the
         encoder a gradient of pure noise, and the model learns to do without the plan before the noise has cleared.
         """
         if self.weight.is_meta:  # `from_pretrained` builds empty, then loads or comes back here
@@ -281,9 +281,9 @@ class PlanTable(nn.Module):
     def forward(self, plan: Tensor, plan_logits: Tensor | None = None) -> Tensor:
         """
         Args:
-            plan: (B, P, H) bool, the bits drawn.
-            plan_logits: (B, P, H) of the distribution they were drawn from; the straight-through gradient reaches
-                them. The table's own gradient is that of a lookup: the rows drawn.
+            plan: (B, P, H) bool, the sampled bits.
+            plan_logits: (B, P, H) of the distribution they were sampled from; the straight-through gradient reaches
+                them. The codebook's own gradient is that of a lookup of the sampled rows.
 
         Returns:
             R, (B, P, D).

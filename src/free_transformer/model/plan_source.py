@@ -52,7 +52,7 @@ def known_plans(
             raise InputError(
                 f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
                 f"(plan_span={config.plan_span!r}): ({lower.num_plans}, {config.latent_dim}) is needed, or "
-                "prompt_plan='prior' to draw those that are missing"
+                "prompt_plan='prior' to sample those that are missing"
             )
         return PlanState(plan=given, prompt_plan=prompt_plan or "prior", prior=prior)
     if held is not None:

@@ -102,7 +102,7 @@ def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
 
 
 def length_warning(length: int, trained: int) -> str:
-    """What is said of a text longer than the model was built for."""
+    """Warning for a text longer than the model was built for."""
     return (
         f"{length} tokens were generated, but the model was built for {trained} (max_seq_len): the quality of text "
         "beyond that length is untested"

@@ -1,9 +1,9 @@
 """
-The straight-through gradient: what reaches the logits of a plan's bits, exact over all codes or sampled.
+The straight-through gradient with respect to the logits of a plan's bits: exact over all codes, or sampled.
 
 With `g = ∂loss/∂R` it is the gradient of `E_{z~Q}[g · table[z]]` (paper, section 3.3). N plans of width D and a table
 of `2^b` rows cost the exact one `2 N D 2^b` FLOPs, the products of all plans and all rows, and `chunk_bytes` of
-memory, whatever N and b; the sampled one reads H + 1 rows a plan.
+memory, whatever N and b; the sampled one reads H + 1 rows per plan.
 """
 
 import itertools
@@ -66,7 +66,7 @@ def group_runs(group_bits: Sequence[int]) -> list[tuple[int, int]]:
     return [(bits, len(list(run))) for bits, run in itertools.groupby(group_bits)]
 
 
-# The copy of this file that lies beside a model's weights defines operators of its own.
+# The copy of this file next to a model's weights defines separate operators.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 
@@ -112,10 +112,10 @@ def sampled_gradient(
     chunk_bytes: int,
 ) -> Tensor:
     """
-    An unbiased estimate of `exact_gradient`: each bit flipped, the others as drawn.
+    An unbiased estimate of `exact_gradient`: each bit flipped, the others as sampled.
 
-    `∂/∂p_h = E[grad · (table[z with bit h = 1] - table[z with bit h = 0])]`; one of the two rows is the one drawn.
-    Arguments as in `exact_gradient`, with plan (..., H) bool and codes (..., groups), the rows drawn.
+    `∂/∂p_h = E[grad · (table[z with bit h = 1] - table[z with bit h = 0])]`; one of the two rows is the sampled one.
+    Arguments as in `exact_gradient`, with plan (..., H) bool and codes (..., groups), the sampled rows.
     """
     dtype = _dtype_of_sums(grad, weight)
     offsets = torch.tensor([2**h for bits in group_bits for h in range(bits)], device=plan.device)
@@ -130,7 +130,7 @@ def sampled_gradient(
 
 
 def _result_like(grad: Tensor, plan_logits: Tensor, weight: Tensor, *_: object) -> Tensor:
-    """What a compiler must know of either operator: shape and dtype."""
+    """Shape and dtype of either operator's output, for the compiler."""
     return torch.empty_like(plan_logits, dtype=_dtype_of_sums(grad, weight))
 
 

@@ -1,8 +1,8 @@
 """
-What a pretrained model brings to a Free Transformer: its configuration, and where the new parts start.
+Turning a pretrained model into a Free Transformer: its configuration, and the initialization of the new parts.
 
-Whatever computes like a Llama may grow a plan: Llama itself, Mistral, and Qwen 2 and 3, which are a Llama up to a bias
-or a norm of their queries and keys. A plan of zeros leaves each of them as it was.
+Supported are models that compute like a Llama: Llama, Mistral, and Qwen 2 and 3, which differ by a bias or by a norm of
+queries and keys. With a zero plan vector (R = 0) the logits are those of the pretrained model.
 """
 
 import logging
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What each has beyond what its own configuration says.
+# Properties that the configuration of each does not state.
 SUPPORTED_BASES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"query_key_norm": True},
 }
-# How a plan is added to what knows how to write already (docs/pretrained.md): it changes nothing at first; its vectors
-# are sums over bits, so that lower of all texts move each of them away from zero; and its bits tell texts apart.
+# Defaults for a pretrained model (docs/pretrained.md): the plan changes nothing at first. Its vectors are sums over
+# bits, so that every bit gets a gradient from half of the texts. Its bits differ between texts.
 START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
 PROBE_TOKENS = 64
 
@@ -45,7 +45,7 @@ def convert_config(values: dict[str, object], known: set[str]) -> dict[str, obje
     """
     kind = values.get("model_type", "")
     if kind not in SUPPORTED_BASES:
-        raise InputError(f"model_type={kind!r}: a Free Transformer grows from {', '.join(SUPPORTED_BASES)}")
+        raise InputError(f"model_type={kind!r}: a Free Transformer can be built from {', '.join(SUPPORTED_BASES)}")
     own = CONFIG_MAPPING[kind].from_dict(dict(values))
     adopted = {
         name: value
@@ -74,10 +74,10 @@ def plain_config(config: Any) -> PreTrainedConfig:
 @torch.no_grad()
 def warm_start(model: "FreeTransformer") -> None:
     """
-    Where the new parts start in a pretrained model: the encoder as a copy of the layer that will receive the plan.
+    Initializes the new parts of a pretrained model: the encoder as a copy of the layer that will receive the plan.
 
-    Fresh weights would read next to nothing in X, where a few directions and the first token outweigh all else: over
-    texts, the encoder's output varies thirty times more from a layer that knows how to read it.
+    Random weights would hardly read X, which is dominated by a few directions and by the first token: between texts,
+    the output of a copied layer varies thirty times more.
     """
     layer: Any = model.model.layers[model.config.plan_layer]
     encoder: Any = model.encoder
@@ -96,7 +96,7 @@ def measured_scale(model: "FreeTransformer") -> float:
     """
     Root mean square of X, to two digits: of a typical token, since the first and a few others are far larger.
 
-    Random tokens do: what the layers add does not hang on what a text says.
+    Random tokens suffice: what the layers add depends little on the text.
     """
     states: Tensor = model.lower_layers(random_tokens(model)).hidden_states[0]
     return float(f"{states.float().square().mean(-1).sqrt().median().item():.2g}")
@@ -110,7 +110,7 @@ def random_tokens(model: "FreeTransformer") -> Tensor:
 
 @dataclass
 class NewPart:
-    """A part that a pretrained model did not bring, its parameters, and how it starts."""
+    """A part that the pretrained model does not have, its number of parameters, and its initialization."""
 
     name: str
     parameters: int
@@ -118,7 +118,7 @@ class NewPart:
 
 
 def new_parts(model: "FreeTransformer") -> list[NewPart]:
-    """What training has to teach."""
+    """The parts that have to be trained."""
     starts = {
         "encoder.query": "random",
         "encoder": f"a copy of layer {model.config.plan_layer}, attention and MLP, with its norms",

@@ -1,10 +1,14 @@
 """
-A server of completions that steers: `free-transformer serve`.
+An HTTP server compatible with OpenAI's completions API, with plans: `free-transformer serve`.
 
-    app          HTTP: OpenAI's completions with plans, health, metrics
-    completions  what a request may ask, and the shape of an answer
-    engine       one thread that writes all texts together, a token of each at a time
-    batch        what it asks of a model: `torch_batch`, `onnx_batch`
+The tokens of a request pass through these modules, in this order:
 
-Nothing here imports torch but `torch_batch`.
+    app        HTTP: completions, health, metrics
+    requests   from the body of a client request to prepared texts; `schema` has the fields
+    engine     one thread that generates all texts together, one token of each per step
+    batch      the model: `torch_batch` or `onnx_batch`
+    stream     from sampled tokens to chunks of text
+    responses  from chunks to OpenAI's JSON
+
+Only `torch_batch` imports torch.
 """

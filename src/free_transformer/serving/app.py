@@ -10,8 +10,9 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Generic, TypedDict, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -23,19 +24,19 @@ from starlette.requests import ClientDisconnect
 
 from free_transformer import __version__
 from free_transformer.serving.access import BODY_SECONDS, HostGuard, TokenGuard, connection_class, max_body, read_body
-from free_transformer.serving.answers import (
-    GONE,
-    Answer,
-    ChatAnswer,
-    CompletionAnswer,
-    Limits,
-    chat_jobs,
-    completion_jobs,
-)
-from free_transformer.serving.batch import Batch
-from free_transformer.serving.engine import Engine, Job, QueueFull, ResponseStream, Stopping
+from free_transformer.serving.batch import Batch, TextRequest
+from free_transformer.serving.engine import Engine, QueueFull, Stopping
 from free_transformer.serving.metrics import Metrics
+from free_transformer.serving.requests import Limits, prepare_chat, prepare_completion
+from free_transformer.serving.responses import (
+    CLIENT_CLOSED,
+    ChatBuilder,
+    CompletionBuilder,
+    JsonObject,
+    ResponseBuilder,
+)
 from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, RequestError, parse_body
+from free_transformer.serving.stream import ResponseStream
 
 RETRY_SECONDS = 1
 BACKLOG = 1024  # connections that may wait to be accepted
@@ -44,6 +45,18 @@ KEEP_ALIVE_SECONDS = 5
 MAX_CONNECTIONS = 900  # below the 1,024 open files that most systems allow
 ROUTES = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /ready, GET /metrics"
 READ = ["GET", "HEAD"]
+Body = TypeVar("Body", bound=GenerationRequest)
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(TypedDict):
+    error: ErrorDetail
 
 
 def create_app(
@@ -57,16 +70,16 @@ def create_app(
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """
-    A server's ASGI application. Its engine runs from now until the application shuts down, and has computed its first
-    tokens when this returns.
+    Creates the server's ASGI application. Its engine has computed its first tokens when this function returns, and runs
+    until the application shuts down.
 
     Args:
-        build: makes the batch, as in `lambda: TorchBatch(model, tokenizer)`; called at once, see `Engine`.
-        name: of the model, by which requests ask for it.
-        max_prompt: tokens of a prompt, default all that a text may have but one.
-        max_tokens: tokens generated for it, default the same.
-        max_waiting: texts that may wait for their turn; beyond that a request is answered 429.
-        token: that requests have to show, `Authorization: Bearer TOKEN`; None asks for none.
+        build: creates the batch, as in `lambda: TorchBatch(model, tokenizer)`; called at once, see `Engine`.
+        name: of the model, which requests may name.
+        max_prompt: tokens of a prompt, default one less than the batch's `max_length`.
+        max_tokens: tokens generated for a prompt, with the same default.
+        max_waiting: number of texts that may wait for a row. A request with more gets status 429.
+        token: required of requests, as `Authorization: Bearer TOKEN`; None for no token.
         allowed_hosts: host names that requests may be sent to, None for any; see `access.local_hosts`.
         cors_origins: origins of web pages that may call the server, `*` for all.
     """
@@ -82,7 +95,7 @@ def create_app(
         title="Free Transformer",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # pages that load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
     )
     app.state.engine = engine
@@ -94,8 +107,8 @@ def create_app(
     app.add_middleware(TokenGuard, token=token, refuse=refuse)
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(HostGuard, hosts=allowed_hosts, refuse=refuse)  # the last one added is the first one asked
-    _answer_errors(app, refuse)
+    app.add_middleware(HostGuard, hosts=allowed_hosts, refuse=refuse)  # the last one added runs first
+    _handle_errors(app, refuse)
     _add_status_routes(app, engine, metrics, name)
     longest = engine.batch.max_length - 1
     limits = Limits(max_prompt or longest, max_tokens or longest, engine.max_texts)
@@ -104,65 +117,76 @@ def create_app(
 
 
 class _Completions:
-    """Answers requests for completions of either kind."""
+    """Responds to client requests for completions of either kind."""
 
     def __init__(self, engine: Engine, metrics: Metrics, name: str, limits: Limits):
         self.engine, self.metrics, self.name, self.limits = engine, metrics, name, limits
 
-    async def answer(
-        self, request: Request, kind: type[GenerationRequest], to_jobs: Callable, answer_kind: type[Answer]
-    ) -> Response:
+    async def respond(self, request: Request, route: "_Route[Body]") -> Response:
+        """Reads a client request, generates its texts, and returns their response or a stream of events."""
         started = time.monotonic()
-        body, jobs = await self._read(request, kind, to_jobs)
-        responses = self.engine.submit(jobs)
-        answer = answer_kind(body, jobs, self.name, self.engine.batch)
-        watch = asyncio.create_task(_cancel_when_gone(request, responses))
+        body, texts = await self._read(request, route)
+        responses = self.engine.submit(texts)
+        builder = route.builder(body, texts, self.name, self.engine.batch)
+        watch = asyncio.create_task(_cancel_on_disconnect(request, responses))
 
-        def ended(status: int) -> None:
+        def finish(status: int) -> None:
             watch.cancel()
             responses.cancel()
             self.metrics.requests.labels(status).inc()
             self.metrics.request_seconds.observe(time.monotonic() - started)
 
         if body.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # or proxies would hold it back
-            events = _events(answer, responses, ended)
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # or proxies would buffer the events
+            events = _events(builder, responses, finish)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        status = GONE
+        status = CLIENT_CLOSED
         try:
             async for chunk in responses:
-                answer.add(chunk)
-            status = answer.status
+                builder.add(chunk)
+            status = builder.status
         finally:
-            ended(status)
-        return JSONResponse(answer.whole()) if status == 200 else _error(status, answer.failure)
+            finish(status)
+        return JSONResponse(builder.whole()) if status == 200 else _error(status, builder.failure)
 
-    async def _read(self, request: Request, kind: type[GenerationRequest], to_jobs: Callable) -> tuple[Any, list[Job]]:
+    async def _read(self, request: Request, route: "_Route[Body]") -> tuple[Body, list[TextRequest]]:
         batch = self.engine.batch
         raw = await read_body(request, max_body(batch.max_length))
 
-        def prepare() -> tuple[Any, list[Job]]:
-            body = parse_body(raw, kind)
+        def prepare() -> tuple[Body, list[TextRequest]]:
+            body = parse_body(raw, route.kind)
             if body.model not in (None, self.name):
-                raise RequestError(404, f"model {body.model[:80]!r}: this server has {self.name!r}", "model")
-            return body, to_jobs(body, batch, self.limits)
+                raise RequestError(404, f"model {str(body.model)[:80]!r}: this server has {self.name!r}", "model")
+            return body, route.prepare(body, batch, self.limits)
 
-        try:  # in a thread: to tokenize a long prompt would hold up all other answers
+        try:  # in a thread: tokenizing a long prompt would block all other responses
             return await asyncio.to_thread(prepare)
         except ValueError as error:
-            raise RequestError(400, str(error), _field(str(error), kind)) from error
+            raise RequestError(400, str(error), _field(str(error), route.kind)) from error
+
+
+@dataclass(frozen=True)
+class _Route(Generic[Body]):
+    """One kind of completion: how its body is read, its texts are prepared and its response is built."""
+
+    kind: type[Body]
+    prepare: Callable[[Body, Batch, Limits], list[TextRequest]]
+    builder: Callable[[Body, Sequence[TextRequest], str, Batch], ResponseBuilder]
 
 
 def _add_completions(app: FastAPI, completions: _Completions) -> None:
-    @app.post("/v1/completions", response_model=None, openapi_extra=_described(CompletionRequest))
-    async def complete(request: Request) -> Response:
-        return await completions.answer(request, CompletionRequest, completion_jobs, CompletionAnswer)
+    completion_route = _Route(CompletionRequest, prepare_completion, CompletionBuilder)
+    chat_route = _Route(ChatRequest, prepare_chat, ChatBuilder)
 
-    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_described(ChatRequest))
+    @app.post("/v1/completions", response_model=None, openapi_extra=_body_schema(CompletionRequest))
+    async def complete(request: Request) -> Response:
+        return await completions.respond(request, completion_route)
+
+    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatRequest))
     async def chat(request: Request) -> Response:
         if completions.engine.batch.chat is None:
             raise RequestError(400, "this model's tokenizer has no chat template: use /v1/completions with a prompt")
-        return await completions.answer(request, ChatRequest, chat_jobs, ChatAnswer)
+        return await completions.respond(request, chat_route)
 
 
 def _add_status_routes(app: FastAPI, engine: Engine, metrics: Metrics, name: str) -> None:
@@ -171,11 +195,11 @@ def _add_status_routes(app: FastAPI, engine: Engine, metrics: Metrics, name: str
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "free-transformer", **plans}
 
     @app.api_route("/v1/models", methods=READ)
-    async def models() -> dict[str, Any]:
+    async def models() -> JsonObject:
         return {"object": "list", "data": [model]}
 
     @app.api_route("/v1/models/{asked:path}", methods=READ)
-    async def model_by_name(asked: str) -> dict[str, Any]:
+    async def model_by_name(asked: str) -> JsonObject:
         if asked != name:
             raise RequestError(404, f"model {asked[:80]!r}: this server has {name!r}", "model")
         return model
@@ -192,30 +216,32 @@ def _add_status_routes(app: FastAPI, engine: Engine, metrics: Metrics, name: str
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _events(answer: Answer, responses: ResponseStream, ended: Callable[[int], None]) -> AsyncIterator[str]:
+async def _events(
+    builder: ResponseBuilder, responses: ResponseStream, finish: Callable[[int], None]
+) -> AsyncIterator[str]:
     """Server-sent events of a stream."""
-    status = GONE
+    status = CLIENT_CLOSED
     try:
         async for chunk in responses:
-            yield f"data: {json.dumps(answer.event(chunk))}\n\n"
-        status = answer.status
+            yield f"data: {json.dumps(builder.event(chunk))}\n\n"
+        status = builder.status
         if status != 200:
-            yield f"data: {json.dumps(_error_body(status, answer.failure))}\n\n"
-        elif answer.includes_usage:
-            yield f"data: {json.dumps(answer.last_event())}\n\n"
+            yield f"data: {json.dumps(_error_body(status, builder.failure))}\n\n"
+        elif builder.includes_usage:
+            yield f"data: {json.dumps(builder.last_event())}\n\n"
         yield "data: [DONE]\n\n"
     finally:
-        ended(status)
+        finish(status)
 
 
-async def _cancel_when_gone(request: Request, responses: ResponseStream) -> None:
+async def _cancel_on_disconnect(request: Request, responses: ResponseStream) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     responses.cancel()
 
 
-def _answer_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse]) -> None:
-    """Errors as OpenAI's clients read them, one line each."""
+def _handle_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse]) -> None:
+    """Errors in OpenAI's form, one line each."""
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -231,7 +257,7 @@ def _answer_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse])
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return refuse(RequestError(GONE, "the client left"))
+        return refuse(RequestError(CLIENT_CLOSED, "the client disconnected"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -244,11 +270,11 @@ def _answer_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse])
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> JSONResponse:
-        return refuse(RequestError(500, "the server made a mistake; its log says which"))
+        return refuse(RequestError(500, "internal error of the server; its log has the traceback"))
 
 
-def _described(kind: type[GenerationRequest]) -> dict[str, Any]:
-    """The body of a request for `/openapi.json`."""
+def _body_schema(kind: type[GenerationRequest]) -> dict[str, object]:
+    """The description of a body in `/openapi.json`."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
@@ -262,13 +288,13 @@ def _error(status: int, message: str, param: str | None = None, headers: dict[st
     return JSONResponse(_error_body(status, message, param), status, headers)
 
 
-def _error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def _error_body(status: int, message: str, param: str | None = None) -> ErrorBody:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket, before anything is loaded: who connects already waits. Port 0 takes a free one."""
+    """Opens a socket. Clients that connect wait until the server has loaded. Port 0 takes a free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -282,7 +308,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """At the first signal texts have a grace period, at the second they end with what they have."""
+    """At the first signal, texts have a grace period. At the second, they end with the tokens they have."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float):
         super().__init__(config)
@@ -290,7 +316,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.engine.drain(0 if self.should_exit else self.grace)
-        if sig == signal.SIGINT and self.should_exit:  # which uvicorn takes as an order to drop all connections
+        if sig == signal.SIGINT and self.should_exit:  # uvicorn would drop all connections
             return
         super().handle_exit(sig, frame)
 
@@ -303,11 +329,12 @@ def run(
     max_connections: int = MAX_CONNECTIONS,
 ) -> None:
     """
-    Serves until it is told to stop, by SIGINT or SIGTERM.
+    Serves until SIGINT or SIGTERM.
 
     Args:
         grace: seconds that texts in progress then have to end by themselves.
         keep_alive: seconds that a connection may be idle between two requests.
+        max_connections: open at a time. Others get status 503.
     """
     config = uvicorn.Config(
         app,
@@ -322,6 +349,6 @@ def run(
     )
     logging.getLogger("free_transformer").addHandler(logging.StreamHandler())
     gc.collect()
-    gc.freeze()  # what was loaded stays: a request with many small objects would have all of it looked through
-    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
+    gc.freeze()  # a request with many small objects would otherwise make the collector scan all that is loaded
+    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is closed
         _Server(config, app.state.engine, grace).run(sockets=[bound])

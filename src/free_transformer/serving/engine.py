@@ -267,9 +267,8 @@ class Engine:
             return
         self.metrics.batch.observe(len(self._texts))
         tokens = self._sample(logits, self._texts)
-        for row in reversed(
-            range(len(tokens))
-        ):  # backwards: a row that ends is replaced by the last one, which has its token already
+        # backwards: the last row, which replaces a row that ends, already has its token
+        for row in reversed(range(len(tokens))):
             self._take(row, tokens[row], logits, row)
 
     def _sample(self, logits: Logits, texts: Sequence[ActiveText]) -> list[int | Exception]:

@@ -89,7 +89,7 @@ def _first_text(body: GenerationRequest, batch: Batch) -> TextRequest:
         plan_from=example,
         prompt_plan=body.prompt_plan or "posterior",
         prior=body.prior,
-        stop=body.stop,
+        stop=body.stops(),
         stream=body.stream,
     )
 

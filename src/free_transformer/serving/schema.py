@@ -1,39 +1,53 @@
-"""What clients may send: the bodies of OpenAI's completions and chat completions, with plans."""
+"""The bodies of client requests: OpenAI's completions and chat completions, with plans."""
 
 import difflib
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SkipValidation,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import from_json
 
 from free_transformer.errors import InputError
 from free_transformer.model.sampling import check_seed, check_temperature, check_top_k, check_top_p
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_SCORE_PLANS = 256
-MAX_ROWS = 4096  # prompts of a request, or plans
+MAX_ITEMS = 4096  # prompts of a request, or plans
 MAX_SHOWN = 60  # characters of a value in a message
-PROMPT = f"prompt: a text, its token ids, or a list of up to {MAX_ROWS} of either"
+PROMPT = f"prompt: a text, its token ids, or a list of up to {MAX_ITEMS} of either"
 PLAN = "plan: bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
 
-CHECKS: dict[str | None, Callable[[Any], Any]] = {
+CHECKS: dict[str | None, Callable[[float], float]] = {
     "temperature": check_temperature,
     "top_p": check_top_p,
     "top_k": check_top_k,
     "seed": check_seed,
 }
-# Checked by validators of our own: pydantic tries every member of a union, on lists of a hundred thousand lists too.
+# Checked by the validators below: pydantic tries every member of a union, even on lists of a hundred thousand lists.
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation]
 Plan = Annotated[str | list[Literal[0, 1]] | list[list[Literal[0, 1]]], SkipValidation]
 Stop = Annotated[str | list[str], SkipValidation]
+Unchecked = Annotated[JsonValue, SkipValidation]
+Value = TypeVar("Value")
 
 
 class RequestError(Exception):
-    """A request that cannot be answered: the HTTP status, and a message for the client."""
+    """A client request that cannot be answered: the HTTP status, and a message for the client."""
 
     def __init__(self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -46,50 +60,53 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    include_obfuscation: bool = Field(False, description="accepted, and not used")
+    include_obfuscation: bool = Field(False, description="accepted and ignored")
 
 
 class GenerationRequest(_Body):
-    """The fields that both kinds of completion have. Those from `plan` on are this server's own."""
+    """The fields of both kinds of completion. Those from `plan` on are this server's own."""
 
     model: str | None = Field(None, description="name of the model, as /v1/models lists it")
     temperature: float = Field(1.0, description="0 to 100; 0 chooses the most likely token")
     top_p: float = Field(1.0, description="0 to 1; sample from the most likely tokens with this much probability")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of texts per prompt")
     stop: Stop = Field([], description="strings that end the text and are not part of it")
-    seed: int | None = Field(None, description="makes plans and tokens repeatable; -2**63 to 2**64 - 1")
+    seed: int | None = Field(None, description="makes plans and tokens reproducible; -2**63 to 2**64 - 1")
     stream: bool = Field(False, description="send the text in pieces, as server-sent events")
     stream_options: StreamOptions = StreamOptions()
-    user: Any = Field(None, description="accepted, and not used, as the next four")
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
+    user: Unchecked = Field(None, description="accepted and ignored, as the next four fields")
+    metadata: Unchecked = None
+    store: Unchecked = None
+    service_tier: Unchecked = None
+    safety_identifier: Unchecked = None
     logit_bias: dict[str, float] | None = Field(None, description="not supported: empty")
     presence_penalty: float = Field(0, description="not supported: 0")
     frequency_penalty: float = Field(0, description="not supported: 0")
     plan: Plan | None = Field(
-        None, description="bits of the plan, bit 0 first, as in 01101001 or [0, 1, 1, ...]; several plans in turn"
+        None, description="bits of the plan, bit 0 first, as in 01101001 or [0, 1, 1, ...]; or a list of plans"
     )
-    plan_from: str | None = Field(None, description="a text; the encoder reads its plan, which is used")
+    plan_from: str | None = Field(
+        None, description="a text whose plan, read by the encoder, is used"
+    )
     prompt_plan: Literal["posterior", "prior"] | None = Field(
         None, description="plan of the prompt: read by the encoder (posterior, the default) or sampled from the prior"
     )
     prior: Literal["uniform", "aggregate"] = Field(
-        "uniform", description="what other plans are sampled from: uniform, or the plans that training texts took"
+        "uniform", description="distribution of all other plans: uniform, or aggregate (over the training texts)"
     )
     top_k: int = Field(0, description="sample from this many most likely tokens; 0 means all")
 
     @field_validator("temperature", "top_p", "top_k", "seed")
     @classmethod
-    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
+    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
         return CHECKS[info.field_name](value) if value is not None else None
 
     @field_validator("stop")
     @classmethod
-    def _stop(cls, value: Any) -> list[str]:
-        stops = [value] if isinstance(value, str) else value
-        fits = isinstance(stops, list) and len(stops) <= MAX_STOPS and {*map(type, stops)} <= {str}
+    def _stop(cls, value: JsonValue) -> list[str]:
+        given = [value] if isinstance(value, str) else value
+        stops = [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
+        fits = isinstance(given, list) and len(stops) == len(given) <= MAX_STOPS
         if not fits or any(not 1 <= len(each) <= MAX_STOP_LENGTH for each in stops):
             raise InputError(
                 f"stop: up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty"
@@ -98,11 +115,11 @@ class GenerationRequest(_Body):
 
     @field_validator("plan")
     @classmethod
-    def _plan(cls, value: Any) -> Any:
+    def _plan(cls, value: str | list[int] | list[list[int]]) -> str | list[int] | list[list[int]]:
         rows = [value] if _types(value) == {int} else value
         if isinstance(value, str) or (
             isinstance(rows, list)
-            and 0 < len(rows) <= MAX_ROWS
+            and 0 < len(rows) <= MAX_ITEMS
             and all(_types(row) == {int} and {*row} <= {0, 1} for row in rows)
         ):
             return value
@@ -110,17 +127,28 @@ class GenerationRequest(_Body):
 
     @field_validator("logit_bias", "presence_penalty", "frequency_penalty")
     @classmethod
-    def _not_supported(cls, value: Any) -> Any:
+    def _not_supported(cls, value: Value) -> Value:
         if value:
             raise InputError("not supported by this server; leave it out")
         return value
+
+    def plan_bits(self) -> str | None:
+        """The plans as bits in text."""
+        if self.plan is None or isinstance(self.plan, str):
+            return self.plan
+        rows = [each for each in self.plan if isinstance(each, list)] or [self.plan]
+        return " ".join("".join(map(str, row)) for row in rows)
+
+    def stops(self) -> list[str]:
+        """The strings that end the text."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompt = Field(
-        "", description="text to continue, or its token ids including the begin-of-text token; or several of either"
+        "", description="text to continue, or its token ids including the begin-of-text token; or a list of either"
     )
     max_tokens: int = Field(16, ge=0, description="tokens to generate at most; 0 only returns the prompt, with echo")
     echo: bool = Field(False, description="begin the text with the prompt")
@@ -128,7 +156,7 @@ class CompletionRequest(GenerationRequest):
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="return log-probabilities of tokens and of this many likely ones; with echo also for the prompt",
+        description="return log-probabilities of tokens and of this many likely ones; with echo also of the prompt",
     )
     num_plans: int = Field(
         16,
@@ -141,12 +169,12 @@ class CompletionRequest(GenerationRequest):
 
     @field_validator("prompt")
     @classmethod
-    def _prompt(cls, value: Any) -> Any:
+    def _prompt(cls, value: JsonValue) -> JsonValue:
         if isinstance(value, str) or _types(value) in ({str}, {int}):
             return value
         if value == []:
             raise InputError("prompt: an empty list; give a text, '' to begin from nothing")
-        if _types(value) == {list} and len(value) <= MAX_ROWS:
+        if _types(value) == {list} and len(value) <= MAX_ITEMS:
             if [] in value:
                 raise InputError("prompt: no tokens; begin with the one that begins a text")
             if all(_types(row) == {int} for row in value):
@@ -159,6 +187,13 @@ class CompletionRequest(GenerationRequest):
         if value:
             raise InputError("not supported by this server; leave it out")
         return value
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [each for each in self.prompt if isinstance(each, int)]
+        return [ids] if ids else [each for each in self.prompt if not isinstance(each, int)]
 
 
 class ContentPart(BaseModel):
@@ -186,21 +221,30 @@ class ChatRequest(GenerationRequest):
     max_tokens: int | None = Field(
         None, ge=1, description="tokens to generate at most; default what the model can hold"
     )
-    max_completion_tokens: int | None = Field(None, ge=1, description="the same")
+    max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens, before which it takes precedence")
     logprobs: bool = Field(False, description="return log-probabilities of tokens")
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="and of this many most likely ones")
-    response_format: Any = Field(None, description='not supported: {"type": "text"}')
-    tools: Any = Field(None, description="not supported: empty")
-    tool_choice: Any = Field(None, description="not supported: none or auto")
-    parallel_tool_calls: Any = Field(None, description="accepted, and not used")
-    prompt_cache_key: Any = Field(None, description="accepted, and not used")
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="return those of this many most likely tokens too")
+    response_format: Unchecked = Field(None, description='not supported: {"type": "text"}')
+    tools: Unchecked = Field(None, description="not supported: empty")
+    tool_choice: Unchecked = Field(None, description="not supported: none or auto")
+    parallel_tool_calls: Unchecked = Field(None, description="accepted and ignored")
+    prompt_cache_key: Unchecked = Field(None, description="accepted and ignored")
 
     @field_validator("response_format", "tools", "tool_choice")
     @classmethod
-    def _only_text(cls, value: Any) -> Any:
+    def _only_text(cls, value: JsonValue) -> JsonValue:
         if value and value not in ("none", "auto", {"type": "text"}):
             raise InputError("not supported by this server; leave it out")
         return value
+
+    def template_messages(self) -> list[dict[str, object]]:
+        """The messages as a chat template reads them: parts of a content are joined."""
+        messages: list[dict[str, object]] = []
+        for message in self.messages:
+            content = message.content
+            text = content if isinstance(content, str) else "".join(part.text for part in content)
+            messages.append({**message.model_dump(), "content": text})
+        return messages
 
 
 Request = TypeVar("Request", bound=GenerationRequest)
@@ -208,10 +252,10 @@ Request = TypeVar("Request", bound=GenerationRequest)
 
 def parse_body(body: bytes, kind: type[Request]) -> Request:
     """
-    The request in a body. Fields that are null are left out, as OpenAI's interface has it.
+    Reads a body. Fields that are null have their defaults, as in OpenAI's API.
 
     Raises:
-        RequestError: for a body that is not JSON, or not as `kind` describes it; says the first thing that is wrong.
+        RequestError: for a body that is not JSON, or not as `kind` describes it. The message names the first problem.
     """
     try:
         values = from_json(body, allow_inf_nan=False)
@@ -238,8 +282,8 @@ def parse_body(body: bytes, kind: type[Request]) -> Request:
         raise RequestError(400, message, name) from error
 
 
-def _explain(error: Any) -> tuple[str, str]:
-    """The field of a validation error, and a message with what it holds and what is allowed."""
+def _explain(error: "ErrorDetails") -> tuple[str, str]:
+    """The field of a validation error, and a message with its value and what is allowed."""
     name = str(error["loc"][0])
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith(name):
@@ -251,8 +295,8 @@ def _explain(error: Any) -> tuple[str, str]:
     return name, f"{place}={_shortened(json.dumps(_abridged(error.get('input')), ensure_ascii=False))}: {message}"
 
 
-def _types(value: Any) -> set[type]:
-    """The types in a list; none for anything else."""
+def _types(value: object) -> set[type]:
+    """The types of the items of a list; none for anything else."""
     return {*map(type, value)} if isinstance(value, list) else set()
 
 
@@ -273,8 +317,8 @@ def _field_with_lone_surrogate(body: bytes) -> str | None:
     return None
 
 
-def _abridged(value: Any) -> Any:
-    """A value for a message: of long ones the beginning."""
+def _abridged(value: object) -> object:
+    """A value for a message: long ones are cut."""
     if isinstance(value, str):
         return value[:MAX_SHOWN]
     if isinstance(value, list):
@@ -290,6 +334,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def _json_kind(value: Any) -> str:
+def _json_kind(value: object) -> str:
     kinds = {list: "array", str: "string", bool: "boolean", type(None): "null"}
     return kinds.get(type(value), "number")

@@ -16,7 +16,7 @@ from free_transformer.model.sampling import MIN_TEMPERATURE, Sampling
 from free_transformer.runtime.arrays import NO_TOKEN
 from free_transformer.serving.batch import Batch, NewRow, TextRequest, checked_length
 from free_transformer.serving.chat import ChatTemplate
-from free_transformer.serving.scoring import PromptLogits, TokenScore
+from free_transformer.serving.scoring import PromptLogits, TokenScore, log_softmax, token_scores
 
 # With fewer rows, CPU matrix libraries choose other algorithms, which round differently: a text would depend on how
 # many others are generated at the same time. From this many rows on, each row of a product was bit-for-bit the same.
@@ -114,7 +114,7 @@ class TorchBatch(Batch[Tensor]):
         return sample_tokens(logits, sampling, uniform)
 
     def score_token(self, logits: Tensor, row: int, token: int, top: int) -> TokenScore:
-        return super().score_token(logits[row : row + 1].float().cpu().numpy(), 0, token, top)
+        return token_scores(log_softmax(logits[row : row + 1].float().cpu().numpy()), [token], top)[0]
 
     @torch.inference_mode()
     def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:

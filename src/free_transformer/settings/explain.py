@@ -98,7 +98,7 @@ def _find_field(location: list[str]) -> FieldInfo | None:
 
 
 def _requirement(error: Any, field: FieldInfo | None) -> list[str]:
-    """What a value must be, in words."""
+    """What is allowed, in words."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUND_ERRORS:
         found = [] if field is None else field.metadata

@@ -21,7 +21,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, to_train
     Args:
         path: a YAML file.
         overrides: `section.name=value`, the value in YAML.
-        to_train: look at `model.pretrained`, which whoever reads the settings of a trained run may not have.
+        to_train: read `model.pretrained`, which may be missing where the settings of a trained run are read.
 
     Raises:
         SettingsError: one line that names the setting, what it holds and what is allowed.

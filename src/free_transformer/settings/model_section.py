@@ -83,7 +83,7 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _default_objective(self) -> "ModelSettings":
-        """What is not given follows from the rest."""
+        """Defaults that depend on other settings."""
         given = {name: getattr(self, name) for name in OBJECTIVE if name in self.model_fields_set}
         self.__dict__.update(plan_objective(self.plan_span, self.latent_dim, given))
         return self

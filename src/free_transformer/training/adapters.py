@@ -1,5 +1,5 @@
 """
-Fine-tuning by LoRA: small matrices beside those of the decoder learn in their place, and the plan is trained in full.
+Fine-tuning by LoRA: adapters of the decoder are trained instead of its weights, and the plan's parts in full.
 
 Needs `peft`: pip install 'free-transformer-lm[trainers]'.
 """

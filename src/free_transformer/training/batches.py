@@ -42,7 +42,7 @@ class Documents:
 
 @dataclass
 class Stream:
-    """Text to read while training: the documents of each source, and the shares in which their rows are drawn."""
+    """Text to read while training: the documents of each source, and the shares in which their rows are sampled."""
 
     documents: list[Documents]
     shares: list[float]

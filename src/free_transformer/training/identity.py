@@ -1,4 +1,4 @@
-"""What a run is: the model, tokenizer, text and settings that a checkpoint belongs to, compared when it resumes."""
+"""Identity of a run: the model, tokenizer, text and settings of a checkpoint, compared when the run resumes."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ FIXED = ("model.kind", "optimizer.name", "training.lora_rank", "training.freeze_
 # those that decide which rows come next, which can change on purpose,
 ROWS = ("training.seed", "training.seq_len", "data.streaming")
 ROWS_OF_STREAMS = ("data.shuffle_buffer", "data.workers", "training.batch_size")
-# and those that change no number.
+# and those that do not affect the results.
 SILENT = ("logging.", "run_dir", "training.resume")
 HEAD = 4096  # bytes of a streamed file that tell it from others of its size
 

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.settings import CodebookOptimizer, Settings
 
-LARGE_TABLE = 2**12  # rows, from which on it pays to leave those alone that were not drawn
+LARGE_TABLE = 2**12  # rows, above which only sampled rows are updated
 
 NOT_HIDDEN = ("embed_tokens", "lm_head", "encoder.readout")  # matrices that AdamW keeps under Muon
 BETAS = (0.9, 0.99)
 NEW_PARTS = 10  # times the rate of what is pretrained
-FROM_ZERO = 10  # times more for a table that has all its way to go
+FROM_ZERO = 10  # times more for a codebook that starts at zero
 
 
 def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool = True) -> list[torch.optim.Optimizer]:
@@ -71,7 +71,7 @@ def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool =
 
 def plan_rates(model: nn.Module, rate: float, plan_rate: float | None = None) -> tuple[float, float]:
     """
-    Peak learning rates of the encoder and of the table.
+    Peak learning rates of the encoder and of the codebook.
 
     What a pretrained model does not bring has to learn faster than what it brings. Its table starts at zero and has to
     come to the scale of X, which Adam's steps do not know: its rate is per unit of that scale, and larger still, or the

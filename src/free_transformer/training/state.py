@@ -58,7 +58,7 @@ def _pretrained(settings: Settings) -> PreTrainedModel:
         raise SettingsError(f"model.pretrained={error}") from error
     if model.kind == "baseline" and isinstance(loaded, FreeTransformer):
         raise SettingsError(
-            f"model.pretrained={folder}: a Free Transformer; a baseline starts from a model without a plan"
+            f"model.pretrained={folder}: is a Free Transformer; a baseline needs a model without a plan"
         )
     if settings.training.freeze_first_half:
         loaded.get_input_embeddings().requires_grad_(False)

@@ -56,7 +56,7 @@ def with_layout(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class SharedStep:
-    """What the processes of a run tell each other before a step, all in one collective."""
+    """What the processes of a run exchange before a step, in one collective."""
 
     tokens: int  # to predict in the step
     signal: int  # that has asked some process to stop, or 0

@@ -1,4 +1,4 @@
-"""Sweeps: runs of one file of settings with some of them varied, one after the other, and one table of them all."""
+"""Sweeps: runs with different settings, one after the other, and a table of all results."""
 
 import hashlib
 import importlib.util
