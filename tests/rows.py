@@ -3,7 +3,7 @@
 import numpy as np
 
 from free_transformer.model.sampling import Sampling
-from free_transformer.serving.batch import Batch
+from free_transformer.serving.batch import Batch, TextRequest
 
 
 def greedy(batch: Batch, logits) -> list[int]:
@@ -21,7 +21,8 @@ def write_in_rows(
         while left and len(rows) < batch.max_rows:
             number = left.pop(0)
             rows.append(number)
-            written[number] += greedy(batch, batch.add(prompts[number], lambda read, n=number: plans[n]))
+            request = TextRequest(prompts[number], counts[number], plan=plans[number])
+            written[number] += greedy(batch, batch.add(request).logits)
         chosen = greedy(batch, batch.step([written[number][-1] for number in rows]))
         for row in reversed(range(len(rows))):
             number = rows[row]

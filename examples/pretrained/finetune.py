@@ -28,9 +28,9 @@ from free_transformer.evaluation import (
     Control,
     Likelihood,
     evaluate_likelihood,
+    generate_texts,
     measure_control,
     sampled_codes,
-    generate_texts,
 )
 from free_transformer.evaluation.control import contingency
 from free_transformer.files import claimed_folder, write_text

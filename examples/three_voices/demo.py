@@ -26,10 +26,10 @@ from free_transformer.evaluation import (
     Likelihood,
     compare,
     evaluate_likelihood,
+    generate_texts,
     measure_control,
     sampled_codes,
     usage_warning,
-    generate_texts,
 )
 from free_transformer.evaluation.control import contingency
 from free_transformer.files import claimed_folder, write_text

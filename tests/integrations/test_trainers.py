@@ -318,7 +318,7 @@ def test_trainers_on_preferences_or_rewards_are_refused(model, tmp_path, kind):
         more["reward_funcs"] = lambda completions, **_: [float(len(each)) for each in completions]
     base, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")(**options)
     texts = {"train_dataset": datasets.Dataset.from_dict(rows), "processing_class": byte_tokenizer(), **more}
-    message = r"(?i)trainers for preferences or rewards"
+    message = r"(?i)trainers on preferences or rewards"
     with pytest.raises(ValueError, match=message):
         type("PlanFirst", (PlanTrainer, base), {})(loaded, args=config, **texts).train()
     with warnings.catch_warnings(record=True) as said:

@@ -259,7 +259,7 @@ def test_run_that_is_copied_has_ended_whatever_its_times(command):
         ("model.attention_bias=true", "model.attention_bias=True: run/.* was trained with False"),
         ("model.latent_dim=5", "model.latent_dim=5: run/.* was trained with 4"),
         ("model.kind=baseline", "model.kind=baseline: run/.* was trained with free"),
-        ("optimizer.name=muon", "optimizer.name=muon: run/.* was trained with adamw"),
+        ("optimizer.name=adamw", "optimizer.name=adamw: run/.* was trained with muon"),
     ],
 )
 def test_resuming_another_model_is_refused_with_both_values(change, named):

@@ -65,9 +65,6 @@ def get(url: str, method: str = "GET", **headers: str) -> SimpleNamespace:
     return SimpleNamespace(status=answer.status, headers=answer.headers, body=answer.read())
 
 
-# --------------------------------------------------------------------------------------------------- log-probabilities
-
-
 def test_log_probabilities_are_the_models(client, model):
     plan = torch.tensor([[0, 1, 1, 0]]).bool()
     request = {"model": "tiny/one", "prompt": PROMPT, "extra_body": {"plan": "0110"}, "seed": 3}
@@ -111,7 +108,8 @@ def test_scores_are_averaged_over_plans(span, kind, tmp_path, monkeypatch):
     joint = (log_weights[:, None] + own.cumsum(1)).logsumexp(0)
     before = torch.cat([log_weights.logsumexp(0)[None], joint[:-1]])
     model.float()
-    *_, (scores, following) = batch.score_prompt(tokens, plans.numpy(), 2, log_weights.numpy())
+    *_, found = batch.score_prompt(tokens, plans.numpy(), 2, log_weights.numpy())
+    scores, following = found.scores, found.next_log_probs
     assert [score.log_prob for score in scores[1:]] == pytest.approx((joint - before).tolist(), abs=1e-4)
     weights = (log_weights + own.sum(1)).softmax(0)
     expected = (weights[:, None] * logits[:, -1].softmax(-1)).sum(0).log()
@@ -157,9 +155,6 @@ def test_lm_eval_scores_through_the_server_as_in_process(address, model, tmp_pat
     ((value, _),) = lm.loglikelihood(requests("loglikelihood", [("", "Once upon")]))
     exact = evaluate_likelihood(model, [{"input_ids": torch.tensor([PROMPT])}], method="exact")
     assert value == pytest.approx(-exact.nll * (len(PROMPT) - 1), abs=1e-3)
-
-
-# ------------------------------------------------------------------------------------------------------------- OpenAI
 
 
 def test_what_other_clients_send_along_is_accepted(client, address):
@@ -236,9 +231,6 @@ def test_models_by_name(client, address):
         client.models.retrieve("other")
 
 
-# --------------------------------------------------------------------------------------------------------------- HTTP
-
-
 def test_routes_methods_and_headers(address):
     for path in ("/health", "/ready", "/metrics", "/v1/models"):
         answer = get(f"{address}{path}", "HEAD")
@@ -288,9 +280,6 @@ def test_the_token_comes_before_all_else(model, shown):
             assert post(url, body)[0] == 401
         answer = get(f"{address}/v1/models", Authorization="Basic secret")
         assert answer.status == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
 
 
 def fallback_tokenizer() -> PreTrainedTokenizerFast:

@@ -21,8 +21,10 @@ from free_transformer.data import byte_tokenizer
 from free_transformer.model.sampling import Sampling
 from free_transformer.serving import access
 from free_transformer.serving.app import create_app, listen
-from free_transformer.serving.engine import Chunk, Engine, Job, Stopping
+from free_transformer.serving.batch import NewRow, TextRequest
+from free_transformer.serving.engine import Engine, Stopping
 from free_transformer.serving.metrics import Metrics
+from free_transformer.serving.stream import Chunk
 from free_transformer.serving.torch_batch import TorchBatch
 
 
@@ -38,12 +40,15 @@ class Faulty(TorchBatch):
         super().__init__(model, byte_tokenizer(), max_rows=8)
         self.fault, self.armed, self.bad_rows = fault, False, []
 
-    def add(self, tokens, complete):
-        if self.armed and self.fault == "read" and tokens[-1] == ord("!"):
+    def add(self, request):
+        is_bad = request.tokens[-1] == ord("!")
+        if self.armed and self.fault == "read" and is_bad:
             raise RuntimeError("no memory for this prompt")
-        logits = super().add(tokens, complete)
-        self.bad_rows.append(tokens[-1] == ord("!"))
-        return logits * torch.nan if self.armed and self.fault == "first token" and self.bad_rows[-1] else logits
+        new = super().add(request)
+        self.bad_rows.append(is_bad)
+        return (
+            NewRow(new.plan, new.logits * torch.nan) if self.armed and self.fault == "first token" and is_bad else new
+        )
 
     def step(self, tokens):
         if self.armed and self.fault == "memory" and any(self.bad_rows):
@@ -74,19 +79,19 @@ class Faulty(TorchBatch):
         self.bad_rows = []
 
 
-def generate(build, jobs: list[Job], before=lambda engine: None) -> tuple[list[Chunk], Metrics]:
-    """The last chunk of each job, whose text is the whole."""
+def generate(build, requests: list[TextRequest], before=lambda engine: None) -> tuple[list[Chunk], Metrics]:
+    """The last chunk of each text, whose text is the whole."""
 
     async def work():
         metrics = Metrics()
         engine = Engine(build, 16, metrics)
         before(engine)
-        found = {chunk.job: chunk async for chunk in engine.submit(jobs) if chunk.end is not None}
+        found = {chunk.request: chunk async for chunk in engine.submit(requests) if chunk.end is not None}
         assert engine.batch.rows == len(engine._texts) == 0 and engine._unfinished == 0
-        later = [chunk async for chunk in engine.submit([Job([256, 97], 4, seed=(1,))])]
+        later = [chunk async for chunk in engine.submit([TextRequest([256, 97], 4, seed=(1,))])]
         assert later[-1].end == "length"
         engine.stop()
-        return [found[job] for job in jobs], metrics
+        return [found[request] for request in requests], metrics
 
     return asyncio.run(work())
 
@@ -94,14 +99,14 @@ def generate(build, jobs: list[Job], before=lambda engine: None) -> tuple[list[C
 @pytest.mark.parametrize("fault", ["read", "first token", "NaN", "sample", "scores", "memory"])
 def test_what_fails_for_one_text_ends_that_text_alone(model, fault):
     prompts = [b"abc", b"long enough to be the longest of all of them!", b"x", b"yz"]
-    jobs = [Job([256, *prompt], 12, seed=(place,), logprobs=1) for place, prompt in enumerate(prompts)]
-    jobs[1].sampling = Sampling(top_k=77)
-    expected, _ = generate(lambda: Faulty(model, fault), jobs)
+    requests = [TextRequest([256, *prompt], 12, seed=(place,), logprobs=1) for place, prompt in enumerate(prompts)]
+    requests[1].sampling = Sampling(top_k=77)
+    expected, _ = generate(lambda: Faulty(model, fault), requests)
 
     def arm(engine):
         engine.batch.armed = True
 
-    found, metrics = generate(lambda: Faulty(model, fault), jobs, arm)
+    found, metrics = generate(lambda: Faulty(model, fault), requests, arm)
     assert [chunk.end for chunk in found] == ["length", "error", "length", "length"]
     assert found[1].reason
     for place in (0, 2, 3):  # bit-for-bit, and with the same scores
@@ -116,15 +121,17 @@ def test_an_engine_whose_rows_do_not_add_up_starts_again(model):
     def lose_a_row(engine):
         add = engine.batch.add
 
-        def wrong(tokens, complete):
-            logits = add(tokens, complete)
-            engine.batch.rows += tokens[-1] == ord("!")
-            return logits
+        def wrong(request):
+            new = add(request)
+            engine.batch.rows += request.tokens[-1] == ord("!")
+            return new
 
         engine.batch.add = wrong
 
     found, metrics = generate(
-        lambda: TorchBatch(model, byte_tokenizer()), [Job([256, ord("!")], 9), Job([256], 9)], lose_a_row
+        lambda: TorchBatch(model, byte_tokenizer()),
+        [TextRequest([256, ord("!")], 9), TextRequest([256], 9)],
+        lose_a_row,
     )
     assert [chunk.end for chunk in found] == ["error", "error"]
     values = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
@@ -139,18 +146,19 @@ def test_sampling_marks_rows_that_are_not_finite(model):
     assert [token == -1 for token in chosen] == [False, True, True, False]
 
 
-# ------------------------------------------------------------------------------------------------------------ stopping
-
-
 def test_texts_have_a_grace_period_and_then_end_with_what_they_have(model):
     async def work():
         engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), 8, Metrics())
-        short, long, _ = jobs = [Job([256], 3, seed=(0,)), Job([256], 500, seed=(0,)), Job([256], 400)]
-        responses = engine.submit([*jobs, Job([256], 450)])
+        short, long, _ = requests = [
+            TextRequest([256], 3, seed=(0,)),
+            TextRequest([256], 500, seed=(0,)),
+            TextRequest([256], 400),
+        ]
+        responses = engine.submit([*requests, TextRequest([256], 450)])
         engine.drain(0.15)
         with pytest.raises(Stopping, match="shutting down"):
-            engine.submit([Job([256], 1)])
-        ends = {chunk.job: chunk async for chunk in responses}
+            engine.submit([TextRequest([256], 1)])
+        ends = {chunk.request: chunk async for chunk in responses}
         engine.stop()
         assert ends[short].end == "length" and ends[long].end == "abort"
         assert 3 < ends[long].tokens < 500 and len(ends[long].text) > 0
@@ -204,9 +212,6 @@ def test_a_server_that_is_told_to_stop(tmp_path, signals):
     if signals == 1:
         assert json.loads(answers["short"][1])["usage"]["completion_tokens"] == 200
     assert b"Traceback" not in log.read_bytes()
-
-
-# --------------------------------------------------------------------------------------------------------- connections
 
 
 @pytest.fixture

@@ -30,10 +30,11 @@ from free_transformer.runtime import arrays
 from free_transformer.serving import engine
 from free_transformer.serving.access import max_body
 from free_transformer.serving.app import create_app, listen
+from free_transformer.serving.batch import TextRequest
 from free_transformer.serving.detokenizer import Detokenizer, TokenTexts
-from free_transformer.serving.engine import Engine, Job, QueueFull
+from free_transformer.serving.engine import Engine, QueueFull
 from free_transformer.serving.metrics import Metrics
-from free_transformer.serving.torch_batch import TorchBatch, draw
+from free_transformer.serving.torch_batch import TorchBatch, sample_tokens
 from rows import write_in_rows
 
 TOKENS = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
@@ -179,7 +180,7 @@ def test_a_stream_is_the_same_text_in_pieces(client):
 
 
 def test_two_hundred_at_once_get_what_each_gets_alone(address):
-    """None is lost or mixed, to the bit, whoever else is being written."""
+    """None is lost or mixed, bit-for-bit, whatever else is being generated."""
 
     def request(number: int) -> dict:
         steering = [{"plan": f"{number % 16:04b}"}, {"plan_from": "f" * number}, {"prompt_plan": "prior"}, {}]
@@ -225,7 +226,7 @@ def test_logits_of_a_text_are_bit_for_bit_the_same_beside_any_number_of_others()
     def first_text(others: int) -> torch.Tensor:
         batch = TorchBatch(wide, byte_tokenizer(), max_rows=40)
         for length in [7, *(3 + other for other in range(others))]:
-            batch.add([256] + [70] * length, lambda read: np.ones((1, 4), dtype=bool))
+            batch.add(TextRequest([256] + [70] * length, 4, plan=np.ones((1, 4), dtype=bool)))
         return torch.stack([batch.step([65] * batch.rows)[0].clone() for _ in range(3)])
 
     alone = first_text(0)
@@ -248,8 +249,11 @@ def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
     uniform = rng.random(rows)
     settings = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
     expected = arrays.sample_tokens(logits, *settings, uniform).tolist()
-    assert draw(torch.from_numpy(logits), sampling, uniform) == expected
-    one = [draw(torch.from_numpy(logits[i : i + 1]), sampling[i : i + 1], uniform[i : i + 1])[0] for i in range(rows)]
+    assert sample_tokens(torch.from_numpy(logits), sampling, uniform) == expected
+    one = [
+        sample_tokens(torch.from_numpy(logits[i : i + 1]), sampling[i : i + 1], uniform[i : i + 1])[0]
+        for i in range(rows)
+    ]
     assert one == expected  # whatever the neighbours' settings
 
 
@@ -423,17 +427,17 @@ def test_an_engine_that_fails_says_so_and_starts_again(slow, caplog, monkeypatch
 
 def test_a_prompt_that_cannot_be_read_fails_alone(model):
     class Picky(TorchBatch):
-        def add(self, tokens, *arguments):
-            if tokens[-1] == ord("!"):
+        def add(self, request):
+            if request.tokens[-1] == ord("!"):
                 raise RuntimeError("no")
-            return super().add(tokens, *arguments)
+            return super().add(request)
 
     async def write():
         engine = Engine(lambda: Picky(model, byte_tokenizer()), 8, Metrics())
-        jobs = [Job([256, ord(last)], 4, seed=(0,)) for last in "a!b"]
-        ends = {id(piece.job): piece.end async for piece in engine.submit(jobs)}
+        requests = [TextRequest([256, ord(last)], 4, seed=(0,)) for last in "a!b"]
+        ends = {id(piece.request): piece.end async for piece in engine.submit(requests)}
         engine.stop()
-        return [ends[id(job)] for job in jobs]
+        return [ends[id(request)] for request in requests]
 
     assert asyncio.run(write()) == ["length", "error", "length"]
 
@@ -441,7 +445,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone(model):
 def test_a_longer_text_begins_as_a_shorter_one_does(model):
     async def write(count: int) -> str:
         engine = Engine(lambda: TorchBatch(model, byte_tokenizer()), 8, Metrics())
-        pieces = [piece async for piece in engine.submit([Job([256, *b"abc"], count, seed=(5,))])]
+        pieces = [piece async for piece in engine.submit([TextRequest([256, *b"abc"], count, seed=(5,))])]
         engine.stop()
         return pieces[-1].text
 
@@ -452,10 +456,9 @@ def test_a_longer_text_begins_as_a_shorter_one_does(model):
 def test_an_engine_takes_no_more_than_fits_and_tells_why_it_cannot_start(model):
     async def submit():
         engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), 0, Metrics())
-        jobs = [Job([256], 100) for _ in range(2)]
-        first = engine.submit(jobs)
+        first = engine.submit([TextRequest([256], 100) for _ in range(2)])
         with pytest.raises(QueueFull):
-            engine.submit([Job([256], 1)])
+            engine.submit([TextRequest([256], 1)])
         first.cancel()
         assert {piece.end async for piece in first} == {"cancelled"}
         engine.stop()

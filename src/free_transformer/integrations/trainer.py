@@ -18,11 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from free_transformer.errors import InputError
 from free_transformer.evaluation import evaluate_likelihood
+from free_transformer.model.compat import CausalLMOutputWithPast as CausalLMOutput
 from free_transformer.model.losses import predicted_tokens
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.training.optimizers import LARGE_TABLE, RowAdamW, plan_rates
@@ -87,7 +87,7 @@ class PlanTrainer(Trainer):
         if loss_type not in (None, "nll"):
             raise InputError(
                 f"loss_type={loss_type!r}: a loss of TRL {without}. SFTTrainer is supported with loss_type='nll'; "
-                "trainers for preferences or rewards (DPO, GRPO, KTO, ...) are not"
+                "trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not"
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise InputError(

@@ -84,8 +84,8 @@ class FreeTransformerConfig(LlamaConfig):
         latent_dim: bits per plan, H, 1 to 64. `free_bits` limits the information in a plan: 8 bits carried all that was
             measured, and large models often take 16 to 64.
         plan_span: tokens that one plan covers: `"sequence"` (one plan per document, the default), n, or 1 (the paper).
-        code_bits: bits of one group; each group has `2^code_bits` rows of the codebook. Default: one group up to 16 bits
-            (the paper), else groups of 8. The last group may be shorter.
+        code_bits: bits of one group; each group has `2^code_bits` rows of the codebook. Default: one group up to 16
+            bits (the paper), else groups of 8. The last group may be shorter.
         free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4). Default: 2.5 with one plan per
             sequence, else 0.5.
         kl_weight: weight of the KL beyond the free bits.

@@ -1,11 +1,11 @@
-"""Who may talk to the server, and how much: host names, the token, connections, headers and bodies."""
+"""Access to the server and its limits: host names, the token, connections, headers and bodies."""
 
 import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Collection
 from ipaddress import ip_address
-from typing import Any
+from typing import cast
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -15,13 +15,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from free_transformer.serving.schema import RequestError
 
 HEADER_SECONDS = BODY_SECONDS = 20
-DISCARD_SECONDS, MAX_DISCARDED = 5, 2**24  # bytes of the body of a request that is refused
+DISCARD_SECONDS, MAX_DISCARDED = 5, 2**24  # bytes of the body of a rejected request
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-Refuse = Callable[[RequestError], ASGIApp]  # makes the answer
+Refuse = Callable[[RequestError], ASGIApp]  # builds the response
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone."""
+    """Whether only this machine can reach an address that the server listens on."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -29,17 +29,17 @@ def is_loopback(host: str) -> bool:
 
 
 def local_hosts(host: str) -> tuple[str, ...]:
-    """The names by which a server on a loopback address may be called."""
+    """The host names of a server on a loopback address."""
     return (*LOCAL_NAMES, f"[{host}]" if ":" in host else host)
 
 
 class HostGuard:
     """
-    Refuses requests by another host name than the server's own: a web page whose name is made to point to this machine
-    (DNS rebinding) could otherwise read the answers.
+    Rejects requests to another host name than the server's own. Otherwise a web page whose name resolves to this
+    machine (DNS rebinding) could read the responses.
 
     Args:
-        hosts: names that are allowed, without ports; None or `*` allows all.
+        hosts: allowed names, without ports; None or `*` allows all.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None, refuse: Refuse):
@@ -51,14 +51,14 @@ class HostGuard:
             shown = Headers(scope=scope).get("host", "")
             name = shown[: shown.find("]") + 1] if shown.startswith("[") else shown.split(":")[0]
             if name.lower().rstrip(".") not in self.hosts:
-                message = f"host {shown[:80]!r}: this server answers to {', '.join(sorted(self.hosts))}; --allowed-host"
+                message = f"host {shown[:80]!r}: this server is {', '.join(sorted(self.hosts))}; --allowed-host"
                 answer = self.refuse(RequestError(403, f"{message} adds a name"))
-                return await _answer_at_once(answer, scope, receive, send)
+                return await _respond_at_once(answer, scope, receive, send)
         await self.app(scope, receive, send)
 
 
 class TokenGuard:
-    """Asks requests to paths under `/v1` for `Authorization: Bearer TOKEN`, before their body is read."""
+    """Requires `Authorization: Bearer TOKEN` of requests to paths under `/v1`, before their body is read."""
 
     def __init__(self, app: ASGIApp, token: str | None, refuse: Refuse):
         self.app, self.refuse = app, refuse
@@ -71,14 +71,14 @@ class TokenGuard:
             scheme, _, shown = (headers[0] if len(headers) == 1 else b"").partition(b" ")
             matches = [secrets.compare_digest(shown.strip(), token) for token in self.tokens]
             if scheme.lower() != b"bearer" or not any(matches):
-                message = "this server asks for its token: Authorization: Bearer TOKEN"
+                message = "this server requires a token: send Authorization: Bearer TOKEN"
                 answer = self.refuse(RequestError(401, message, headers={"WWW-Authenticate": "Bearer"}))
-                return await _answer_at_once(answer, scope, receive, send)
+                return await _respond_at_once(answer, scope, receive, send)
         await self.app(scope, receive, send)
 
 
-async def _answer_at_once(answer: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers without a look at the body. It is read all the same: many clients wait until they have sent all."""
+async def _respond_at_once(answer: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Responds without using the body. It is read all the same: many clients wait until they have sent all of it."""
 
     async def read() -> None:
         size, more = 0, True
@@ -92,16 +92,16 @@ async def _answer_at_once(answer: ASGIApp, scope: Scope, receive: Receive, send:
 
 
 def max_body(max_length: int) -> int:
-    """Bytes of a body, by the tokens that a text may have: some 20 long prompts, and less than 50 ms to look at."""
+    """Bytes of a body, for texts of `max_length` tokens: about 20 long prompts, which take less than 50 ms to read."""
     return 2**18 + 16 * max_length
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """
-    The body of a request, of which no more than `limit` bytes are kept.
+    Reads the body of a request. At most `limit` bytes of it are kept.
 
     Raises:
-        RequestError: for a longer one, one that does not arrive in time, and one that is not said to be JSON.
+        RequestError: for a longer body, one that does not arrive in time, and one whose Content-Type is not JSON.
     """
     body, size = bytearray(), 0
 
@@ -111,7 +111,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             size += len(part)
             if size <= limit:
                 body.extend(part)
-            elif size > MAX_DISCARDED:  # less is read to its end, as by `_answer_at_once`
+            elif size > MAX_DISCARDED:  # less is read to its end, as by `_respond_at_once`
                 return
 
     try:
@@ -121,7 +121,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise RequestError(408, message, headers={"Connection": "close"}) from error
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        # what a web page may send to another host without asking is anything but JSON
+        # web pages may send other types, but not JSON, to another host without its consent
         raise RequestError(415, f"Content-Type {kind[:80] or 'missing'}: send application/json")
     if size > limit:
         message = f"a body of more than {limit} bytes, the most that this server reads; send fewer or shorter prompts"
@@ -131,14 +131,15 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def connection_class(max_connections: int) -> type[H11Protocol]:
     """
-    uvicorn's connection with limits of its own: their number, and the time until the headers of a request have arrived.
-    h11 limits the size of headers, which httptools does not.
+    uvicorn's connection class with two more limits: the number of connections, and the time until the headers of a
+    request have arrived. It is based on h11, which limits the size of headers; httptools does not.
     """
 
     class Connection(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            transport = cast(asyncio.Transport, transport)  # uvloop's class is not derived from it
             super().connection_made(transport)
             if len(self.connections) > max_connections:
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
@@ -153,7 +154,7 @@ def connection_class(max_connections: int) -> type[H11Protocol]:
         def handle_events(self) -> None:
             super().handle_events()
             in_progress = self.cycle is not None and not self.cycle.response_complete
-            if in_progress or self.timeout_keep_alive_task is not None:  # which closes it when it stays idle
+            if in_progress or self.timeout_keep_alive_task is not None:  # that task closes it when it stays idle
                 self._unset_timer()
             else:
                 self._set_timer()

@@ -4,7 +4,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -17,7 +17,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks what a model learns of a conversation, and writes what it contains."""
+    """`{% generation %}` marks the part of a conversation that a model is trained on. Rendering outputs its content."""
 
     tags = {"generation"}
 
@@ -28,15 +28,15 @@ class _GenerationBlock(Extension):
 
 class ChatTemplate:
     """
-    Templates are Jinja, as `transformers` reads them; they are rendered without it, since an ONNX export is served
-    where it is not installed.
+    A Jinja template, as in `transformers`. It is rendered without that package, which a server of an ONNX export does
+    not need.
 
     Args:
-        template: the source. A dictionary of several is by name, and `default` is used.
+        template: the source.
         special_tokens: by name, as in `{"bos_token": "<s>"}`.
     """
 
-    def __init__(self, template: str, special_tokens: Mapping[str, Any]):
+    def __init__(self, template: str, special_tokens: Mapping[str, object]):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
@@ -50,18 +50,18 @@ class ChatTemplate:
         self.special_tokens = {name: str(special_tokens[name]) for name in SPECIAL_TOKENS if special_tokens.get(name)}
 
     @classmethod
-    def of(cls, template: Any, special_tokens: Mapping[str, Any]) -> "ChatTemplate | None":
-        """Of what a tokenizer has: a template, several by name, or none."""
+    def of(cls, template: object, special_tokens: Mapping[str, object]) -> "ChatTemplate | None":
+        """From the setting of a tokenizer: a template, several by name, of which `default` is used, or none."""
         if isinstance(template, list):
             template = {each["name"]: each["template"] for each in template}
         if isinstance(template, dict):
             template = template.get("default")
-        return cls(template, special_tokens) if template else None
+        return cls(cast(str, template), special_tokens) if template else None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate | None":
-        """Of the tokenizer that was saved in a folder."""
-        settings: dict[str, Any] = {}
+        """From the files of a tokenizer in a folder."""
+        settings: dict[str, object] = {}
         if (file := folder / "tokenizer_config.json").is_file():
             settings = json.loads(file.read_text(encoding="utf-8"))
         template = settings.get("chat_template")
@@ -74,16 +74,22 @@ class ChatTemplate:
         }
         return cls.of(template, tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text that the model continues. `ValueError` for messages that the template refuses."""
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """The text that the model continues. `ValueError` for messages that the template rejects."""
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
         except Exception as error:  # a template is a program: its errors have no common class
             raise InputError(f"messages: the model's chat template refuses them ({error})") from error
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -1,40 +1,47 @@
-"""Text from tokens as they come: pieces that can be sent at once, up to a stop string."""
+"""Incremental decoding of tokens, up to a stop string."""
 
 import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 from tokenizers import Tokenizer
 
 from free_transformer.runtime.byte_alphabet import byte_alphabet
 
 BYTES = {character: byte for byte, character in enumerate(byte_alphabet())}
-CONTEXT = 8  # tokens that decide how the next one is decoded, such as whether its leading space is kept
-UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
-MAX_UNFINISHED = 8  # tokens that may wait for the rest of a character
+CONTEXT = 8  # tokens that determine how the next one is decoded, such as whether its leading space is kept
+UNFINISHED = "\ufffd"  # the decoding of an incomplete character
+MAX_UNFINISHED = 8  # tokens held back until a character is complete
+
+
+class _Decoder(TypedDict, total=False):
+    """The description of a decoder in `tokenizer.json`."""
+
+    type: str
+    decoders: "list[_Decoder]"
 
 
 class TokenTexts:
     """
-    What single tokens stand for: bytes, where the tokenizer's tokens are bytes.
+    The bytes or text of single tokens.
 
-    `tokenizers.DecodeStream` is not used, since it raises at bytes that are not UTF-8 (with byte fallback), and it does
-    not know the prompt that comes before the text.
+    `tokenizers.DecodeStream` is not used: it raises for bytes that are not UTF-8 (with byte fallback), and it ignores
+    the prompt before the text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         described = json.loads(tokenizer.to_str())
-        decoders = list(_flattened(described.get("decoder") or {}))
+        decoders = list(_flattened(cast(_Decoder, described.get("decoder") or {})))
         self.byte_level = decoders == ["ByteLevel"]
         self.byte_fallback = "ByteFallback" in decoders
         self.special = {token["id"] for token in described.get("added_tokens", ()) if token["special"]}
         self._bytes: dict[int, bytes | None] = {}
 
     def bytes_of(self, token: int) -> bytes | None:
-        """The bytes that a token stands for; None for a token that is decoded as text."""
+        """The bytes of a token; None for a token that is decoded as text."""
         if token not in self._bytes:
             self._bytes[token] = self._find_bytes(token)
         return self._bytes[token]
@@ -43,14 +50,14 @@ class TokenTexts:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def shown(self, token: int) -> str:
-        r"""A token by itself, as `logprobs` lists it. Bytes that are no text are written as in `bytes:\xe2\x82`."""
+        r"""A token by itself, as `logprobs` lists it. Bytes that are not UTF-8 are shown as in `bytes:\xe2\x82`."""
         raw = self.bytes_of(token)
         if token in self.special or raw is None:
             name = self.tokenizer.id_to_token(token) or ""
             if token in self.special:
                 return name
             alone = self.decode([token])
-            return self.decode([token, token])[len(alone) :] or name  # as it reads after another token
+            return self.decode([token, token])[len(alone) :] or name  # its text after another token
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -70,13 +77,13 @@ class TokenTexts:
 
 class Detokenizer:
     """
-    Decodes the tokens of a text one by one. The prompt's text and all pieces together are what the tokenizer makes of
-    all tokens; bytes that are not UTF-8 become U+FFFD.
+    Decodes the tokens of a text one by one. The prompt's text followed by all returned pieces equals the decoding of
+    all tokens at once. Bytes that are not UTF-8 become U+FFFD.
 
-    It holds back what may yet change: the first bytes of a character, and what may become a stop string.
+    An incomplete character, and the possible beginning of a stop string, are held back until they are decided.
 
     Args:
-        stop: strings of which the first to appear ends the text. It is not part of the text.
+        stop: strings. The first that appears ends the text, and is not part of it.
 
     Attributes:
         prompt: the prompt's text.
@@ -86,22 +93,22 @@ class Detokenizer:
     def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
         self.texts, self.stop = texts, stop
         self.stopped = False
-        self.count = 0  # tokens of the text
+        self.count = 0  # tokens after the prompt
         self._held = ""
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._window: list[int] = []  # the last tokens that were decoded as text
-        self._unfinished = 0  # tokens at the window's end of which nothing has been shown
-        self._shown = 0  # characters of the window's text that have been shown
-        self._only_bytes = False  # whether all text so far came from tokens that are bytes
+        self._unfinished = 0  # tokens at the end of the window that have not been returned
+        self._shown = 0  # characters of the window's text that have been returned
+        self._only_bytes = False  # whether all tokens with text so far are bytes
         self.prompt = self._read_prompt(prompt)
 
     def add(self, token: int) -> str:
-        """The next token; returns what can be shown now."""
+        """Appends a token. Returns the text that is decided now."""
         self.count += 1
         return self._show(self._decode(token))
 
     def end(self) -> str:
-        """What is left, where no stop string has ended the text."""
+        """The text that was held back, unless a stop string has ended the text."""
         if self.stopped:
             return ""
         shown = self._show(self._utf8.decode(b"", final=True) + self._rest_of_window())
@@ -110,7 +117,7 @@ class Detokenizer:
         return shown
 
     def _read_prompt(self, tokens: Sequence[int]) -> str:
-        """The prompt's text, up to a character that its last bytes begin."""
+        """The prompt's text, without an incomplete character at its end."""
         start = len(tokens)
         while start and self.texts.bytes_of(tokens[start - 1]) is not None:
             start -= 1
@@ -170,8 +177,8 @@ def _beginning_at_end(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _flattened(decoder: dict[str, Any]) -> Iterator[str]:
-    """The kinds of the decoders in a sequence."""
+def _flattened(decoder: "_Decoder") -> Iterator[str]:
+    """The types of the decoders in a sequence."""
     if decoder.get("type") == "Sequence":
         for each in decoder["decoders"]:
             yield from _flattened(each)

@@ -13,6 +13,7 @@ from pydantic import (
     SkipValidation,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 from pydantic_core import from_json
@@ -42,7 +43,7 @@ CHECKS: dict[str | None, Callable[[float], float]] = {
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation]
 Plan = Annotated[str | list[Literal[0, 1]] | list[list[Literal[0, 1]]], SkipValidation]
 Stop = Annotated[str | list[str], SkipValidation]
-Unchecked = Annotated[JsonValue, SkipValidation]
+Unchecked = Annotated[JsonValue, SkipValidation, WithJsonSchema({})]
 Value = TypeVar("Value")
 
 
@@ -85,9 +86,7 @@ class GenerationRequest(_Body):
     plan: Plan | None = Field(
         None, description="bits of the plan, bit 0 first, as in 01101001 or [0, 1, 1, ...]; or a list of plans"
     )
-    plan_from: str | None = Field(
-        None, description="a text whose plan, read by the encoder, is used"
-    )
+    plan_from: str | None = Field(None, description="a text whose plan, read by the encoder, is used")
     prompt_plan: Literal["posterior", "prior"] | None = Field(
         None, description="plan of the prompt: read by the encoder (posterior, the default) or sampled from the prior"
     )
@@ -115,12 +114,12 @@ class GenerationRequest(_Body):
 
     @field_validator("plan")
     @classmethod
-    def _plan(cls, value: str | list[int] | list[list[int]]) -> str | list[int] | list[list[int]]:
+    def _plan(cls, value: object) -> object:
         rows = [value] if _types(value) == {int} else value
         if isinstance(value, str) or (
             isinstance(rows, list)
             and 0 < len(rows) <= MAX_ITEMS
-            and all(_types(row) == {int} and {*row} <= {0, 1} for row in rows)
+            and all(isinstance(row, list) and _types(row) == {int} and {*row} <= {0, 1} for row in rows)
         ):
             return value
         raise InputError(PLAN)
@@ -136,8 +135,9 @@ class GenerationRequest(_Body):
         """The plans as bits in text."""
         if self.plan is None or isinstance(self.plan, str):
             return self.plan
-        rows = [each for each in self.plan if isinstance(each, list)] or [self.plan]
-        return " ".join("".join(map(str, row)) for row in rows)
+        if isinstance(self.plan[0], int):
+            return "".join(map(str, self.plan))
+        return " ".join("".join(map(str, row)) for row in self.plan if isinstance(row, list))
 
     def stops(self) -> list[str]:
         """The strings that end the text."""
@@ -169,12 +169,12 @@ class CompletionRequest(GenerationRequest):
 
     @field_validator("prompt")
     @classmethod
-    def _prompt(cls, value: JsonValue) -> JsonValue:
+    def _prompt(cls, value: object) -> object:
         if isinstance(value, str) or _types(value) in ({str}, {int}):
             return value
         if value == []:
             raise InputError("prompt: an empty list; give a text, '' to begin from nothing")
-        if _types(value) == {list} and len(value) <= MAX_ITEMS:
+        if isinstance(value, list) and _types(value) == {list} and len(value) <= MAX_ITEMS:
             if [] in value:
                 raise InputError("prompt: no tokens; begin with the one that begins a text")
             if all(_types(row) == {int} for row in value):

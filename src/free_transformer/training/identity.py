@@ -243,7 +243,7 @@ def _shares(stage: Stage, text: list[str]) -> list[tuple[str, float]]:
 
 
 def _sources(settings: dict[str, dict[str, Any]]) -> object:
-    stages = [stage["data"] for stage in settings["training"]["stages"] if stage["data"] is not None]
+    stages = [stage["data"] for stage in settings["curriculum"]["stages"] if stage["data"] is not None]
     return settings["data"]["train"] if not stages else [settings["data"]["train"], *stages]
 
 
