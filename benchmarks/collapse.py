@@ -108,15 +108,19 @@ def shipped() -> dict[str, dict[str, Any]]:
     sections = load_yaml(CONFIG.read_text(encoding="utf-8"))
     own = ("max_steps", "batch_size", "seq_len", "warmup_steps", "eval_every", "save_every")
     training = {name: value for name, value in sections["training"].items() if name not in own}
-    return {"model": sections["model"], "training": training}
+    optimizer = dict(sections["optimizer"])
+    return {"model": sections["model"], "training": {**training, "optimizer": optimizer.pop("name"), **optimizer}}
 
 
 def settings_of(task: str, arm: str, free_bits: float, seed: int, out: Path, steps: int) -> dict[str, Any]:
     """The settings of one run, as in a YAML file."""
     base: dict[str, dict[str, Any]] = {
-        "model": {"hidden_dim": 64, "num_layers": 4, "num_heads": 4, "latent_dim": 8, "free_bits": free_bits},
+        "model": {"hidden_dim": 64, "num_layers": 4, "num_heads": 4, "latent_dim": 8, "free_bits": free_bits}
+        | {"min_bits": 0.0, "aggregate_weight": 0.0},
         "training": {
+            "optimizer": "adamw",
             "learning_rate": 3e-3,
+            "min_lr_ratio": 0.1,
             "warmup_steps": 50,
             "seed": seed,
             "prior_rows": 0,

@@ -139,26 +139,25 @@ def time_loop(settings: Any) -> float:
     """Seconds of all steps, without what comes before them."""
     from free_transformer.training import loop, train
 
-    seconds, run_to_the_end = [], loop._Trainer.run_to_the_end
+    seconds, train_steps = [], loop._Trainer.train
 
     def timed(self: Any, *arguments: Any) -> None:
-        seconds.append(timed_call(run_to_the_end, self, *arguments))
+        seconds.append(timed_call(train_steps, self, *arguments))
 
-    loop._Trainer.run_to_the_end = timed  # type: ignore[method-assign]
+    loop._Trainer.train = timed  # type: ignore[method-assign]
     train(settings, quiet=True)
     return seconds[0]
 
 
 def time_blocks(settings: Any) -> dict[str, Any]:
     """Seconds of the blocks that log and of those that do not, of a line, and of opening and closing the trackers."""
-    from free_transformer.runs import display
-    from free_transformer.training import loop, train
-    from free_transformer.training.display import Display
+    from free_transformer.runs.monitor import Monitor
+    from free_transformer.training import loop, start, train
 
     found: dict[str, Any] = {"logging": [], "silent": []}
     lines: list[float] = []
     step, log = loop._Trainer._optimizer_step, loop._Trainer._log
-    open_trackers, leave = display.open_trackers, Display.__exit__
+    open_trackers, close = start.open_trackers, Monitor.close
     started = [0.0]
 
     def timed_step(self: Any, totals: Any) -> int:
@@ -180,12 +179,12 @@ def time_blocks(settings: Any) -> dict[str, Any]:
         found["open"] = time.perf_counter() - begun
         return trackers
 
-    def timed_leave(self: Any, *arguments: Any) -> None:
-        found["close"] = timed_call(leave, self, *arguments)
+    def timed_close(self: Any) -> None:
+        found["close"] = timed_call(close, self)
 
     loop._Trainer._optimizer_step = timed_step  # type: ignore[method-assign]
     loop._Trainer._log = timed_log  # type: ignore[method-assign]
-    display.open_trackers, Display.__exit__ = timed_open, timed_leave  # type: ignore
+    start.open_trackers, Monitor.close = timed_open, timed_close  # type: ignore
     train(settings, quiet=True)
     return {**found, "line": statistics.median(lines)}
 

@@ -13,7 +13,7 @@ def greedy(batch: Batch, logits) -> list[int]:
 def write_in_rows(
     batch: Batch, prompts: list[list[int]], plans: list[np.ndarray], counts: list[int]
 ) -> list[list[int]]:
-    """The likeliest tokens after each prompt, so many each; a text begins as soon as a row is free."""
+    """The most likely tokens after each prompt, `counts` of them; a text begins as soon as a row is free."""
     written: list[list[int]] = [[] for _ in prompts]
     rows: list[int] = []
     left = list(range(len(prompts)))

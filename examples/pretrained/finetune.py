@@ -37,6 +37,7 @@ from free_transformer.files import claimed_folder, write_text
 from free_transformer.model.plan_text import format_plan
 from free_transformer.reporting.plots import curves, plans_by_label
 from free_transformer.reporting.report import Report, likelihood_table, usage_table
+from free_transformer.reporting.table import Table
 from free_transformer.training import Run
 
 RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_LABEL = 16, 8, 32
@@ -155,30 +156,32 @@ def write_report(
         f"{llama} was fine-tuned on text that nobody labelled, once with a plan of "
         f"{runs[0].settings.model.latent_dim} bits a window of text and once without, on the same batches."
     )
-    report.table(["in short", ""], [line.split(": ", 1) for line in lines])
+    report.table(Table(["in short", ""], [line.split(": ", 1) for line in lines]))
     report.heading("The plan of a text, and others written under it")
     report.samples(samples)
     report.heading("Control")
     wanted, seen = control.transferred.T
     by_label = [float((seen == each)[wanted == each].mean()) for each in range(len(labels))]
     report.table(
-        ["", "share", "what it is"],
-        [
-            ["agreement within a plan", *shown_share(control.agreement, f"{RANDOM_PLANS} plans at random")],
-            ["… under shuffled plans", *shown_share(control.agreement_shuffled, "a plan for each text")],
-            ["without a plan", *shown_share(control.agreement_baseline, "the other fine-tuning, in groups")],
-            ["transfer", *shown_share(control.transfer, "texts under the plan of an example that are of its kind")],
-            *[[f"… {label}", f"{share:.3f}", ""] for label, share in zip(labels, by_label, strict=True)],
-            ["… under shuffled plans", *shown_share(control.transfer_shuffled, "plans of other examples")],
-        ],
+        Table(
+            ["", "share", "what it is"],
+            [
+                ["agreement within a plan", *shown_share(control.agreement, f"{RANDOM_PLANS} plans at random")],
+                ["… under shuffled plans", *shown_share(control.agreement_shuffled, "a plan for each text")],
+                ["without a plan", *shown_share(control.agreement_baseline, "the other fine-tuning, in groups")],
+                ["transfer", *shown_share(control.transfer, "texts under the plan of an example that are of its kind")],
+                *[[f"… {label}", f"{share:.3f}", ""] for label, share in zip(labels, by_label, strict=True)],
+                ["… under shuffled plans", *shown_share(control.transfer_shuffled, "plans of other examples")],
+            ],
+        )
     )
     report.heading("What the plan learned")
     report.figure(plans_by_label(contingency(*plans)[1], labels), "share of each kind among the texts of each plan")
-    report.table(*usage_table(likelihoods[0]))
+    report.table(usage_table(likelihoods[0]))
     report.heading("Likelihood of held-out text")
     for title, likelihood in zip(("With a plan:", "The same fine-tuning without:"), likelihoods, strict=True):
         report.paragraph(title)
-        report.table(*likelihood_table(likelihood, part.bytes_per_token))
+        report.table(likelihood_table(likelihood, part.bytes_per_token))
     report.heading("Curves")
     report.figure(curves({"free": runs[0].read_metrics(), "baseline": runs[1].read_metrics()}), "by step")
     report.heading("How this was made")

@@ -37,6 +37,7 @@ from free_transformer.model.plan import codes_to_bits
 from free_transformer.model.plan_text import format_plan
 from free_transformer.reporting.plots import bits, curves, plans_by_label
 from free_transformer.reporting.report import Report, likelihood_table, nll_method, usage_table
+from free_transformer.reporting.table import Table
 from free_transformer.training import Run
 
 RANDOM_PLANS, TEXTS_PER_PLAN = 16, 8
@@ -212,7 +213,7 @@ def write_report(
         "Union addresses and Python source. Before it writes a window of text it draws one plan of "
         f"{free_run.settings.model.latent_dim} bits. Nothing told it that there are three voices."
     )
-    report.table(["in short", ""], [line.split(": ", 1) for line in lines])
+    report.table(Table(["in short", ""], [line.split(": ", 1) for line in lines]))
 
     report.heading("One plan, one voice: texts written from nothing")
     report.paragraph(
@@ -230,15 +231,20 @@ def write_report(
     wanted, seen_voices = control.transferred.T
     by_voice = [float((seen_voices == voice)[wanted == voice].mean()) for voice in range(len(VOICES))]
     report.table(
-        ["", "share", "what it is"],
-        [
-            ["agreement within a plan", *shown_share(control.agreement, AGREEMENT)],
-            ["… under shuffled plans", *shown_share(control.agreement_shuffled, "the same, a plan for each text")],
-            ["the baseline's", *shown_share(control.agreement_baseline, GROUPS)],
-            ["transfer", *shown_share(control.transfer, TRANSFER)],
-            *[[f"… {voice}", f"{share:.3f}", ""] for voice, share in zip(VOICES, by_voice, strict=True)],
-            ["… under shuffled plans", *shown_share(control.transfer_shuffled, "the same, plans of other examples")],
-        ],
+        Table(
+            ["", "share", "what it is"],
+            [
+                ["agreement within a plan", *shown_share(control.agreement, AGREEMENT)],
+                ["… under shuffled plans", *shown_share(control.agreement_shuffled, "the same, a plan for each text")],
+                ["the baseline's", *shown_share(control.agreement_baseline, GROUPS)],
+                ["transfer", *shown_share(control.transfer, TRANSFER)],
+                *[[f"… {voice}", f"{share:.3f}", ""] for voice, share in zip(VOICES, by_voice, strict=True)],
+                [
+                    "… under shuffled plans",
+                    *shown_share(control.transfer_shuffled, "the same, plans of other examples"),
+                ],
+            ],
+        )
     )
     report.heading("What the plan learned")
     seen, table = contingency(codes, held_out.voices)
@@ -248,18 +254,20 @@ def write_report(
     order = np.argsort(-table.sum(1))[:12]
     latent_dim = free_run.settings.model.latent_dim
     report.table(
-        ["the 12 commonest plans", *VOICES],
-        [[format_plan(codes_to_bits(torch.tensor(seen[i]), latent_dim)), *map(str, table[i])] for i in order],
+        Table(
+            ["the 12 commonest plans", *VOICES],
+            [[format_plan(codes_to_bits(torch.tensor(seen[i]), latent_dim)), *map(str, table[i])] for i in order],
+        )
     )
     assert free.usage is not None
     report.figure(bits(free.usage.bits_per_position), "bits that each position of the plan carries")
-    report.table(*usage_table(free))
+    report.table(usage_table(free))
 
     report.heading("Likelihood of held-out text")
     report.paragraph("Free Transformer:")
-    report.table(*likelihood_table(free, bytes_per_token))
+    report.table(likelihood_table(free, bytes_per_token))
     report.paragraph("Baseline, the same Llama without a plan, trained by the same code on the same batches:")
-    report.table(*likelihood_table(baseline, bytes_per_token))
+    report.table(likelihood_table(baseline, bytes_per_token))
     report.heading("Curves")
     metrics = {"free": free_run.read_metrics(), "baseline": baseline_run.read_metrics()}
     report.figure(curves(metrics), "by step; reconstruction is under the posterior and not to be compared")

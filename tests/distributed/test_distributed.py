@@ -277,7 +277,7 @@ def test_one_process_refuses_what_needs_two(tmp_path, distributed):
 def test_a_batch_with_fewer_rows_than_processes_is_one_line(tmp_path):
     values = tiny_values(tmp_path, "run", training={"batch_size": 1})
     assert processes.finish(start(2, train_tiny, values, log=tmp_path / "log")) == [2, 2]
-    assert "batch_size=1: at least a row for each of the 2 processes" in (tmp_path / "log").read_text()
+    assert "batch_size=1: must be at least 2, one row for each process" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
 
 

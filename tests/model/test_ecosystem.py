@@ -419,7 +419,7 @@ def test_a_cache_of_others_needs_the_plan(model, tokens, plan, name):
         with pytest.raises(ValueError, match="not the plan that they were generated under"):
             model(tokens[:, :1], **{name: cache})
         assert torch.equal(model(tokens[:, :1], plan=plan, **{name: cache}).plan, plan)
-    with pytest.raises(ValueError, match="give it too, plan="):
+    with pytest.raises(ValueError, match="Give that plan too, plan="):
         model.generate(tokens, **{name: cache}, **GREEDY)
 
 

@@ -381,7 +381,7 @@ def test_cache_without_the_plan_that_wrote_it_is_refused(tiny_model, tokens_like
     model, tokens = tiny_model(plan_span=4), tokens_like(1, 6)
     cache = DynamicCache(config=model.config)
     model(tokens[:, :-1], past_key_values=cache)
-    with pytest.raises(ValueError, match="give it too, plan="):
+    with pytest.raises(ValueError, match="Give that plan too, plan="):
         model.generate(tokens, past_key_values=cache, **GREEDY)
 
 

@@ -210,7 +210,7 @@ def test_the_command_converts_and_lists_what_is_new(donor, tokens, tmp_path, com
     ("arguments", "status", "message"),
     [
         (["nowhere", "out"], 2, "nowhere: cannot be read as a model"),
-        (["donor", "donor"], 1, "exists already"),
+        (["donor", "donor"], 2, "exists already"),
         (["donor", "out", "--latent-dim", "0"], 2, "Invalid value for '--latent-dim'"),
         (["donor", "out", "--plan-span", "long"], 2, "plan_span='long'"),
     ],

@@ -81,7 +81,7 @@ def test_the_collapse_experiment_trains_the_shipped_settings_for_as_long_as_the_
     for task, steps in (("letters", 500), ("voices", 400)):
         found = parse_settings(bench.settings_of(task, bench.SHIPPED, 2.5, 3, tmp_path, 0))
         assert (found.model.plan_span, found.model.aggregate_weight, found.model.free_bits) == ("sequence", 1.0, 2.5)
-        assert (found.optimizer.name, found.training.max_steps, found.training.seed) == ("muon", steps, 3)
+        assert (found.optimizer_name, found.training.max_steps, found.training.seed) == ("muon", steps, 3)
 
 
 def test_every_run_of_the_collapse_experiment_has_settings_of_its_own(benchmark_module, tmp_path):

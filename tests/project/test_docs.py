@@ -52,7 +52,7 @@ def test_every_test_that_shows_a_statement_is_there():
     """In the table of statements, a test is its file and its name without underscores; several are parted by `;`."""
     rows = [line for line in page_text("docs/faq-check.md").splitlines() if line.startswith("|")]
     parts = [part for row in rows for part in row.split("|")[2].split(";")]
-    shown = [found.groups() for part in parts if (found := re.match(r" *`(tests/\w+\.py)`: ([\w ]+)", part))]
+    shown = [found.groups() for part in parts if (found := re.match(r" *`(tests/[\w/]+\.py)`: ([\w ]+)", part))]
     assert len(shown) > 60
     for file, name in shown:
         assert f"def test_{'_'.join(name.split())}(" in page_text(file), f"{file}: {name}"

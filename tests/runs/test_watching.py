@@ -13,13 +13,16 @@ from rich.console import Console
 from test_training import stop_before_step, tiny_settings  # noqa: F401
 
 from free_transformer.model.losses import kl_bits_per_bit, predicted_tokens
-from free_transformer.runs.monitor import WINDOW, Watcher
+from free_transformer.runs.diagnostics import WINDOW
+from free_transformer.runs.monitor import Monitor
 from free_transformer.runs.report import write_run_report
 from free_transformer.runs.run import Run
+from free_transformer.runs.subscribers import Subscriber
 from free_transformer.runs.watch import _fitting, watch
 from free_transformer.settings import parse_settings
 from free_transformer.training import SettingsError, train
 from free_transformer.training import step as training_step
+from free_transformer.training.start import PreparedRun
 from processes import untimed
 
 FREE = ["reconstruction", "KL", "KL beyond the free bits", "prior gap", "live bits", "held-out ELBO"]
@@ -28,7 +31,8 @@ FREE += ["gradient norm", "spikes"]
 
 def settings_of(kind="free", **training):
     values = {"max_steps": 1000, "warmup_steps": 10, **training}
-    return parse_settings({"model": {"kind": kind, "free_bits": 2.0, "latent_dim": 8}, "training": values})
+    model = {"kind": kind, "free_bits": 2.0, "min_bits": 0.0, "latent_dim": 8}
+    return parse_settings({"model": model, "training": values})
 
 
 def lines_of(count=30, start=200, **changes):
@@ -41,17 +45,17 @@ def lines_of(count=30, start=200, **changes):
 
 
 def alarms(*lines, **training) -> list[str]:
-    return [reading.label for reading in Watcher(settings_of(**training), lines).alarms()]
+    return [diagnostic.label for diagnostic in Monitor(settings_of(**training), lines).alarms()]
 
 
 def test_every_figure_has_a_value_and_a_sentence():
-    readings = Watcher(settings_of(), lines_of()).readings()
-    assert [reading.label for reading in readings] == FREE
-    assert all(reading.advice and reading.value and not reading.alarm for reading in readings)
+    diagnostics = Monitor(settings_of(), lines_of()).diagnostics()
+    assert [diagnostic.label for diagnostic in diagnostics] == FREE
+    assert all(diagnostic.advice and diagnostic.value and not diagnostic.alarm for diagnostic in diagnostics)
 
 
 def test_a_baseline_has_the_figures_of_a_baseline():
-    labels = [reading.label for reading in Watcher(settings_of(kind="baseline"), lines_of()).readings()]
+    labels = [diagnostic.label for diagnostic in Monitor(settings_of(kind="baseline"), lines_of()).diagnostics()]
     assert labels == ["reconstruction", "held-out NLL", "gradient norm", "spikes"]
 
 
@@ -67,11 +71,26 @@ def test_a_baseline_has_the_figures_of_a_baseline():
     ],
 )
 def test_what_goes_wrong_is_said_with_what_to_do_but_not_in_the_first_steps(changes, label, advice):
-    watcher = Watcher(settings_of(), lines_of(**changes))
-    assert [reading.label for reading in watcher.alarms()] == [label]
-    assert advice in watcher.alarms()[0].advice
+    monitor = Monitor(settings_of(), lines_of(**changes))
+    assert [diagnostic.label for diagnostic in monitor.alarms()] == [label]
+    assert advice in monitor.alarms()[0].advice
     early = alarms(*lines_of(count=20, start=-100, **changes))  # ends at step 90 of 1000
     assert early == ([label] if label == "spikes" else [])
+
+
+def test_advice_names_neither_settings_in_use_nor_a_smaller_latent_dim():
+    model = {"free_bits": 0.5, "min_bits": 0.0, "plan_span": 1}
+    sections = {"model": model, "optimizer": {"name": "adamw"}, "training": {"max_steps": 1000, "warmup_steps": 10}}
+    collapsed = {"kl": 0.01, "live_bits": 0}
+    alarms = Monitor(parse_settings(sections), lines_of(**collapsed)).alarms()
+    assert [alarm.label for alarm in alarms] == ["KL", "live bits"]
+    for alarm in alarms:
+        assert "raise model.free_bits" in alarm.advice and "model.min_bits" in alarm.advice
+        assert "optimizer.name=muon" in alarm.advice and "model.plan_span" in alarm.advice
+    model |= {"free_bits": 2.0, "min_bits": 1.8, "aggregate_weight": 1.0, "plan_span": "sequence"}
+    advised = Monitor(parse_settings(sections | {"optimizer": {"name": "muon"}}), lines_of(**collapsed)).diagnostics()
+    for diagnostic in advised:
+        assert not any(name in diagnostic.advice for name in ("min_bits", "muon", "plan_span", "latent_dim"))
 
 
 def test_validations_that_are_no_better_and_a_plan_that_is_not_used_are_said():
@@ -88,14 +107,14 @@ def test_validations_that_are_no_better_and_a_plan_that_is_not_used_are_said():
     st.booleans(),
 )
 def test_steps_far_above_those_before_are_counted(losses, where, of_the_loss):
-    watcher = Watcher(settings_of(), lines_of())
-    usual = statistics.median(line["loss"] for line in watcher.train)
+    monitor = Monitor(settings_of(), lines_of())
+    usual = statistics.median(line["loss"] for line in monitor.history.train)
     losses, norms = [usual * min(each, 1.4) for each in losses], [0.8 * each for each in losses]
     where = [index for index in where if index < len(losses)]
     for index in where:
         (losses if of_the_loss else norms)[index] = 100.0 if of_the_loss else 4.1 * 0.8
-    assert watcher.spikes(losses, norms) == len(where)
-    assert Watcher(settings_of(), list(lines_of())[: WINDOW - 1]).spikes(losses, norms) == 0
+    assert monitor.count_spikes(losses, norms) == len(where)
+    assert Monitor(settings_of(), list(lines_of())[: WINDOW - 1]).count_spikes(losses, norms) == 0
 
 
 def test_lines_of_a_run_hold_what_the_model_says_of_its_plans(tiny_settings, monkeypatch):  # noqa: F811
@@ -228,3 +247,68 @@ def test_a_report_of_several_runs_overlays_them(tiny_settings, tmp_path, outside
     assert "free, train" in page and "baseline, train" in page and page.count("<svg") == 1
     assert not outside_references(page)
     assert write_run_report(runs[0].path, out=tmp_path / "own.html").is_file()
+
+
+class Recorder(Subscriber):
+    """Keeps the names of everything that is published, in order."""
+
+    def __init__(self):
+        self.published = []
+        self.lines = []
+
+    def start(self, start):
+        self.published.append("start")
+        self.run_start = start
+
+    def metrics(self, update):
+        self.published.append(update.split)
+        self.lines.append(dict(update.line))
+
+    def message(self, text, level="info"):
+        self.published.append(text.partition(":")[0])
+
+    def sample(self, step, text):
+        self.published.append("sample")
+
+    def close(self):
+        self.published.append("close")
+
+
+def test_subscribers_receive_the_run_in_order_and_the_lines_of_the_file(tiny_settings, monkeypatch):  # noqa: F811
+    recorder, subscribers = Recorder(), PreparedRun.subscribers
+    monkeypatch.setattr(PreparedRun, "subscribers", lambda self, quiet: [recorder, *subscribers(self, quiet)])
+    settings = tiny_settings(training={"max_steps": 2, "eval_every": 2}, logging={"sample_every": 2})
+    run = train(settings, quiet=True)
+    assert recorder.published == ["start", "train", "train", "validation", "watcher", "sample", "close", "trained"]
+    assert recorder.lines == run.read_metrics()
+    assert (recorder.run_start.name, recorder.run_start.step, recorder.run_start.max_steps) == ("run", 0, 2)
+
+
+def test_a_failed_run_closes_its_subscribers(tiny_settings, monkeypatch):  # noqa: F811
+    recorder = Recorder()
+    monkeypatch.setattr(PreparedRun, "subscribers", lambda self, quiet: [recorder])
+    stop_before_step(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_settings(), quiet=True)
+    assert recorder.published[-1] == "close"
+
+
+def test_monitor_publishes_an_alarm_once_and_its_end():
+    recorder = Recorder()
+    monitor = Monitor(settings_of(), lines_of(), [recorder])
+    *_, line = lines_of(start=500)
+    for step, norm in (
+        (800, 0.8),
+        *((step, 90.0) for step in range(810, 900, 10)),
+        *((s, 0.8) for s in range(900, 1000, 10)),
+    ):
+        monitor.record(step, "train", {**line, "step": step, "grad_norm": norm})
+    advised = [line["advice"] for line in recorder.lines if "advice" in line]
+    assert len(advised) == 2 and advised[0].startswith("gradient norm: over 10 times") and advised[1] == "all is well"
+
+
+def test_open_refuses_a_folder_that_is_not_a_run(tmp_path):
+    with pytest.raises(SettingsError, match="not a run"):
+        Run.open(tmp_path)
+    Run(tmp_path).write_config(settings_of())
+    assert Run.open(tmp_path).settings.model.free_bits == 2.0

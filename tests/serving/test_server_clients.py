@@ -1,4 +1,4 @@
-"""Clients as they are: OpenAI's package, what LangChain and LiteLLM send through it, lm-eval, browsers and proxies."""
+"""Real clients: OpenAI's package, requests of LangChain and LiteLLM, lm-eval, browsers and proxies."""
 
 import contextlib
 import json
@@ -65,7 +65,7 @@ def get(url: str, method: str = "GET", **headers: str) -> SimpleNamespace:
     return SimpleNamespace(status=answer.status, headers=answer.headers, body=answer.read())
 
 
-def test_log_probabilities_are_the_models(client, model):
+def test_logprobs_match_the_model(client, model):
     plan = torch.tensor([[0, 1, 1, 0]]).bool()
     request = {"model": "tiny/one", "prompt": PROMPT, "extra_body": {"plan": "0110"}, "seed": 3}
     answer = client.completions.create(**request, max_tokens=6, logprobs=3, echo=True).choices[0]
@@ -91,8 +91,8 @@ def test_log_probabilities_are_the_models(client, model):
 
 
 @pytest.mark.parametrize(("span", "kind"), [("sequence", "torch"), (4, "torch"), (4, "onnx")])
-def test_scores_are_averaged_over_plans(span, kind, tmp_path, monkeypatch):
-    """Against a sum over plans in float64, read in several pieces."""
+def test_prompt_scores_average_over_plans(span, kind, tmp_path, monkeypatch):
+    """Against a sum over plans in float64, with the prompt read in several parts."""
     model = build_model(plan_span=span, max_seq_len=64)
     monkeypatch.setattr("free_transformer.serving.batch.SCORED_VALUES", 7 * 259)
     tokens = [256, *b"averaged over plans"]
@@ -117,8 +117,8 @@ def test_scores_are_averaged_over_plans(span, kind, tmp_path, monkeypatch):
     assert all(score.top[0][1] >= score.log_prob for score in scores[1:])
 
 
-def test_the_scores_of_a_text_are_its_exact_likelihood(client, model):
-    """Where all plans can be averaged over; the plan is never read from the text that is scored."""
+def test_prompt_scores_are_the_exact_likelihood(client, model):
+    """Where all plans can be enumerated. The plan is never read from the text that is scored."""
     batches = [{"input_ids": torch.tensor([PROMPT])}]
     exact = evaluate_likelihood(model, batches, method="exact")
     request = {"model": "tiny/one", "prompt": [PROMPT], "logprobs": 1, "echo": True, "temperature": 0}
@@ -130,8 +130,8 @@ def test_the_scores_of_a_text_are_its_exact_likelihood(client, model):
     assert len(choice.text) >= len("Once upon")
 
 
-def test_lm_eval_scores_through_the_server_as_in_process(address, model, tmp_path):
-    """Where the plan has no effect both are the model's; with a plan, texts score as by the exact likelihood."""
+def test_lm_eval_over_http_matches_in_process(address, model, tmp_path):
+    """Without an effect of the plan, both are the model's own scores; otherwise texts get their exact likelihood."""
     byte_tokenizer().save_pretrained(tmp_path)
     options = {"model": "tiny/one", "tokenizer": str(tmp_path), "tokenizer_backend": "huggingface", "max_length": 128}
 
@@ -157,7 +157,7 @@ def test_lm_eval_scores_through_the_server_as_in_process(address, model, tmp_pat
     assert value == pytest.approx(-exact.nll * (len(PROMPT) - 1), abs=1e-3)
 
 
-def test_what_other_clients_send_along_is_accepted(client, address):
+def test_fields_of_other_clients_are_accepted(client, address):
     langchain = {
         "temperature": 0.7,
         "top_p": 1,
@@ -175,7 +175,7 @@ def test_what_other_clients_send_along_is_accepted(client, address):
     assert post(f"{address}/v1/completions", json.dumps({"prompt": "a", **nulls}).encode())[0] == 200
 
 
-def test_chat_is_the_completion_of_the_filled_in_template(client):
+def test_chat_matches_completion_of_rendered_template(client):
     messages = [{"role": "user", "content": "hi"}]
     request = {"model": "tiny/one", "messages": messages, "max_tokens": 6, "seed": 1, "extra_body": {"plan": "0110"}}
     answer = client.chat.completions.create(**request, logprobs=True, top_logprobs=2)
@@ -200,13 +200,13 @@ def test_chat_is_the_completion_of_the_filled_in_template(client):
         client.chat.completions.create(model="tiny/one", messages=messages, tools=[{"type": "function"}])
 
 
-def test_chat_without_a_template_says_what_to_use(model):
+def test_chat_without_template_is_rejected(model):
     with running(create_app(lambda: TorchBatch(model, byte_tokenizer()), "tiny")) as address:
         status, answer = post(f"{address}/v1/chat/completions", b'{"messages": []}')
         assert status == 400 and "no chat template: use /v1/completions" in answer["error"]["message"]
 
 
-def test_a_template_is_a_program_in_a_sandbox(tmp_path):
+def test_chat_templates_run_in_a_sandbox(tmp_path):
     def render(template: str, messages=({"role": "user", "content": "a<b"},)) -> str:
         return ChatTemplate(template, {"bos_token": "<s>"}).render(list(messages))
 
@@ -249,7 +249,7 @@ def test_routes_methods_and_headers(address):
     ("host", "status"),
     [("127.0.0.1:1", 200), ("localhost", 200), ("[::1]:80", 200), ("LOCALHOST.", 200), ("example.com", 403), ("", 403)],
 )
-def test_only_the_servers_own_host_names_are_answered(model, host, status):
+def test_other_host_names_are_rejected(model, host, status):
     from free_transformer.serving.access import local_hosts
 
     app = create_app(lambda: TorchBatch(model, byte_tokenizer()), "tiny", allowed_hosts=local_hosts("127.0.0.1"))
@@ -259,7 +259,7 @@ def test_only_the_servers_own_host_names_are_answered(model, host, status):
             assert metric(address, 'requests_total{status="403"}') == (status == 403)
 
 
-def test_web_pages_may_call_it_where_their_origin_is_named(model):
+def test_cors_allows_the_configured_origins(model):
     build = lambda: TorchBatch(model, byte_tokenizer())  # noqa: E731
     asking = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
     with running(create_app(build, "tiny", token="secret", cors_origins=["http://page"])) as address:
@@ -271,7 +271,7 @@ def test_web_pages_may_call_it_where_their_origin_is_named(model):
 
 
 @pytest.mark.parametrize("shown", ["bearer secret", "BEARER secret", "Bearer  secret"])
-def test_the_token_comes_before_all_else(model, shown):
+def test_token_is_checked_before_the_body(model, shown):
     app = create_app(lambda: TorchBatch(model, byte_tokenizer()), "tiny", token="secret")
     with running(app) as address:
         url = f"{address}/v1/completions"
@@ -283,7 +283,7 @@ def test_the_token_comes_before_all_else(model, shown):
 
 
 def fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: letters, a mark for spaces, and a token for each byte of anything else."""
+    """As Llama 2's: letters, a marker for spaces, and byte fallback for everything else."""
     names = ["<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
     tokenizer = Tokenizer(
         models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[], byte_fallback=True)
@@ -296,7 +296,7 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words with a mark for the space before them, as SentencePiece has them."""
+    """Words with a marker for the space before them, as in SentencePiece."""
     names = ["<s>", "</s>", "<pad>", "<unk>", "▁one", "▁two", "▁three", "▁four"]
     tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names[:4]])
@@ -311,7 +311,7 @@ TEXTS = ["one two three four", "two one", " one", "one"]
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", [*TEXTS, "é🙂 añ", "a🙂"])
-def test_prompt_and_pieces_are_the_decoded_whole(kind, text):
+def test_prompt_and_pieces_equal_the_decoded_text(kind, text):
     tokenizer = TOKENIZERS[kind]()
     if kind == "words" and text not in TEXTS:
         return
@@ -324,7 +324,7 @@ def test_prompt_and_pieces_are_the_decoded_whole(kind, text):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "fallback"])
-def test_bytes_that_are_no_text_become_replacement_characters(kind):
+def test_invalid_utf8_becomes_replacement_characters(kind):
     tokenizer = TOKENIZERS[kind]()
     texts = TokenTexts(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     first = 3 if kind == "fallback" else 0

@@ -1,4 +1,4 @@
-"""What fails for one text ends that text alone, and a server that is told to stop ends what it has begun."""
+"""Failures of single texts, shutdown, and limits of connections."""
 
 import asyncio
 import json
@@ -80,7 +80,7 @@ class Faulty(TorchBatch):
 
 
 def generate(build, requests: list[TextRequest], before=lambda engine: None) -> tuple[list[Chunk], Metrics]:
-    """The last chunk of each text, whose text is the whole."""
+    """The last chunk of each text, which contains all of it."""
 
     async def work():
         metrics = Metrics()
@@ -97,7 +97,7 @@ def generate(build, requests: list[TextRequest], before=lambda engine: None) -> 
 
 
 @pytest.mark.parametrize("fault", ["read", "first token", "NaN", "sample", "scores", "memory"])
-def test_what_fails_for_one_text_ends_that_text_alone(model, fault):
+def test_failure_of_one_text_ends_only_that_text(model, fault):
     prompts = [b"abc", b"long enough to be the longest of all of them!", b"x", b"yz"]
     requests = [TextRequest([256, *prompt], 12, seed=(place,), logprobs=1) for place, prompt in enumerate(prompts)]
     requests[1].sampling = Sampling(top_k=77)
@@ -117,7 +117,7 @@ def test_what_fails_for_one_text_ends_that_text_alone(model, fault):
     assert values["free_transformer_engine_restarts_total"] == 0
 
 
-def test_an_engine_whose_rows_do_not_add_up_starts_again(model):
+def test_engine_with_inconsistent_rows_restarts(model):
     def lose_a_row(engine):
         add = engine.batch.add
 
@@ -138,7 +138,7 @@ def test_an_engine_whose_rows_do_not_add_up_starts_again(model):
     assert values["free_transformer_engine_restarts_total"] == 1
 
 
-def test_sampling_marks_rows_that_are_not_finite(model):
+def test_sampling_marks_non_finite_rows(model):
     batch = TorchBatch(model, byte_tokenizer())
     logits = torch.randn(4, 259)
     logits[1, 5], logits[2, 7] = torch.nan, torch.inf
@@ -146,7 +146,7 @@ def test_sampling_marks_rows_that_are_not_finite(model):
     assert [token == -1 for token in chosen] == [False, True, True, False]
 
 
-def test_texts_have_a_grace_period_and_then_end_with_what_they_have(model):
+def test_drain_ends_texts_after_the_grace_period(model):
     async def work():
         engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), 8, Metrics())
         short, long, _ = requests = [
@@ -168,8 +168,8 @@ def test_texts_have_a_grace_period_and_then_end_with_what_they_have(model):
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_server_that_is_told_to_stop(tmp_path, signals):
-    """It answers what it has begun, is gone within the grace period or at the second signal, and logs no traceback."""
+def test_server_shuts_down_on_signals(tmp_path, signals):
+    """It completes its responses, exits within the grace period or at the second signal, and logs no traceback."""
     save_model(tmp_path / "model", plan_span="sequence", max_seq_len=60_000, eos_token_id=None)
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
@@ -216,7 +216,7 @@ def test_a_server_that_is_told_to_stop(tmp_path, signals):
 
 @pytest.fixture
 def limited(model, monkeypatch):
-    """A server with short limits, and sockets that are connected to it."""
+    """Opens sockets to a server with short time limits."""
     monkeypatch.setattr(access, "HEADER_SECONDS", 0.5)
     monkeypatch.setattr(access, "BODY_SECONDS", 0.5)
     app = create_app(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), "tiny")
@@ -254,7 +254,7 @@ WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
         (WHOLE + HEAD, b"HTTP/1.1 200"),  # and then the half of another
     ],
 )
-def test_half_of_a_request_is_not_waited_for(limited, sent, answer):
+def test_incomplete_requests_time_out(limited, sent, answer):
     started, client = time.monotonic(), limited(sent)
     received = b""
     while piece := client.recv(4096):
@@ -263,7 +263,7 @@ def test_half_of_a_request_is_not_waited_for(limited, sent, answer):
     assert time.monotonic() - started < 8
 
 
-def test_a_connection_may_be_used_again_and_again(limited):
+def test_connections_are_kept_alive(limited):
     client = limited()
     for pause in (0, 0.2, 0.8):  # the last is longer than headers may take, not than a connection may be idle
         time.sleep(pause)
@@ -271,7 +271,7 @@ def test_a_connection_may_be_used_again_and_again(limited):
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
 
 
-def test_headers_without_an_end_are_refused(limited):
+def test_endless_headers_are_rejected(limited):
     client = limited(b"GET /health HTTP/1.1\r\n")
     with pytest.raises(OSError):
         for _ in range(10_000):
@@ -291,7 +291,7 @@ def post_to(connect) -> int:
     return int((client.recv(4096) or b"HTTP/1.1 0")[9:12])
 
 
-def test_an_answer_waits_for_no_text_of_an_engine_that_has_failed(model):
+def test_requests_fail_at_once_after_an_engine_failure(model):
     batch = TorchBatch(model, byte_tokenizer())
     with running(create_app(lambda: batch, "tiny")) as address:
         batch.step = None

@@ -1,4 +1,4 @@
-"""What a client may send: every kind of bad request, and its cost, beside clients that must not notice any of it."""
+"""Bad requests of every kind: their cost, and their effect on other clients."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ def address(app):
 
 
 def edge_request(rng: random.Random) -> dict:
-    """Some fields, each at one of its edges."""
+    """Some fields, each with an edge-case value."""
     names = rng.sample(list(EDGES), rng.randint(1, 5))
     fields = {name: rng.choice([*EDGES[name], None]) for name in names}
     return {"max_tokens": rng.randint(1, 4), **fields}
@@ -75,8 +75,8 @@ def good_request(number: int) -> dict:
     return {**request, **steering[number % 4], **sampling[number // 4 % 4]}
 
 
-def test_requests_at_the_edges_do_not_change_the_answers_of_others(address):
-    """Bit-for-bit: with 2,000 of them in between, 50 clients get what they get alone, and no request ends in a 5xx."""
+def test_edge_case_requests_do_not_change_other_responses(address):
+    """With 2,000 of them in between, 50 responses are bit-for-bit the same, and no request gets a 5xx status."""
     rng = random.Random(0)
     bodies = [json.dumps(edge_request(rng)) for _ in range(FUZZED)]
 
@@ -137,20 +137,23 @@ LARGE_BODIES = {
 
 
 @pytest.mark.parametrize("name", LARGE_BODIES)
-def test_a_body_costs_little_before_it_is_refused(address, name):
+def test_rejecting_a_body_is_cheap(address, name):
     url = f"{address}/v1/completions"
     post(url, b'{"max_tokens": 1}')
-    before, started = memory(), time.process_time()
-    status, answer = post(url, LARGE_BODIES[name])
-    used, more = time.process_time() - started, memory() - before
-    assert status in (400, 413), answer
-    assert len(json.dumps(answer)) < 1000
-    # The server and this client together, on a machine that may be busy: 50 ms and 20 MB is what was aimed at, and
-    # the ways to be slow that are guarded against take seconds and hundreds of megabytes.
+    costs = []
+    for _ in range(3):  # a full garbage collection in between can take half a second
+        before, started = memory(), time.process_time()
+        status, answer = post(url, LARGE_BODIES[name])
+        costs.append((time.process_time() - started, memory() - before))
+        assert status in (400, 413), answer
+        assert len(json.dumps(answer)) < 1000
+    used, more = min(costs)
+    # The goal is 50 ms and 20 MB. The limits are higher, for server and client together on a busy machine. The faults
+    # that this test guards against take seconds and hundreds of megabytes.
     assert used < 0.5 and more < 60e6, (used, more)
 
 
-def test_a_longest_text_is_looked_at_only_as_far_as_it_may_reach(model):
+def test_long_prompts_are_tokenized_only_to_the_limit(model):
     batch = TorchBatch(model, byte_tokenizer(), max_rows=1)
     whole = batch.encode("wörd " * 20, 128)
     assert whole == [256, *("wörd " * 20).encode()]
@@ -158,7 +161,7 @@ def test_a_longest_text_is_looked_at_only_as_far_as_it_may_reach(model):
     assert batch.encode("wörd " * 10**6, 128)[:100] == [256, *("wörd " * 20).encode()[:99]]
 
 
-def test_memory_that_runs_out_while_the_cache_grows_leaves_it_as_it_was(monkeypatch):
+def test_cache_is_unchanged_when_growing_runs_out_of_memory(monkeypatch):
     model = build_model(plan_span="sequence", max_seq_len=1024)
     batch = TorchBatch(model, byte_tokenizer(), max_rows=2)
     pad, calls = torch.nn.functional.pad, []

@@ -1,10 +1,9 @@
-"""The server: its answers against the same request alone and against `generate`, its limits, and clients that leave."""
+"""The server: responses against single requests and `generate`, limits, and disconnecting clients."""
 
 import asyncio
 import contextlib
 import json
 import re
-import socket
 import threading
 import time
 import urllib.error
@@ -17,7 +16,7 @@ import torch
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI, RateLimitError
+from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from conftest import TINY
 from free_transformer import FreeTransformer, FreeTransformerConfig
@@ -27,13 +26,10 @@ from free_transformer.evaluation.plan_ops import plan_of_text
 from free_transformer.model.plan_text import format_bits
 from free_transformer.model.sampling import Sampling
 from free_transformer.runtime import arrays
-from free_transformer.serving import engine
 from free_transformer.serving.access import max_body
 from free_transformer.serving.app import create_app, listen
 from free_transformer.serving.batch import TextRequest
 from free_transformer.serving.detokenizer import Detokenizer, TokenTexts
-from free_transformer.serving.engine import Engine, QueueFull
-from free_transformer.serving.metrics import Metrics
 from free_transformer.serving.torch_batch import TorchBatch, sample_tokens
 from rows import write_in_rows
 
@@ -107,23 +103,23 @@ def wait_for(condition) -> None:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not come to be in a minute")
+    raise AssertionError("the condition was not met within a minute")
 
 
-def test_an_answer_holds_the_plan_and_repeats(client):
+def test_response_contains_the_plan_and_is_reproducible(client):
     request = {"model": "tiny", "prompt": "Hello", "max_tokens": 12, "seed": 7}
     one, other = (client.completions.create(**request) for _ in range(2))
     choice = one.choices[0]
-    assert re.fullmatch(r"([01]{4} ){3}[01]{4}", choice.plan)  # ceil((6 + 11) / 5)
+    assert re.fullmatch(r"([01]{4} ){3}[01]{4}", choice.plan)  # ceil((6 + 11) / 5) plans
     assert choice.text == other.choices[0].text and choice.plan == other.choices[0].plan
     assert one.usage.prompt_tokens == 6 and one.usage.total_tokens == 6 + one.usage.completion_tokens
     under = client.completions.create(**request, extra_body={"plan": choice.plan})
-    assert under.choices[0].text == choice.text  # tokens have random numbers of their own
+    assert under.choices[0].text == choice.text  # tokens have their own random stream
     other_plan = choice.plan.translate(str.maketrans("01", "10"))
     assert client.completions.create(**request, extra_body={"plan": other_plan}).choices[0].text != choice.text
 
 
-def test_greedy_text_is_that_of_generate(client, model):
+def test_greedy_text_matches_generate(client, model):
     plan = model.sample_plan(1, 8)
     prompt = torch.tensor([[256, *b"Once"]])
     written = model.generate(prompt, plan=plan, max_new_tokens=30, do_sample=False)
@@ -139,7 +135,7 @@ def test_greedy_text_is_that_of_generate(client, model):
     assert by_tokens.choices[0].text == "Once" + answer.choices[0].text
 
 
-def test_plans_come_from_an_example_from_the_prompt_or_from_the_prior(client, model):
+def test_plan_sources(client, model):
     def plan(**options) -> str:
         body = {name: options.pop(name) for name in ("plan_from", "prompt_plan", "prior") if name in options}
         answer = client.completions.create(model="tiny", max_tokens=1, extra_body=body, **options)
@@ -148,7 +144,7 @@ def test_plans_come_from_an_example_from_the_prompt_or_from_the_prior(client, mo
     example = "An example of twenty-"
     read = format_bits(plan_of_text(model, byte_tokenizer(), example))
     assert plan(prompt=example, plan_from=example) == read
-    # posteriors are nearly certain here, coins are not
+    # here the posterior is nearly certain, and the prior is uniform
     sure = model.infer_plan(torch.tensor([[256, *example.encode()]])).abs().min(-1).values[0] > 4
     seeds = range(8)
     of_prompt = [plan(prompt=example, seed=seed).split() for seed in seeds]
@@ -159,7 +155,7 @@ def test_plans_come_from_an_example_from_the_prompt_or_from_the_prior(client, mo
         plan(prompt="", prior="aggregate")
 
 
-def test_a_stream_is_the_same_text_in_pieces(client):
+def test_stream_matches_the_whole_response(client):
     request = {"model": "tiny", "prompt": ["Hello", "Bye"], "max_tokens": 20, "seed": 3, "n": 2}
     whole = client.completions.create(**request)
     texts, plans, ends = [""] * 4, [[] for _ in range(4)], [None] * 4
@@ -174,13 +170,13 @@ def test_a_stream_is_the_same_text_in_pieces(client):
     assert all(plan is None for each in plans for plan in each[1:])
     assert ends == [choice.finish_reason for choice in whole.choices]
     assert len(chunks) > 8 and chunks[-1].usage == whole.usage
-    assert texts[0] != texts[1]  # texts of one prompt have numbers of their own
+    assert texts[0] != texts[1]  # each text of a prompt has its own random stream
     alone = client.completions.create(**{**request, "prompt": "Bye"})
     assert [choice.text for choice in alone.choices] == texts[2:]
 
 
-def test_two_hundred_at_once_get_what_each_gets_alone(address):
-    """None is lost or mixed, bit-for-bit, whatever else is being generated."""
+def test_200_concurrent_requests_match_single_requests(address):
+    """Bit-for-bit, whatever else is being generated."""
 
     def request(number: int) -> dict:
         steering = [{"plan": f"{number % 16:04b}"}, {"plan_from": "f" * number}, {"prompt_plan": "prior"}, {}]
@@ -205,10 +201,10 @@ def test_two_hundred_at_once_get_what_each_gets_alone(address):
 
 
 @pytest.mark.parametrize("span", [1, 4, "sequence"])
-def test_rows_come_and_go_and_each_is_written_as_by_generate(span):
+def test_rows_that_come_and_go_match_generate(span):
     model = build_model(plan_span=span, max_seq_len=400).double()
     batch = TorchBatch(model, byte_tokenizer(), max_rows=3)
-    lengths = [(5, 290), (40, 12), (3, 30), (17, 300), (1, 60), (258, 9)]  # of prompts, and of what is written
+    lengths = [(5, 290), (40, 12), (3, 30), (17, 300), (1, 60), (258, 9)]  # tokens of the prompt, and new ones
     rng = np.random.default_rng(0)
     prompts = [[256, *rng.integers(0, 256, prompt - 1).tolist()] for prompt, _ in lengths]
     plans = [rng.random((batch.num_plans(sum(each) - 1), 4)) < 0.5 for each in lengths]
@@ -220,7 +216,7 @@ def test_rows_come_and_go_and_each_is_written_as_by_generate(span):
         assert expected[0, len(prompt) :].tolist() == text
 
 
-def test_logits_of_a_text_are_bit_for_bit_the_same_beside_any_number_of_others():
+def test_logits_do_not_depend_on_the_batch_size():
     wide = build_model(hidden_dim=512, num_heads=8, num_kv_heads=2, ffn_hidden_dim=1024, plan_span="sequence")
 
     def first_text(others: int) -> torch.Tensor:
@@ -234,7 +230,7 @@ def test_logits_of_a_text_are_bit_for_bit_the_same_beside_any_number_of_others()
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
+def test_torch_and_numpy_sample_the_same_tokens(seed):
     rng = np.random.default_rng(seed)
     rows, vocabulary = 6, 12
     logits = (3 * rng.normal(size=(rows, vocabulary))).astype(np.float32)
@@ -254,11 +250,11 @@ def test_tokens_are_drawn_alike_by_torch_and_numpy(seed):
         sample_tokens(torch.from_numpy(logits[i : i + 1]), sampling[i : i + 1], uniform[i : i + 1])[0]
         for i in range(rows)
     ]
-    assert one == expected  # whatever the neighbours' settings
+    assert one == expected  # whatever the settings of the other rows
 
 
 @given(st.text(max_size=12), st.text(min_size=1, max_size=3), st.lists(st.integers(0, 258), max_size=6))
-def test_pieces_are_the_text_up_to_its_stop(text, stop, more):
+def test_pieces_equal_the_text_up_to_the_stop_string(text, stop, more):
     tokenizer = byte_tokenizer().backend_tokenizer
     tokens = [*text.encode(), *more]
     detokenizer = Detokenizer(TokenTexts(tokenizer), stop=[stop])
@@ -306,7 +302,7 @@ def test_a_stop_string_ends_the_text(client):
         ({"best_of": 2}, "best_of=2: only n (1) is supported"),
     ],
 )
-def test_bad_requests_are_told_in_one_line(address, body, message):
+def test_bad_requests_get_a_one_line_message(address, body, message):
     status, answer = post(f"{address}/v1/completions", json.dumps(body).encode())
     assert status == 400
     assert message in answer["error"]["message"] and "\n" not in answer["error"]["message"]
@@ -315,7 +311,7 @@ def test_bad_requests_are_told_in_one_line(address, body, message):
 def test_other_bad_requests(address):
     url = f"{address}/v1/completions"
     assert post(url, b"{")[0] == 400
-    assert post(url, b'{"prompt": "a"}', **{"Content-Type": "text/plain"})[0] == 415  # what a web page could send
+    assert post(url, b'{"prompt": "a"}', **{"Content-Type": "text/plain"})[0] == 415
     assert post(url, b'{"model": "gpt"}')[1]["error"]["message"] == "model 'gpt': this server has 'tiny'"
     assert post(f"{address}/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}]}')[0] == 400
     limit = max_body(128)
@@ -323,7 +319,7 @@ def test_other_bad_requests(address):
     assert status == 413 and f"more than {limit} bytes" in answer["error"]["message"]
 
 
-def test_a_token_is_asked_for(model):
+def test_token_is_required(model):
     app = create_app(lambda: TorchBatch(model, byte_tokenizer(), max_rows=1), "tiny", token="secret")
     with running(app) as address:
         url = f"{address}/v1/completions"
@@ -335,139 +331,6 @@ def test_a_token_is_asked_for(model):
         assert [(each.id, each.latent_dim) for each in models] == [("tiny", 4)]
 
 
-class SlowBatch(TorchBatch):
-    """Steps wait until they are let on."""
-
-    def __init__(self, model: FreeTransformer, rows: int):
-        super().__init__(model, byte_tokenizer(), rows)
-        self.go = threading.Event()
-        self.go.set()  # while the engine warms up
-        self.error: Exception | None = None
-
-    def step(self, *arguments):
-        self.go.wait()
-        if self.error is not None:
-            raise self.error
-        time.sleep(0.01)
-        return super().step(*arguments)
-
-
-@pytest.fixture
-def slow(model):
-    """A server of one row and one place to wait, its batch, and clients that do not try again."""
-    batch = SlowBatch(model, 1)
-    with running(create_app(lambda: batch, "tiny", max_waiting=1)) as address:
-        batch.go.clear()
-        yield address, batch, OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        batch.go.set()
-
-
-def test_more_than_may_wait_are_told_to_come_back(slow):
-    address, batch, client = slow
-    request = {"model": "tiny", "prompt": "a", "max_tokens": 5, "seed": 0, "extra_body": {"plan": "0000 0000"}}
-    texts: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: texts.append(client.completions.create(**request).choices[0].text))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: metric(address, "running_texts") == 1 and metric(address, "waiting_texts") == 1)
-    with pytest.raises(RateLimitError, match="1 texts are waiting, at most 1 may") as refused:
-        client.completions.create(**request)
-    assert refused.value.response.headers["retry-after"] == "1"
-    batch.go.set()
-    for thread in threads:
-        thread.join()
-    assert len(texts) == 2 and texts[0] == texts[1]
-    assert metric(address, 'requests_total{status="429"}') == 1
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_is_not_written_for(slow, stream):
-    address, batch, client = slow
-    body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": stream}).encode()
-    host, port = address.removeprefix("http://").split(":")
-
-    def connect() -> socket.socket:
-        connection = socket.create_connection((host, int(port)))
-        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        return connection
-
-    running_one, waiting_one = connect(), connect()
-    wait_for(lambda: metric(address, "waiting_texts") == 1)
-    waiting_one.close()
-    running_one.close()
-    time.sleep(0.2)
-    batch.go.set()
-    wait_for(lambda: metric(address, "running_texts") == 0 and metric(address, "waiting_texts") == 0)
-    wait_for(lambda: metric(address, 'requests_total{status="499"}') == 2)
-    assert metric(address, "generated_tokens_total") < 20
-    assert client.completions.create(model="tiny", prompt="b", max_tokens=2).choices[0].finish_reason
-
-
-def test_an_engine_that_fails_says_so_and_starts_again(slow, caplog, monkeypatch):
-    monkeypatch.setattr(engine, "RECOVERY_SECONDS", 0.1)
-    address, batch, client = slow
-    batch.error = RuntimeError("out of memory")
-    batch.go.set()
-    with pytest.raises(InternalServerError, match="could not be generated: out of memory"):
-        client.completions.create(model="tiny", prompt="a", max_tokens=5)
-    with pytest.raises(urllib.error.HTTPError) as unwell:
-        urllib.request.urlopen(f"{address}/health")
-    assert unwell.value.code == 503 and b"out of memory" in unwell.value.read()
-    assert "out of memory" in caplog.text
-    assert post(f"{address}/v1/completions", b"{}")[0] == 503  # at once, rather than after waiting
-    batch.error = None
-    wait_for(lambda: post(f"{address}/v1/completions", b"{}")[0] == 200)  # it starts again by itself
-    assert json.loads(urllib.request.urlopen(f"{address}/health").read()) == {"status": "ok"}
-    assert metric(address, "engine_restarts_total") == 1
-
-
-def test_a_prompt_that_cannot_be_read_fails_alone(model):
-    class Picky(TorchBatch):
-        def add(self, request):
-            if request.tokens[-1] == ord("!"):
-                raise RuntimeError("no")
-            return super().add(request)
-
-    async def write():
-        engine = Engine(lambda: Picky(model, byte_tokenizer()), 8, Metrics())
-        requests = [TextRequest([256, ord(last)], 4, seed=(0,)) for last in "a!b"]
-        ends = {id(piece.request): piece.end async for piece in engine.submit(requests)}
-        engine.stop()
-        return [ends[id(request)] for request in requests]
-
-    assert asyncio.run(write()) == ["length", "error", "length"]
-
-
-def test_a_longer_text_begins_as_a_shorter_one_does(model):
-    async def write(count: int) -> str:
-        engine = Engine(lambda: TorchBatch(model, byte_tokenizer()), 8, Metrics())
-        pieces = [piece async for piece in engine.submit([TextRequest([256, *b"abc"], count, seed=(5,))])]
-        engine.stop()
-        return pieces[-1].text
-
-    short, long = asyncio.run(write(10)), asyncio.run(write(40))
-    assert long.startswith(short[:-1]) and len(long) > len(short)
-
-
-def test_an_engine_takes_no_more_than_fits_and_tells_why_it_cannot_start(model):
-    async def submit():
-        engine = Engine(lambda: TorchBatch(model, byte_tokenizer(), max_rows=2), 0, Metrics())
-        first = engine.submit([TextRequest([256], 100) for _ in range(2)])
-        with pytest.raises(QueueFull):
-            engine.submit([TextRequest([256], 1)])
-        first.cancel()
-        assert {piece.end async for piece in first} == {"cancelled"}
-        engine.stop()
-
-    asyncio.run(submit())
-    with pytest.raises(ValueError, match="max_length=129: from 2 to 128"):
-        create_app(lambda: TorchBatch(model, byte_tokenizer(), max_length=129), "tiny")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -477,7 +340,7 @@ def test_an_engine_takes_no_more_than_fits_and_tells_why_it_cannot_start(model):
         (["--onnx", "{tmp}"], "no export"),
     ],
 )
-def test_the_command_says_what_it_needs(arguments, message, tmp_path, monkeypatch, capsys):
+def test_command_reports_missing_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     monkeypatch.setattr("sys.argv", ["free-transformer", "serve", "--port", "0", *arguments])
     with pytest.raises(SystemExit) as stopped:
@@ -486,7 +349,7 @@ def test_the_command_says_what_it_needs(arguments, message, tmp_path, monkeypatc
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_a_port_in_use_is_told(monkeypatch, capsys):
+def test_port_in_use_is_reported(monkeypatch, capsys):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr("sys.argv", ["free-transformer", "serve", "nothing", "--port", str(port)])

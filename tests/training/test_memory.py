@@ -36,7 +36,7 @@ def test_costs_grow_by_the_row(fixed, row, rows):
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(50, 9000))
 def test_the_most_rows_fit_and_one_more_would_not(fixed, row, budget):
     found = costs(fixed, row)
-    rows = found.most_rows(budget * MIB)
+    rows = found.max_rows(budget * MIB)
     assert rows == 0 or found.bytes(rows) <= budget * MIB
     if rows >= 8:
         assert found.bytes(rows + 1) > budget * MIB
@@ -137,7 +137,7 @@ def test_a_preview_warns_of_what_will_not_fit(tiny_settings, monkeypatch):  # no
 def test_parts_are_those_of_the_model(tiny_settings):  # noqa: F811
     model = build.build_model(tiny_settings(), byte_tokenizer())
     parts = parameters_by_part(model)
-    assert parts["plan table"] == model.plan_table.weight.numel()
+    assert parts["codebook"] == model.plan_table.weight.numel()
     assert parts["encoder"] == sum(parameter.numel() for parameter in model.encoder.parameters())
     assert parts["layers before the plan"] == sum(parameter.numel() for parameter in model.model.layers[0].parameters())
 

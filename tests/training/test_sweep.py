@@ -185,7 +185,7 @@ def test_names_that_two_sections_share_keep_their_section(shared_config):
     grid = ["model.rope_theta=1,2", "model.rope_parameters.rope_theta=3,4", "training.seed=0,1"]
     found = load_sweep(shared_config, grid)
     assert found.runs[0].name == "model.rope_parameters.rope_theta=3,model.rope_theta=1,seed=0"
-    assert sweep_table(found)[0] == ["model.rope_theta", "model.rope_parameters.rope_theta", "runs"]
+    assert sweep_table(found).header == ["model.rope_theta", "model.rope_parameters.rope_theta", "runs"]
 
 
 @given(st.lists(TEXTS | st.text("a/_", min_size=90, max_size=200), min_size=2, max_size=6, unique=True))
@@ -399,7 +399,7 @@ def test_runs_that_fail_leave_the_others_alone_and_are_tried_again(config, monke
         ("done", None),
     ]
     assert (values["groups"][0]["runs"], values["groups"][0]["done"], values["groups"][0]["failed"]) == (4, 1, 3)
-    assert sweep_table(found)[1][0][0] == "1 of 4, 3 failed"
+    assert sweep_table(found).rows[0][0] == "1 of 4, 3 failed"
     page = (found.folder / "report.html").read_text()
     assert all(reason in page for reason in reasons)
     again = load_sweep(config, grid)
@@ -434,7 +434,8 @@ def test_without_held_out_text_the_table_has_training_alone(config, trained):
     grid = ["data.validation=[]", "training.max_steps=2", "model.latent_dim=2,3"]
     found = load_sweep(config, grid)
     run_sweep(found, quiet=True)
-    header, rows = sweep_table(found)
+    table = sweep_table(found)
+    header, rows = table.header, table.rows
     assert header == ["latent_dim", "runs", "training loss, nats per token", "training KL, bits per plan"]
     assert not any("best" in cell for row in rows for cell in row)  # a training loss is nothing to choose by
     last = [line for line in Run(found.runs[0].settings.run_dir).read_metrics() if line["split"] == "train"][-1]
@@ -447,7 +448,8 @@ def test_without_held_out_text_the_table_has_training_alone(config, trained):
 def test_baselines_have_an_nll_alone(config):
     found = load_sweep(config, ["model.kind=free,baseline", "training.max_steps=2"])
     run_sweep(found, quiet=True)
-    header, (free, baseline) = sweep_table(found)
+    table = sweep_table(found)
+    header, (free, baseline) = table.header, table.rows
     assert header[:3] == ["kind", "runs", "nll, nats per token"]
     assert baseline[3:] == ["-"] * 4 and "-" not in free and baseline[2] != "-"
 
@@ -477,7 +479,8 @@ def test_groups_differ_in_more_than_their_seed_and_the_best_is_marked(shared_con
     assert [group.overrides for group in groups] == [{"model.latent_dim": "2"}, {"model.latent_dim": "3"}]
     assert [group.figures["nll"].mean for group in groups] == pytest.approx([1.5, 1.4])
     assert [group.best for group in groups] == [False, True]
-    header, rows = sweep_table(made)
+    table = sweep_table(made)
+    header, rows = table.header, table.rows
     assert header == ["latent_dim", "runs", "nll, nats per token", "live bits"]
     assert rows == [
         ["2", "2", f"1.5000 ± {12.7062 * 0.5:.4f}", "1.0 ± 0.0"],
@@ -487,13 +490,13 @@ def test_groups_differ_in_more_than_their_seed_and_the_best_is_marked(shared_con
 
 def test_a_single_seed_has_no_interval(shared_config):
     made = made_up(["model.latent_dim=2,3"], {"latent_dim=2": {"nll": 1.25}, "latent_dim=3": {"nll": 2}}, shared_config)
-    assert sweep_table(made)[1] == [["2", "1", "1.2500 (best)"], ["3", "1", "2.0000"]]
+    assert sweep_table(made).rows == [["2", "1", "1.2500 (best)"], ["3", "1", "2.0000"]]
     assert [group.figures["nll"].half_width for group in sweep_groups(made)] == [None, None]
 
 
 def test_a_group_without_figures_is_shown_and_not_the_best(shared_config):
     made = made_up(GRID, {NAMES[0]: {"nll": 3.0}, NAMES[1]: {"nll": 3.5}}, shared_config)
-    assert sweep_table(made)[1][1] == ["3", "0 of 2, 2 failed", "-"]
+    assert sweep_table(made).rows[1] == ["3", "0 of 2, 2 failed", "-"]
     assert not any(group.best for group in sweep_groups(made))  # with nothing to be better than
 
 

@@ -17,6 +17,7 @@ from free_transformer.cli.options import (
 )
 from free_transformer.cli.output import print_table
 from free_transformer.files import check_own_results
+from free_transformer.reporting.table import Table
 from free_transformer.runs.evaluation_options import EvaluationOptions
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def compare(
     from free_transformer.runs.evaluate import compare_runs
     from free_transformer.runs.run import Run
 
-    free = Run(run)
+    free = Run.open(run)
     check_own_results(free.comparison_file, "difference")
     options = EvaluationOptions(
         data=tuple(data or ()),
@@ -59,11 +60,12 @@ def compare(
         seed=seed,
     )
     with evaluation_processes() as processes:
-        result = compare_runs(free, Run(baseline_run), options, processes)
+        result = compare_runs(free, Run.open(baseline_run), options, processes)
     if not processes.main:
         return
     free.write_comparison(result.comparison, result.bytes_per_token)
-    print_table(["", "nats per token", "nats per byte"], _rows(result.comparison, result.bytes_per_token))
+    rows = _rows(result.comparison, result.bytes_per_token)
+    print_table(Table(["", "nats per token", "nats per byte"], rows))
 
 
 def _rows(result: "Comparison", bytes_per_token: float) -> list[list[str]]:

@@ -7,6 +7,7 @@ import typer
 
 from free_transformer.cli import output
 from free_transformer.cli.options import OverwriteOption
+from free_transformer.reporting.table import Table
 
 
 def convert(
@@ -40,10 +41,8 @@ def convert(
         done = conversion.convert(
             pretrained, out, check, overwrite, latent_dim=latent_dim, plan_span=span, code_bits=code_bits
         )
-    output.print_table(
-        ["new", "parameters", "initialization"],
-        [[part.name, f"{part.parameters:,}", part.start] for part in done.parts],
-    )
+    rows = [[part.name, f"{part.parameters:,}", part.start] for part in done.parts]
+    output.print_table(Table(["new", "parameters", "initialization"], rows))
     if done.difference is not None:
         output.print_line(f"largest difference from the logits of {pretrained}: {done.difference:.2g}")
     output.print_line(f"saved to {out}; train it with model.pretrained={out}")

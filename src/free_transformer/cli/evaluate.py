@@ -40,7 +40,7 @@ def evaluate(
     from free_transformer.runs.evaluate import evaluate_run
     from free_transformer.runs.run import Run
 
-    evaluated = Run(run)
+    evaluated = Run.open(run)
     check_own_results(evaluated.evaluation_file, "nll")
     options = EvaluationOptions(
         data=tuple(data or ()),
@@ -57,9 +57,8 @@ def evaluate(
         return
     likelihood = result.likelihood
     warning = evaluated.write_evaluation(likelihood, result.bytes_per_token, data)  # before output that may fail
-    header, rows = likelihood_table(likelihood, result.bytes_per_token)
-    print_table([header[i] for i in NARROW_COLUMNS], [[row[i] for i in NARROW_COLUMNS] for row in rows])
-    print_table(*usage_table(likelihood))
+    print_table(likelihood_table(likelihood, result.bytes_per_token).columns(*NARROW_COLUMNS))
+    print_table(usage_table(likelihood))
     if warning:
         print_warning(warning)
     print_line(f"{likelihood.documents} texts, {likelihood.tokens} tokens; saved to {evaluated.evaluation_file}")

@@ -1,11 +1,9 @@
 """What commands print: one console for results, tables, samples and warnings."""
 
-from collections.abc import Sequence
-
 from rich.status import Status
-from rich.table import Table
 
 from free_transformer.reporting.console import stdout_console
+from free_transformer.reporting.table import Table
 
 console = stdout_console()
 
@@ -25,16 +23,9 @@ def print_sample(title: str, text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(table: Table) -> None:
     """Prints a table; nothing without rows."""
-    if not rows:
-        return
-    table = Table()
-    for title, *cells in zip(header, *rows, strict=True):  # a single word is never split or truncated
-        table.add_column(title, no_wrap=not any(" " in text for text in [title, *cells]))
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    table.print(console)
 
 
 def status(text: str) -> Status:

@@ -8,6 +8,7 @@ from free_transformer.cli.options import BatchOption, DataOption, RunArgument, S
 from free_transformer.cli.output import print_sample, print_table
 from free_transformer.errors import InputError
 from free_transformer.reporting.console import stderr_console
+from free_transformer.reporting.table import Table
 
 if TYPE_CHECKING:
     from free_transformer.evaluation import BitEffect
@@ -54,7 +55,7 @@ def plan(
     if not isinstance(model, FreeTransformer):
         raise InputError(f"{run}: a baseline has no plan")
     given = None if plan is None else parse_plan(plan, model.config.latent_dim)
-    rows = Run(run).held_out_rows(tokenizer, data).sample(max_rows, seed)
+    rows = Run.open(run).held_out_rows(tokenizer, data).sample(max_rows, seed)
     num_batches = -(-len(rows) // batch_size)
     batches = track(rows.in_order(batch_size), "flipping bits", total=num_batches, console=stderr_console())
     effects = sorted(bit_effects(model, batches), key=lambda effect: -effect.effect)
@@ -82,4 +83,4 @@ def plan(
 
 def _print_effects(effects: "list[BitEffect]") -> None:
     rows = [[str(each.bit), f"{each.spent:.3f}", f"{each.effect:.4f} ± {each.standard_error:.4f}"] for each in effects]
-    print_table(["bit", "bits spent per plan", "nats per token when flipped"], rows)
+    print_table(Table(["bit", "bits spent per plan", "nats per token when flipped"], rows))

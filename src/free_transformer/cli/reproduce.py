@@ -37,5 +37,5 @@ def letters(
     from free_transformer.reproduce.letters_report import finding_table, write_letters_report
 
     results = reproduce_letters(out, seeds, steps, processes, groups)
-    print_table(*finding_table(results))
+    print_table(finding_table(results))
     print_line(f"report: {write_letters_report(results, out)}")

@@ -35,7 +35,7 @@ def sweep(
 
     loaded = load_sweep(config, [*(grid or []), *(more or [])])
     run_sweep(loaded)
-    print_table(*sweep_table(loaded))
+    print_table(sweep_table(loaded))
     print_line(f"report: {loaded.folder / 'report.html'}")
     if loaded.failed:
         names = ", ".join(run.name for run in loaded.failed)

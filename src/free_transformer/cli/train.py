@@ -79,7 +79,7 @@ def _show_preview(settings: "Settings") -> None:
     if found is None:
         return
     for table in (found.parameter_table(), found.stage_table(), found.cost_table()):
-        print_table(*table)
+        print_table(table)
     for group in found.groups:
         print_line(group)
     for warning in found.warnings:

@@ -20,7 +20,7 @@ MIN_GAIN_BITS = 0.1  # per text: warn if the plan improves the prediction by les
 
 ADVICE = (
     "raise model.free_bits (1 to 2 bits), lower training.kl_weight, keep table_init=bit_linear, "
-    "let each plan cover more tokens (plan_span: sequence), or use fewer bits (latent_dim)"
+    "or let each plan cover more tokens (plan_span: sequence)"
 )
 ADVICE_COMMON = (
     "model.aggregate_weight of at least 1, which penalizes bits that all texts share, with model.min_bits slightly "

@@ -46,7 +46,7 @@ def convert(source: str, out: Path, check: bool = True, overwrite: bool = False,
     Raises:
         ValueError: if the model is of another kind, or already has a plan.
         SettingsError: if the folder cannot be read, or is damaged.
-        FileExistsError: if `out` exists and is not empty, without `overwrite`.
+        InputError: if `out` exists and is not empty, without `overwrite`.
     """
     _refuse_to_overwrite(out, overwrite)
     if _has_plan(source):
@@ -80,7 +80,7 @@ def _save(out: Path, model: PreTrainedModel, source: str, overwrite: bool) -> No
 
 def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
     if not overwrite and os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists already; name a new folder, or use --overwrite to replace it")
+        raise InputError(f"{out}: exists already; name a new folder, or use --overwrite to replace it")
 
 
 def _has_plan(source: str) -> bool:

@@ -24,7 +24,7 @@ def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     if (folder / "config.json").is_file():
         model, tokenizer = load_quantized(folder), load_tokenizer(str(folder))
     else:
-        run = Run(folder)
+        run = Run.open(folder)
         model, tokenizer = run.load_model(), run.load_tokenizer()
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""Consoles that show names as they are, whatever characters they have and whatever becomes of the terminal."""
+"""Consoles that print names unchanged, whatever characters they contain, and that survive a closed terminal."""
 
 import contextlib
 import sys
@@ -8,17 +8,17 @@ from rich.console import Console
 
 
 def stdout_console() -> Console:
-    """For results. Text is no markup: `[v2]` in the name of a run is part of the name."""
+    """For results. Text is not markup: `[v2]` in the name of a run is part of the name."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
 def stderr_console(quiet: bool = False) -> Console:
-    """For progress, which is never a reason for work to fail: where the terminal is gone, it is left out."""
-    return Console(file=_Lasting(), quiet=quiet, markup=False, highlight=False, emoji=False)  # type: ignore[arg-type]
+    """For progress. If the terminal is closed, the output is dropped, so that the work does not fail."""
+    return Console(file=_TolerantStderr(), quiet=quiet, markup=False, highlight=False, emoji=False)  # type: ignore[arg-type]
 
 
-class _Lasting:
-    """Standard error, looked up at every use, without the errors of a closed terminal, a closed pipe or a full disk."""
+class _TolerantStderr:
+    """Standard error, looked up at each use, which ignores a closed terminal, a closed pipe and a full disk."""
 
     def write(self, text: str) -> int:
         try:
@@ -35,7 +35,7 @@ class _Lasting:
 
 
 def tolerate_any_encoding(*streams: TextIO) -> None:
-    """Shows a replacement for characters that a terminal's encoding does not have, instead of failing."""
+    """Prints a replacement for characters that the terminal's encoding does not have, instead of failing."""
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
+        if hasattr(stream, "reconfigure"):  # tests and notebooks may have replaced it
             stream.reconfigure(errors="replace")

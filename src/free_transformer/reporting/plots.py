@@ -1,13 +1,16 @@
-"""Plots of a run's metrics and of what its plans carry; matplotlib comes with the extra `train`."""
+"""Plots of metrics and of plan usage. They need matplotlib, which the extra `train` installs."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-Metrics = Sequence[Mapping[str, Any]]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 
 PANELS = {
     "reconstruction": "reconstruction (loss of a baseline)\nnats per token",
@@ -20,15 +23,15 @@ PANELS = {
 TRAIN, VALIDATION = {"alpha": 0.6, "linewidth": 1}, {"marker": ".", "linewidth": 1.5}
 
 
-def _new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # no pyplot: nothing to configure, no screen, no state between figures
+def _new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure  # pyplot has a backend to configure and keeps state between figures
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def curves(runs: Mapping[str, Metrics]) -> Any:
-    """What there is to watch of each run by step; training thin, validation with dots, stages between dotted lines."""
+def curves(runs: Mapping[str, Metrics]) -> "Figure":
+    """The metrics of runs by step: training as thin lines, validation with dots, stages separated by dotted lines."""
     shown = [name for name in PANELS if any(_points(metrics, name) for metrics in runs.values())]
     figure, axes = _new_figure(11, 3.2 * -(-len(shown) // 3), columns=3, rows=-(-len(shown) // 3))
     for axis, name in zip(axes, shown, strict=False):
@@ -49,19 +52,19 @@ def curves(runs: Mapping[str, Metrics]) -> Any:
 
 
 def _points(metrics: Metrics, name: str) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of a panel by split, where there are any."""
+    """Steps and values of a panel by split."""
     key = "nll" if name == "elbo" and _is_baseline(metrics) else name
     splits = {split: values_of(metrics, split, key) for split in ("train", "validation")}
     return {split: points for split, points in splits.items() if points}
 
 
 def values_of(metrics: Metrics, split: str, key: str) -> list[tuple[int, float]]:
-    """Steps and values of a key, from the lines of a split that have it."""
+    """Steps and values of a key in the lines of a split."""
     return [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
 
 
 def _stage_starts(metrics: Metrics) -> list[int]:
-    """The step after which each stage but the first begins."""
+    """The step after which each stage begins, except the first."""
     lines = [line for line in metrics if "stage" in line]
     return [before["step"] for before, line in pairwise(lines) if line["stage"] != before["stage"]]
 
@@ -70,7 +73,7 @@ def _is_baseline(metrics: Metrics) -> bool:
     return not any("elbo" in line for line in metrics)
 
 
-def bits(values: Sequence[float]) -> Any:
+def bits(values: Sequence[float]) -> "Figure":
     """KL of each bit position."""
     figure, (axis,) = _new_figure(6, 2.4)
     axis.bar(range(len(values)), values)
@@ -80,14 +83,14 @@ def bits(values: Sequence[float]) -> Any:
     return figure
 
 
-def plans_by_label(table: np.ndarray, labels: Sequence[str]) -> Any:
-    """Which label each plan stands for: (plans, labels) counts as shares, plans sorted by their label."""
+def plans_by_label(table: np.ndarray, labels: Sequence[str]) -> "Figure":
+    """The share of each label per plan, from a (plans, labels) array of counts. Plans are sorted by label."""
     shares = table / table.sum(1, keepdims=True)
     order = np.lexsort((-shares.max(1), shares.argmax(1)))
     figure, (axis,) = _new_figure(10, 2.2)
     image = axis.imshow(shares[order].T, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axis.set_yticks(range(len(labels)), labels)
     axis.set_xticks([])
-    axis.set_xlabel(f"the {len(table)} plans that held-out texts took, sorted by voice")
+    axis.set_xlabel(f"the {len(table)} plans that held-out texts took, sorted by label")
     figure.colorbar(image, label="share")
     return figure

@@ -1,45 +1,45 @@
-"""A report that opens without a server: tables, texts and plots in one HTML file."""
+"""A report that opens without a server: tables, text and plots in one HTML file, and the tables of a likelihood."""
 
-import html
+import importlib.resources
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from free_transformer.evaluation.likelihood import Likelihood
+from free_transformer.evaluation.usage import LIVE_BITS
 from free_transformer.files import WRITTEN_BY, write_text
+from free_transformer.reporting.table import Table
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1d2733; --faint: #5a6b7d; --line: #d8dee6; --head: #eef2f6; --code: #f6f8fa;
-  --warn: #fff3d6; background: #fff; }
-@media (prefers-color-scheme: dark) { :root { --text: #d6dde6; --faint: #93a1b0; --line: #38434f; --head: #232b34;
-  --code: #1c232b; --warn: #4a3a10; background: #151a20; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th { text-align: left; background: var(--head); }
-td, th { padding: .3rem .6rem; font-size: 14px; border: 1px solid var(--line); vertical-align: top; }
-pre { background: var(--code); padding: .7rem; margin: 0; font-size: 13px; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
-.lines pre { white-space: pre; overflow-x: auto; font-size: 11px; }
-.warning { background: var(--warn); border-left: 4px solid #e0a100; padding: .6rem 1rem; }
-figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--faint); font-size: 14px; }
-svg { max-width: max(100%, 44rem); height: auto; background: #fff; border-radius: 4px; }
-"""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = "page.html.jinja"
+NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
 
 COMPARABLE = {
     "reconstruction": ("plans from the posterior, which has read the text", "never compare"),
     "elbo": ("reconstruction + KL, an upper bound of the NLL", "a fair, pessimistic bound"),
     "nll": ("negative log-likelihood", "the number to compare"),
-    "prior": ("one plan from the prior, what one generation sees", "not a bound to compare"),
+    "prior": ("one plan from the prior, as in generation", "not a bound to compare"),
     "gap": ("prior - reconstruction: no gap, no use of the plan", "-"),
 }
 
-Table = tuple[list[str], list[list[str]]]
+
+class NllMethod(Protocol):
+    """How an NLL was computed; the fields of `Likelihood`."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def plan_prior(self) -> str: ...
 
 
 def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
-    """Header and rows of the likelihood table, each value with its standard error, per token and per byte."""
+    """The likelihood, each value with its standard error, in nats per token and per byte."""
     rows = []
     for name, (meaning, comparison) in COMPARABLE.items():
         value = getattr(likelihood, name)
@@ -50,11 +50,11 @@ def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
             meaning += f" ({nll_method(likelihood)})"
         per_byte = f"{value / bytes_per_token:.4f} ± {error / bytes_per_token:.4f}"
         rows.append([name, f"{value:.4f} ± {error:.4f}", per_byte, meaning, comparison])
-    return ["", "nats per token", "nats per byte", "what it is", "against a baseline"], rows
+    return Table(["", "nats per token", "nats per byte", "what it is", "against a baseline"], rows)
 
 
-def nll_method(likelihood: Likelihood) -> str:
-    """How `nll` was come by, in words."""
+def nll_method(likelihood: NllMethod) -> str:
+    """How `nll` was computed, in words."""
     if likelihood.method == "exact":
         method = "exact"
     elif likelihood.method == "particle_filter":
@@ -65,67 +65,92 @@ def nll_method(likelihood: Likelihood) -> str:
 
 
 def usage_table(likelihood: Likelihood) -> Table:
-    """Header and rows of the plan's usage; none for a baseline."""
+    """How much the plan is used; without rows for a baseline."""
     usage = likelihood.usage
     if usage is None or likelihood.kl_per_token is None:
-        return ["", ""], []
+        return Table(["", ""], [])
     errors = likelihood.standard_errors
     bits = " ".join(f"{each:.2f}" for each in usage.bits_per_position)
-    return ["the plan", ""], [
+    rows = [
         ["KL, bits per plan", f"{likelihood.kl:.3f} ± {errors['kl']:.3f}"],
-        ["of these, bits that tell texts apart, at most", f"{usage.information:.3f}"],
+        ["of these, bits that distinguish texts, at most", f"{usage.information:.3f}"],
         ["KL, bits per token", f"{likelihood.kl_per_token:.4f} ± {errors['kl_per_token']:.4f}"],
         ["bits of each position", bits],
-        ["live bits (over 0.05)", f"{usage.live_bits} of {len(usage.bits_per_position)}"],
+        [f"live bits (over {LIVE_BITS:g})", f"{usage.live_bits} of {len(usage.bits_per_position)}"],
         ["plans at the free-bits floor", f"{usage.share_at_floor:.0%}"],
         ["gap prior - reconstruction, nats per token", f"{likelihood.gap:.4f} ± {errors['gap']:.4f}"],
     ]
+    return Table(["the plan", ""], rows)
+
+
+@dataclass(frozen=True)
+class _Heading:
+    kind: ClassVar = "heading"
+    text: str
+    level: int
+
+
+@dataclass(frozen=True)
+class _Paragraph:
+    kind: Literal["paragraph", "warning"]
+    text: str
+
+
+@dataclass(frozen=True)
+class _TablePart:
+    kind: ClassVar = "table"
+    table: Table
+
+
+@dataclass(frozen=True)
+class _Samples:
+    kind: ClassVar = "samples"
+    titled: Sequence[tuple[str, str]]
+    single_lines: bool
+
+
+@dataclass(frozen=True)
+class _Figure:
+    kind: ClassVar = "figure"
+    svg: str
+    caption: str
 
 
 class Report:
-    """Collects the parts of a page in the order in which they are added."""
+    """An HTML page. Its parts appear in the order in which they are added."""
 
     def __init__(self, title: str):
         self.title = title
-        self.parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+        self.parts: list[_Heading | _Paragraph | _TablePart | _Samples | _Figure] = []
 
     def heading(self, text: str, level: int = 2) -> None:
-        self.parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
+        self.parts.append(_Heading(text, level))
 
-    def paragraph(self, text: str, warning: bool = False) -> None:
-        self.parts.append(f"<p{' class=warning' if warning else ''}>{html.escape(text)}</p>")
+    def paragraph(self, text: str) -> None:
+        self.parts.append(_Paragraph("paragraph", text))
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        self.parts.append(f"<table><tr>{head}</tr>{body}</table>")
+    def warning(self, text: str) -> None:
+        """A highlighted paragraph."""
+        self.parts.append(_Paragraph("warning", text))
+
+    def table(self, table: Table) -> None:
+        self.parts.append(_TablePart(table))
 
     def samples(self, titled: Sequence[tuple[str, str]], lines: bool = False) -> None:
-        """Texts side by side, each under its title; `lines` keeps every line on one line."""
-        cells = "".join(
-            f"<div><strong>{html.escape(title)}</strong><pre>{html.escape(text)}</pre></div>" for title, text in titled
-        )
-        self.parts.append(f"<div class='samples{' lines' * lines}'>{cells}</div>")
+        """Texts side by side, each under its title. `lines` keeps long lines on one line."""
+        self.parts.append(_Samples(titled, lines))
 
-    def figure(self, figure: Any, caption: str) -> None:
-        """A matplotlib figure, drawn into the page as SVG."""
+    def figure(self, figure: "Figure", caption: str) -> None:
+        """A matplotlib figure, embedded in the page as SVG."""
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         svg = buffer.getvalue()
-        svg = svg[svg.index("<svg") :]
-        self.parts.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        self.parts.append(_Figure(svg[svg.index("<svg") :], caption))
 
     def write(self, path: Path) -> None:
-        body = "\n".join(self.parts)
-        title = html.escape(self.title)
-        write_text(
-            path,
-            f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=generator content={WRITTEN_BY}>"
-            f"<title>{title}</title>"
-            f"<style>{STYLE}</style></head><body>{body}</body></html>\n",
-        )
+        from jinja2 import Environment
 
-
-def _cell(text: str) -> str:
-    """A value stays on one line with its error."""
-    return html.escape(text).replace(" ± ", "\u00a0±\u00a0")
+        source = importlib.resources.files("free_transformer.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+        page = environment.from_string(source).render(title=self.title, parts=self.parts, generator=WRITTEN_BY)
+        write_text(path, page)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from free_transformer.data.letters import NOISE, letters_entropy
-from free_transformer.reporting.report import Report
+from free_transformer.reporting.report import NO_PLOTS, Report
+from free_transformer.reporting.table import Table
 from free_transformer.reproduce.letters import GROUP_SIZE, SHOWN_STRINGS, VARIANTS, Result, Variant
 from free_transformer.reproduce.noise import noise_optimum
 
@@ -25,8 +26,6 @@ FOUND = {
     "2": "carries everything, and generation breaks",
 }
 
-Rows = tuple[list[str], list[list[str]]]
-
 
 def write_letters_report(results: Sequence[Result], out: Path) -> Path:
     """Writes `report.html` and its plot, `figure.png`, into `out`; returns the report's path."""
@@ -38,31 +37,31 @@ def write_letters_report(results: Sequence[Result], out: Path) -> Path:
         f"standard deviations over {seeds} seed{'s' * (seeds > 1)}."
     )
     report.heading("What a plan carries")
-    report.table(*finding_table(results))
+    report.table(finding_table(results))
     report.heading("Generated strings")
     report.paragraph(
         f"Groups of {GROUP_SIZE} strings. The strings of a group share the letter, and either share one plan (shared) "
         f"or each have their own (independent). The task's rate of ! is {NOISE:.4f}."
     )
-    report.table(*strings_table(results))
+    report.table(strings_table(results))
     try:
         figure = _figure(results)
         figure.savefig(out / "figure.png", dpi=120)
         report.figure(figure, "Shared and independent plans, means over seeds")
     except ImportError:
-        report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
+        report.warning(NO_PLOTS)
     report.heading("Noise at the minimum of the objective")
     report.paragraph(
         "The minimum of the objective for the noise alone, computed with an ideal decoder instead of a network: how "
         "many nats the plan saves, and what is generated from the uniform prior. Training approaches this minimum."
     )
-    report.table(*optimum_table())
+    report.table(optimum_table())
     report.heading("Likelihood, in nats per string")
     report.paragraph(
         f"No model can be below {letters_entropy():.3f} nats, the entropy of the data given the letter. Do not compare "
         "the reconstruction with other columns: its encoder has read the string."
     )
-    report.table(*likelihood_table(results))
+    report.table(likelihood_table(results))
     report.heading("Sample strings")
     for variant in VARIANTS:
         first = next(result for result in results if result.variant == variant.name)
@@ -108,7 +107,7 @@ def _cell(results: Sequence[Result], path: str, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def finding_table(results: Sequence[Result]) -> Rows:
+def finding_table(results: Sequence[Result]) -> Table:
     """Header and rows that compare the paper's findings with these results, by the thresholds in the header."""
     rows = []
     for variant in VARIANTS[:-1]:
@@ -128,7 +127,7 @@ def finding_table(results: Sequence[Result]) -> Rows:
         )
     header = ["plan", "the paper: this plan", f"place carried (deviation × {POSITION_SHARED} or less)"]
     header += [f"noise carried (overlap × {NOISE_SHARED:g} or more)"]
-    return [*header, f"sound ({SOUND:.0%} valid, rate of ! × {DRIFT} or less)"], rows
+    return Table([*header, f"sound ({SOUND:.0%} valid, rate of ! × {DRIFT} or less)"], rows)
 
 
 def _ratio(results: Sequence[Result], name: str) -> np.ndarray:
@@ -141,7 +140,7 @@ def _count(hits: np.ndarray) -> str:
     return f"{int(hits.sum())} of {len(hits)} seeds"
 
 
-def strings_table(results: Sequence[Result]) -> Rows:
+def strings_table(results: Sequence[Result]) -> Table:
     """Header and rows: validity and noise under independent plans, and the effect of sharing plans."""
     rows = []
     for variant in VARIANTS:
@@ -157,10 +156,10 @@ def strings_table(results: Sequence[Result]) -> Rows:
         rows.append([variant.title, *alone, *pairs])
     header = ["plan", "valid", "valid, aggregate prior", "rate of !", "rate of !, aggregate prior"]
     pairs = ["deviation of the place", "share at the commonest place", "overlap of the ! (Jaccard)"]
-    return [*header, *(f"{name}, shared : independent" for name in pairs)], rows
+    return Table([*header, *(f"{name}, shared : independent" for name in pairs)], rows)
 
 
-def optimum_table() -> Rows:
+def optimum_table() -> Table:
     """Header and rows: the optimum of the noise, for the models with one plan per token."""
     rows = []
     for variant in VARIANTS:
@@ -169,10 +168,10 @@ def optimum_table() -> Rows:
             overlap = f"{found.overlap_shared:.3f} : {found.overlap_independent:.3f}"
             rate = f"{found.rate:.4f} (× {found.rate / NOISE:.1f})"
             rows.append([variant.title, f"{found.saved:.2f}", rate, overlap])
-    return ["plan", "saved, nats per string", "rate of !", "overlap of the !, shared : independent"], rows
+    return Table(["plan", "saved, nats per string", "rate of !", "overlap of the !, shared : independent"], rows)
 
 
-def likelihood_table(results: Sequence[Result]) -> Rows:
+def likelihood_table(results: Sequence[Result]) -> Table:
     """Header and rows: losses in nats per string."""
     columns = {
         "kl": "KL, bits per string",
@@ -188,7 +187,7 @@ def likelihood_table(results: Sequence[Result]) -> Rows:
         here = _of(results, variant)
         cells = [_cell(here, name, 2) for name in columns]
         rows.append([variant.title, *cells])
-    return ["plan", *columns.values()], rows
+    return Table(["plan", *columns.values()], rows)
 
 
 def _figure(results: Sequence[Result]) -> "Figure":

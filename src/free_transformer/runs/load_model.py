@@ -1,4 +1,4 @@
-"""Models from folders: whole, finite, and independent of the files that they were read from."""
+"""Loads models from folders: complete, finite, and independent of the files on the disk."""
 
 import json
 import os
@@ -17,25 +17,25 @@ from free_transformer.files import few, first_line
 from free_transformer.model.configuration import FreeTransformerConfig
 from free_transformer.model.modeling import FreeTransformer
 
-# what a plain model does not have, and a Free Transformer that is built from it initializes
+# a plain model has no such weights; a Free Transformer built from it initializes them
 PLAN_PARTS = ("encoder.", "plan_table.", "plan_prior.")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, UnpicklingError)
 
 
 def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """
-    `kind.from_pretrained(source)`, in eval mode, for a model that is going to be used.
+    Loads a model with `kind.from_pretrained(source)`, in eval mode.
 
-    `transformers` fills weights that are missing with random numbers, and maps files whose contents may change while
-    the model is used. Here the first is an error, and the weights are copied to memory of their own.
+    `transformers` initializes missing weights at random, and maps files whose contents may change while the model is
+    in use. Here missing weights are an error, and the weights are copied to memory.
 
     Args:
-        source: a folder, or a name on the hub.
+        source: a folder, or a name on the Hub.
         kind: `AutoModelForCausalLM` or a model class.
         options: of `from_pretrained`.
 
     Raises:
-        SettingsError: where the folder cannot be read, or weights are missing, of another shape, or NaN or infinite.
+        SettingsError: if the folder cannot be read, or weights are missing, have another shape, or are NaN or infinite.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -58,22 +58,22 @@ def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **opti
 
 
 def has_plan(source: str | Path) -> bool:
-    """Whether a folder, or a name on the hub, is that of a Free Transformer."""
+    """Whether a folder, or a name on the Hub, contains a Free Transformer."""
     values, _ = PreTrainedConfig.get_config_dict(str(source))
     return values.get("model_type") == FreeTransformerConfig.model_type
 
 
 def check_names(source: str | Path, what: str, names: list[str]) -> None:
-    """`SettingsError` that names the first of some tensors, where there are any."""
+    """Raises `SettingsError` with the first of `names`, if there are any."""
     if names:
         raise SettingsError(f"{source}: {what}: {few(names)}; the folder is damaged or incomplete: copy it again")
 
 
-def check_finite(source: str | Path, tensors: Iterable[tuple[str, Any]]) -> None:
-    """`SettingsError` that names tensors with values that are NaN or infinite."""
+def check_finite(source: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises `SettingsError` with the names of tensors that contain NaN or infinite values."""
     wrong = []
     for name, tensor in tensors:
-        plain = type(tensor) in (Tensor, torch.nn.Parameter)  # quantized ones are classes of their own
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)  # quantized tensors have their own classes
         if plain and tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -83,17 +83,17 @@ def check_finite(source: str | Path, tensors: Iterable[tuple[str, Any]]) -> None
 
 @torch.no_grad()
 def detach_from_files(model: PreTrainedModel) -> None:
-    """Copies the weights, which may be mapped from files, to memory of their own. Tied weights stay tied."""
+    """Copies the weights, which may be mapped from files, to memory. Tied weights stay tied."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
 
 
-def _mismatched(keys: Iterable[Any]) -> list[str]:
+def _mismatched(keys: Iterable[str | tuple[str, ...]]) -> list[str]:
     return sorted(key if isinstance(key, str) else key[0] for key in keys)
 
 
 def _reason(error: BaseException) -> str:
-    """Of errors that do not say what they are about."""
+    """The reason of an error, in words if its message has none."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error}"
     if isinstance(error, KeyError):

@@ -1,19 +1,21 @@
-"""The model card, `README.md` of `model/`: what the model is, the run's own figures, and how to use it."""
+"""The model card, `README.md` of `model/`: what the model is, the figures of its run, and how to use it."""
 
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from free_transformer.files import write_text
 from free_transformer.reporting.report import COMPARABLE, nll_method
-from free_transformer.runs.monitor import VALIDATION_SAMPLES, Watcher
+from free_transformer.reporting.table import Table
+from free_transformer.runs.lines import JsonObject
+from free_transformer.runs.monitor import VALIDATION_SAMPLES, Monitor
 from free_transformer.settings.curriculum import stages_of
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written from the run's figures, and again when they change; without this line it stays as it is. -->"
-BOUNDS = ("nll", "elbo")  # what may stand beside another model's, and so in the card's metadata
-CONTROL = {  # of control.json: a number, or a number and its standard error; what is missing is left out
+BOUNDS = ("nll", "elbo")  # comparable with other models, and therefore part of the metadata
+CONTROL = {  # in control.json: a number, or a number and its standard error
     "agreement": "texts under one random plan that are of its commonest kind",
     "agreement_baseline": "the same without a plan",
     "transfer": "texts under the plan of an example that are of its kind",
@@ -32,12 +34,54 @@ CONTROL = {  # of control.json: a number, or a number and its standard error; wh
 }
 
 
+@dataclass
+class HeldOutFigures:
+    """
+    What is known about the model on held-out text, in nats per token; None if unknown.
+
+    Attributes:
+        kl: in bits per plan.
+        data: sources of the text.
+        method, num_samples, plan_prior: how `nll` was computed, as in `Likelihood`.
+        warning: if the plan is not used.
+    """
+
+    data: list[str]
+    method: str
+    num_samples: int
+    plan_prior: str = "uniform"
+    nll: float | None = None
+    elbo: float | None = None
+    prior: float | None = None
+    reconstruction: float | None = None
+    gap: float | None = None
+    kl: float | None = None
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
+    bytes_per_token: float | None = None
+    warning: str | None = None
+
+    @classmethod
+    def of(cls, values: JsonObject, **known: object) -> "HeldOutFigures":
+        """From a line of metrics or from `metrics.json`; other keys are ignored."""
+        return cls(**{name: value for name, value in {**known, **values}.items() if name in cls.__dataclass_fields__})
+
+    def value(self, name: str) -> float | None:
+        """The figure of a name in `COMPARABLE`."""
+        return getattr(self, name)
+
+    @property
+    def nll_method(self) -> str:
+        """How `nll` was computed, in words."""
+        return "exact" if self.elbo is None else nll_method(self)  # that of a baseline has no elbo
+
+
 def write_model_card(run: "Run", folder: Path | None = None) -> None:
     """
-    Writes the card of a run's model, but over nobody's own text: one without our mark stays.
+    Writes the card of a run's model. A card without our mark, which a person wrote, is not replaced.
 
     Args:
-        folder: where to, default the run's `model/`; one that is to replace it inherits a text of the user's.
+        folder: folder of the model, default the run's `model/`. Another one is going to replace `model/`, and then
+            keeps the card that a person wrote.
     """
     folder, card = folder or run.model_folder, run.model_folder / CARD_FILE
     if not (folder / "config.json").is_file():
@@ -52,9 +96,9 @@ def write_model_card(run: "Run", folder: Path | None = None) -> None:
 
 
 def model_card(run: "Run", folder: Path) -> ModelCard:
-    """The card of the model in `folder`, by what the run's folder holds."""
+    """The card of the model in `folder`, from the files of the run."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name, figures, free = run.path.resolve().name, _figures(run), "latent_dim" in config
+    name, figures, free = run.name, _figures(run), "latent_dim" in config
     pretrained = run.settings.model.pretrained
     data = ModelCardData(
         library_name="transformers",
@@ -67,7 +111,7 @@ def model_card(run: "Run", folder: Path) -> ModelCard:
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {name}",
         _what_it_is(config, pretrained),
-        _table(["", ""], [*_shape(config, folder), *_training(run)]),
+        Table(["", ""], [*_shape(config, folder), *_training(run)]).to_markdown(),
         *_held_out(figures),
         *_compared(run),
         *_steering(run),
@@ -76,7 +120,7 @@ def model_card(run: "Run", folder: Path) -> ModelCard:
     return ModelCard("\n\n".join(part for part in parts if part) + "\n", ignore_metadata_errors=True)
 
 
-def _what_it_is(config: dict[str, Any], pretrained: str | None) -> str:
+def _what_it_is(config: JsonObject, pretrained: str | None) -> str:
     start = f" It started from {_public(pretrained)}." if pretrained else ""
     trained = "Trained by [free-transformer-lm](https://pypi.org/project/free-transformer-lm/)."
     if "latent_dim" not in config:
@@ -84,13 +128,13 @@ def _what_it_is(config: dict[str, Any], pretrained: str | None) -> str:
     span = config["plan_span"]
     lasts = "each text" if span == "sequence" else "each token" if span == 1 else f"every {span} tokens"
     return (
-        f"A Free Transformer ([arXiv:2510.17558](https://arxiv.org/abs/2510.17558)): a Llama that draws a plan of "
-        f"{config['latent_dim']} bits for {lasts} before it writes, and writes under it. An encoder reads the plan of "
-        f"an existing text, so that new text can be written under the same.{start} {trained}"
+        f"A Free Transformer ([arXiv:2510.17558](https://arxiv.org/abs/2510.17558)): a Llama that samples a plan of "
+        f"{config['latent_dim']} bits for {lasts} and generates text conditioned on it. An encoder infers the plan of "
+        f"an existing text, so that new text can be generated with the same plan.{start} {trained}"
     )
 
 
-def _shape(config: dict[str, Any], folder: Path) -> list[list[str]]:
+def _shape(config: JsonObject, folder: Path) -> list[list[str]]:
     parameters = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -101,7 +145,7 @@ def _shape(config: dict[str, Any], folder: Path) -> list[list[str]]:
     shape += f", {key_heads} of keys and values" * (key_heads != heads)
     return [
         ["parameters", f"{parameters / 1e6:.2f} M"],
-        ["shape", f"{shape}, {config['vocab_size']} tokens to choose from"],
+        ["shape", f"{shape}, {config['vocab_size']} tokens in the vocabulary"],
     ]
 
 
@@ -116,49 +160,46 @@ def _training(run: "Run") -> list[list[str]]:
     return [["training text", _names(sources, quote="`")], ["training", steps]]
 
 
-def _figures(run: "Run") -> SimpleNamespace:
-    """Of `metrics.json` where it is of these weights, else of the validation that they had while they trained."""
-    watcher = Watcher(run.settings, run.read_metrics())
+def _figures(run: "Run") -> HeldOutFigures:
+    """From `metrics.json` if it was measured on these weights, otherwise from their validation during training."""
+    data = run.settings.data.validation
     if (found := _current(run, run.evaluation_file)) is not None:
-        return SimpleNamespace(**{"data": run.settings.data.validation, **found})
+        return HeldOutFigures.of(found, data=data, method="exact", num_samples=1)
     step = _model_step(run)
     of_step = [line for line in run.read_metrics() if line["step"] == step and line["split"] == "validation"]
-    values: dict[str, Any] = {**dict.fromkeys(COMPARABLE), "kl": None, "standard_errors": {}, "bytes_per_token": None}
-    return SimpleNamespace(
-        **{**values, **(of_step[-1] if of_step else {})},
-        data=run.settings.data.validation,
-        method="validation",
-        warning=watcher.collapse.get("warning"),
-    )
+    warning = Monitor(run.settings, run.read_metrics()).history.collapse.get("warning")
+    known = {"data": data, "method": "importance", "num_samples": VALIDATION_SAMPLES, "warning": warning}
+    return HeldOutFigures.of(of_step[-1] if of_step else {}, **known)
 
 
-def _held_out(figures: SimpleNamespace) -> list[str]:
-    """Every figure under its name, with what it may be compared with."""
-    names = [name for name in ("nll", "elbo", "prior", "reconstruction", "gap") if getattr(figures, name) is not None]
-    if not names:
-        return []
+def _held_out(figures: HeldOutFigures) -> list[str]:
+    """Every figure, with its meaning and with what it can be compared."""
     rows = []
-    for name in names:
+    for name in ("nll", "elbo", "prior", "reconstruction", "gap"):
         meaning, comparison = COMPARABLE[name]
-        value, error = getattr(figures, name), figures.standard_errors.get(name)
+        value, error = figures.value(name), figures.standard_errors.get(name)
+        if value is None:
+            continue
         if name == "nll":
-            meaning = f"{meaning}: {_nll_method(figures)}"
+            meaning = f"{meaning}: {figures.nll_method}"
         cells = [_number(value, error)]
         if figures.bytes_per_token:
             cells.append(_number(value / figures.bytes_per_token, error and error / figures.bytes_per_token))
         rows.append([name, *cells, meaning, comparison])
-    units = ["nats per token", "nats per byte"][: len(rows[0]) - 3]
+    if not rows:
+        return []
+    units = ["nats per token", "nats per byte"] if figures.bytes_per_token else ["nats per token"]
     parts = [
         f"## On held-out text ({_names(figures.data, '`')})",
-        _table(["", *units, "what it is", "beside a Llama's loss"], rows),
+        Table(["", *units, "what it is", "against a Llama's loss"], rows).to_markdown(),
     ]
     if figures.kl is not None:
         kl = _number(figures.kl, figures.standard_errors.get("kl"))
         parts.append(
-            f"A plan spends {kl} bits (KL of posterior and prior). The reconstruction is no likelihood: the encoder "
-            "has read the text that is predicted."
+            f"A plan uses {kl} bits (KL of posterior and prior). The reconstruction is not a likelihood: the encoder "
+            "has read the predicted text."
         )
-    if figures.warning:  # what is wrong; what to try is for who trains
+    if figures.warning:  # without the advice, which is for the person who trains
         parts.append(f"**Warning:** {figures.warning.split(' Try:')[0]}")
     return parts
 
@@ -169,9 +210,9 @@ def _compared(run: "Run") -> list[str]:
         return []
     difference = _number(found["difference"], found["standard_error"], sign="+")
     return [
-        f"Beside its baseline, a Llama without a plan: nll {found['nll']:.4f} against {found['baseline_nll']:.4f} nats "
-        f"per token, a difference of {difference} over texts, of one run each (below 0: better than the Llama); by the "
-        f"pessimistic elbo {found['elbo_difference']:+.4f}."
+        f"Compared with its baseline, a Llama without a plan: nll {found['nll']:.4f} against "
+        f"{found['baseline_nll']:.4f} nats per token, a difference of {difference} over texts, one run each (below 0: "
+        f"better than the Llama). With the pessimistic elbo the difference is {found['elbo_difference']:+.4f}."
     ]
 
 
@@ -182,10 +223,10 @@ def _steering(run: "Run") -> list[str]:
         if found.get(name) is not None:
             value, error = found[name] if isinstance(found[name], list) else (found[name], None)
             rows.append([name.replace("_", " "), _number(value, error), meaning])
-    return ["## Steering", _table(["", "", "what it is"], rows)] if rows else []
+    return ["## Steering", Table(["", "", "what it is"], rows).to_markdown()] if rows else []
 
 
-def _use(config: dict[str, Any]) -> str:
+def _use(config: JsonObject) -> str:
     return f"""## Use
 
 ```python
@@ -197,20 +238,21 @@ model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 
 prompt = tokenizer("The", return_tensors="pt").input_ids
-written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=100, do_sample=True)
-print(tokenizer.decode(written[0], skip_special_tokens=True))
+generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=100, do_sample=True)
+print(tokenizer.decode(generated[0], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs the Python files beside the weights, those of free-transformer-lm (MIT licence). With
-`pip install free-transformer-lm` and `import free_transformer` the installed package is used, and not asked for.
+`trust_remote_code=True` runs the Python files in this folder, which are those of free-transformer-lm (MIT license).
+With `pip install free-transformer-lm` and `import free_transformer` the installed package is used instead.
 
-Under a plan of {config["latent_dim"]} bits, read from an example or drawn; plans that are not given are drawn:
+Generate with a plan of {config["latent_dim"]} bits, inferred from an example or sampled. Plans that are not given are
+sampled:
 
 ```python
-example = tokenizer("A text like the one that is wanted.", return_tensors="pt").input_ids
+example = tokenizer("A text in the style to generate.", return_tensors="pt").input_ids
 plan = model.infer_plan(example) > 0  # (1, plans, {config["latent_dim"]})
-at_random = model.sample_plan(1, 1)  # one more
-written = model.generate(
+random_plan = model.sample_plan(1, 1)
+generated = model.generate(
     prompt, attention_mask=torch.ones_like(prompt), plan=plan, max_new_tokens=100, do_sample=True
 )
 ```"""
@@ -228,9 +270,9 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 ```"""
 
 
-def _eval_results(figures: SimpleNamespace) -> list[EvalResult]:
-    """What may be compared; the reconstruction is in the text alone, so that no list of models ranks by it."""
-    meanings = {"nll": f"negative log-likelihood ({_nll_method(figures)})", "elbo": COMPARABLE["elbo"][0]}
+def _eval_results(figures: HeldOutFigures) -> list[EvalResult]:
+    """The comparable figures. The reconstruction is not among them, so that no leaderboard ranks by it."""
+    meanings = {"nll": f"negative log-likelihood ({figures.nll_method})", "elbo": COMPARABLE["elbo"][0]}
     return [
         EvalResult(
             task_type="text-generation",
@@ -238,28 +280,20 @@ def _eval_results(figures: SimpleNamespace) -> list[EvalResult]:
             dataset_name=_names(figures.data),
             metric_type=name,
             metric_name=f"{meanings[name]}, nats per token",
-            metric_value=round(getattr(figures, name), 4),
+            metric_value=round(value, 4),
         )
         for name in BOUNDS
-        if getattr(figures, name) is not None
+        if (value := figures.value(name)) is not None
     ]
 
 
-def _nll_method(figures: SimpleNamespace) -> str:
-    if figures.elbo is None:  # a baseline's
-        return "exact"
-    if figures.method == "validation":
-        return f"importance-weighted bound, {VALIDATION_SAMPLES} plans"
-    return nll_method(figures)  # type: ignore[arg-type]
-
-
 def _model_step(run: "Run") -> int:
-    """The step whose weights `model/` has."""
-    return run.model.get("step") or Watcher(run.settings, run.read_metrics()).step
+    """The step of the weights in `model/`."""
+    return run.model.get("step") or Monitor(run.settings, run.read_metrics()).step
 
 
-def _current(run: "Run", file: Path) -> dict[str, Any] | None:
-    """What a file of results holds, unless it was measured on an earlier model."""
+def _current(run: "Run", file: Path) -> JsonObject | None:
+    """The contents of a file of results, None if it was measured on an earlier model."""
     results = run.read_results(file)
     return results if results is not None and run.is_current(file, results) else None
 
@@ -269,7 +303,7 @@ def _is_on_the_hub(name: str | None) -> bool:
 
 
 def _public(source: str) -> str:
-    """The last part of a path: where a file lies on somebody's machine is nobody else's business."""
+    """A name on the hub, or the last part of a path: the rest would publish where files are on this machine."""
     return source if _is_on_the_hub(source) and source.count("/") <= 1 else Path(source).name
 
 
@@ -279,8 +313,3 @@ def _names(sources: Iterable[str], quote: str = "") -> str:
 
 def _number(value: float, error: float | None = None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error else "")
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

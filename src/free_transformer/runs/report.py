@@ -1,28 +1,27 @@
-"""The report of a run, or of several beside each other: what to watch, curves, likelihood, settings."""
+"""The report of one or several runs: what to watch, curves, likelihood, history and settings."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from free_transformer.reporting.report import Report
-from free_transformer.runs.monitor import Watcher
+from free_transformer.reporting.report import NO_PLOTS, Report
+from free_transformer.reporting.table import Table
+from free_transformer.runs.lines import JsonObject
+from free_transformer.runs.monitor import Monitor
 from free_transformer.runs.run import Run, titles_of
-
-NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
 
 
 def write_run_report(*paths: Path, out: Path | None = None) -> Path:
     """
-    Writes what the runs' folders hold into one page, also while they train.
+    Writes one page about runs, which may still be training.
 
     Args:
-        out: the page, default `report.html` in the folder of the run, of several in the folder that holds them.
+        out: the page. Default: `report.html` in the run's folder, or in the folder that contains all the runs.
 
     Raises:
-        SettingsError: for a folder that is no run.
+        SettingsError: for a folder that is not a run.
     """
-    runs = [Run(path) for path in paths]
+    runs = [Run.open(path) for path in paths]
     titles = titles_of(runs)
     report = Report(f"Run {titles[0]} ({runs[0].settings.model.kind})" if len(runs) == 1 else "Runs")
     metrics = {title: run.read_metrics() for title, run in zip(titles, runs, strict=True)}
@@ -49,21 +48,21 @@ def write_run_report(*paths: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _add_figures(report: Report, title: str, run: Run, metrics: Sequence[dict[str, Any]]) -> None:
-    watcher = Watcher(run.settings, metrics)
-    steps = f"step {watcher.step} of {run.settings.training.max_steps}"
+def _add_figures(report: Report, title: str, run: Run, metrics: Sequence[JsonObject]) -> None:
+    monitor = Monitor(run.settings, metrics)
+    steps = f"step {monitor.step} of {run.settings.training.max_steps}"
     report.heading(title or "What to watch")
     now = "this page shows the run while it trains" if run.in_use else "stopped before its end"
     report.paragraph(f"{steps}, ended" if run.has_ended else f"{steps}; {now}")
-    readings = sorted(watcher.readings(), key=lambda reading: reading.alarm)
-    for reading in readings:
-        if reading.alarm:
-            report.paragraph(f"{reading.label}: {reading.advice}", warning=True)
-    rows = [[each.label, each.value, "see above" if each.alarm else each.advice] for each in readings]
-    report.table(["", "last", "what it means"], rows)
+    diagnostics = sorted(monitor.diagnostics(), key=lambda each: each.alarm)
+    for each in diagnostics:
+        if each.alarm:
+            report.warning(f"{each.label}: {each.advice}")
+    rows = [[each.label, each.value, "see above" if each.alarm else each.advice] for each in diagnostics]
+    report.table(Table(["", "last", "what it means"], rows))
 
 
-def _add_curves(report: Report, metrics: dict[str, Any]) -> None:
+def _add_curves(report: Report, metrics: Mapping[str, Sequence[JsonObject]]) -> None:
     report.heading("Curves")
     if not any(metrics.values()):
         report.paragraph("No step has been logged yet.")
@@ -71,26 +70,23 @@ def _add_curves(report: Report, metrics: dict[str, Any]) -> None:
     try:
         from free_transformer.reporting.plots import curves
 
-        report.figure(curves(metrics), "losses in nats per token, KL in bits per plan; dotted: a stage ends")
+        report.figure(curves(metrics), "losses in nats per token, KL in bits per plan; dotted lines: end of a stage")
     except ImportError:
-        report.paragraph(NO_PLOTS, warning=True)
+        report.warning(NO_PLOTS)
 
 
-def _add_likelihood(report: Report, run: Run, values: dict[str, Any]) -> None:
+def _add_likelihood(report: Report, run: Run, values: JsonObject) -> None:
     if not run.is_current(run.evaluation_file, values):
         step = (values.get("model") or {}).get("step")
-        report.paragraph(
+        report.warning(
             f"These results are from an earlier model{f' (step {step})' if step else ''}. The run has been trained "
-            f"further since. To measure the current model, run: free-transformer evaluate {run.path}",
-            warning=True,
+            f"further since. To measure the current model, run: free-transformer evaluate {run.path}"
         )
     if values.get("warning"):
-        report.paragraph(values["warning"], warning=True)
+        report.warning(values["warning"])
     errors = values.get("standard_errors") or {"nll": None}
-    report.table(
-        ["", "value", "standard error"],
-        [[name, _decimals(values.get(name)), _decimals(error or None)] for name, error in errors.items()],
-    )
+    rows = [[name, _decimals(values.get(name)), _decimals(error or None)] for name, error in errors.items()]
+    report.table(Table(["", "value", "standard error"], rows))
     if not values.get("usage"):
         return
     try:
@@ -98,15 +94,15 @@ def _add_likelihood(report: Report, run: Run, values: dict[str, Any]) -> None:
 
         report.figure(bits(values["usage"]["bits_per_position"]), "KL of each bit of the plan")
     except ImportError:
-        report.paragraph(NO_PLOTS, warning=True)
+        report.warning(NO_PLOTS)
 
 
-def _decimals(value: Any) -> str:
+def _decimals(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 
 def _add_history(report: Report, title: str, run: Run) -> None:
-    """When the run was trained, and what changed, where that was more than once."""
+    """Adds when the run was trained and what changed, if it was trained more than once."""
     history = run.read_history()
     if len(history) < 2:
         return
@@ -115,4 +111,4 @@ def _add_history(report: Report, title: str, run: Run) -> None:
     for line in history:
         changes = [f"{name}: {old} → {new}" for name, (old, new) in line.get("changes", {}).items()]
         rows.append([str(line["step"]), line.get("time", "-"), line.get("host", "-"), "; ".join(changes) or "-"])
-    report.table(["from step", "started (UTC)", "machine", "changed settings"], rows)
+    report.table(Table(["from step", "started (UTC)", "machine", "changed settings"], rows))

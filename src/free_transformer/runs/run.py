@@ -1,4 +1,4 @@
-"""The folder of a run, and what is in it."""
+"""The folder of a run: its files, and how they are read and written."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,27 +26,27 @@ from free_transformer.files import (
     write_json,
     write_text,
 )
+from free_transformer.runs.lines import JsonObject, append_line, read_lines, write_lines
 from free_transformer.runs.load_model import load_pretrained
 from free_transformer.runs.model_card import write_model_card
 from free_transformer.settings import Settings, SettingsError, load_settings
 
 
 def titles_of(runs: Sequence["Run"]) -> list[str]:
-    """The folders' names, or their paths where names are not enough."""
-    names = [run.path.resolve().name for run in runs]
+    """The names of the folders, or their paths if names are not unique."""
+    names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 class Run:
     """
-    `config.yaml` as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`, `model/`, `metrics.json`,
-    `report.html`.
+    A folder with `config.yaml` as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`, `model/`,
+    `metrics.json` and `report.html`. `Run.open` opens an existing run; `Run(path)` also names a folder to train in.
 
-    A `config.yaml` in the folder that somebody else wrote or edited is left alone; the settings as used are then in
-    `config.used.yaml`.
+    A `config.yaml` that a person wrote or edited is not replaced: the settings as used are then in `config.used.yaml`.
 
     Raises:
-        SettingsError: by `settings`, `load_model` and the like, where the folder is no run or has no model yet.
+        SettingsError: by `settings`, `load_model` and others, if the folder is not a run or has no model yet.
     """
 
     def __init__(self, path: str | Path):
@@ -61,6 +60,23 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.model_folder = self.path / "model"
         self.adapter_folder = self.path / "adapter"  # of a run with training.lora_rank; model/ has it merged
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """
+        Opens the folder of an existing run.
+
+        Raises:
+            SettingsError: if the folder is not a run, or its settings cannot be read.
+        """
+        run = cls(path)
+        _ = run.settings
+        return run
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.resolve().name
 
     @property
     def config_file(self) -> Path:
@@ -76,11 +92,10 @@ class Run:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """
-        Holds the folder for this process while it trains.
+        Claims the folder for this process while it trains.
 
         Raises:
-            SettingsError: where another process trains in it, or where it holds a model or other files that no run
-                wrote.
+            SettingsError: if another process trains in it, or if it holds a model or other files that no run wrote.
         """
         written = [
             *(self.metrics_file, self.history_file, self.evaluation_file, self.comparison_file, self.control_file),
@@ -91,7 +106,7 @@ class Run:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last training has come to its end and `model/` is of it."""
+        """Whether the last training is complete and `model/` is its result."""
         return (self.model_folder / "config.json").is_file() and read_marker(self.path).get("ended", True)
 
     @property
@@ -100,10 +115,10 @@ class Run:
         return is_in_use(self.path)
 
     @property
-    def model(self) -> dict[str, Any]:
+    def model(self) -> JsonObject:
         """
-        What `model/` is: its `id`, new with every training; the `step` of its weights; and the step that `trained` has
-        reached, which is later where the best weights were kept. Empty where that is not known.
+        What `model/` is: its `id`, new with every training; the `step` of its weights; and the step that training
+        reached, `trained`, which is later if the best weights were kept. Empty if unknown.
         """
         return read_marker(self.path).get("model") or {}
 
@@ -115,13 +130,13 @@ class Run:
         return load_tokenizer(str(self._trained_model()))
 
     def _trained_model(self) -> Path:
-        _ = self.settings  # a folder that is no run is told so
+        _ = self.settings  # raises if the folder is not a run
         if not self.model_folder.is_dir():
             raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
         return self.model_folder
 
     def held_out_rows(self, tokenizer: PreTrainedTokenizerBase, sources: list[str] | None = None) -> Rows:
-        """The text of `sources`, default the run's own held-out text, in rows of the length that it trained on."""
+        """Rows of the text of `sources`, default the run's held-out text, as long as those of its training."""
         data = self.settings.data
         sources = sources or data.validation
         if not sources:
@@ -130,7 +145,7 @@ class Run:
         return build_rows(documents, tokenizer, self.settings.training.seq_len)
 
     def write_config(self, settings: Settings) -> None:
-        """Records the settings as used. Paths in them are absolute, so that they hold wherever a command runs."""
+        """Records the settings as used, with absolute paths, so that commands can run in any folder."""
         text = settings.with_absolute_paths().to_yaml()
         marker = read_marker(self.path)
         file = self.config_file
@@ -142,27 +157,27 @@ class Run:
     @contextmanager
     def new_model(self, step: int, trained: int) -> Iterator[Path]:
         """
-        A folder to fill that becomes `model/`. Files in the old one that no training wrote are kept.
+        Yields an empty folder that becomes `model/`. Files in the old one that no training wrote are kept.
 
         Args:
             step, trained: as in `model`.
         """
         ours = self.model.get("files", [])
         model = {"id": uuid.uuid4().hex, "step": step, "trained": trained, "files": ours}
-        update_marker(self.path, model=model, ended=False)  # from now on, earlier results are of another model
+        update_marker(self.path, model=model, ended=False)  # results measured before are of another model
         with new_folder(self.model_folder, ours) as folder:
             yield folder
             model["files"] = files_in(folder)
         update_marker(self.path, model=model, ended=True)
 
     def begin_training(self) -> None:
-        """Records that `model/`, if there is one, is going to be that of a shorter training."""
+        """Records that a training is in progress, so that `model/`, if it exists, is not its result."""
         update_marker(self.path, ended=False)
 
-    def read_results(self, file: Path) -> dict[str, Any] | None:
+    def read_results(self, file: Path) -> JsonObject | None:
         """
-        What `metrics.json`, `comparison.json` or `control.json` hold; None where there is no such file, or one that
-        was written by something else.
+        The contents of `metrics.json`, `comparison.json` or `control.json`; None if the file does not exist or was
+        written by another program.
         """
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -170,26 +185,34 @@ class Run:
             return None
         return values if isinstance(values, dict) and values.keys() & {"nll", "transfer", "agreement"} else None
 
-    def is_current(self, file: Path, results: dict[str, Any]) -> bool:
-        """Whether results were measured on the model that is in `model/` now, not on an earlier one."""
+    def is_current(self, file: Path, results: JsonObject) -> bool:
+        """Whether results were measured on the current `model/`, not on an earlier one."""
         if results.get("model"):
             return results["model"].get("id") == self.model.get("id")
         newer = file.stat().st_mtime >= (self.model_folder / "config.json").stat().st_mtime
-        return self.has_ended and newer  # results that were not written by us
+        return self.has_ended and newer  # files of another program have no id
 
-    def append_history(self, step: int, **values: Any) -> None:
-        """Records a training from `step` on. Records of attempts from that step on left nothing, and are dropped."""
+    def append_history(self, step: int, **values: object) -> None:
+        """Records a training that starts at `step`. Records from that step on left no checkpoint, and are dropped."""
         kept = [line for line in self.read_history() if line["step"] < step]
-        write_text(self.history_file, "".join(json.dumps(line) + "\n" for line in [*kept, {"step": step, **values}]))
+        write_lines(self.history_file, [*kept, {"step": step, **values}])
 
-    def read_history(self) -> list[dict[str, Any]]:
-        """A line for each time that training began: the step, when, by which version, and which settings changed."""
-        return _read_lines(self.history_file)
+    def read_history(self) -> list[JsonObject]:
+        """One line per start of training: step, time, host, version and changed settings."""
+        return read_lines(self.history_file)
 
     def write_evaluation(
         self, likelihood: Likelihood, bytes_per_token: float, data: Sequence[str] | None = None
     ) -> str | None:
-        """Writes `metrics.json` and the model's card, and returns what the first warns of. `data`: if not the run's."""
+        """
+        Writes `metrics.json` and the model card.
+
+        Args:
+            data: sources of the text, default the run's held-out text.
+
+        Returns:
+            a warning if the plan is not used.
+        """
         values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
         warning = usage_warning(likelihood)
         values |= {"bytes_per_token": bytes_per_token, "warning": warning}
@@ -199,53 +222,36 @@ class Run:
         return warning
 
     def write_comparison(self, comparison: Comparison, bytes_per_token: float) -> None:
-        """Writes `comparison.json` and the model's card."""
+        """Writes `comparison.json` and the model card."""
         values = {**asdict(comparison), "bytes_per_token": bytes_per_token, "model": self._measured_model}
         write_json(self.comparison_file, values)
         write_model_card(self)
 
     def write_control(self, control: Control) -> None:
-        """Writes `control.json`, all numbers of `control`, and the model's card."""
+        """Writes `control.json`, all numbers of `control`, and the model card."""
         listed = ("plans", "verdicts", "transferred")
         values = {name: value for name, value in vars(control).items() if name not in listed}
         write_json(self.control_file, {**values, "model": self._measured_model})
         write_model_card(self)
 
-    def append_metrics(self, **values: Any) -> None:
-        try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk does not say which file it has no room for
-            raise OSError(error.errno, error.strerror, str(self.metrics_file)) from error
+    def append_metrics(self, **values: object) -> None:
+        append_line(self.metrics_file, values)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; a last line that a crash cut short is left out."""
-        return _read_lines(self.metrics_file)
+    def read_metrics(self) -> list[JsonObject]:
+        """The lines of `metrics.jsonl`. A last line that a crash cut short is left out."""
+        return read_lines(self.metrics_file)
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drops what an interrupted run has logged beyond the checkpoint that it resumes from."""
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        """Drops what an interrupted run logged after the checkpoint from which it resumes."""
+        write_lines(self.metrics_file, [line for line in self.read_metrics() if line["step"] <= step])
 
     @property
     def _used_config(self) -> Path:
         return self.path / "config.used.yaml"
 
     @property
-    def _measured_model(self) -> dict[str, Any]:
+    def _measured_model(self) -> JsonObject:
         return {name: self.model.get(name) for name in ("id", "step")}
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _digest(content: bytes) -> str:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal
 
-from free_transformer.runs.run import Run
+from free_transformer.runs.lines import append_line
 from free_transformer.settings.curriculum import Stage
 
 MetricValue = float | str
@@ -73,7 +74,7 @@ class MetricsUpdate:
         return {name: value for name, value in self.line.items() if name not in ("step", "split")}
 
 
-class Subscriber(Protocol):
+class Subscriber:
     """Receives what a monitor publishes, in the main process. Classes that inherit it implement what they need."""
 
     def start(self, start: RunStart) -> None:
@@ -98,8 +99,8 @@ class Subscriber(Protocol):
 class MetricsFile(Subscriber):
     """Appends each line to `metrics.jsonl`."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, file: Path):
+        self.file = file
 
     def metrics(self, update: MetricsUpdate) -> None:
-        self.run.append_metrics(**update.line)
+        append_line(self.file, update.line)

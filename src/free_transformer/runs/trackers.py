@@ -7,11 +7,10 @@ import sys
 import uuid
 from collections.abc import Mapping
 
-from free_transformer.errors import MissingDependency
 from free_transformer.files import write_text
 from free_transformer.runs.run import Run
 from free_transformer.runs.subscribers import MetricsUpdate, MetricValue, Subscriber
-from free_transformer.settings import Settings
+from free_transformer.settings import Settings, SettingsError
 
 
 class Tracker(Subscriber):
@@ -48,10 +47,10 @@ def open_trackers(run: Run, settings: Settings, resumed: int | None) -> list[Tra
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raises `MissingDependency` if a selected tracker is not installed."""
+    """Raises `SettingsError` if a selected tracker is not installed."""
     for name in ("wandb", "trackio"):
         if getattr(settings.logging, name) and importlib.util.find_spec(name) is None:
-            raise MissingDependency(
+            raise SettingsError(
                 f"logging.{name}=true: {name} is not installed; pip install 'free-transformer-lm[{name}]', or "
                 f"logging.{name}=false"
             )

@@ -1,4 +1,4 @@
-"""`free-transformer watch`: curves and figures of runs in the terminal, while they train."""
+"""`free-transformer watch`: curves and figures of runs in the terminal while they train."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from rich.text import Text
 
 from free_transformer.reporting.console import stdout_console
 from free_transformer.reporting.plots import values_of
-from free_transformer.runs.monitor import Reading, Watcher
+from free_transformer.runs.diagnostics import Diagnostic
+from free_transformer.runs.monitor import Monitor
 from free_transformer.runs.run import Run, titles_of
 from free_transformer.settings import SettingsError
 
@@ -24,7 +25,7 @@ PANELS = {
     "kl": ("train", "KL, bits per plan"),
     "grad_norm": ("train", "gradient norm"),
 }
-# Lines of a panel, panels, and whether figures have a single line each: from the fullest to the shortest.
+# Lines per panel, number of panels, and whether each figure has a single line: from the most detailed on.
 FULL = (12, 4, False)
 LAYOUTS = [FULL, *((height, 4, brief) for brief in (False, True) for height in (10, 8, 7))]
 LAYOUTS += [(12, 2, True), (9, 2, True), (7, 2, True), (7, 1, True), (0, 0, True)]
@@ -33,21 +34,19 @@ NARROWEST = 40  # columns
 
 def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None:
     """
-    Draws until all runs have ended, or until Ctrl-C, which they do not notice.
+    Updates the terminal until all runs have ended, or until Ctrl-C, which does not affect them.
 
     Args:
-        every: seconds between two looks.
-        once: draw what is there, and return.
+        every: seconds between updates.
+        once: print the current state and return.
 
     Raises:
-        SettingsError: for a folder that is no run, or without plotext.
+        SettingsError: for a folder that is not a run, or without plotext.
     """
-    runs = [Run(path) for path in paths]
-    for run in runs:
-        _ = run.settings
+    runs = [Run.open(path) for path in paths]
     console = stdout_console()
     if once:
-        console.print(_picture(_look_at(runs), console.width, *FULL))
+        console.print(_picture(_snapshots(runs), console.width, *FULL))
         return
     try:
         with Live(_fitting(runs, console), console=console, auto_refresh=False) as live:
@@ -59,54 +58,56 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What there is to draw of a run, whatever the layout; `curves` by the keys of `PANELS`."""
+class _Snapshot:
+    """What to draw of a run, in any layout; `curves` by the keys of `PANELS`."""
 
     name: str
     state: str
     curves: dict[str, list[tuple[int, float]]]
-    readings: list[Reading]
+    diagnostics: list[Diagnostic]
 
 
-def _look_at(runs: Sequence[Run]) -> list[_Look]:
-    looks = []
+def _snapshots(runs: Sequence[Run]) -> list[_Snapshot]:
+    snapshots: list[_Snapshot] = []
     for name, run in zip(titles_of(runs), runs, strict=True):
         lines = run.read_metrics()
-        watcher = Watcher(run.settings, lines)
+        monitor = Monitor(run.settings, lines)
         end = "ended" if run.has_ended else f"of {run.settings.training.max_steps}"
         end += "" if run.has_ended or run.in_use else ", not training now"
         curves = {key: _settled(values_of(lines, split, key)) for key, (split, _) in PANELS.items()}
-        looks.append(_Look(name, f"step {watcher.step} {end}", curves, watcher.readings()))
-    return looks
+        snapshots.append(_Snapshot(name, f"step {monitor.step} {end}", curves, monitor.diagnostics()))
+    return snapshots
 
 
 def _fitting(runs: Sequence[Run], console: Console) -> RenderableType:
-    """The fullest picture that the terminal has room for."""
-    looks = _look_at(runs)
+    """The most detailed picture that fits the terminal."""
+    snapshots = _snapshots(runs)
     for layout in LAYOUTS:
-        picture = _picture(looks, console.width, *layout)
+        picture = _picture(snapshots, console.width, *layout)
         if len(console.render_lines(picture)) < console.height:
             break
     return picture
 
 
-def _picture(looks: Sequence[_Look], width: int, height: int, panels: int, brief: bool) -> RenderableType:
+def _picture(snapshots: Sequence[_Snapshot], width: int, height: int, panels: int, brief: bool) -> RenderableType:
     columns = 2 if width >= 2 * NARROWEST else 1
     size = (width // columns - 1, height)
     drawn = [
-        _panel(title, {look.name: look.curves[key] for look in looks}, size)
+        _panel(title, {snapshot.name: snapshot.curves[key] for snapshot in snapshots}, size)
         for key, (_, title) in islice(PANELS.items(), panels)
     ]
-    return Group(Columns([panel for panel in drawn if panel is not None]), *(_figures(look, brief) for look in looks))
+    return Group(
+        Columns([panel for panel in drawn if panel is not None]), *(_figures(snapshot, brief) for snapshot in snapshots)
+    )
 
 
 def _settled(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Without the first tenth of a longer curve, whose fall would press the rest flat."""
+    """Without the first tenth of a longer curve, whose steep fall would flatten the rest."""
     return points[len(points) // 10 :]
 
 
 def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[int, int]) -> Text | None:
-    """None where no run has such values."""
+    """None if no run has such values."""
     try:
         from plotext import figure
     except ImportError as error:
@@ -124,18 +125,20 @@ def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[i
     return Text.from_ansi(str(figure.build()).rstrip("\n"))
 
 
-def _figures(look: _Look, brief: bool) -> RenderableType:
-    """Brief: one line for each figure, and what needs doing below."""
-    table = Table(title=f"{look.name}: {look.state}", title_justify="left", expand=True, box=None, show_header=False)
+def _figures(snapshot: _Snapshot, brief: bool) -> RenderableType:
+    """The figures of a run as a table. `brief`: one line per figure, with the advice of alarms below."""
+    table = Table(
+        title=f"{snapshot.name}: {snapshot.state}", title_justify="left", expand=True, box=None, show_header=False
+    )
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1, no_wrap=brief)
     below = []
-    for reading in look.readings:
-        style = "yellow" if reading.alarm else ""
-        advice = reading.advice
-        if brief and reading.alarm:
-            below.append(Text(f"{reading.label}: {advice}", style))
+    for diagnostic in snapshot.diagnostics:
+        style = "yellow" if diagnostic.alarm else ""
+        advice = diagnostic.advice
+        if brief and diagnostic.alarm:
+            below.append(Text(f"{diagnostic.label}: {advice}", style))
             advice = ""
-        table.add_row(Text(reading.label), Text(reading.value), Text(advice), style=style)
+        table.add_row(Text(diagnostic.label), Text(diagnostic.value), Text(advice), style=style)
     return Group(table, *below)

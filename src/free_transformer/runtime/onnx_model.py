@@ -294,7 +294,7 @@ class OnnxFreeTransformer:
         num_read = num_plans_to_read(tokens, mask, prompt_plan, self.plan_span, begin)
         read = np.zeros((batch, 0, self.latent_dim), dtype=bool)
         if prompt_plan == "posterior" and given.shape[1] < self.num_plans(length):
-            # consumed for prompts without text too: what a seed gives does not depend on which prompts are read
+            # generated for prompts without text too, so that tokens do not depend on which prompts are read
             uniform = rng.random((batch, self.num_plans(length), self.latent_dim))
             if num_read.any():
                 read = sample_posterior(self.infer_plan(tokens, mask), uniform)

@@ -133,7 +133,8 @@ def sample_posterior(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     Returns:
         (..., H) bool.
     """
-    return uniform * (1 + np.exp(-logits.astype(np.float64))) < 1
+    with np.errstate(over="ignore", invalid="ignore"):  # a bit whose probability rounds to 0
+        return uniform * (1 + np.exp(-logits.astype(np.float64))) < 1
 
 
 def sample_prior(

@@ -52,8 +52,8 @@ class HostGuard:
             name = shown[: shown.find("]") + 1] if shown.startswith("[") else shown.split(":")[0]
             if name.lower().rstrip(".") not in self.hosts:
                 message = f"host {shown[:80]!r}: this server is {', '.join(sorted(self.hosts))}; --allowed-host"
-                answer = self.refuse(RequestError(403, f"{message} adds a name"))
-                return await _respond_at_once(answer, scope, receive, send)
+                response = self.refuse(RequestError(403, f"{message} adds a name"))
+                return await _respond_at_once(response, scope, receive, send)
         await self.app(scope, receive, send)
 
 
@@ -72,12 +72,12 @@ class TokenGuard:
             matches = [secrets.compare_digest(shown.strip(), token) for token in self.tokens]
             if scheme.lower() != b"bearer" or not any(matches):
                 message = "this server requires a token: send Authorization: Bearer TOKEN"
-                answer = self.refuse(RequestError(401, message, headers={"WWW-Authenticate": "Bearer"}))
-                return await _respond_at_once(answer, scope, receive, send)
+                response = self.refuse(RequestError(401, message, headers={"WWW-Authenticate": "Bearer"}))
+                return await _respond_at_once(response, scope, receive, send)
         await self.app(scope, receive, send)
 
 
-async def _respond_at_once(answer: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+async def _respond_at_once(response: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Responds without using the body. It is read all the same: many clients wait until they have sent all of it."""
 
     async def read() -> None:
@@ -88,7 +88,7 @@ async def _respond_at_once(answer: ASGIApp, scope: Scope, receive: Receive, send
 
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(read(), DISCARD_SECONDS)
-    await answer(scope, receive, send)
+    await response(scope, receive, send)
 
 
 def max_body(max_length: int) -> int:

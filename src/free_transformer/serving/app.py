@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from free_transformer import __version__
+from free_transformer.errors import RunError
 from free_transformer.serving.access import BODY_SECONDS, HostGuard, TokenGuard, connection_class, max_body, read_body
 from free_transformer.serving.batch import Batch, TextRequest
 from free_transformer.serving.engine import Engine, QueueFull, Stopping
@@ -294,7 +295,7 @@ def _error_body(status: int, message: str, param: str | None = None) -> ErrorBod
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket. Clients that connect wait until the server has loaded. Port 0 takes a free port."""
+    """Opens a socket. Clients that connect wait until the server has loaded. Port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -303,7 +304,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
-        raise OSError(f"{host}:{port}: {error.strerror}; choose others with --host and --port") from error
+        raise RunError(f"{host}:{port}: {error.strerror}; choose others with --host and --port") from error
     return bound
 
 

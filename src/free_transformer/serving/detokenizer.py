@@ -163,7 +163,7 @@ class Detokenizer:
         text = self._held + piece
         if not self.stop:
             return text
-        found = [place for place in map(text.find, self.stop) if place >= 0]
+        found = [index for index in map(text.find, self.stop) if index >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]

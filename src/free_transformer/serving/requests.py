@@ -15,7 +15,7 @@ from free_transformer.serving.schema import ChatRequest, CompletionRequest, Gene
 @dataclass
 class Limits:
     """
-    What one client request may ask for.
+    Limits of one client request.
 
     Attributes:
         prompt: tokens of a prompt.

@@ -178,7 +178,7 @@ class CompletionBuilder(ResponseBuilder[CompletionRequest]):
         }
 
     def _echo(self, index: int) -> str:
-        """The text of the prompt, where the request asks for it."""
+        """The text of the prompt, where `echo` is set."""
         return Detokenizer(self.batch.texts, self.requests[index].tokens).prompt if self.body.echo else ""
 
 

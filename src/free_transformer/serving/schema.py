@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -104,8 +104,8 @@ class GenerationRequest(_Body):
     @classmethod
     def _stop(cls, value: JsonValue) -> list[str]:
         given = [value] if isinstance(value, str) else value
-        stops = [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
-        fits = isinstance(given, list) and len(stops) == len(given) <= MAX_STOPS
+        fits = isinstance(given, list) and len(given) <= MAX_STOPS and _types(given) <= {str}
+        stops = cast(list[str], given if fits else [])
         if not fits or any(not 1 <= len(each) <= MAX_STOP_LENGTH for each in stops):
             raise InputError(
                 f"stop: up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty"
@@ -192,8 +192,9 @@ class CompletionRequest(GenerationRequest):
         """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        ids = [each for each in self.prompt if isinstance(each, int)]
-        return [ids] if ids else [each for each in self.prompt if not isinstance(each, int)]
+        if isinstance(self.prompt[0], int):
+            return [cast(list[int], self.prompt)]
+        return cast(list[str | list[int]], self.prompt)
 
 
 class ContentPart(BaseModel):
@@ -221,7 +222,7 @@ class ChatRequest(GenerationRequest):
     max_tokens: int | None = Field(
         None, ge=1, description="tokens to generate at most; default what the model can hold"
     )
-    max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens, before which it takes precedence")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the same as max_tokens, and overrides it")
     logprobs: bool = Field(False, description="return log-probabilities of tokens")
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="return those of this many most likely tokens too")
     response_format: Unchecked = Field(None, description='not supported: {"type": "text"}')
@@ -289,10 +290,10 @@ def _explain(error: "ErrorDetails") -> tuple[str, str]:
     if message.startswith(name):
         return name, message
     # without the member of a union, `str` or `list[...]`
-    place = ".".join(str(part) for part in error["loc"] if part != "str" and "[" not in str(part))
+    path = ".".join(str(part) for part in error["loc"] if part != "str" and "[" not in str(part))
     if error["type"] == "missing":
-        return name, f"{place}: missing"
-    return name, f"{place}={_shortened(json.dumps(_abridged(error.get('input')), ensure_ascii=False))}: {message}"
+        return name, f"{path}: missing"
+    return name, f"{path}={_shortened(json.dumps(_abridged(error.get('input')), ensure_ascii=False))}: {message}"
 
 
 def _types(value: object) -> set[type]:

@@ -194,10 +194,10 @@ class RowCache:
         held = self.keys[0].shape[2]
         if columns <= held:
             return
-        room = min(max(2 * held, -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE), self.max_length)
+        capacity = min(max(2 * held, -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE), self.max_length)
         # both are allocated before either is replaced: where memory runs out, the cache is unchanged
         keys, values = (
-            [torch.nn.functional.pad(old, (0, 0, 0, room - held)) for old in states]
+            [torch.nn.functional.pad(old, (0, 0, 0, capacity - held)) for old in states]
             for states in (self.keys, self.values)
         )
         self.keys, self.values = keys, values

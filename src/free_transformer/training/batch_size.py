@@ -1,4 +1,4 @@
-"""Steps tried before a run: what a row costs in memory and time, and so how many rows fit."""
+"""Trial steps before a run: the memory and time per row, and the largest batch that fits."""
 
 import gc
 import os
@@ -8,9 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data.rows import Batch
@@ -26,16 +28,16 @@ from free_transformer.training.state import new_state
 from free_transformer.training.step import apply_gradients, compute_gradients
 
 MIB, GIB = 2**20, 2**30
-USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that is free; the rest is for what a trial does not see
+USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory; the rest is a margin for what a trial does not include
 BYTES_PER_PARAMETER = 16  # fp32 weight and gradient, two moments
 LONG_STEP = 2.0  # seconds, after which no larger step is tried
-MIN_TRIALS = 4  # but where the memory ends sooner: a line through smaller steps tells little of large ones
-MIN_GAIN = 1.05  # a larger step that is hardly faster by the row ends the trials
+MIN_TRIALS = 4  # unless memory runs out earlier: small steps predict the cost of large ones badly
+MIN_GAIN = 1.05  # trials end when a larger step is not this much faster per row
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A step of so many rows in one process: the most bytes that the process held meanwhile, and its time."""
+    """A step with `rows` rows in one process: peak memory of the process in bytes, and time in seconds."""
 
     rows: int
     bytes: int
@@ -45,10 +47,10 @@ class Trial:
 @dataclass(frozen=True)
 class StepCosts:
     """
-    What steps cost a process, from trials of few rows; both costs grow by the row.
+    Memory and time of a step in one process, both linear in the number of rows, from trials with few rows.
 
     Attributes:
-        state_bytes: of weights, gradients and optimizer state.
+        state_bytes: size of weights, gradients and optimizer state.
     """
 
     trials: list[Trial]
@@ -60,8 +62,8 @@ class StepCosts:
     def seconds(self, rows: int) -> float:
         return self._line(rows, lambda trial: trial.seconds)
 
-    def most_rows(self, budget: int) -> int:
-        """How many rows fit into so many bytes; 0 where not even one does."""
+    def max_rows(self, budget: int) -> int:
+        """The number of rows that fit into `budget` bytes; 0 if not even one does."""
         first, last = self.trials[0], self.trials[-1]
         if last.bytes > budget:
             return max((trial.rows for trial in self.trials if trial.bytes <= budget), default=0)
@@ -71,7 +73,7 @@ class StepCosts:
         return last.rows + (budget - last.bytes) // by_row
 
     def _line(self, rows: int, cost: Callable[[Trial], float]) -> float:
-        """Through the two largest trials: the first ones also load libraries."""
+        """Extrapolates from the two largest trials: the first ones also load libraries."""
         known = next((trial for trial in self.trials if trial.rows == rows), None)
         if known is not None or len(self.trials) == 1:
             trial = known or self.trials[0]
@@ -86,16 +88,16 @@ def try_steps(
     tokenizer: PreTrainedTokenizerBase,
     processes: Processes,
     data: list[TrainingData],
-    most_rows: int,
+    max_rows: int,
 ) -> StepCosts:
     """
-    Steps of 1, 2, 4, ... rows of the longest stage, by a model that is thrown away after.
+    Runs steps with 1, 2, 4, ... rows of the stage with the longest rows, on a model that is then discarded.
 
     Args:
-        most_rows: of one process.
+        max_rows: the most rows to try in one process.
 
     Raises:
-        SettingsError: where not even the weights fit, or not one row.
+        SettingsError: if the weights or a single row do not fit in memory.
     """
     stage = max(stages_of(settings), key=lambda stage: (stage.seq_len, stage.number))
     budget = memory_budget(processes)
@@ -105,7 +107,7 @@ def try_steps(
     if state_bytes > budget:
         raise SettingsError(
             f"the model's weights, gradients and optimizer state take {state_bytes / GIB:.1f} GiB, "
-            f"{budget / GIB:.1f} GiB may be used: take a smaller model, or distributed.fsdp=true on more processes"
+            f"{budget / GIB:.1f} GiB may be used: use a smaller model, or distributed.fsdp=true on more processes"
         )
 
     def batch_of(rows: int) -> Batch:
@@ -120,14 +122,14 @@ def try_steps(
         if trial is not None:
             trials.append(trial)
         costs = StepCosts(trials, state_bytes)
-        ends = trial is None or _is_enough(costs, budget) or rows >= most_rows
+        ends = trial is None or _is_enough(costs, budget) or rows >= max_rows
         if processes.all_reduce_max(ends)[0]:
             break
-        rows = min(2 * rows, most_rows)
+        rows = min(2 * rows, max_rows)
     del state
     gc.collect()
     if not trials:
-        raise SettingsError(f"not one row of {stage.seq_len} tokens fits into the memory: take a smaller seq_len")
+        raise SettingsError(f"not one row of {stage.seq_len} tokens fits in memory: use a smaller seq_len")
     return costs
 
 
@@ -142,11 +144,11 @@ def _is_enough(costs: StepCosts, budget: int) -> bool:
 
 
 def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, processes: Processes) -> Trial | None:
-    """None where the memory of a GPU does not hold it."""
+    """Measures a step. None if it does not fit in the memory of the GPU."""
     tokens = int(processes.sum(predicted_tokens(batch["labels"])))
     reset_peak(processes.device)
     try:
-        for _ in range(2):  # the first has the optimizer's state to make
+        for _ in range(2):  # the first also allocates the optimizer state
             _wait(processes.device)
             started = time.perf_counter()
             compute_gradients(state, [batch], tokens, {}, settings.training, processes)
@@ -166,11 +168,13 @@ def decide_batch_size(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes, run: Run | None, quiet: bool
 ) -> tuple[Settings, list[TrainingData] | None, StepCosts | None]:
     """
-    The settings with `training.batch_size=auto` as a number: the most rows that fit the memory, and no more than the
-    text has; and where that had to be found out, the text and what steps cost.
+    Replaces `training.batch_size=auto` by a number: the most rows that fit in memory, and at most those of the text.
 
     Args:
-        run: one to go on with, whose number stays.
+        run: a run to resume, which keeps its number.
+
+    Returns:
+        the settings, and if steps were tried, the training text and the cost of steps.
     """
     if settings.training.batch_size != "auto":
         return settings, None, None
@@ -182,14 +186,14 @@ def decide_batch_size(
     most = max(1, min(held, default=sys.maxsize) // processes.data_size)
     costs = try_steps(one_each, tokenizer, processes, data, most)
     budget = memory_budget(processes)
-    fitting = min(most, costs.most_rows(budget))
+    fitting = min(most, costs.max_rows(budget))
     rows = -processes.all_reduce_max(-fitting)[0] * processes.data_size
     if rows == 0:
-        raise SettingsError(f"training.batch_size=auto: not one row fits into {budget / GIB:.1f} GiB")
+        raise SettingsError(f"training.batch_size=auto: not one row fits in {budget / GIB:.1f} GiB")
     least = costs.trials[-1].rows * processes.data_size
     text = f"training.batch_size=auto: {rows} rows, {costs.bytes(fitting) / GIB:.2f} of {budget / GIB:.2f} GiB"
     if rows > least:
-        text += f"; steps from {least} rows on are hardly faster by the row, and more of them learn more"
+        text += f"; steps from {least} rows on are hardly faster per row, and a smaller batch learns more from the same text"
     stderr_console(quiet or not processes.main).print(text, soft_wrap=True)
     settings = _with_rows(settings, rows)
     check_batches(data, settings)
@@ -201,7 +205,7 @@ def _with_rows(settings: Settings, rows: int) -> Settings:
 
 
 def memory_budget(processes: Processes) -> int:
-    """Bytes that this process may come to hold: its own now, and its share of what is free, but for a margin."""
+    """Bytes that this process may use: those that it has now, and its share of the free memory minus a margin."""
     device = processes.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -211,7 +215,7 @@ def memory_budget(processes: Processes) -> int:
 
 
 def _free_bytes() -> int:
-    """Of the machine, or of the container that this process is in."""
+    """Free memory of the machine, or of the container in which this process runs."""
     free = _psutil().virtual_memory().available
     with suppress(OSError, ValueError):  # no such limit
         limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -223,7 +227,7 @@ def _resident_bytes() -> int:
     return _psutil().Process().memory_info().rss
 
 
-def _psutil() -> Any:
+def _psutil() -> ModuleType:
     try:
         import psutil
     except ImportError as error:
@@ -232,7 +236,7 @@ def _psutil() -> Any:
 
 
 def reset_peak(device: torch.device) -> None:
-    """`peak_bytes` counts from here, where the system allows it."""
+    """Restarts the measurement of `peak_bytes`, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -241,7 +245,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held: of a GPU's memory, else of the machine's."""
+    """Peak memory of this process: of a GPU, or else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -258,6 +262,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _local_size(parameter: Any) -> int:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def _local_size(parameter: Tensor) -> int:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local.numel()

@@ -1,8 +1,8 @@
-"""What is added up between two lines of `metrics.jsonl`, and how a step that is no number is found in it."""
+"""Metrics between two lines of `metrics.jsonl`: accumulated without a GPU synchronization, then reduced."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +14,36 @@ LOSSES = ("loss", "reconstruction", "kl", "hinge", "plans")  # what `training_fo
 
 
 @dataclass
-class Totals:
-    """Since the last line of metrics, an entry a micro-batch; tensors, so that a GPU need not be waited for."""
+class MetricAccumulator:
+    """
+    Values since the last line of metrics, as tensors, so that the CPU does not wait for a GPU.
+
+    Attributes:
+        loss, reconstruction: scalars, one per micro-batch.
+        kl, hinge, plans: sums over the plans of this process, and their number, one scalar per micro-batch.
+        kl_per_bit: (H,) sums over the plans of this process, one per micro-batch.
+        gradient_norm: scalars, one per step.
+        tokens: number of predicted tokens.
+        started: time of the first step, in seconds of `time.perf_counter`.
+    """
 
     loss: list[Tensor] = field(default_factory=list)
     reconstruction: list[Tensor] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)  # of all this process' plans together, as the next three
+    kl: list[Tensor] = field(default_factory=list)
     hinge: list[Tensor] = field(default_factory=list)
-    kl_per_bit: list[Tensor] = field(default_factory=list)  # (H,)
-    plans: list[Tensor] = field(default_factory=list)  # their number
-    gradient_norm: list[Tensor] = field(default_factory=list)  # an entry a step
+    kl_per_bit: list[Tensor] = field(default_factory=list)
+    plans: list[Tensor] = field(default_factory=list)
+    gradient_norm: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Adds what `training_forward` returns for a micro-batch."""
         for name, value in losses.items():
             getattr(self, name).append(value.detach())
 
-    def extend(self, others: "Totals") -> None:
+    def extend(self, others: "MetricAccumulator") -> None:
+        """Adds all values of a step."""
         for name in (*LOSSES, "kl_per_bit", "gradient_norm"):
             getattr(self, name).extend(getattr(others, name))
         self.tokens += others.tokens
@@ -46,8 +58,8 @@ class Totals:
     def has_finite_gradients(self) -> bool:
         return bool(torch.stack(self.gradient_norm).isfinite().all())
 
-    def over(self, processes: Processes) -> "Entries":
-        """Of all processes together. The one place where a GPU is waited for."""
+    def reduce(self, processes: Processes) -> "ReducedMetrics":
+        """Sums over all processes. This is the only place that waits for a GPU."""
         names = [name for name in LOSSES if getattr(self, name)]
         parts = [torch.stack([torch.stack(getattr(self, name)).float() for name in names]).flatten()]
         if self.kl_per_bit:
@@ -57,16 +69,19 @@ class Totals:
         losses = dict(zip(names, values[: len(names) * micro].view(len(names), micro), strict=True))
         norms = torch.stack(self.gradient_norm).float()
         seconds = time.perf_counter() - self.started
-        return Entries(losses, values[len(names) * micro :].cpu(), norms.cpu(), self.tokens / seconds)
+        return ReducedMetrics(losses, values[len(names) * micro :].cpu(), norms.cpu(), self.tokens / seconds)
 
 
 @dataclass
-class Entries:
+class ReducedMetrics:
     """
+    Metrics of all processes.
+
     Attributes:
-        losses: by name, an entry a micro-batch.
+        losses: (micro-batches,) by name.
         kl_per_bit: (H,), of all plans together; empty for a baseline.
-        gradient_norm: an entry a step.
+        gradient_norm: (steps,).
+        tokens_per_second: predicted tokens of all processes per second.
     """
 
     losses: dict[str, Tensor]
@@ -74,14 +89,14 @@ class Entries:
     gradient_norm: Tensor
     tokens_per_second: float
 
-    def of_steps(self, name: str) -> Tensor:
-        """A loss, its micro-batches added up, an entry a step."""
+    def per_step(self, name: str) -> Tensor:
+        """A loss summed over the micro-batches of each step, (steps,)."""
         return self.losses[name].view(len(self.gradient_norm), -1).sum(1).cpu()
 
-    def values(self) -> dict[str, Any]:
-        """As they stand in a line of metrics: means over steps, and over plans what is of plans."""
+    def values(self) -> dict[str, float]:
+        """The values of a line of metrics: means over steps, and for the KL, means over plans in bits."""
         norm = self.gradient_norm
-        values = {name: float(self.of_steps(name).mean()) for name in ("loss", "reconstruction")}
+        values: dict[str, float] = {name: float(self.per_step(name).mean()) for name in ("loss", "reconstruction")}
         if "kl" in self.losses:
             plans = self.losses["plans"].sum()
             values["kl"] = float((self.losses["kl"] / self.losses["plans"]).mean())
@@ -94,8 +109,8 @@ class Entries:
             "tokens_per_second": self.tokens_per_second,
         }
 
-    def first_without_number(self) -> tuple[int, int, str] | None:
-        """Step and micro-batch, from 0, and what is no number there; None where all are numbers."""
+    def first_nonfinite(self) -> tuple[int, int, str] | None:
+        """Step and micro-batch, from 0, of the first NaN or infinite value, and what it is; None if all are finite."""
         steps = len(self.gradient_norm)
         losses = self.losses["loss"].view(steps, -1)
         for step, (of_step, norm) in enumerate(zip(losses, self.gradient_norm, strict=True)):

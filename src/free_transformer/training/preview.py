@@ -1,15 +1,14 @@
-"""What a run would be, before it is: parameters, memory, tokens, time. `free-transformer train --dry-run`."""
+"""`free-transformer train --dry-run`: parameters, memory, tokens and time of a run before it starts."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from free_transformer.data import load_tokenizer
 from free_transformer.distributed.processes import Processes, join_processes
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.reporting.report import Table
+from free_transformer.reporting.table import Table
 from free_transformer.runs.run import Run
 from free_transformer.runs.trackers import check_trackers
 from free_transformer.settings import Settings, settings_warnings
@@ -24,11 +23,13 @@ from free_transformer.training.state import new_state
 class Preview:
     """
     Attributes:
-        parameters: by part of the model.
-        groups: the optimizers' groups of parameters, in words.
-        costs: of a process, measured by a few steps.
-        rows: of a micro-batch in one process.
-        text: predicted tokens of the training text by stage, None where it is streamed.
+        parameters: their number by part of the model.
+        groups: the groups of parameters of the optimizers, in words.
+        stages: of the run.
+        text: predicted tokens of the training text of each stage, None if it is streamed.
+        costs: memory and time of one process, measured by a few steps.
+        budget: bytes that a process may use.
+        rows: rows per micro-batch in one process.
     """
 
     settings: Settings
@@ -48,19 +49,19 @@ class Preview:
 
     @property
     def bytes(self) -> int:
-        """The most that a process will hold, estimated."""
+        """Estimated peak memory of a process."""
         return self.costs.bytes(self.rows)
 
     @property
     def seconds(self) -> float:
-        """Of all steps, without validations."""
+        """Estimated time of all steps, without validations."""
         training = self.settings.training
         return training.max_steps * training.gradient_accumulation_steps * self.costs.seconds(self.rows)
 
     def parameter_table(self) -> Table:
         total = sum(self.parameters.values())
         rows = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in self.parameters.items()]
-        return ["parameters", "", ""], [*rows, ["all", f"{total:,}", ""]]
+        return Table(["parameters", "", ""], [*rows, ["all", f"{total:,}", ""]])
 
     def stage_table(self) -> Table:
         rows = []
@@ -68,12 +69,12 @@ class Preview:
             read = (stage.end - stage.start) * self.tokens_per_step
             passes = "streamed" if text is None else f"{read / text:.1f}"
             rows.append([f"{stage.start} to {stage.end}", f"{stage.batch_size} x {stage.seq_len}", f"{read:,}", passes])
-        return ["steps", "rows x tokens", "tokens", "passes over the text"], rows
+        return Table(["steps", "rows x tokens", "tokens", "passes over the text"], rows)
 
     def cost_table(self) -> Table:
         training = self.settings.training
         step = training.gradient_accumulation_steps * self.costs.seconds(self.rows)
-        return ["cost", ""], [
+        rows = [
             ["tokens of a step", f"{self.tokens_per_step:,}"],
             ["memory of a process, about", f"{self.bytes / MIB:,.0f} MiB of {self.budget / MIB:,.0f} that it may use"],
             ["of it weights, gradients, optimizer", f"{self.costs.state_bytes / MIB:,.0f} MiB"],
@@ -83,14 +84,18 @@ class Preview:
                 f"{timedelta(seconds=round(self.seconds))} without validations",
             ],
         ]
+        return Table(["cost", ""], rows)
 
 
 def preview(settings: Settings, quiet: bool = False) -> Preview | None:
     """
-    Reads the text, builds the model, tries a few steps, and writes nothing. None in all processes but the main one.
+    Reads the text, builds the model and runs a few steps, without writing files.
+
+    Returns:
+        the preview in the main process, None in the others.
 
     Raises:
-        SettingsError: as `train` would.
+        SettingsError: as `train`.
     """
     with join_processes(settings.distributed, settings.training.device) as processes:
         found = _preview(settings, processes, quiet)
@@ -107,8 +112,14 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     costs, budget = tried or try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
     state = new_state(settings, tokenizer, processes)
     found = Preview(
-        *(settings, parameters_by_part(state.model), describe_groups(state.optimizers), stages_of(settings)),
-        *([None if isinstance(each, Stream) else each.predicted_tokens for each in data], costs, budget, rows),
+        settings=settings,
+        parameters=parameters_by_part(state.model),
+        groups=describe_groups(state.optimizers),
+        stages=stages_of(settings),
+        text=[None if isinstance(each, Stream) else each.predicted_tokens for each in data],
+        costs=costs,
+        budget=budget,
+        rows=rows,
     )
     if found.bytes > budget:
         found.warnings.append(
@@ -125,13 +136,12 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     return found
 
 
-def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """How many parameters each part has, a tied matrix once; parts in the order in which a token meets them."""
+def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
+    """The number of parameters of each part, in the order of the forward pass. Tied matrices count once."""
     free = isinstance(model, FreeTransformer)
-    config: Any = model.config
-    half = config.plan_layer if free else config.num_hidden_layers
-    names = {"embed_tokens": "embedding", "encoder": "encoder", "plan_table": "plan table", "lm_head": "head"}
-    order = ["embedding", "layers before the plan" if free else "layers", "encoder", "plan table"]
+    half = model.config.plan_layer if free else model.config.num_hidden_layers
+    names = {"embed_tokens": "embedding", "encoder": "encoder", "plan_table": "codebook", "lm_head": "head"}
+    order = ["embedding", "layers before the plan" if free else "layers", "encoder", "codebook"]
     counts = dict.fromkeys([*order, "layers after the plan", "last norm", "head"], 0)
     for name, parameter in model.named_parameters():
         part = next((label for key, label in names.items() if key in name), "last norm")

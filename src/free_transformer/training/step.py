@@ -17,7 +17,7 @@ from free_transformer.model.losses import LossWeights, predicted_tokens
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.settings import SettingsError, TrainingSettings
 from free_transformer.training.checkpoint import TrainState
-from free_transformer.training.metrics import Totals
+from free_transformer.training.metrics import MetricAccumulator
 from free_transformer.training.optimizers import clip_gradients
 
 
@@ -91,7 +91,7 @@ def compute_gradients(
     processes: Processes,
     check: Callable[[], None] = lambda: None,
     places: Sequence[PlanPlace] | None = None,
-) -> Totals:
+) -> MetricAccumulator:
     """
     Forward and backward of the micro-batches of a step, and the clipping of the gradients' sum.
 
@@ -102,7 +102,7 @@ def compute_gradients(
         check: called before each micro-batch; it may raise an error to end the step.
         places: of the micro-batches, from `agree_on_step`; several processes ask each other where they are not given.
     """
-    of_step = Totals(tokens=num_tokens)
+    of_step = MetricAccumulator(tokens=num_tokens)
     for index, batch in enumerate(micro):
         check()
         synchronize_gradients(state.model, index == len(micro) - 1)

@@ -1,4 +1,4 @@
-"""What the runs of a sweep have come to: means over seeds with their intervals, as a table and as a page."""
+"""Results of a sweep: means over seeds with confidence intervals, as a table and as a page."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from free_transformer.files import write_json
-from free_transformer.reporting.report import Report, Table
+from free_transformer.reporting.report import NO_PLOTS, Report
+from free_transformer.reporting.table import Table
 from free_transformer.runs.run import Run
 from free_transformer.settings import Settings
 
 SEED = "training.seed"
-MAX_CURVES = 10  # matplotlib's colours repeat then
-# Where one of these varies, losses are of other text or other tokens, and none is the best.
+MAX_CURVES = 10  # the number of matplotlib's colors
+# If one of these varies, losses are measured on other text or tokens, and no group is the best.
 TEXT = {"data.validation", "data.column", "data.tokenizer", "training.seq_len"}
 
 FIGURES = {  # name: title and digits
@@ -31,11 +32,11 @@ FIGURES = {  # name: title and digits
 class SweepRun:
     """
     Attributes:
-        overrides: every setting that the grid names, as text.
-        settings: with a `run_dir` of its own in the sweep's folder.
+        overrides: every setting in the grid, as text.
+        settings: with its own `run_dir` in the sweep's folder.
         status: waiting, done or failed.
-        reason: why it failed, one line.
-        figures: those of `FIGURES` that it has, in these units.
+        reason: why it failed, in one line.
+        figures: its values of `FIGURES`, in these units.
     """
 
     overrides: dict[str, str]
@@ -46,7 +47,7 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Of its folder, such as `latent_dim=8,seed=0`."""
+        """The name of its folder, such as `latent_dim=8,seed=0`."""
         return self.settings.run_dir.name
 
 
@@ -54,8 +55,8 @@ class SweepRun:
 class Sweep:
     """
     Attributes:
-        folder: where `sweep.json` and `report.html` stand beside the runs' folders.
-        varied: the settings that have several values.
+        folder: contains the runs' folders, `sweep.json` and `report.html`.
+        varied: the settings with several values.
     """
 
     folder: Path
@@ -69,7 +70,7 @@ class Sweep:
 
 @dataclass
 class Interval:
-    """A mean and its 95 % confidence interval, mean ± half_width; None where a single value has none."""
+    """A mean and its 95 % confidence interval, mean ± half_width; None for a single value."""
 
     mean: float
     half_width: float | None
@@ -78,12 +79,12 @@ class Interval:
 @dataclass
 class Group:
     """
-    The runs that differ in their seed alone.
+    The runs that differ only in their seed.
 
     Attributes:
-        overrides: the settings that vary, but for the seed.
-        figures: of the runs that are done.
-        best: whether its mean nll is the lowest of several.
+        overrides: the settings that vary, except the seed.
+        figures: over the runs that are done.
+        best: whether its mean nll is the lowest of several groups.
     """
 
     overrides: dict[str, str]
@@ -96,13 +97,13 @@ class Group:
 
 
 def short_names(names: Sequence[str] | dict[str, str]) -> list[str]:
-    """Without the section, where no other has the same last name."""
+    """Names without their section if they are unique without it."""
     last = [name.rpartition(".")[2] for name in names]
     return [short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)]
 
 
 def sweep_groups(sweep: Sweep) -> list[Group]:
-    """In the order of the grid."""
+    """The groups in the order of the grid."""
     groups: dict[tuple[str, ...], Group] = {}
     for run in sweep.runs:
         varied = {name: run.overrides[name] for name in sweep.varied if name != SEED}
@@ -112,14 +113,14 @@ def sweep_groups(sweep: Sweep) -> list[Group]:
             values = [run.figures[name] for run in group.runs if run.status == "done" and name in run.figures]
             if values:
                 group.figures[name] = confidence_interval(values)
-    judged = [group for group in groups.values() if "nll" in group.figures]
-    if len(judged) > 1 and not TEXT & set(sweep.varied):
-        min(judged, key=lambda group: group.figures["nll"].mean).best = True
+    evaluated = [group for group in groups.values() if "nll" in group.figures]
+    if len(evaluated) > 1 and not TEXT & set(sweep.varied):
+        min(evaluated, key=lambda group: group.figures["nll"].mean).best = True
     return list(groups.values())
 
 
 def confidence_interval(values: Sequence[float]) -> Interval:
-    """Of the mean of independent values, by Student's t."""
+    """The 95 % confidence interval of the mean of independent values, by Student's t."""
     if len(values) == 1:
         return Interval(values[0], None)
     from scipy.stats import t
@@ -129,7 +130,7 @@ def confidence_interval(values: Sequence[float]) -> Interval:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """Header and rows, one a group: what was varied, how many runs are done, and their figures."""
+    """One row per group: the settings that vary, how many runs are done, and their figures."""
     groups = sweep_groups(sweep)
     shown = [name for name in FIGURES if any(name in group.figures for group in groups)]
     rows = []
@@ -138,7 +139,8 @@ def sweep_table(sweep: Sweep) -> Table:
         if group.best:
             cells[shown.index("nll")] += " (best)"
         rows.append([*group.overrides.values(), _runs_cell(group), *cells])
-    return [*short_names([*groups[0].overrides]), "runs", *(FIGURES[name][0] for name in shown)], rows
+    header = [*short_names([*groups[0].overrides]), "runs", *(FIGURES[name][0] for name in shown)]
+    return Table(header, rows)
 
 
 def _cell(interval: Interval | None, digits: int) -> str:
@@ -180,12 +182,12 @@ def write_summary(sweep: Sweep) -> None:
 
 
 def write_sweep_report(sweep: Sweep) -> Path:
-    """Writes `report.html`: the table, the curves of up to ten runs, and how each run ended."""
+    """Writes `report.html`: the table, the curves of up to ten runs, and the status of each run."""
     report = Report(f"Sweep {sweep.folder.name}")
-    report.table(*sweep_table(sweep))
+    report.table(sweep_table(sweep))
     report.paragraph(
-        "Means over seeds ± 95 % confidence interval (Student's t). On held-out text, as evaluate measures it; of "
-        "runs without any, the last line of training."
+        "Means over seeds ± 95 % confidence interval (Student's t), on held-out text, measured by evaluate. Runs "
+        "without held-out text have the values of the last line of training."
     )
     metrics = {run.name: lines for run in sweep.runs if (lines := Run(run.settings.run_dir).read_metrics())}
     if 0 < len(metrics) <= MAX_CURVES:
@@ -196,9 +198,9 @@ def write_sweep_report(sweep: Sweep) -> Path:
             report.heading("Curves")
             report.figure(figure, "losses in nats per token, KL in bits per plan")
         except ImportError:
-            report.paragraph("Plots need matplotlib: pip install 'free-transformer-lm[train]'", warning=True)
+            report.warning(NO_PLOTS)
     report.heading("Runs")
-    report.table(["folder", "status", ""], [[run.name, run.status, run.reason or ""] for run in sweep.runs])
+    report.table(Table(["folder", "status", ""], [[run.name, run.status, run.reason or ""] for run in sweep.runs]))
     path = sweep.folder / "report.html"
     report.write(path)
     return path

@@ -1,0 +1,184 @@
+"""The figures to watch while a run trains (FAQ: is my model working?), each with its meaning or with advice."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+from free_transformer.evaluation.usage import LIVE_BITS, SPENT_SHARE
+from free_transformer.settings import Settings
+
+WINDOW = 10  # lines of metrics that a diagnosis takes into account
+WATCHED_FROM = 0.1  # share of the steps: a plan is rarely used earlier
+RISE = 1.02  # of the reconstruction, from one window to the next
+LEVEL = 0.998
+CUT = 10.0  # times training.grad_clip
+PATIENCE = 3  # evaluations without a better held-out loss
+MIN_FREE_BITS = 1.0  # below, runs collapse more often (FAQ: posterior collapse)
+
+Line = Mapping[str, Any]  # of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """
+    A figure of a run.
+
+    Attributes:
+        label: name of the figure, such as `KL`.
+        value: with its unit, `-` if there is none yet.
+        advice: one sentence: what it means, or what to do.
+        alarm: whether something should be done.
+    """
+
+    label: str
+    value: str
+    advice: str
+    alarm: bool = False
+
+
+@dataclass
+class RunHistory:
+    """
+    What a diagnosis is based on.
+
+    Attributes:
+        train: the last `2 * WINDOW` lines of training.
+        validation: the last validation, empty if there is none.
+        collapse: the last check for posterior collapse, empty if there is none.
+        best: held-out ELBO and step of the best validation of the last stage, in nats per token.
+        since_best: number of validations since.
+    """
+
+    settings: Settings
+    train: deque[Line] = field(default_factory=lambda: deque(maxlen=2 * WINDOW))
+    validation: Line = field(default_factory=dict)
+    collapse: Line = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+    since_best: int = 0
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in (*self.train, self.validation) if line), default=0)
+
+    @property
+    def has_plan(self) -> bool:
+        return self.settings.model.kind == "free"
+
+    def is_early(self, step: int) -> bool:
+        training = self.settings.training
+        return step <= max(training.warmup_steps, WATCHED_FROM * training.max_steps)
+
+    def last(self, name: str) -> Any:
+        return self.train[-1].get(name) if self.train else None
+
+    def diagnostics(self) -> list[Diagnostic]:
+        """Every figure that this kind of model has, the most important first."""
+        early = self.is_early(self.step)
+        plan = [_kl, _hinge, _gap, _live_bits] if self.has_plan else []
+        return [figure(self, early) for figure in (_reconstruction, *plan, _held_out, _gradient, _spikes)]
+
+
+def plan_advice(settings: Settings) -> str:
+    """What to change if the plan is not used: the remedies of the FAQ that the settings do not have yet."""
+    model, remedies = settings.model, []
+    if model.free_bits < MIN_FREE_BITS:
+        remedies.append("raise model.free_bits to 1 or 2 bits")
+    if not (model.min_bits and model.aggregate_weight):
+        remedies.append("set model.aggregate_weight=1 and model.min_bits slightly below model.free_bits")
+    if (model.model_extra or {}).get("table_init", "bit_linear") != "bit_linear":
+        remedies.append("use model.table_init=bit_linear")
+    if settings.optimizer_name != "muon" and model.pretrained is None:
+        remedies.append("use optimizer.name=muon")
+    if model.plan_span != "sequence":
+        remedies.append("let each plan cover more tokens (model.plan_span)")
+    return ", ".join(remedies) or "every setting that helps is in use; train longer, or check the training text"
+
+
+def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:
+    label, value = "reconstruction", _with_unit(history.last("reconstruction"), "nats per token")
+    values = [line["reconstruction"] for line in history.train]
+    if len(values) < 2 * WINDOW or early:
+        return Diagnostic(label, value, "should fall; do not compare it with a baseline's loss")
+    change = mean(values[WINDOW:]) / max(mean(values[:WINDOW]), 1e-9)
+    if change > RISE:
+        return Diagnostic(label, value, "rises: lower training.learning_rate, or check the newest text", alarm=True)
+    if change > LEVEL:
+        return Diagnostic(label, value, "no longer falls: stop once the held-out loss has leveled off too")
+    return Diagnostic(label, value, "falls, as it should; do not compare it with a baseline's loss")
+
+
+def _kl(history: RunHistory, early: bool) -> Diagnostic:
+    kl, free = history.last("kl"), history.settings.model.free_bits
+    value = _with_unit(kl, "bits per plan", 2)
+    if kl is not None and kl < SPENT_SHARE * free and not early:
+        advice = f"far under the {free:g} free bits, the plan is collapsing: {plan_advice(history.settings)}"
+        return Diagnostic("KL", value, advice, alarm=True)
+    return Diagnostic("KL", value, f"information that a plan carries; {free:g} bits of it are free")
+
+
+def _hinge(history: RunHistory, early: bool) -> Diagnostic:
+    hinge, free = history.last("kl_hinge"), history.settings.model.free_bits
+    label, value = "KL beyond the free bits", _with_unit(hinge, "bits per plan", 2)
+    if hinge is not None and free > 0 and hinge > free and not early:
+        advice = "plans use over twice the free bits: raise model.free_bits to allow it, training.kl_weight to limit it"
+        return Diagnostic(label, value, advice, alarm=True)
+    return Diagnostic(label, value, "the part of the KL that the loss counts; near 0 if the free bits suffice")
+
+
+def _gap(history: RunHistory, early: bool) -> Diagnostic:
+    value = _with_unit(history.validation.get("gap"), "nats per token", 4)
+    if history.collapse.get("collapsed"):
+        reason = str(history.collapse["warning"]).partition(". Try: ")[0]
+        return Diagnostic("prior gap", value, f"collapsed: {reason}: {plan_advice(history.settings)}", alarm=True)
+    return Diagnostic("prior gap", value, "cost of a random plan: without a gap the plan is not used")
+
+
+def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
+    live, bits = history.last("live_bits"), history.settings.model.latent_dim
+    value = "-" if live is None else f"{live} of {bits}"
+    if live == 0 and not early:
+        advice = f"no bit carries information: {plan_advice(history.settings)}"
+        return Diagnostic("live bits", value, advice, alarm=True)
+    return Diagnostic("live bits", value, f"bits with a KL above {LIVE_BITS:g} bits; the others do no harm")
+
+
+def _held_out(history: RunHistory, early: bool) -> Diagnostic:
+    label = "held-out ELBO" if history.has_plan else "held-out NLL"
+    settings, patience = history.settings, history.settings.evaluation.early_stopping
+    if history.best is None or not history.validation:
+        wanted = {"data.validation": settings.data.validation, "training.eval_every": settings.training.eval_every}
+        missing = " and ".join(name for name, value in wanted.items() if not value)
+        return Diagnostic(label, "-", f"needs {missing}" if missing else "comes with the first validation")
+    value = _with_unit(history.validation["loss"], "nats per token", 4)
+    best = f"best {history.best[0]:.4f} at step {history.best[1]}"
+    if history.since_best >= PATIENCE:
+        stop = f"training stops after {patience}" if patience else "stop (evaluation.early_stopping), or add text"
+        advice = f"{best}, no better for {history.since_best} validations: {stop}"
+        return Diagnostic(label, value, advice, alarm=True)
+    return Diagnostic(label, value, f"{best}; the number that counts: train on while it falls")
+
+
+def _gradient(history: RunHistory, early: bool) -> Diagnostic:
+    norm, clip = history.last("grad_norm"), history.settings.training.grad_clip
+    value = "-" if norm is None else f"{norm:.3g}"
+    recent = [line["grad_norm"] for line in history.train if "grad_norm" in line][-WINDOW:]
+    if recent and clip > 0 and median(recent) > CUT * clip and not early:
+        advice = f"over {CUT:g} times training.grad_clip={clip:g}: lower training.learning_rate, or raise the clip"
+        return Diagnostic("gradient norm", value, advice, alarm=True)
+    return Diagnostic("gradient norm", value, "should be steady; a slow rise precedes instability")
+
+
+def _spikes(history: RunHistory, early: bool) -> Diagnostic:
+    recent = list(history.train)[-WINDOW:]
+    count = sum(line.get("spikes", 0) for line in recent)
+    if count == 0:
+        return Diagnostic("spikes", "0", f"steps with a far higher loss or gradient, in the last {WINDOW} lines")
+    last = max(line["step"] for line in recent if line.get("spikes", 0))
+    advice = f"lower training.learning_rate, lengthen training.warmup_steps, or check the text of steps up to {last}"
+    return Diagnostic("spikes", str(count), advice, alarm=True)
+
+
+def _with_unit(value: float | None, unit: str, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f} {unit}"

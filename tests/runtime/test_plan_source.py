@@ -1,0 +1,147 @@
+"""The rule for where plans come from: in NumPy as in torch, wherever no random number decides."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TINY
+from free_transformer.data import byte_tokenizer
+from free_transformer.deploy import OnnxFreeTransformer
+from free_transformer.export.onnx import export_onnx
+from free_transformer.model.layout import num_plans as torch_num_plans
+from free_transformer.runtime.plan_source import (
+    PlanSource,
+    given_plan,
+    num_plans,
+    num_plans_to_read,
+    sample_posterior,
+    sample_prior,
+)
+from free_transformer.serving.batch import TextRequest
+from free_transformer.serving.onnx_batch import OnnxBatch
+from free_transformer.serving.torch_batch import TorchBatch
+
+BITS, BEGIN, PAD, NEW = TINY["latent_dim"], TINY["bos_token_id"], TINY["pad_token_id"], 7
+
+
+@pytest.fixture
+def saturated_model(tiny_model):
+    """
+    A model whose posterior and prior are certain: the posterior of the bits that the encoder reads, and an aggregate
+    prior in which the last two bits are 1 and the others 0.
+    """
+
+    def build(span):
+        model = tiny_model(plan_span=span)
+        with torch.no_grad():
+            model.encoder.readout.weight.mul_(1e4)
+        model.plan_prior.log_aggregate = torch.full((2**BITS,), -1e4, dtype=torch.float64)
+        model.plan_prior.log_aggregate[0b1100] = 0.0
+        return model
+
+    return build
+
+
+def numpy_plan(model, tokens: torch.Tensor, mask: torch.Tensor, plan, prompt_plan: str) -> np.ndarray:
+    """The plans of `NEW` more tokens after each prompt, by the NumPy rule."""
+    span, rng = model.config.plan_span, np.random.default_rng(0)
+    wanted = num_plans(span, tokens.shape[1] + NEW)
+    logits = model.infer_plan(tokens, mask).detach().numpy()
+    source = PlanSource(
+        given=given_plan(None if plan is None else plan.numpy(), len(tokens), BITS, span),
+        read=sample_posterior(logits, rng.random(logits.shape)),
+        num_read=num_plans_to_read(tokens.numpy(), mask.numpy(), prompt_plan, span, BEGIN),
+        sampled=sample_prior((len(tokens), wanted), BITS, model.plan_prior.log_aggregate.numpy(), rng),
+    )
+    return source.complete(wanted)
+
+
+def left_padded(tokens: torch.Tensor, *lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.tensor([[0] * (tokens.shape[1] - length) + [1] * length for length in lengths])
+    return tokens.where(mask.bool(), PAD), mask
+
+
+@pytest.mark.parametrize("prompt_plan", ["posterior", "prior"])
+@pytest.mark.parametrize(("span", "given"), [*product([1, 4], [0, 1, 2, 20]), ("sequence", 0), ("sequence", 1)])
+def test_numpy_rule_matches_generate(saturated_model, tokens_like, span, given, prompt_plan):
+    model = saturated_model(span)
+    tokens, mask = left_padded(tokens_like(4, 9), 9, 5, 1, 2)
+    tokens[2, -1] = BEGIN  # an empty prompt
+    tokens[3, -2] = BEGIN
+    plan = torch.rand(4, given, BITS) < 0.5 if given else None
+    output = model.generate(
+        tokens,
+        attention_mask=mask,
+        plan=plan,
+        prompt_plan=prompt_plan,
+        prior="aggregate",
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    expected = output.plan.numpy()
+    found = numpy_plan(model, tokens, mask, plan, prompt_plan)
+    assert expected.shape[1] == torch_num_plans(span, tokens.shape[1] + NEW)
+    assert np.array_equal(found[:, : expected.shape[1]], expected)
+    if given == 0 and prompt_plan == "posterior":
+        assert (found[2] == [False, False, True, True]).all()  # from the prior alone
+        assert (found[0, 0] == (model.infer_plan(tokens, mask)[0, 0] > 0).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "span"), [("torch", 1), ("torch", 4), ("torch", "sequence"), ("onnx", 4), ("onnx", "sequence")]
+)
+def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, span, kind):
+    """In float32, so that a model and its export have the same certain plans."""
+    model = saturated_model(span)
+    vocabulary = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": 258}
+    torch.manual_seed(0)
+    model = type(model)(type(model.config)(**{**TINY, **vocabulary, "plan_span": span})).eval()
+    with torch.no_grad():
+        model.encoder.readout.weight.mul_(1e4)
+    model.plan_prior.log_aggregate = saturated_model(span).plan_prior.log_aggregate.float()
+    if kind == "onnx":
+        export_onnx(model, tmp_path / "onnx", byte_tokenizer())
+        exported = OnnxFreeTransformer(tmp_path / "onnx", threads=1)
+        batch = OnnxBatch(exported)
+    else:
+        batch = TorchBatch(model, byte_tokenizer())
+    for prompt in ([256], [256, *b"a prompt"]):
+        for plan in (None, np.array([[True, False, True, True]])):
+            output = model.generate(
+                torch.tensor([prompt]),
+                plan=None if plan is None else torch.from_numpy(plan),
+                prompt_plan="posterior",
+                prior="aggregate",
+                max_new_tokens=NEW,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+            wanted = batch.num_plans(len(prompt) + NEW - 1)
+            expected = output.plan[0, :wanted].numpy()
+            new = batch.add(TextRequest(prompt, NEW, plan=plan, prior="aggregate", seed=(0,)))
+            batch.remove(0)
+            assert np.array_equal(new.plan, expected)
+            if kind == "onnx":
+                tokens = np.array([prompt])
+                rng = np.random.default_rng(0)
+                found = exported._complete_plan(
+                    plan, tokens, np.ones_like(tokens), len(prompt) + NEW - 1, "posterior", "aggregate", rng
+                )
+                assert np.array_equal(found[0], expected)
+
+
+def test_plans_without_a_candidate_are_an_error():
+    nothing, two = np.zeros((1, 0, BITS), dtype=bool), np.ones((1, 2, BITS), dtype=bool)
+    source = PlanSource(given=nothing, read=nothing, num_read=np.array([0]), sampled=two)
+    assert source.complete(2).all() and source.complete(1).shape == (1, 1, BITS)
+    with pytest.raises(ValueError, match="3 plans are needed, but only 0 are given or read and 2 are sampled"):
+        source.complete(3)
+
+
+def test_number_of_plans_of_integers_and_arrays():
+    assert [num_plans(4, tokens) for tokens in (1, 4, 5)] == [1, 1, 2]
+    assert num_plans(4, np.array([1, 4, 5])).tolist() == [1, 1, 2]
+    assert num_plans("sequence", 9) == 1 and num_plans("sequence", np.array([1, 9])).tolist() == [1, 1]
