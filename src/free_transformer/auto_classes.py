@@ -26,6 +26,7 @@ WITHOUT_TORCH = {  # parts of this package
     "quiet",
     "reporting",
     "reporting.console",
+    "reporting.table",
     "runs",
     "runs.evaluation_options",
     "runtime",

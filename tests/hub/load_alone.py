@@ -69,7 +69,7 @@ def run_card(folder: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks:
             exec(block.replace('name = "."', f"name = {folder!r}"), scope)
-    assert scope["written"].shape[1] > scope["prompt"].shape[1]
+    assert scope["generated"].shape[1] > scope["prompt"].shape[1]
 
 
 if __name__ == "__main__":

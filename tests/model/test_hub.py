@@ -320,7 +320,7 @@ def test_a_card_has_the_last_validation_then_the_evaluation(run, evaluated):
     assert "bound, 3 plans" in text and "nats per byte" in text
     row = next(line for line in text.splitlines() if line.startswith("| reconstruction"))
     assert f"{values['reconstruction']:.4f}" in row and "never compare" in row
-    assert f"A plan spends {values['kl']:.4f}" in text
+    assert f"A plan uses {values['kl']:.4f}" in text
 
 
 def test_a_card_says_that_the_plan_is_not_used(run, evaluated):

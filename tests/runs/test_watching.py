@@ -279,7 +279,7 @@ def test_subscribers_receive_the_run_in_order_and_the_lines_of_the_file(tiny_set
     monkeypatch.setattr(PreparedRun, "subscribers", lambda self, quiet: [recorder, *subscribers(self, quiet)])
     settings = tiny_settings(training={"max_steps": 2, "eval_every": 2}, logging={"sample_every": 2})
     run = train(settings, quiet=True)
-    assert recorder.published == ["start", "train", "train", "validation", "watcher", "sample", "close", "trained"]
+    assert recorder.published == ["start", "train", "train", "validation", "sample", "close", "trained"]
     assert recorder.lines == run.read_metrics()
     assert (recorder.run_start.name, recorder.run_start.step, recorder.run_start.max_steps) == ("run", 0, 2)
 
@@ -297,11 +297,8 @@ def test_monitor_publishes_an_alarm_once_and_its_end():
     recorder = Recorder()
     monitor = Monitor(settings_of(), lines_of(), [recorder])
     *_, line = lines_of(start=500)
-    for step, norm in (
-        (800, 0.8),
-        *((step, 90.0) for step in range(810, 900, 10)),
-        *((s, 0.8) for s in range(900, 1000, 10)),
-    ):
+    norms = [0.8, *[90.0] * 9, *[0.8] * 10]
+    for step, norm in enumerate(norms, start=800):
         monitor.record(step, "train", {**line, "step": step, "grad_norm": norm})
     advised = [line["advice"] for line in recorder.lines if "advice" in line]
     assert len(advised) == 2 and advised[0].startswith("gradient norm: over 10 times") and advised[1] == "all is well"

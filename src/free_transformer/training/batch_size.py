@@ -193,7 +193,7 @@ def decide_batch_size(
     least = costs.trials[-1].rows * processes.data_size
     text = f"training.batch_size=auto: {rows} rows, {costs.bytes(fitting) / GIB:.2f} of {budget / GIB:.2f} GiB"
     if rows > least:
-        text += f"; steps from {least} rows on are hardly faster per row, and a smaller batch learns more from the same text"
+        text += f"; steps from {least} rows on are hardly faster per row, and smaller batches are often more efficient"
     stderr_console(quiet or not processes.main).print(text, soft_wrap=True)
     settings = _with_rows(settings, rows)
     check_batches(data, settings)
