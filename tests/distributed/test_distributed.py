@@ -44,17 +44,17 @@ WAYS = {
 
 def train_and_tell(values: dict, of_each: str) -> None:
     """A run whose processes write down how much of each parameter they hold."""
-    write_model = _Trainer._write_model
+    finish = _Trainer._finish
 
-    def tell(self, trained: int) -> None:
+    def tell(self) -> None:
         held = {
             name: (p.to_local() if isinstance(p, DTensor) else p).numel() / p.numel()
             for name, p in self.state.model.named_parameters()
         }
         Path(f"{of_each}.{self.processes.rank}").write_text(json.dumps(held))
-        write_model(self, trained)
+        finish(self)
 
-    _Trainer._write_model = tell
+    _Trainer._finish = tell
     train_tiny(values)
 
 
@@ -109,14 +109,14 @@ def train_and_tell_dtypes(values: dict, out: str) -> None:
         return forward(self, hidden_states, *arguments, **others)
 
     DecoderLayer.forward = watched
-    write_model = _Trainer._write_model
+    finish = _Trainer._finish
 
-    def tell(self, trained: int) -> None:
+    def tell(self) -> None:
         kept = {str(parameter.dtype) for parameter in self.state.model.parameters()}
         Path(f"{out}.{self.processes.rank}").write_text(json.dumps([sorted(map(list, seen)), sorted(kept)]))
-        write_model(self, trained)
+        finish(self)
 
-    _Trainer._write_model = tell
+    _Trainer._finish = tell
     train_tiny(values)
 
 

@@ -99,7 +99,7 @@ def test_trying_steps_changes_nothing_of_the_run(tiny_settings):  # noqa: F811
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_tried(tiny_settings, monkeypatch):  # noqa: F811
     monkeypatch.setattr(memory, "memory_budget", lambda processes: 1000)
-    with pytest.raises(SettingsError, match="take a smaller model"):
+    with pytest.raises(SettingsError, match="use a smaller model"):
         resolved(tiny_settings(training={"batch_size": "auto"}))
 
 
