@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from free_transformer.reporting.table import Table
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PAGE = ROOT / "docs" / "gpu.md"
@@ -78,8 +80,7 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return Table(head, rows).to_markdown()
 
 
 def number(value: Any, digits: int = 2, unit: str = "", scale: float = 1.0) -> str:

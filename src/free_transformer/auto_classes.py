@@ -13,26 +13,8 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-WITHOUT_TORCH = {  # parts of this package
-    "auto_classes",
-    "cli",
-    "deploy",
-    "errors",
-    "files",
-    "model",
-    "model.errors",
-    "model.plan_text",
-    "model.sampling",
-    "quiet",
-    "reporting",
-    "reporting.console",
-    "reporting.table",
-    "runs",
-    "runs.evaluation_options",
-    "runtime",
-    "serving",
-}
-ROOMS_WITHOUT_TORCH = {"cli", "runtime", "serving"}
+# Of `model/`, which registration imports; every other room is complete without it.
+WITHOUT_TORCH = {"free_transformer.model.errors", "free_transformer.model.plan_text", "free_transformer.model.sampling"}
 
 
 def register_soon() -> None:
@@ -61,8 +43,8 @@ class _Registrar:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, module = name.partition(".")
-        if name != "transformers" and (package != __package__ or _needs_no_torch(module)):
+        of_model = name.startswith("free_transformer.model.") and name not in WITHOUT_TORCH
+        if name != "transformers" and not of_model:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
         try:
@@ -82,7 +64,3 @@ class _Registrar:
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
-
-
-def _needs_no_torch(module: str) -> bool:
-    return module in WITHOUT_TORCH or module.split(".")[0] in ROOMS_WITHOUT_TORCH

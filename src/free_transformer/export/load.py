@@ -23,8 +23,6 @@ def load_with_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     """
     if (folder / "config.json").is_file():
         model, tokenizer = load_quantized(folder), load_tokenizer(str(folder))
-    else:
-        run = Run.open(folder)
-        model, tokenizer = run.load_model(), run.load_tokenizer()
-    check_vocabulary(tokenizer, model.config.vocab_size, folder)
-    return model, tokenizer
+        check_vocabulary(tokenizer, model.config.vocab_size, folder)
+        return model, tokenizer
+    return Run.open(folder).load_with_tokenizer()

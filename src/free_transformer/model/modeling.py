@@ -81,7 +81,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
             config.group_bits, config.hidden_size, config.plan_gradient, config.plan_chunk_bytes, config.table_init
         )
         if encoder is not None:
-            for module in encoder.modules():  # its start is its own
+            for module in encoder.modules():  # it initializes itself
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.encoder = PlanEncoder(config) if encoder is None else encoder
         # Read before anything is wrapped around it: a wrapper (PEFT's) takes any argument and hands all of them on.
@@ -172,8 +172,9 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         plan_logits = None
         if mode == "training":
             plan_logits = self.encode(lower)
-            state = PlanState(plan=self.plan_mapper(plan_logits), prior=prior or "uniform")
-            vectors = plan_to_token(self.plan_table(state.plan, plan_logits), lower.token_plan)
+            sampled = self.plan_mapper(plan_logits)
+            state = PlanState(plan=sampled, prior=prior or "uniform")
+            vectors = self.plan_vectors(lower, sampled, plan_logits)
         else:
             state = known_plans(self.config, plan, cache, lower, prompt_plan, prior)
             state = complete_plans(self, state, lower, lambda: is_text(self, input_ids, inputs_embeds))
@@ -230,10 +231,8 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
                 layout = plan_layout(self.config.plan_span, position_ids.expand(batch, -1), real, packed)
                 plans = layout.num_plans
             else:
-                plans, token_plan = (
-                    num_plans(self.config.plan_span, past + tokens),
-                    plan_of_rank(self.config.plan_span, ranks),
-                )
+                plans = num_plans(self.config.plan_span, past + tokens)
+                token_plan = plan_of_rank(self.config.plan_span, ranks)
             of_row = layout if packed else None
             mask, own = mask_of_text(self.config, attention_mask, real, of_row, hidden_states, cache)
         if isinstance(cache, PlanCache):
@@ -251,7 +250,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         )
 
     def encode(self, lower: LowerOutput) -> Tensor:
-        """The posterior's logits, (B, P, H), from the output of the first lower."""
+        """The posterior's logits, (B, P, H), from the output of the lower layers."""
         if lower.layout is None:
             raise InputError(
                 f"mode='training' takes no cache that holds tokens: the encoder reads whole texts ({NO_PREFIX_TUNING})"

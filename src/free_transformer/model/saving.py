@@ -1,7 +1,7 @@
 """Loading, also from a pretrained Llama without a plan, and saving, with the code of the model beside its weights."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +10,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from .configuration import FreeTransformerConfig
 from .hub_code import name_code
 from .warm_start import warm_start
-
-if TYPE_CHECKING:
-    pass
 
 OWN_NAME = "FreeTransformer"
 

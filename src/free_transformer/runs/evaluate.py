@@ -12,7 +12,6 @@ from free_transformer.evaluation import Comparison, Likelihood, compare, evaluat
 from free_transformer.reporting.console import stderr_console
 from free_transformer.runs.evaluation_options import EvaluationOptions
 from free_transformer.runs.run import Run
-from free_transformer.runtime.arrays import check_vocabulary
 
 __all__ = ["EvaluationOptions", "RunComparison", "RunEvaluation", "compare_runs", "evaluate_run"]
 
@@ -58,8 +57,7 @@ def evaluate_run(
         InputError: for text that cannot be read, an unknown method or prior, or too many plans for `"exact"`.
     """
     settings = settings or EvaluationOptions()
-    model, tokenizer = run.load_model(), run.load_tokenizer()
-    check_vocabulary(tokenizer, model.config.vocab_size, run.path)
+    model, tokenizer = run.load_with_tokenizer()
     processes = processes or Processes(find_device(run.settings.training.device))
     parallelize(model, processes)
     model.to(processes.device)

@@ -29,6 +29,7 @@ from free_transformer.files import (
 from free_transformer.runs.lines import JsonObject, append_line, read_lines, write_lines
 from free_transformer.runs.load_model import load_pretrained
 from free_transformer.runs.model_card import write_model_card
+from free_transformer.runtime.arrays import check_vocabulary
 from free_transformer.settings import Settings, SettingsError, load_settings
 
 
@@ -128,6 +129,12 @@ class Run:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(self._trained_model()))
+
+    def load_with_tokenizer(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The trained model, in eval mode, and its tokenizer. `InputError` for token ids outside its vocabulary."""
+        model, tokenizer = self.load_model(), self.load_tokenizer()
+        check_vocabulary(tokenizer, model.config.vocab_size, self.path)
+        return model, tokenizer
 
     def _trained_model(self) -> Path:
         _ = self.settings  # raises if the folder is not a run

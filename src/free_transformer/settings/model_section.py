@@ -35,10 +35,18 @@ class ModelSettings(Section):
         description="Folder or Hub name of the model to start from: a Llama, Mistral, Qwen 2, Qwen 3 or Free "
         "Transformer. It decides the shape of the model. Default: new weights.",
     )
-    hidden_dim: int = Field(256, ge=2, description="Width of the residual stream, at least 2.")
-    num_layers: int = Field(6, ge=1, description="Number of decoder layers, at least 1. The plan enters at half depth.")
+    hidden_dim: int = Field(
+        FreeTransformerConfig.hidden_size, ge=2, description="Width of the residual stream, at least 2."
+    )
+    num_layers: int = Field(
+        FreeTransformerConfig.num_hidden_layers,
+        ge=1,
+        description="Number of decoder layers, at least 1. The plan enters at half depth.",
+    )
     num_heads: int = Field(
-        4, ge=1, description="Number of attention heads, at least 1. `hidden_dim / num_heads` must be even."
+        FreeTransformerConfig.num_attention_heads,
+        ge=1,
+        description="Number of attention heads, at least 1. `hidden_dim / num_heads` must be even.",
     )
     preset: Literal["steering", "paper"] = Field(
         "steering",
@@ -56,19 +64,19 @@ class ModelSettings(Section):
         "or row).",
     )
     free_bits: float = Field(
-        2.5,
+        OBJECTIVE["free_bits"],
         ge=0,
         description="KL in bits per plan that costs nothing, at least 0. A higher value lets plans carry more "
         "information. Default: 2.5 with one plan per sequence, else 0.5.",
     )
     min_bits: float = Field(
-        2.0,
+        OBJECTIVE["min_bits"],
         ge=0,
         description="Minimum KL in bits per plan, from 0 (the paper) to `free_bits`. A plan with less is penalized. "
         "Default: 2.0 with one plan per sequence, else 0.",
     )
     aggregate_weight: float = Field(
-        1.0,
+        OBJECTIVE["aggregate_weight"],
         ge=0,
         description="Weight of the term that makes the aggregate posterior uniform, at least 0. Use 1 together with "
         "`min_bits`; 0 gives the paper's objective. Default: 1 with one plan per sequence, else 0.",
