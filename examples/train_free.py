@@ -2,7 +2,7 @@
 
 import argparse
 
-from free_transformer.cli.main import as_command
+from free_transformer.cli.exit_status import as_command
 from free_transformer.training import load_settings, train
 
 

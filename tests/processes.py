@@ -99,7 +99,7 @@ def _run(environment: dict[str, Any], log: Path, target: Callable[..., None], ar
 
 def train_tiny(values: dict[str, Any]) -> None:
     """A run, with errors as the command line shows them."""
-    from free_transformer.cli.main import as_command
+    from free_transformer.cli.exit_status import as_command
     from free_transformer.settings import parse_settings
     from free_transformer.training import train
 

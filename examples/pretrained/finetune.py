@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
 import voices
 from demo import decode, key_lines, read_rows, shown_share, train_both
 
-from free_transformer.cli.main import as_command
+from free_transformer.cli.exit_status import as_command
 from free_transformer.evaluation import (
     Control,
     Likelihood,

@@ -19,7 +19,7 @@ from judge import Judge
 from rich.console import Console
 from voices import VOICES, read_label, write_corpus
 
-from free_transformer.cli.main import as_command
+from free_transformer.cli.exit_status import as_command
 from free_transformer.data import Rows, build_rows
 from free_transformer.evaluation import (
     Control,

@@ -1,7 +1,7 @@
 """Free Transformer: a Llama that samples a latent plan and generates every token conditioned on it."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from free_transformer.auto_classes import register_soon
 
@@ -38,7 +38,7 @@ _HOMES = {
 register_soon()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)

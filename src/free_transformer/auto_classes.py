@@ -24,7 +24,7 @@ def register_soon() -> None:
     if "transformers" in sys.modules:
         _register()
     else:
-        sys.meta_path.insert(0, _Registrar())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Registrar())
 
 
 def _register() -> None:
@@ -46,18 +46,18 @@ class _Registrar:
         of_model = name.startswith("free_transformer.model.") and name not in WITHOUT_TORCH
         if name != "transformers" and not of_model:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            sys.meta_path.insert(0, self)  # type: ignore[arg-type]  # whoever asks for a module need not import it
+            sys.meta_path.insert(0, self)  # whoever asks for a module need not import it
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 registers = self in sys.meta_path
                 if registers:
-                    sys.meta_path.remove(self)  # type: ignore[arg-type]
+                    sys.meta_path.remove(self)
                 execute(module)
                 if registers:
                     _register()

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Replaces the file's contents at once; what JSON cannot hold, such as the standard error of one text, is null."""
     write_text(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
 

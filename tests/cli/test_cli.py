@@ -10,7 +10,8 @@ import typer
 from cli_cases import assert_refused
 from cli_fixtures import *  # noqa: F403
 
-from free_transformer.cli.main import app, as_command, main
+from free_transformer.cli.exit_status import as_command
+from free_transformer.cli.main import app, main
 from free_transformer.errors import DataError, InputError, MissingDependency, RunError, SettingsError
 from free_transformer.settings import Settings
 
@@ -104,7 +105,9 @@ def test_faults_of_the_library_keep_their_traceback(capsys, error):
 
 
 def test_a_fault_is_a_traceback_and_status_1():
-    code = "from free_transformer.cli.main import as_command\nwith as_command():\n    raise RuntimeError('a fault')"
+    code = (
+        "from free_transformer.cli.exit_status import as_command\nwith as_command():\n    raise RuntimeError('a fault')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "RuntimeError: a fault" in done.stderr

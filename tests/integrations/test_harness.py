@@ -436,7 +436,8 @@ def test_the_command_writes_results_with_their_plans(free, task_folder, tmp_path
     config = results["config"]
     assert (config["num_plans"], config["prompt_plan"], config["plan_seed"]) == (3, "prior", 5)
     assert set(config["plan_standard_errors"]) == {"pick", "read"}
-    header, rows = result_table(results)
+    table = result_table(results)
+    header, rows = table.header, table.rows
     assert header == ["task", "items", "metric", "value", "plans", "± nats"]
     assert [row[0] for row in rows] == ["pick", "pick", "read", "read", "write"]
     assert [row[4] for row in rows] == ["3", "3", "3", "3", "1"]

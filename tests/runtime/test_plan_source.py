@@ -90,24 +90,36 @@ def test_numpy_rule_matches_generate(saturated_model, tokens_like, span, given, 
         assert (found[0, 0] == (model.infer_plan(tokens, mask)[0, 0] > 0).numpy()).all()
 
 
+@pytest.mark.parametrize("begin", ["bos_token", "eos_token"])
 @pytest.mark.parametrize(
     ("kind", "span"), [("torch", 1), ("torch", 4), ("torch", "sequence"), ("onnx", 4), ("onnx", "sequence")]
 )
-def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, span, kind):
-    """In float32, so that a model and its export have the same certain plans."""
-    model = saturated_model(span)
-    vocabulary = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": 258}
+def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, span, kind, begin):
+    """
+    In float32, so that a model and its export have the same certain plans. A text begins with the end-of-text token
+    where there is no begin-of-text token.
+    """
+    model, tokenizer = saturated_model(span), byte_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = None, None
+    setattr(tokenizer, begin, "<|begin|>")
+    vocabulary = {
+        "vocab_size": 259,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 258,
+        f"{begin}_id": 256,
+    }
     torch.manual_seed(0)
     model = type(model)(type(model.config)(**{**TINY, **vocabulary, "plan_span": span})).eval()
     with torch.no_grad():
         model.encoder.readout.weight.mul_(1e4)
     model.plan_prior.log_aggregate = saturated_model(span).plan_prior.log_aggregate.float()
     if kind == "onnx":
-        export_onnx(model, tmp_path / "onnx", byte_tokenizer())
+        export_onnx(model, tmp_path / "onnx", tokenizer)
         exported = OnnxFreeTransformer(tmp_path / "onnx", threads=1)
         batch = OnnxBatch(exported)
     else:
-        batch = TorchBatch(model, byte_tokenizer())
+        batch = TorchBatch(model, tokenizer)
     for prompt in ([256], [256, *b"a prompt"]):
         for plan in (None, np.array([[True, False, True, True]])):
             output = model.generate(
@@ -119,6 +131,7 @@ def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, spa
                 do_sample=False,
                 return_dict_in_generate=True,
             )
+            assert output.sequences.shape[1] == len(prompt) + NEW, "choose another seed: the text ended"
             wanted = batch.num_plans(len(prompt) + NEW - 1)
             expected = output.plan[0, :wanted].numpy()
             new = batch.add(TextRequest(prompt, NEW, plan=plan, prior="aggregate", seed=(0,)))

@@ -8,7 +8,6 @@ import typer
 from free_transformer.cli import output
 from free_transformer.cli.options import OverwriteOption, RunArgument
 from free_transformer.files import check_replaceable
-from free_transformer.reporting.table import Table
 
 
 def export(
@@ -61,6 +60,6 @@ def export(
         differences = export_model(
             model, tokenizer, folder, to=to, quantize=quantize, static=static, overwrite=overwrite
         )
-    output.print_table(Table(*difference_table(differences)))
+    output.print_table(difference_table(differences))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     output.print_line(f"{size / 1e6:.1f} MB, saved to {folder}")

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from free_transformer.cli.output import print_sample
-from free_transformer.cli.processes import distribute, generation_processes
+from free_transformer.cli.processes import generation_processes
 from free_transformer.cli.prompts import first_document, prompt_tokens
+from free_transformer.distributed.parallelize import parallelize
 from free_transformer.errors import InputError
 from free_transformer.evaluation.plan_ops import plan_of_text
 from free_transformer.export.load import load_with_tokenizer
@@ -58,7 +59,7 @@ def generate_with_torch(folder: Path, request: Request) -> None:
     """
     with generation_processes() as processes:
         model, tokenizer = load_with_tokenizer(folder)
-        distribute(model, processes)
+        parallelize(model, processes)
         plan = _given_plan(model, tokenizer, folder, request)
         torch.manual_seed(request.seed)
         tokens = prompt_tokens(tokenizer, request.prompt).expand(request.num_samples, -1).to(model.device)

@@ -9,7 +9,6 @@ from free_transformer.cli.options import ModelArgument, OverwriteOption, PriorOp
 from free_transformer.cli.output import print_line, print_table
 from free_transformer.cli.packages import optional_packages
 from free_transformer.files import WRITTEN_BY, check_own_file, write_json
-from free_transformer.reporting.table import Table
 
 
 def lm_eval(
@@ -78,7 +77,7 @@ def lm_eval(
     names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
     results = run_tasks(lm, names, include_path, num_fewshot, limit, seed, apply_chat_template, gen_kwargs)
     write_json(file, {"written_by": WRITTEN_BY, **results})
-    print_table(Table(*result_table(results)))
+    print_table(result_table(results))
     if has_plan:
         print_line("± nats is the standard error of a request's log-likelihood over plans")
     print_line(f"saved to {file}")

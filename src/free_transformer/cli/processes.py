@@ -3,9 +3,6 @@
 import os
 from contextlib import AbstractContextManager
 
-from transformers import PreTrainedModel
-
-from free_transformer.distributed.parallelize import parallelize
 from free_transformer.distributed.processes import Processes, join_processes
 from free_transformer.settings import DistributedSettings
 
@@ -18,9 +15,3 @@ def evaluation_processes() -> AbstractContextManager[Processes]:
 def generation_processes() -> AbstractContextManager[Processes]:
     """Joins processes that generate the same texts together, each with a part of every matrix."""
     return join_processes(DistributedSettings(tensor=int(os.environ.get("WORLD_SIZE", 1))))
-
-
-def distribute(model: PreTrainedModel, processes: Processes) -> None:
-    """Spreads a model over these processes, or moves it to the device of a single one."""
-    parallelize(model, processes)
-    model.to(processes.device)

@@ -4,7 +4,6 @@ import functools
 import itertools
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ def parallelize(
 ) -> None:
     """
     Spreads a model over processes, in place: matrices over tensor processes -> activation checkpointing -> compile
-    block by block -> `fully_shard`, of each block, the encoder, the codebook, the embedding and the head.
+    block by block -> `fully_shard`, of each block, the encoder, the codebook, the embedding and the head -> the device.
 
     Args:
         dtype: of the computation where data processes share the model; weights and sums of gradients stay fp32.
@@ -59,14 +58,15 @@ def parallelize(
             model.lm_head.fused_loss = True
     if processes.data_size > 1:
         shard(model, processes, dtype)
+    model.to(processes.device)
 
 
-def blocks(model: Any) -> list[nn.Module]:
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, and the encoder where there is one."""
     return [*model.model.layers, *([model.encoder] if isinstance(model, FreeTransformer) else [])]
 
 
-def split_matrices(model: Any, mesh: DeviceMesh) -> None:
+def split_matrices(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Tensor parallelism: whole heads and hidden units to each process, the vocabulary cut at both ends."""
     config, count = model.config, mesh.size()
     for name in ("num_attention_heads", "num_key_value_heads"):
@@ -88,7 +88,7 @@ def split_matrices(model: Any, mesh: DeviceMesh) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def shard(model: Any, processes: Processes, dtype: torch.dtype | None = None) -> None:
+def shard(model: PreTrainedModel, processes: Processes, dtype: torch.dtype | None = None) -> None:
     """`fully_shard` over the data processes: within each replica, or with replicas of one process each, DDP."""
     assert processes.mesh is not None
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # of evaluations, which have no backward
@@ -111,7 +111,7 @@ def shard(model: Any, processes: Processes, dtype: torch.dtype | None = None) ->
             _gather_outside_of_training(model, name)
 
 
-def _gather_outside_of_training(model: Any, name: str) -> None:
+def _gather_outside_of_training(model: PreTrainedModel, name: str) -> None:
     """
     Lets an evaluation call one of the model's parts by itself: `fully_shard` gathers weights before `forward` only.
 
@@ -122,7 +122,7 @@ def _gather_outside_of_training(model: Any, name: str) -> None:
     gathering = getattr(model, name)
 
     @functools.wraps(plain)
-    def either(*args: object, **kwargs: object) -> Any:
+    def either(*args: object, **kwargs: object) -> object:
         return (plain if torch.is_grad_enabled() else gathering)(*args, **kwargs)
 
     setattr(model, name, either)
@@ -233,14 +233,14 @@ class _Sum(torch.autograd.Function):
     """Sum over processes, whose gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         values = values.contiguous().clone()
         dist.all_reduce(values, group=group)
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -178,7 +177,7 @@ def _is_of_a_backend(error: RuntimeError) -> bool:
     return any(name in str(error) for name in ("gloo", "ProcessGroup", "NCCL", "Connection closed", "TCPStore"))
 
 
-def _who_is_missing(store: Any, rank: int, size: int, error: Exception) -> str:
+def _who_is_missing(store: dist.Store, rank: int, size: int, error: Exception) -> str:
     """A roll call through the store that brought the processes together: who fails too is there."""
     try:
         store.set(f"left-{rank}", "1")

@@ -135,7 +135,7 @@ def evaluate_likelihood(
     sums = {name: values[kept] for name, values in sums.items()}
     logits = [each for _, each in parts if each is not None]
     plan_logits = torch.cat(logits).cpu() if logits else None
-    free_bits = model.config.free_bits if isinstance(model, FreeTransformer) else 0.0
+    free_bits = model.config.free_bits or 0.0 if isinstance(model, FreeTransformer) else 0.0
     result = _summary(sums, plan_logits, free_bits, method, num_samples)
     result.plan_prior = prior
     return result

@@ -10,6 +10,7 @@ from free_transformer.export.aot import export_aot
 from free_transformer.export.files import Difference
 from free_transformer.export.onnx import export_onnx
 from free_transformer.export.quantize import quantize as save_quantized
+from free_transformer.reporting.table import Table
 
 FORMATS = ("onnx", "torch", "aot")
 
@@ -58,8 +59,8 @@ def export_model(
     return export_onnx(model, folder, tokenizer, static, quantize, overwrite=overwrite).differences
 
 
-def difference_table(differences: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the largest difference of each output over all shapes; the cache is left out."""
+def difference_table(differences: Sequence[Difference]) -> Table:
+    """The largest difference of each output over all shapes; the cache is left out."""
     by_output: dict[tuple[str, str], list[Difference]] = {}
     for each in differences:
         if not each.output.startswith("present"):
@@ -68,4 +69,4 @@ def difference_table(differences: Sequence[Difference]) -> tuple[list[str], list
     for name, tried in by_output.items():
         shapes = ", ".join(dict.fromkeys(f"{each.texts} x {each.tokens}" for each in tried))
         rows.append([*name, f"{max(each.difference for each in tried):.2g}", shapes])
-    return ["graph", "output", "largest difference", "texts x tokens, with and without padding"], rows
+    return Table(["graph", "output", "largest difference", "texts x tokens, with and without padding"], rows)

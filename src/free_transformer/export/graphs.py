@@ -73,7 +73,7 @@ class Graph(nn.Module):
         if past is None:
             layout = plan_layout(model.config.plan_span, positions, real, packed=False)
             plans = layout.num_plans
-        return model.model.run_lower(embedded, mask[:, None], positions, past, layout, plans)  # type: ignore[arg-type]
+        return model.model.run_lower(embedded, mask[:, None], positions, past, layout, plans)
 
     def upper_layers(self, lower: LowerOutput, plan: Tensor, columns: Tensor | int = 0) -> Tensor:
         """Returns the logits of all tokens, or of those in `columns`, under a plan of (B, P, H) bits."""

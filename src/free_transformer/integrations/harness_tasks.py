@@ -13,6 +13,7 @@ from lm_eval.utils import handle_non_serializable
 
 from free_transformer.errors import SettingsError
 from free_transformer.files import first_line
+from free_transformer.reporting.table import Table
 
 MACHINE = "pretty_env_info"  # key of the harness's results: a description of the computer and its packages
 
@@ -127,10 +128,10 @@ def find_tasks(manager: TaskManager, wanted: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def result_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def result_table(results: Results) -> Table:
     """
-    Returns the header and rows of a table of results, one row per metric. The column `± nats` has the standard error of
-    a request's log-likelihood.
+    Returns a table of results, one row per metric. The column `± nats` has the standard error of a request's
+    log-likelihood.
     """
     config = results["config"]
     plans, errors = config.get("num_plans"), config.get("plan_standard_errors", {})
@@ -149,7 +150,7 @@ def result_table(results: Results) -> tuple[list[str], list[list[str]]]:
             if plans is not None:  # each generated text has one plan
                 row += [str(plans if task in errors else 1), _number(errors.get(task))]
             rows.append(row)
-    return header, rows
+    return Table(header, rows)
 
 
 def _number(value: float | str | None) -> str:

@@ -16,6 +16,7 @@ from .compat import (
     eager_attention_forward,
     is_flash_attention_requested,
 )
+from .configuration import FreeTransformerConfig
 from .layout import Boundaries
 
 # `varlen_attn` is new in PyTorch 2.10 and its options differ between releases.
@@ -71,7 +72,7 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def takes_boundaries(config: Any, hidden_states: Tensor) -> bool:
+def takes_boundaries(config: FreeTransformerConfig, hidden_states: Tensor) -> bool:
     """
     Whether attention tells the documents of a batch apart by their boundaries, which needs no mask of T x T values.
 
@@ -82,7 +83,7 @@ def takes_boundaries(config: Any, hidden_states: Tensor) -> bool:
     return config._attn_implementation == "sdpa" and has_varlen_kernel(config, hidden_states)
 
 
-def has_varlen_kernel(config: Any, hidden_states: Tensor) -> bool:
+def has_varlen_kernel(config: FreeTransformerConfig, hidden_states: Tensor) -> bool:
     """Whether `varlen_attention` runs: on CUDA in half precision, without dropout, for heads of at most 256."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
@@ -126,7 +127,7 @@ class SplitAttention(LlamaAttention):
     With `query_key_norm` it computes Qwen 3's attention, and without `attention_output_bias` Qwen 2's.
     """
 
-    def __init__(self, config: Any, layer_idx: int):
+    def __init__(self, config: FreeTransformerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if config.attention_output_bias is not None and config.attention_output_bias != config.attention_bias:
             width = config.num_attention_heads * self.head_dim

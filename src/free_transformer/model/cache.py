@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ class GrowingLayer(DynamicLayer):
         buffers: the memory that `keys` and `values` are the beginnings of, once there is spare capacity.
     """
 
-    keys: Any  # tensors, once there are any
-    values: Any
+    keys: Tensor  # once there are any
+    values: Tensor
 
     def __init__(self, max_length: int | None = None):
         super().__init__()
@@ -139,9 +138,9 @@ class PlanCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, max_length: int | None = None):
         super().__init__(config=config)
-        for place, layer in enumerate(self.layers):  # type: ignore[has-type]
+        for place, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[place] = GrowingLayer(max_length)  # type: ignore[has-type]
+                self.layers[place] = GrowingLayer(max_length)
         self.state: PlanState | None = None
         self.packed = False
 

@@ -12,10 +12,9 @@ The old and the new name of the cache
 """
 
 from dataclasses import fields
-from typing import Any
 
-from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
 # The class of Llama's activation, to tell it from one that a user has put in its place.
 from transformers.activations import ACT2FN
@@ -23,7 +22,6 @@ from transformers.activations import ACT2FN
 # The base class of all caches, and the layer type that `GrowingLayer` extends.
 from transformers.cache_utils import Cache, DynamicLayer
 
-# Lists the files that `trust_remote_code=True` will look for next to a model, so that saving writes exactly these.
 # The output of `generate`, to which ours adds the plan.
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -48,6 +46,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     eager_attention_forward,
 )
+
+# The base class of all outputs of models.
+from transformers.utils import ModelOutput
 
 # Whether a configuration asks for one of the Flash Attention backends, which take boundaries instead of masks.
 from transformers.utils.generic import is_flash_attention_requested
@@ -83,23 +84,23 @@ SiLU = type(ACT2FN["silu"])
 CACHE_NAME = next(each.name for each in fields(CausalLMOutputWithPast) if each.name in CACHE_NAMES)
 
 
-class BothCacheNames:
+class BothCacheNames(ModelOutput):
     """For an output whose cache can be read as `cache` and as `past_key_values`, with every release."""
 
     if CACHE_NAME == "past_key_values":
 
         @property
         def cache(self) -> Cache | None:
-            return self.past_key_values  # type: ignore[attr-defined]
+            return self.past_key_values
 
-        def __getitem__(self, key: Any) -> Any:
-            return super().__getitem__("past_key_values" if key == "cache" else key)  # type: ignore[misc]
+        def __getitem__(self, key: object) -> object:
+            return super().__getitem__("past_key_values" if key == "cache" else key)
 
         def __contains__(self, key: object) -> bool:
-            return super().__contains__("past_key_values" if key == "cache" else key)  # type: ignore[misc]
+            return super().__contains__("past_key_values" if key == "cache" else key)
 
-        def get(self, key: Any, default: Any = None) -> Any:
-            return super().get("past_key_values" if key == "cache" else key, default)  # type: ignore[misc]
+        def get(self, key: str, default: object = None) -> object:
+            return super().get("past_key_values" if key == "cache" else key, default)
 
 
 class GenerationHooks(GenerationMixin):
@@ -109,7 +110,7 @@ class GenerationHooks(GenerationMixin):
         """The cache for texts of at most `max_length` tokens, where the caller asks for no particular one."""
         raise NotImplementedError
 
-    def before_prompt(self, model_kwargs: dict[str, Any], prompt_length: int, new_tokens: int) -> None:
+    def before_prompt(self, model_kwargs: dict[str, object], prompt_length: int, new_tokens: int) -> None:
         """
         Called before the prompt is read.
 
@@ -120,14 +121,24 @@ class GenerationHooks(GenerationMixin):
         """
 
     def _prefill(
-        self, input_ids: Any, generation_config: Any, model_kwargs: dict, *args: object, **kwargs: object
-    ) -> Any:
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         length = input_ids.shape[1]
         self.before_prompt(model_kwargs, length, generation_config.max_length - length)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: object,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(
@@ -138,11 +149,9 @@ class GenerationHooks(GenerationMixin):
             model_kwargs[CACHE_NAME] = self.new_cache(max_cache_length)
 
 
-class OwnInitialization:
+class OwnInitialization(PreTrainedModel):
     """Makes `transformers` initialize every module of a model through the model's own `_init_weights`."""
-
-    config: PreTrainedConfig
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside of `transformers` it would skip modules without parameters of their own (attention, MLP).
-        super()._initialize_weights(module, is_custom_code=False)  # type: ignore[misc]
+        super()._initialize_weights(module, is_custom_code=False)

@@ -64,7 +64,7 @@ def _one_line_errors(config_class: Any) -> Any:
     construct = config_class.__init__
 
     @functools.wraps(construct)
-    def __init__(self: Any, *args: object, **kwargs: object) -> None:
+    def __init__(self: object, *args: object, **kwargs: object) -> None:
         try:
             construct(self, *args, **kwargs)
         except StrictDataclassError as error:

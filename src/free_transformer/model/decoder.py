@@ -1,6 +1,6 @@
 """The decoder: the embedding, layers and final norm of a Llama, some of whose layers can receive a plan."""
 
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Initialization(OwnInitialization):
     """Initializes weights by `init_module`, in every part that `transformers` treats as a model of its own."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]  # norms and rotary buffers
+        super()._init_weights(module)  # norms and rotary buffers
         init_module(module, self.config)
 
 
@@ -41,7 +41,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> NoReturn:
         raise InputError(
             "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
             "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "

@@ -1,7 +1,5 @@
 """The encoder: reads the whole text and says, bit by bit, which plan it came from."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +52,7 @@ class PlanEncoder(nn.Module):
         plans = plans + self.mlp(self.mlp_norm(plans))
         return self.readout(self.norm(plans))
 
-    def _readable(self, hidden_states: Tensor, layout: PlanLayout) -> dict[str, Any]:
+    def _readable(self, hidden_states: Tensor, layout: PlanLayout) -> dict[str, object]:
         """What each plan may read: arguments of the attention."""
         masked = layout.token_document is not None or layout.token_mask is not None
         by_boundaries = layout.boundaries is not None and takes_boundaries(self.config, hidden_states)

@@ -120,14 +120,14 @@ class PlanGenerationMixin(GenerationHooks):
             return sequences
         return PlanGenerationOutput(**output, plan=self._plan_of(state, sequences))
 
-    def generate_batch(self, *args: object, **kwargs: object) -> object:
+    def generate_batch(self, *args: Any, **kwargs: Any) -> object:
         """Not supported: the continuous batching of `transformers` keeps no plan for its requests."""
         raise NotSupported(
             "generate_batch: the continuous batching of transformers does not support plans. Use generate with a "
             "padded batch, or `free-transformer serve`, which batches requests continuously"
         )
 
-    def init_continuous_batching(self, *args: object, **kwargs: object) -> object:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> object:
         """Not supported, as `generate_batch`."""
         return self.generate_batch()
 

@@ -11,7 +11,8 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +20,9 @@ logger = logging.getLogger(__name__)
 AUTO_MAP = {"AutoConfig": "modeling.FreeTransformerConfig", "AutoModelForCausalLM": "modeling.FreeTransformer"}
 
 
-def name_code(config: Any, wanted: bool) -> None:
+def name_code(config: PreTrainedConfig, wanted: bool) -> None:
     """Lets the configuration name the code of the model, or no code."""
-    vars(config).pop("auto_map", None)
+    config.__dict__.pop("auto_map", None)
     if wanted:
         config.auto_map = dict(AUTO_MAP)
 

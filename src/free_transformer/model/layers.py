@@ -85,8 +85,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 def _of_last_token(
-    position_embeddings: Rotation, attention_mask: Tensor | None, position_ids: Tensor, **_: Any
-) -> dict[str, Any]:
+    position_embeddings: Rotation, attention_mask: Tensor | None, position_ids: Tensor, **_: object
+) -> dict[str, object]:
     cos, sin = position_embeddings
     return {
         "position_embeddings": (cos[:, -1:], sin[:, -1:]),
@@ -145,19 +145,19 @@ class _RMSNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         r = _inverse_rms(x, eps)
         return (x * r) * weight, r
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
         x, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
         ctx.save_for_forward(x, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor, _: object) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient may be differentiated again, and r depends on x
             r = _inverse_rms(x, ctx.eps)
@@ -167,7 +167,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, (products * r).sum(tuple(range(x.dim() - 1))), None
 
     @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, weight_tangent: Tensor, _: None) -> tuple[Tensor, None]:  # type: ignore[override]
+    def jvp(ctx, x_tangent: Tensor, weight_tangent: Tensor, _: None) -> tuple[Tensor, None]:
         x, weight, r = ctx.saved_tensors
         tangent = torch.zeros_like(x)
         if x_tangent is not None:
@@ -188,23 +188,23 @@ class _SwiGLU(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():  # the fused operator cannot be differentiated again
             return grad * up * _silu_derivative(gate), F.silu(gate) * grad
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
 
     @staticmethod
-    def jvp(ctx: Any, gate_tangent: Tensor, up_tangent: Tensor) -> Tensor:  # type: ignore[override]
+    def jvp(ctx, gate_tangent: Tensor, up_tangent: Tensor) -> Tensor:
         gate, up = ctx.saved_tensors
         tangent = torch.zeros_like(gate)
         if gate_tangent is not None:

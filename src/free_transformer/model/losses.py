@@ -4,13 +4,16 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .numerics import first_order_only
+
+if TYPE_CHECKING:
+    from .configuration import FreeTransformerConfig
 
 IGNORED = -100
 WITHOUT_SKIPPING = "for a gradient penalty or other second derivatives, leave skip_logits=True out"
@@ -128,7 +131,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         states: Tensor, weight: Tensor, targets: Tensor, rows: int, needed: tuple[bool, bool], fused: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(states.dtype, torch.float32)
@@ -151,13 +154,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return total, grad_states, grad_weight
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         states, weight, _, _, ctx.needed, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(states, weight, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         states, weight, grad_states, grad_weight = ctx.saved_tensors
         found: list[Tensor | None] = [None, None]
         if ctx.needed[0]:
@@ -237,7 +240,7 @@ class LossWeights:
     aggregate_weight: float = 0.0
 
     @classmethod
-    def of(cls, config: Any, **changes: float | Tensor) -> "LossWeights":
+    def of(cls, config: "FreeTransformerConfig", **changes: float | Tensor) -> "LossWeights":
         """The weights of a configuration, some of them replaced."""
         names = ("free_bits", "kl_weight", "min_bits", "aggregate_weight")
         return cls(**{name: changes.get(name, getattr(config, name)) for name in names})

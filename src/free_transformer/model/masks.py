@@ -1,7 +1,5 @@
 """Attention masks: which tokens are padding, which documents a row holds, and the form that a backend takes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from .errors import InputError
 from .layout import PlanLayout, find_boundaries, same_document
 
 # A mask for the layers, and arguments of the attention backend that replace one.
-MaskAndArguments = tuple[Tensor | None, dict[str, Any]]
+MaskAndArguments = tuple[Tensor | None, dict[str, object]]
 
 
 def token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor | None:

@@ -162,8 +162,9 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         }
         state = plan if isinstance(plan, PlanState) else None
         if state is not None and labels is None and cache is not None and continues(state, position_ids):
+            assert position_ids is not None
             step = (state, cache, input_ids, position_ids, attention_mask, inputs_embeds)
-            output = self.decode_step(*step, logits_to_keep=logits_to_keep, **options)  # type: ignore[arg-type]
+            output = self.decode_step(*step, logits_to_keep=logits_to_keep, **options)
             return output if self._option("return_dict", return_dict) else output.to_tuple()
 
         lower = self.lower_layers(
@@ -255,7 +256,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
             raise InputError(
                 f"mode='training' takes no cache that holds tokens: the encoder reads whole texts ({NO_PREFIX_TUNING})"
             )
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, object] = {}
         if "mask" in self._encoder_arguments:
             arguments["mask"] = lower.layout.mask
         if "layout" in self._encoder_arguments:

@@ -1,7 +1,5 @@
 """Derivatives that exist to the first order only."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,13 +23,13 @@ class _FirstOrderOnly(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, advice: str, *sources: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(gradient: Tensor, advice: str, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         ctx.advice = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(f"a gradient of the Free Transformer cannot be differentiated again here: {ctx.advice}")

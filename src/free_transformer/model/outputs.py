@@ -62,7 +62,7 @@ def model_output(
     """Builds the output of a forward pass."""
     attentions = lower.layer_arguments.get("attentions")
     return FreeTransformerOutput(
-        **(losses or {}),  # type: ignore[arg-type]
+        **(losses or {}),
         logits=logits,
         hidden_states=None if lower.all_hidden_states is None else tuple(lower.all_hidden_states),
         attentions=None if attentions is None else tuple(attentions),

@@ -61,7 +61,7 @@ class PlanMethods:
 
         def plan_logits() -> Iterator[Tensor]:
             for batch in batches:
-                inputs: dict[str, Any] = {
+                inputs: dict[str, Tensor] = {
                     name: each.to(self.device) for name, each in batch.items() if name != "labels"
                 }
                 lower = self.lower_layers(**inputs)

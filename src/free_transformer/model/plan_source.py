@@ -117,8 +117,14 @@ def _plans_of_prompt(
 
 
 def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """(B, T) bool, False for the begin-of-text token: alone, it is a prompt without anything to read."""
+    """
+    (B, T) bool, False for the token that a text begins with: alone, it is a prompt without anything to read.
+
+    As for tokenizers, that is the end-of-text token where there is no begin-of-text token.
+    """
     begin = _first_of(model.config.bos_token_id)
+    if begin < 0:
+        begin = _first_of(model.config.eos_token_id)
     if input_ids is not None:
         return input_ids != begin
     assert inputs_embeds is not None

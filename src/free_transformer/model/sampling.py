@@ -6,7 +6,7 @@ Python, the command line, the server and ONNX exports all check their settings h
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard, cast
 
 from .errors import InputError
 
@@ -48,25 +48,25 @@ class Sampling:
         return self.temperature < MIN_TEMPERATURE
 
 
-def check_temperature(value: Any) -> float:
+def check_temperature(value: object) -> float:
     if not _is_number(value) or not 0 <= value <= MAX_TEMPERATURE:
         raise InputError(f"temperature={value}: 0 (the most likely token) to {MAX_TEMPERATURE:g}")
     return float(value)
 
 
-def check_top_k(value: Any) -> int:
+def check_top_k(value: object) -> int:
     if not _is_integer(value) or value < 0:
         raise InputError(f"top_k={_shown(value)}: an integer of at least 0 (0 samples from all tokens)")
     return int(value)
 
 
-def check_top_p(value: Any) -> float:
+def check_top_p(value: object) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
         raise InputError(f"top_p={value}: 0 (the most likely token) to 1 (all tokens)")
     return float(value)
 
 
-def check_seed(value: Any) -> int:
+def check_seed(value: object) -> int:
     """
     The seed as an integer from 0 to 2**64 - 1, as PyTorch reads it: -1 is 2**64 - 1.
 
@@ -78,12 +78,12 @@ def check_seed(value: Any) -> int:
     return int(value) % 2**64
 
 
-def check_max_new_tokens(value: Any) -> None:
+def check_max_new_tokens(value: object) -> None:
     if not _is_integer(value) or value < 1:
         raise InputError(f"max_new_tokens={_shown(value)}: an integer of at least 1")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """`ValueError` where a setting is not one of the given values."""
     if value not in choices:
         raise InputError(f"{name}={value!r}: one of {choices}")
@@ -109,20 +109,20 @@ def length_warning(length: int, trained: int) -> str:
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, bool):
         return False
     try:
-        return math.isfinite(value)
+        return math.isfinite(cast(float, value))
     except (TypeError, OverflowError):
         return False
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value for a message; an integer of hundreds of digits is cut."""
     try:
         text = str(value)

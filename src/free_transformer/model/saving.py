@@ -1,7 +1,6 @@
 """Loading, also from a pretrained Llama without a plan, and saving, with the code of the model beside its weights."""
 
 import os
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +31,7 @@ class SavingMixin(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike, *args: object, encoder: nn.Module | None = None, **kwargs: object
-    ) -> Any:
+    ) -> PreTrainedModel:
         """
         `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
 

@@ -10,7 +10,6 @@ import itertools
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ class StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         states: Tensor,
         plan_logits: Tensor,
         weight: Tensor,
@@ -44,12 +43,12 @@ class StraightThrough(torch.autograd.Function):
         return states.view_as(states)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         _, plan_logits, weight, plan, codes, ctx.group_bits, gradient, ctx.chunk_bytes = inputs
         ctx.save_for_backward(plan_logits, weight, *([] if gradient == "exact" else [plan, codes]))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan_logits, weight, *drawn = ctx.saved_tensors
         estimate = sampled_gradient if drawn else exact_gradient
         sources = (grad, plan_logits, weight)

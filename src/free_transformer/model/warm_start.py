@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from .configuration import FreeTransformerConfig
     from .modeling import FreeTransformer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def convert_config(values: dict[str, object], known: set[str]) -> dict[str, obje
     return {**adopted, **SUPPORTED_BASES[kind], **START, "model_type": "free_transformer"}
 
 
-def plain_config(config: Any) -> PreTrainedConfig:
+def plain_config(config: "FreeTransformerConfig") -> PreTrainedConfig:
     """The configuration of the same model without a plan: a Llama's, or a Qwen's where only that has such layers."""
     kind = "llama"
     if config.query_key_norm:

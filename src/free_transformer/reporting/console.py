@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from typing import Any, TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 
@@ -14,7 +14,8 @@ def stdout_console() -> Console:
 
 def stderr_console(quiet: bool = False) -> Console:
     """For progress. If the terminal is closed, the output is dropped, so that the work does not fail."""
-    return Console(file=_TolerantStderr(), quiet=quiet, markup=False, highlight=False, emoji=False)  # type: ignore[arg-type]
+    stderr = cast(TextIO, _TolerantStderr())
+    return Console(file=stderr, quiet=quiet, markup=False, highlight=False, emoji=False)
 
 
 class _TolerantStderr:
@@ -30,7 +31,7 @@ class _TolerantStderr:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(sys.stderr, name)
 
 

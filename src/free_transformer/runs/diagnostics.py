@@ -70,7 +70,7 @@ class RunHistory:
         training = self.settings.training
         return step <= max(training.warmup_steps, WATCHED_FROM * training.max_steps)
 
-    def last(self, name: str) -> Any:
+    def last(self, name: str) -> float | None:
         return self.train[-1].get(name) if self.train else None
 
     def diagnostics(self) -> list[Diagnostic]:

@@ -60,7 +60,6 @@ def evaluate_run(
     model, tokenizer = run.load_with_tokenizer()
     processes = processes or Processes(find_device(run.settings.training.device))
     parallelize(model, processes)
-    model.to(processes.device)
     rows = run.held_out_rows(tokenizer, list(settings.data)).sample(settings.max_rows, settings.seed)
     torch.manual_seed(settings.seed)
     batches = track(

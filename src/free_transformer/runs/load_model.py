@@ -22,7 +22,7 @@ PLAN_PARTS = ("encoder.", "plan_table.", "plan_prior.")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, UnpicklingError)
 
 
-def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **options: object) -> PreTrainedModel:
     """
     Loads a model with `kind.from_pretrained(source)`, in eval mode.
 

@@ -290,7 +290,7 @@ class OnnxFreeTransformer:
         if given.shape[1] >= wanted:
             return given[:, :wanted]
         sampled = self.sample_plan(batch, wanted, rng, prior)
-        begin = next(iter(self._files.special_tokens("bos_token_id")), None)
+        begin = next(iter(self._begin_tokens()), None)
         num_read = num_plans_to_read(tokens, mask, prompt_plan, self.plan_span, begin)
         read = np.zeros((batch, 0, self.latent_dim), dtype=bool)
         if prompt_plan == "posterior" and given.shape[1] < self.num_plans(length):
@@ -331,10 +331,13 @@ class OnnxFreeTransformer:
     @property
     def begin_token(self) -> int:
         """The begin-of-text token, or where the model has none the end-of-text token, as in training."""
-        tokens = [*self._files.special_tokens("bos_token_id"), *self.ends()]
+        tokens = self._begin_tokens()
         if not tokens:
             raise InputError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
         return tokens[0]
+
+    def _begin_tokens(self) -> list[int]:
+        return [*self._files.special_tokens("bos_token_id"), *self.ends()]
 
     def ends(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
         """The tokens that end a text: those given, default the model's."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from free_transformer.settings.section import leaves
 from free_transformer.settings.sections import SECTIONS, Settings
@@ -21,27 +22,27 @@ BOUND_ERRORS = ("greater_than_equal", "greater_than", "less_than_equal", "less_t
 
 def explain(error: ValidationError) -> str:
     """All that is wrong with some settings, one sentence per setting: its value, what is allowed, and what to do."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[ErrorDetails]] = {}
     for each in _nearest(error.errors()):
         found.setdefault(".".join(_location(each)), []).append(each)
     return "; ".join(_explain_one(name, errors) for name, errors in found.items())
 
 
-def _nearest(errors: list[Any]) -> list[Any]:
+def _nearest(errors: list[ErrorDetails]) -> list[ErrorDetails]:
     """Of a list or mapping with something wrong inside, that alone, and not that it is no mapping or list."""
     of_types = [error for error in errors if error["type"] in ("list_type", "dict_type")]
     inside = {error["loc"][:2] for error in errors if error not in of_types}
     return [error for error in errors if error not in of_types or error["loc"][:2] not in inside]
 
 
-def _location(error: Any) -> list[str]:
+def _location(error: ErrorDetails) -> list[str]:
     location = [one_line(str(part)) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         return location
     return [part for part in location if not MEMBER.fullmatch(part)]  # the members of a union
 
 
-def _explain_one(name: str, errors: list[Any]) -> str:
+def _explain_one(name: str, errors: list[ErrorDetails]) -> str:
     """Several errors of one setting are those of the members of a union."""
     first = errors[0]
     location, value = _location(first), first["input"]
@@ -65,7 +66,7 @@ def _explain_one(name: str, errors: list[Any]) -> str:
     return text + _default(field, "; the default is ")
 
 
-def _quoted(location: list[str], value: Any) -> str:
+def _quoted(location: list[str], value: object) -> str:
     return f""", as in {location[-1]}: '{shown(value)}' (in a shell "{".".join(location)}='{shown(value)}'")"""
 
 
@@ -84,7 +85,7 @@ def _explain_unknown(location: list[str]) -> str:
 
 def _find_field(location: list[str]) -> FieldInfo | None:
     """The setting at a location, None inside of a list or mapping."""
-    section: Any = Settings
+    section: type[BaseModel] | None = Settings
     field = None
     for part in location:
         if part.isdigit() and field is not None and field.annotation == list[StageSettings]:
@@ -97,7 +98,7 @@ def _find_field(location: list[str]) -> FieldInfo | None:
     return field
 
 
-def _requirement(error: Any, field: FieldInfo | None) -> list[str]:
+def _requirement(error: ErrorDetails, field: FieldInfo | None) -> list[str]:
     """What is allowed, in words."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUND_ERRORS:

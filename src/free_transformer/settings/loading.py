@@ -1,5 +1,6 @@
 """Settings from a YAML file and dotted overrides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, to_train
     return parse_settings(values, str(path), to_train)
 
 
-def _read_sections(path: Path) -> dict[Any, Any]:
+def _read_sections(path: Path) -> dict[str, object]:
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
         if values is None:  # an empty file: all defaults
@@ -62,7 +63,7 @@ def _renamed(name: str, section: type[Section], values: dict[str, object]) -> di
         raise SettingsError(f"{name}: {error}") from error
 
 
-def parse_settings(values: dict[str, Any], source: str = "settings", to_train: bool = True) -> Settings:
+def parse_settings(values: Mapping[str, object], source: str = "settings", to_train: bool = True) -> Settings:
     """`Settings` from plain values; arguments and errors as in `load_settings`."""
     try:
         settings = Settings.model_validate(values)
@@ -90,7 +91,7 @@ class _Override:
 
     text: str
     name: tuple[str, ...]
-    value: Any
+    value: object
 
     @classmethod
     def read(cls, text: str) -> "list[_Override]":
@@ -110,7 +111,7 @@ class _Override:
             return [cls(text, (*_place(first, rest[0]), *rest[1:]), value)]
         return [cls(text, (first, *rest), value)]
 
-    def apply(self, values: dict[Any, Any]) -> None:
+    def apply(self, values: dict[str, Any]) -> None:
         """Sets the value in `values`. Sections on the way are copied: an alias in the file keeps its own."""
         *sections, last = self.name
         for section in sections:

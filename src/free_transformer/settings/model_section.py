@@ -1,7 +1,7 @@
 """Settings of the model."""
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from transformers import LlamaConfig, PreTrainedConfig
@@ -125,7 +125,7 @@ class ModelSettings(Section):
             setattr(self, name, getattr(config, name))
 
 
-def _check_rope(values: dict[str, Any]) -> None:
+def _check_rope(values: dict[str, object]) -> None:
     """`LlamaConfig` checks the types of its fields, but not of what is inside these."""
     for name in (*ROPE, "rope_parameters"):
         value = values.get(name)

@@ -82,7 +82,7 @@ def absolute_sources(sources: Any) -> Any:
     return None if sources is None else [absolute(each) for each in sources]
 
 
-def _refuse_boolean(value: Any) -> Any:
+def _refuse_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise PydanticKnownError("float_type")
     return value

@@ -23,7 +23,7 @@ MOVED = {
 }
 
 
-def relocated(values: dict[Any, Any]) -> dict[Any, Any]:
+def relocated(values: dict[str, Any]) -> dict[str, Any]:
     """
     Values by section, with what `MOVED` names taken out of `training`.
 
@@ -50,14 +50,14 @@ class Section(BaseModel):
     other_names: ClassVar[dict[str, str]] = {}  # further names of settings, and the name that each is kept under
 
     @classmethod
-    def renamed(cls, values: dict[Any, Any]) -> dict[Any, Any]:
+    def renamed(cls, values: dict[str, object]) -> dict[str, object]:
         """
         The values under the names that settings are kept under.
 
         Raises:
             ValueError: for a setting that is given under two names.
         """
-        given: dict[Any, Any] = {}
+        given: dict[str, str] = {}
         for name in values:
             if (other := given.setdefault(cls.other_names.get(name, name), name)) != name:
                 raise InputError(f"{other} and {name} are two names of one setting; keep one")
@@ -65,7 +65,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_empty(cls, values: Any) -> Any:
+    def _fill_empty(cls, values: object) -> object:
         """A section with its name alone has its defaults."""
         if values is None:
             return {}
@@ -73,7 +73,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
         """Python takes True for 1, and so does pydantic."""
         if isinstance(value, bool) and bool not in leaves(cls.model_fields[str(info.field_name)].annotation):
             raise PydanticCustomError("boolean", "true and false are not allowed")  # `_requirement` says what is

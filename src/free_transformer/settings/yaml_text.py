@@ -2,16 +2,18 @@
 
 import io
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from free_transformer.errors import SettingsError
+
+T = TypeVar("T")
 
 TAG = "tag:yaml.org,2002:"
 # Text that YAML 1.1 reads as something else. It is quoted, so that other programs read the text too.
@@ -68,7 +70,7 @@ class _Representer(SafeRepresenter):
         style = '"' if not data.isprintable() else "'" if YAML_1_1.fullmatch(data) else None
         return self.represent_scalar(f"{TAG}str", data, style=style)
 
-    def represent_float(self, data: float) -> Any:
+    def represent_float(self, data: float) -> ScalarNode:
         node = super().represent_float(data)
         if "e" in node.value and "." not in node.value:  # YAML 1.1 reads 1e-05 as text
             node.value = node.value.replace("e", ".0e")
@@ -88,7 +90,7 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _read(text: str, read: Any) -> Any:
+def _read(text: str, read: Callable[[str], T]) -> T:
     if re.search(r"^%YAML", text, flags=re.MULTILINE):  # YAML 1.1: 010 would be 8, and yes would be true
         raise YamlError("%YAML: settings are read as YAML 1.2; remove this line")
     try:

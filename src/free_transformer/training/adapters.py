@@ -6,7 +6,7 @@ Needs `peft`: pip install 'free-transformer-lm[trainers]'.
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from free_transformer.errors import MissingDependency
 from free_transformer.model.modeling import FreeTransformer
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraModel
+
 IN_FULL = ["encoder", "plan_table"]
 PREFIX = "base_model.model."  # of names in PEFT's files
 NAME = "default"
 
 
-def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> object:
+def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> "LoraModel":
     """
     Puts adapters beside the projections of the layers from `first_layer` on, in place; what else is a pretrained
     model's no longer learns.
@@ -47,7 +50,7 @@ def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> obj
     return tuner
 
 
-def write_adapters(tuner: Any, folder: Path) -> None:
+def write_adapters(tuner: "LoraModel", folder: Path) -> None:
     """A folder for `PeftModel.from_pretrained`: the adapters, and the parts that were trained in full."""
     model, config = tuner.model, copy.copy(tuner.peft_config[NAME])
     if isinstance(model, FreeTransformer):
@@ -61,9 +64,9 @@ def write_adapters(tuner: Any, folder: Path) -> None:
         metadata={"format": "pt"},
     )
     config.inference_mode = True
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
 
 
-def merge_adapters(tuner: Any) -> PreTrainedModel:
+def merge_adapters(tuner: "LoraModel") -> PreTrainedModel:
     """The model with the adapters added to its own weights, as one that was trained in full."""
     return tuner.merge_and_unload()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +16,12 @@ from transformers import PreTrainedModel
 from free_transformer.distributed.parallelize import SharedBinaryMapper, random_state
 from free_transformer.distributed.processes import Processes
 from free_transformer.files import first_line
+from free_transformer.runs.lines import JsonObject
 from free_transformer.settings import SettingsError
 from free_transformer.training.identity import Identity
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraModel
 
 STATE = "state.json"
 FORMAT = 2  # of state.json: positions in the data are counted in rows, and the identity of the run is included
@@ -47,7 +51,7 @@ class TrainState:
     model: PreTrainedModel
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
-    adapters: object | None = None
+    adapters: "LoraModel | None" = None
     step: int = 0
     rows: int = 0
     stage_rows: int = 0
@@ -63,8 +67,8 @@ class Description(TypedDict, total=False):
     skipped: int
     format: int
     processes: int
-    scaler: dict[str, Any]  # the state of torch's GradScaler
-    identity: dict[str, Any] | None  # `Identity.to_json`
+    scaler: JsonObject  # the state of torch's GradScaler
+    identity: JsonObject | None  # `Identity.to_json`
     files: dict[str, int]  # sizes in bytes
 
 

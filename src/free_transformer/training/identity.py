@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.data import Rows, fingerprint, is_path_source, source_files
 from free_transformer.distributed.processes import Processes
 from free_transformer.model.configuration import FreeTransformerConfig
+from free_transformer.runs.lines import JsonObject
 from free_transformer.settings import Settings, SettingsError, parse_settings
 from free_transformer.settings.curriculum import Stage, stages_of
 from free_transformer.training.batches import Documents, Stream, TrainingData, rows_of
@@ -68,7 +68,7 @@ class Identity:
         processes: that share each batch.
     """
 
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, JsonObject]
     model: dict[str, object]
     tokenizer: str
     text: list[list[str]]
@@ -97,10 +97,10 @@ class Identity:
         )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Identity":
+    def from_json(cls, values: JsonObject) -> "Identity":
         return cls(**values)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     def changes(self, older: "Identity", step: int) -> list[Change]:
@@ -242,15 +242,15 @@ def _shares(stage: Stage, text: list[str]) -> list[tuple[str, float]]:
     return [(hash_, share / total) for hash_, share in zip(text, stage.sources.values(), strict=True)]
 
 
-def _sources(settings: dict[str, dict[str, Any]]) -> object:
+def _sources(settings: dict[str, JsonObject]) -> object:
     stages = [stage["data"] for stage in settings["curriculum"]["stages"] if stage["data"] is not None]
     return settings["data"]["train"] if not stages else [settings["data"]["train"], *stages]
 
 
-def _short(text: Any) -> str:
+def _short(text: object) -> str:
     return hashlib.blake2b(repr(text).encode(), digest_size=4).hexdigest()
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

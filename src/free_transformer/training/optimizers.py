@@ -1,7 +1,7 @@
 """Optimizers and the learning-rate schedule, the same for the Free Transformer and its baseline."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.settings import CodebookOptimizer, Settings
+
+ParameterGroup = dict[str, Any]  # of an optimizer: its parameters and their settings
 
 LARGE_TABLE = 2**12  # rows, above which only sampled rows are updated
 
@@ -110,7 +112,7 @@ class RowAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -126,7 +128,7 @@ class RowAdamW(torch.optim.AdamW):
                 self._update_rows(each, gradient, group)
         return loss
 
-    def _update_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_rows(self, parameter: Tensor, gradient: Tensor, group: ParameterGroup) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -198,13 +200,13 @@ class SharedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [each for each in group["params"] if each.grad is not None]
             for start in range(0, len(parameters), dist.get_world_size()):  # a matrix for each process at a time
                 self._step_of_each(parameters[start : start + dist.get_world_size()], group)
 
-    def _step_of_each(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _step_of_each(self, parameters: list[nn.Parameter], group: ParameterGroup) -> None:
         steps = [_whole(self._update(parameter, group)).contiguous() for parameter in parameters]
         if (own := dist.get_rank()) < len(steps):
             steps[own] = self._orthogonal_step(steps[own], group)
@@ -213,7 +215,7 @@ class SharedMuon(torch.optim.Muon):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(_spread_like(step, parameter))
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+    def _update(self, parameter: nn.Parameter, group: ParameterGroup) -> Tensor:
         """The gradient with momentum, spread as it is."""
         assert parameter.grad is not None
         state = self.state[parameter]
@@ -222,7 +224,7 @@ class SharedMuon(torch.optim.Muon):
         momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
         return parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
 
-    def _orthogonal_step(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+    def _orthogonal_step(self, update: Tensor, group: ParameterGroup) -> Tensor:
         """What `torch.optim.Muon` would add, found by letting it move a matrix of zeros."""
         zeros = nn.Parameter(torch.zeros_like(update))
         zeros.grad = update
@@ -248,9 +250,9 @@ def codebook_optimizer(model: nn.Module, settings: Settings) -> CodebookOptimize
     return "sparse_adam" if len(model.plan_table.weight) > LARGE_TABLE else "adamw"
 
 
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     """Parameters that are sharded alike: PyTorch's operations on lists take no others together."""
-    groups: dict[object, list[nn.Parameter]] = {}
+    groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
     return list(groups.values())
@@ -263,7 +265,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     `torch.nn.utils.clip_grad_norm_` for gradients of every kind: sparse, and sharded over different meshes.
     """
     groups = _by_mesh(_with_dense_gradient(parameter) for parameter in parameters if parameter.grad is not None)
-    norms = [_whole(torch.nn.utils.get_total_norm([each.grad for each in group])) for group in groups]  # type: ignore[misc]
+    norms = [
+        _whole(torch.nn.utils.get_total_norm([each.grad for each in group if each.grad is not None]))
+        for group in groups
+    ]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
         for group in groups:
@@ -271,7 +276,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def _with_dense_gradient(parameter: nn.Parameter) -> nn.Parameter:
+def _with_dense_gradient(parameter: nn.Parameter) -> Tensor:
     """The parameter, or where its gradient is sparse what holds the gradient's values, in the same memory."""
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
@@ -280,7 +285,7 @@ def _with_dense_gradient(parameter: nn.Parameter) -> nn.Parameter:
     parameter.grad = torch.sparse_coo_tensor(rows[None], sums, parameter.shape, check_invariants=False)
     holder = sums.detach()
     holder.grad = parameter.grad._values()
-    return holder  # type: ignore[return-value]
+    return holder
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ def listen_for_stop(quiet: bool = False) -> Iterator[StopRequest]:
         quiet: do not acknowledge signals on standard error.
     """
     request = StopRequest(quiet=quiet)
-    before: dict[int, Any] = {}
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
     if threading.current_thread() is threading.main_thread():  # no other may
         for number in STOPPING:
             if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:

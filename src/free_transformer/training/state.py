@@ -83,7 +83,6 @@ def new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes:
         first_layer = model.config.num_hidden_layers // 2 if training.freeze_first_half else 0
         adapters = add_adapters(model, training.lora_rank, first_layer)
     parallelize(model, processes, training.gradient_checkpointing, training.compile, dtype)
-    model.to(processes.device)  # type: ignore[arg-type]
     if not alone:  # dropout: another one in each process
         torch.manual_seed(int(np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)[0]))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from free_transformer.distributed.parallelize import PlanPlace, SharedBinaryMapper, plan_places, synchronize_gradients
 from free_transformer.distributed.processes import Processes
@@ -20,9 +21,12 @@ from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.metrics import MetricAccumulator
 from free_transformer.training.optimizers import clip_gradients
 
+# Arguments of a model's `forward`: tensors of a batch, and a layout in the place of some of them.
+ModelInputs = Mapping[str, Any]
+
 
 def training_forward(
-    model: Any, batch: Mapping[str, Any], num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
+    model: PreTrainedModel, batch: ModelInputs, num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Any]:
     """
     Loss and reconstruction of a batch, divided by `num_tokens`, for either kind of model; of a free one also `kl`,
@@ -42,7 +46,7 @@ def training_forward(
     return {"loss": output.loss, "reconstruction": output.loss}
 
 
-def with_layout(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+def with_layout(model: PreTrainedModel, batch: ModelInputs) -> dict[str, Any]:
     """
     A batch on the CPU as a Free Transformer takes it without waiting for a GPU: the layout of padded or packed rows in
     the place of `attention_mask` and `position_ids`. A batch for another model stays as it is.
@@ -63,7 +67,9 @@ class SharedStep:
     places: list[PlanPlace]  # of each micro-batch
 
 
-def agree_on_step(processes: Processes, model: Any, micro: Sequence[Mapping[str, Any]], signal: int) -> SharedStep:
+def agree_on_step(
+    processes: Processes, model: PreTrainedModel, micro: Sequence[ModelInputs], signal: int
+) -> SharedStep:
     """
     Args:
         micro: this process' micro-batches, from `with_layout`.
@@ -84,7 +90,7 @@ def agree_on_step(processes: Processes, model: Any, micro: Sequence[Mapping[str,
 
 def compute_gradients(
     state: TrainState,
-    micro: Sequence[Mapping[str, Any]],
+    micro: Sequence[ModelInputs],
     num_tokens: int,
     weights: Mapping[str, float | Tensor],
     training: TrainingSettings,
@@ -119,7 +125,7 @@ def compute_gradients(
     return of_step
 
 
-def _on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _on_device(inputs: ModelInputs, device: torch.device) -> dict[str, Any]:
     return {
         name: value.to(device) if isinstance(value, PlanLayout) else to_device(value, device)
         for name, value in inputs.items()
