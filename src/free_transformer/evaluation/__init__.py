@@ -1,6 +1,7 @@
 """Evaluation: likelihood, plan usage, and how well the plan controls the generated text."""
 
 from free_transformer.evaluation.bits import BitEffect, bit_effects
+from free_transformer.evaluation.coherence import Coherence, measure_coherence
 from free_transformer.evaluation.comparison import Comparison, compare
 from free_transformer.evaluation.control import (
     Control,
@@ -17,6 +18,7 @@ from free_transformer.evaluation.usage import PlanUsage, collapse_warning, plan_
 
 __all__ = [
     "BitEffect",
+    "Coherence",
     "Comparison",
     "Control",
     "Diversity",
@@ -28,6 +30,7 @@ __all__ = [
     "compare",
     "evaluate_likelihood",
     "generate_texts",
+    "measure_coherence",
     "measure_control",
     "measure_diversity",
     "mutual_information",

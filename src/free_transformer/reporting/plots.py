@@ -94,3 +94,16 @@ def plans_by_label(table: np.ndarray, labels: Sequence[str]) -> "Figure":
     axis.set_xlabel(f"the {len(table)} plans that held-out texts took, sorted by label")
     figure.colorbar(image, label="share")
     return figure
+
+
+def shares_by_position(lines: Mapping[str, Sequence[float]], tokens: int, chance: float) -> "Figure":
+    """Shares, 0 to 1, of consecutive segments of `tokens` tokens, one line per name, and a dotted line for chance."""
+    figure, (axis,) = _new_figure(10, 3.2)
+    for name, shares in lines.items():
+        axis.plot([(index + 1) * tokens for index in range(len(shares))], shares, linewidth=1.2, label=name)
+    axis.axhline(chance, color="gray", linewidth=0.8, linestyle=":", label="chance")
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("share of texts")
+    axis.legend(fontsize=8)
+    return figure

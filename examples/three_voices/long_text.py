@@ -1,0 +1,233 @@
+"""
+Does a text keep its style far beyond the window of attention? Trains a Free Transformer and baselines on three text
+sources, generates long texts with each, and classifies them segment by segment. `make long-text`, then open
+runs/long_text/report.html.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo import read_rows, train_judge
+from rich.console import Console
+from voices import VOICES, write_corpus
+
+from free_transformer.cli.exit_status import as_command
+from free_transformer.evaluation import Coherence, measure_coherence
+from free_transformer.files import claimed_folder, write_json, write_text
+from free_transformer.model.modeling import FreeTransformer
+from free_transformer.reporting.plots import shares_by_position
+from free_transformer.reporting.report import Report
+from free_transformer.reporting.table import Table
+from free_transformer.training import Run
+
+WINDOW = 256  # tokens that each model can look back on, except the wide baseline
+SEGMENT = 128
+MODELS = {  # settings on top of the configuration
+    "free": [],
+    "baseline": ["model.kind=baseline"],
+    "wide baseline": ["model.kind=baseline", "model.sliding_window=null"],
+}
+PRIORS = ("uniform", "aggregate")
+TEMPERATURES = (1.0, 0.7)
+SCORER_SEED = 1000
+console = Console()
+
+
+@dataclass
+class Result:
+    """Coherence of the texts of one model and one setting of generation."""
+
+    seed: int
+    model: str
+    prior: str | None
+    temperature: float
+    coherence: Coherence
+    seconds: float
+    texts: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.model if self.prior is None else f"{self.model}, {self.prior} prior"
+
+    def to_json(self, marks: list[int], bytes_per_token: float = 1.0) -> dict[str, object]:
+        nll = self.coherence.segment_nll
+        assert nll is not None
+        return {
+            "seed": self.seed,
+            "model": self.model,
+            "prior": self.prior,
+            "temperature": self.temperature,
+            "share in the style of the beginning": {mark: self.coherence.share_at(mark)[0] for mark in marks},
+            "switches per 1,000 tokens": self.coherence.switches_per_1000_tokens,
+            "texts that end in each style": self.coherence.counts_at_end(len(VOICES)),
+            "nll of segments, nats per token": float(nll.mean()),
+            "nll of the last quarter": float(nll[:, -(nll.shape[1] // 4) :].mean()),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/long_text.yaml", help="settings of all runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/long_text"), help="folder of runs and report")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--texts", type=int, default=64, help="number of texts of each model")
+    parser.add_argument("--windows", type=int, default=64, help=f"length of each text, in windows of {WINDOW} tokens")
+    parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
+    options = parser.parse_args()
+    with claimed_folder(options.out, "long text", ["text", "results.json", "results.md", "report.html"]):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    corpus = options.out / "text"
+    write_corpus(corpus)
+    data = [f"data.train={corpus / 'train.jsonl'}", f"data.validation={corpus / 'validation.jsonl'}"]
+    wanted = {(name, seed): MODELS[name] for seed in options.seeds for name in options.models}
+    runs = train_all(options, {**wanted, ("baseline", SCORER_SEED): MODELS["baseline"]}, data)
+    scorer_run = runs.pop(("baseline", SCORER_SEED))
+    tokenizer, scorer = scorer_run.load_tokenizer(), scorer_run.load_model()
+    held_out = read_rows(corpus / "validation.jsonl", tokenizer, SEGMENT)
+    judge, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
+    console.print(f"accuracy of the classifier on held-out segments: {accuracy:.3f}")
+    results = []
+    for (name, seed), trained in runs.items():
+        model = trained.load_model()
+        for temperature in TEMPERATURES:
+            for prior in PRIORS if isinstance(model, FreeTransformer) else (None,):
+                started = time.perf_counter()
+                tokens = generate(model, tokenizer, options, seed, temperature, prior)
+                seconds = time.perf_counter() - started
+                coherence = measure_coherence(tokens, tokenizer, judge, SEGMENT, scorer)
+                texts = tokenizer.batch_decode(tokens[:6], skip_special_tokens=True)
+                results.append(Result(seed, name, prior, temperature, coherence, seconds, texts))
+                console.print(table([results[-1]], marks_of(options.windows)).to_rich())
+    write_results(options, results, accuracy)
+
+
+def train_all(options: argparse.Namespace, wanted: dict[tuple[str, int], list[str]], data: list[str]) -> dict[Any, Run]:
+    """Trains the runs that are not finished, as many at a time as there are cores, one core each."""
+    runs, waiting, running = {}, [], []
+    for (name, seed), changes in wanted.items():
+        trained = runs[name, seed] = Run(options.out / f"{name.replace(' ', '-')}-{seed}")
+        command = [sys.executable, "-m", "free_transformer", "train", options.config, f"run_dir={trained.path}"]
+        waiting.append((trained, [*command, f"training.seed={seed}", *data, *changes, *options.overrides]))
+    cores = os.cpu_count() or 1
+    while waiting or running:
+        while waiting and len(running) < cores:
+            trained, command = waiting.pop(0)
+            trained.path.mkdir(parents=True, exist_ok=True)
+            console.print(f"training {trained.path} (log in {trained.path / 'log.txt'})")
+            with (trained.path / "log.txt").open("w") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                running.append((trained, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
+        trained, process = running.pop(0)
+        if process.wait() != 0:
+            raise SystemExit(f"training {trained.path} failed: see {trained.path / 'log.txt'}")
+    return runs
+
+
+def generate(
+    model: Any, tokenizer: Any, options: argparse.Namespace, seed: int, temperature: float, prior: str | None
+) -> torch.Tensor:
+    """Texts from an empty prompt, (texts, windows · WINDOW), without the begin-of-text token."""
+    torch.manual_seed(seed)
+    prompt = torch.full((options.texts, 1), tokenizer.bos_token_id)
+    length = options.windows * WINDOW
+    plans = {} if prior is None else {"plan": model.sample_plan(options.texts, 1, prior=prior)}
+    text = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        suppress_tokens=[tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        **plans,
+    )
+    return text[:, 1:]
+
+
+def marks_of(windows: int) -> list[int]:
+    """Segments that tables show: the last of 1, 2, 4, ... windows."""
+    per_window = WINDOW // SEGMENT
+    return [per_window * 2**i for i in range(1, 20) if 2**i <= windows]
+
+
+def table(results: list[Result], marks: list[int]) -> Table:
+    header = ["seed", "model", "temperature", *(f"after {mark * SEGMENT:,}" for mark in marks)]
+    header += ["switches", "styles at the end", "NLL of segments"]
+    rows = []
+    for each in results:
+        coherence = each.coherence
+        assert coherence.segment_nll is not None
+        shares = [f"{coherence.share_at(mark)[0]:.2f}" for mark in marks]
+        ends = " / ".join(map(str, coherence.counts_at_end(len(VOICES))))
+        rows.append(
+            [
+                *(str(each.seed), each.name, f"{each.temperature:g}", *shares),
+                *(f"{coherence.switches_per_1000_tokens:.2f}", ends, f"{coherence.segment_nll.mean():.3f}"),
+            ]
+        )
+    caption = (
+        "Share of texts still in the style of their segments 2 to 4 after so many tokens; changes of style from one "
+        f"segment of {SEGMENT} tokens to the next, per 1,000 tokens; texts that end in each style "
+        f"({', '.join(VOICES)}); mean NLL of segments under an independent model, in nats per token."
+    )
+    return Table(header, rows, caption)
+
+
+def write_results(options: argparse.Namespace, results: list[Result], accuracy: float) -> None:
+    marks = marks_of(options.windows)
+    found = {
+        "texts": options.texts,
+        "window": WINDOW,
+        "segment": SEGMENT,
+        "accuracy of the classifier": accuracy,
+        "results": [each.to_json(marks) for each in results],
+    }
+    write_json(options.out / "results.json", json.loads(json.dumps(found)))
+    write_text(options.out / "results.md", table(results, marks).to_markdown())
+    report = Report("Style beyond the window")
+    report.paragraph(
+        f"Each model generated {options.texts} texts of {options.windows * WINDOW:,} tokens from an empty prompt. A "
+        f"token can look back on {WINDOW} tokens. A classifier that sees one segment of {SEGMENT} tokens at a time "
+        f"says its style (accuracy on held-out segments: {accuracy:.3f})."
+    )
+    for temperature in TEMPERATURES:
+        some = [each for each in results if each.temperature == temperature]
+        report.heading(f"Temperature {temperature:g}")
+        lines: dict[str, list[np.ndarray]] = {}
+        for each in some:
+            same = each.coherence.labels == each.coherence.beginning[:, None]
+            lines.setdefault(each.name, []).append(same.mean(0))
+        means = {name: np.mean(shares, 0) for name, shares in lines.items()}
+        report.figure(
+            shares_by_position(means, SEGMENT, chance=1 / len(VOICES)),
+            "share of texts in the style of their beginning, by position; mean over seeds",
+        )
+        report.table(table(some, marks))
+    report.heading("Texts")
+    report.paragraph("The beginning and the end of the first texts of seed " + str(options.seeds[0]) + ".")
+    for each in results:
+        if each.seed == options.seeds[0]:
+            report.heading(f"{each.name}, temperature {each.temperature:g}", level=3)
+            report.samples([(f"text {i + 1}", f"{t[:300]}\n\n[…]\n\n{t[-300:]}") for i, t in enumerate(each.texts)])
+    report.write(options.out / "report.html")
+    console.print(table(results, marks).to_rich())
+    console.print(f"open {options.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    with as_command():
+        main()
