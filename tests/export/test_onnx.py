@@ -40,7 +40,7 @@ def models():
             model.lm_head.weight *= 8  # clear winners, so that rounding cannot choose another token
         return model
 
-    return {"dynamic": build(plan_span=SPAN), "static": build(plan_span="sequence")}
+    return {"dynamic": build(plan_span=SPAN), "static": build(plan_span="sequence", sliding_window=5)}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,37 @@ def test_a_server_writes_texts_that_come_and_go_as_each_alone(exports):
         assert alone[0, len(prompt) :].tolist() == text
     with pytest.raises(ValueError, match="made for fixed sizes"):
         OnnxBatch(OnnxFreeTransformer(exports["static"].folder))
+
+
+def test_a_sliding_window_bounds_the_cache_and_not_the_length(tmp_path, recwarn):
+    window = 6
+    config = {**TINY, "vocab_size": 259, "bos_token_id": 256, "pad_token_id": 258, "num_layers": 2, "plan_span": SPAN}
+    model = FreeTransformer(FreeTransformerConfig(**{**config, "max_seq_len": 16}, sliding_window=window)).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 8
+    export = export_onnx(model, tmp_path / "export", byte_tokenizer())
+    assert all(each.difference <= TOLERANCE for each in export.differences if each.output == "logits")
+    exported = OnnxFreeTransformer(export.folder)
+    tokens, mask = left_padded(5, 9, 12)
+    plan, count = model.sample_plan(3, 30), 70
+    options = {"plan": plan, "max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(tokens, attention_mask=mask, **options)
+    widths = []
+    run = exported.run
+    exported.run = lambda graph, inputs, past=(): widths.append(past[0].shape()[2]) or run(graph, inputs, past)
+    ours = exported.generate(tokens, mask, plan=plan.numpy(), max_new_tokens=count, eos_token_id=())
+    assert ours.tolist() == expected.tolist()
+    assert max(widths) <= max(2 * window, 12)
+    batch = OnnxBatch(exported, max_rows=3, max_length=100)
+    lengths, counts = (5, 12, 3, 17, 1), (40, 6, 30, 4, 12)
+    prompts = [[256, *torch.randint(3, 250, (length - 1,)).tolist()] for length in lengths]
+    widths.clear()
+    written = write_in_rows(batch, prompts, [plan[0].numpy()] * 5, list(counts))
+    assert max(widths) <= max(2 * window, 17)
+    for prompt, text, new in zip(prompts, written, counts, strict=True):
+        alone = model.generate(torch.tensor([prompt]), **{**options, "plan": plan[0], "max_new_tokens": new})
+        assert alone[0, len(prompt) :].tolist() == text
+    assert not [each for each in recwarn if "built for 16" in str(each.message)]
 
 
 def test_a_server_runs_where_torch_cannot_be_imported(models, exports):

@@ -58,7 +58,8 @@ def settings(folder: Path, name: str = "cats", **sections) -> Settings:
         text.parent.mkdir(exist_ok=True)
         text.write_text("The cat sat on the mat. A dog dug. " * 40)
     values = {
-        "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "plan_span": 8},
+        "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 3, "plan_span": 8}
+        | {"sliding_window": 12},
         "training": {"max_steps": 4, "batch_size": 4, "seq_len": 32, "eval_every": 2, "save_every": 2, "device": "cpu"}
         | {"prior_rows": 8},
         "data": {"train": str(texts["train"]), "validation": str(texts["held_out"])},

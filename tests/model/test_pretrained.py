@@ -19,9 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from free_transformer import FreeTransformer
+from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.cli import main as cli
 from free_transformer.data import byte_tokenizer
+from free_transformer.settings import ModelSettings
 
 SHAPE = {
     "vocab_size": 48,
@@ -53,8 +54,12 @@ DONORS = {
     "heads of their own size": LlamaConfig(**SHAPE, head_dim=16),
     "gelu": LlamaConfig(**SHAPE, hidden_act="gelu"),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "mistral with a window": MistralConfig(**SHAPE, sliding_window=7),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2 with a window": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=0),
+    "qwen2 with a window in no layer": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3 with a window": Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=0),
 }
 
 
@@ -125,12 +130,41 @@ def test_bfloat16_in_shards_with_an_index(donor, tokens):
         )
 
 
-def test_a_window_that_slides_bounds_the_length(donor, tokens):
-    pretrained, folder = donor(MistralConfig(**SHAPE, sliding_window=16))
+def test_a_window_is_kept_and_can_be_changed(donor, tokens):
+    _, folder = donor(DONORS["mistral with a window"])
+    config = FreeTransformer.from_pretrained(folder, latent_dim=4).config
+    assert (config.sliding_window, config.max_position_embeddings) == (7, 64)
+    assert FreeTransformer.from_pretrained(folder, latent_dim=4, sliding_window=9).config.sliding_window == 9
+    settings = ModelSettings(pretrained=str(folder))
+    settings.adopt()
+    assert (settings.sliding_window, settings.build().sliding_window) == (7, 7)
+    settings = ModelSettings(pretrained=str(folder), sliding_window=None)
+    settings.adopt()
+    assert settings.build().sliding_window is None
+    with pytest.raises(ValueError, match=r"sliding_window=9: .* has 7; leave it out"):
+        ModelSettings(pretrained=str(folder), sliding_window=9, kind="baseline").adopt()
+
+
+def test_a_window_that_a_llama_does_not_use_is_not_adopted(donor, tokens):
+    pretrained, folder = donor(LlamaConfig(**SHAPE, sliding_window=3))
     model = FreeTransformer.from_pretrained(folder, latent_dim=4)
-    assert model.config.max_position_embeddings == 16
+    assert model.config.sliding_window is None
     with torch.no_grad():
-        assert_close(model(tokens[:, :16]).logits, pretrained(tokens[:, :16]).logits)
+        assert_close(model(tokens).logits, pretrained(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+        Qwen3Config(**SHAPE, layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=7),
+    ],
+)
+def test_windows_in_some_layers_only_are_refused(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer_types: the layers of this qwen. differ \(full_att") as told:
+        FreeTransformerConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(told.value)
 
 
 def test_another_kind_of_model_is_refused_by_name(tmp_path):

@@ -200,10 +200,17 @@ def test_200_concurrent_requests_match_single_requests(address):
     assert metric(address, "running_texts") == 0 and metric(address, "waiting_texts") == 0
 
 
-@pytest.mark.parametrize("span", [1, 4, "sequence"])
-def test_rows_that_come_and_go_match_generate(span):
-    model = build_model(plan_span=span, max_seq_len=400).double()
-    batch = TorchBatch(model, byte_tokenizer(), max_rows=3)
+@pytest.mark.parametrize(
+    ("span", "shape"),
+    [
+        *((span, {"max_seq_len": 400}) for span in (1, 4, "sequence")),
+        *((4, {"max_seq_len": 64, "sliding_window": window}) for window in (1, 20, 64)),
+        ("sequence", {"max_seq_len": 128, "sliding_window": 100}),
+    ],
+)
+def test_rows_that_come_and_go_match_generate(span, shape):
+    model = build_model(plan_span=span, **shape).double()
+    batch = TorchBatch(model, byte_tokenizer(), max_rows=3, max_length=400)
     lengths = [(5, 290), (40, 12), (3, 30), (17, 300), (1, 60), (258, 9)]  # tokens of the prompt, and new ones
     rng = np.random.default_rng(0)
     prompts = [[256, *rng.integers(0, 256, prompt - 1).tolist()] for prompt, _ in lengths]
@@ -214,6 +221,8 @@ def test_rows_that_come_and_go_match_generate(span):
             torch.tensor([prompt]), plan=torch.from_numpy(plan), max_new_tokens=count, do_sample=False, eos_token_id=-1
         )
         assert expected[0, len(prompt) :].tolist() == text
+    if "sliding_window" in shape:  # no more memory than the window needs
+        assert batch.cache.keys[0].shape[2] == -(-shape["sliding_window"] // 64) * 64
 
 
 def test_logits_do_not_depend_on_the_batch_size():

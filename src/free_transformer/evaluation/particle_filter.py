@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from free_transformer.errors import InputError
+from free_transformer.model.cache import PlanCache
 from free_transformer.model.layout import PlanLayout
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.outputs import LowerOutput
@@ -87,16 +87,22 @@ class _UpperLayers:
 
     def __init__(self, model: FreeTransformer, lower: LowerOutput, num_particles: int):
         self.model, self.lower, self.num_particles = model, lower, num_particles
-        self.cache = DynamicCache(config=model.config)
+        self.cache = PlanCache(model.config)
         self.mask = self._mask()
 
     def _mask(self) -> Tensor:
         """Attention mask, (1 or B, 1, T, T), additive or bool."""
-        mask, states = self.lower.layer_arguments["attention_mask"], self.lower.hidden_states
+        arguments, states = self.lower.layer_arguments, self.lower.hidden_states
+        mask = arguments["attention_mask"]
         if mask is None:
-            tokens = states.shape[1]
-            future = torch.ones(tokens, tokens, dtype=torch.bool, device=states.device).triu(1)
-            return torch.zeros_like(future, dtype=states.dtype).masked_fill(future, -math.inf)[None, None]
+            tokens = torch.arange(states.shape[1], device=states.device)
+            distance = tokens[:, None] - tokens
+            seen = (distance >= 0) & (distance < (self.model.config.sliding_window or len(tokens)))
+            if arguments.get("blocks") is not None:
+                assert self.lower.layout is not None
+                groups, _ = self.lower.layout.attention_groups
+                seen = seen & (groups[:, :, None] == groups[:, None])
+            return torch.zeros_like(seen, dtype=states.dtype).masked_fill(~seen, -math.inf).view(-1, 1, *distance.shape)
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise InputError(
                 "method='particle_filter' with padded or packed rows needs attn_implementation='sdpa' or 'eager'"
@@ -106,8 +112,10 @@ class _UpperLayers:
     def step(self, plan: Tensor, start: int, end: int) -> Tensor:
         """Computes logits, (B · K, end - start, V), of the tokens from `start` to `end - 1` under plans (B · K, H)."""
         arguments: dict[str, Any] = dict(self.lower.layer_arguments)
-        arguments["cache"] = self.cache
-        arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, :end])
+        arguments["cache"], arguments["blocks"] = self.cache, None
+        # with a sliding window, the cache holds the last tokens only
+        held, _ = self.cache.get_mask_sizes(end - start, self.model.config.plan_layer)
+        arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, end - held : end])
         arguments["position_ids"] = self._repeat(arguments["position_ids"][:, start:end])
         rotation = arguments["position_embeddings"]
         arguments["position_embeddings"] = tuple(self._repeat(part[:, start:end]) for part in rotation)

@@ -80,7 +80,7 @@ def export_aot(
 
 
 def _compile_package(graph: Graph, file: Path, static: tuple[int, int]) -> list[Difference]:
-    sizes = traced_sizes(graph, graph.model.config.plan_span, static)
+    sizes = traced_sizes(graph, static)
     inputs = [argument.example(sizes) for argument in graph.arguments]
     program = torch.export.export(graph, tuple(inputs))
     torch._inductor.aoti_compile_and_package(program, package_path=str(file))

@@ -59,15 +59,26 @@ class Graph(nn.Module):
         self.model = model
 
     def lower_layers(self, input_ids: Tensor, attention_mask: Tensor, past: "_Past | None" = None) -> LowerOutput:
-        """Runs the lower layers on (B, T) tokens with a (B, S + T) mask. The plan layout is only set without a past."""
-        model = self.model
+        """
+        Runs the lower layers on (B, T) tokens with a (B, S + T) mask. The plan layout is only set without a past.
+
+        With a sliding window the past may lack the oldest tokens, which no new one attends to. The mask has them all.
+        """
+        model, window = self.model, self.model.config.sliding_window
         tokens, total = input_ids.shape[1], attention_mask.shape[1]
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0).narrow(1, total - tokens, tokens)
+        real = attention_mask.bool()
+        if window is not None and past is not None:
+            total = past.length + tokens
+            last = torch.arange(total, device=input_ids.device) + (attention_mask.shape[1] - total)
+            real = real.index_select(1, last)
         columns = torch.arange(total, device=input_ids.device)
         own = torch.arange(tokens, device=input_ids.device)[:, None] + (total - tokens)
-        real = attention_mask.bool()
+        seen = columns <= own
+        if window is not None:
+            seen = seen & (own - columns < window)
         # padding attends to itself: softmax over a fully masked row gives NaN
-        mask = ((columns <= own) & real[:, None]) | (columns == own)
+        mask = (seen & real[:, None]) | (columns == own)
         embedded = model.model.embed_tokens(input_ids)
         layout, plans = None, 0
         if past is None:
@@ -153,7 +164,8 @@ class Decode(Graph):
         """
         Args:
             input_ids: (B, T), new tokens.
-            attention_mask: (B, S + T), 0 for padding, including the past.
+            attention_mask: (B, S + T), 0 for padding, including the past. With a sliding window also the tokens that
+                the past no longer holds.
             columns: (K,), indices of the tokens whose logits are returned; `[T - 1]` to generate.
             plan: (B, P, H), from the first token of the text up to at least the last new one.
             past: keys and values of each layer in turn, (B, heads, S, head_dim).
@@ -172,6 +184,10 @@ class _Past:
     def __init__(self, past: tuple[Tensor, ...], fixed: bool):
         self.past, self.fixed = past, fixed
         self.present: list[Tensor] = []
+
+    @property
+    def length(self) -> int:
+        return self.past[0].shape[2] if self.past else 0
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         new = key.shape[2]
@@ -208,13 +224,17 @@ def static_graphs(model: FreeTransformer, length: int) -> list[Graph]:
     return [Training(model), Encode(model), Decode(model, past=0, name="prefill"), Decode(model, past=length)]
 
 
-def traced_sizes(graph: Graph, plan_span: int | str, static: tuple[int, int] | None) -> dict[str, int]:
+def traced_sizes(graph: Graph, static: tuple[int, int] | None) -> dict[str, int]:
     """Returns the sizes of the named dimensions for tracing. `static`: fixed numbers of texts and of tokens, if any."""
+    config = graph.model.config
+    plan_span = config.plan_span
     if static is None:
         # the tracer treats sizes 0 and 1 as constants, also of plans
         tokens = 6 if plan_span == "sequence" else int(plan_span) + 5
         sizes = {"batch": 2, "tokens": tokens, "past": tokens + 1, "asked": 3}
         sizes["total"] = sizes["tokens"] + (sizes["past"] if graph.name == "decode" else 0)
+        if graph.name == "decode" and config.sliding_window is not None:
+            sizes["total"] += 2  # tokens that the past no longer holds
         sizes["plans"] = num_plans(plan_span, sizes["total"])
         return sizes
     batch, length = static

@@ -174,7 +174,7 @@ def _check_arguments(model: PreTrainedModel, static: tuple[int, int] | None, qua
 
 
 def _write_graph(graph: Graph, file: Path, export: Export, most_in_one_file: int) -> None:
-    sizes = traced_sizes(graph, graph.model.config.plan_span, export.static)
+    sizes = traced_sizes(graph, export.static)
     examples = tuple(argument.example(sizes) for argument in graph.arguments)
     with silence_exporters():
         program = torch.onnx.export(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .compat import (
 )
 from .configuration import FreeTransformerConfig
 from .layout import Boundaries
+from .sliding_window import WindowBlocks, attend_in_blocks
 
 # `varlen_attn` is new in PyTorch 2.10 and its options differ between releases.
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -88,11 +90,12 @@ def has_varlen_kernel(config: FreeTransformerConfig, hidden_states: Tensor) -> b
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     fits = config.attention_dropout == 0 and config.head_dim % 8 == 0 and config.head_dim <= 256
-    return device == "cuda" and dtype in HALF and fits
+    slides = config.sliding_window is None or "window_size" in VARLEN_OPTIONS
+    return device == "cuda" and dtype in HALF and fits and slides
 
 
 def varlen_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
+    module: "SplitAttention", query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
 ) -> tuple[Tensor, None]:
     """
     Attention inside the documents of a batch by PyTorch's Flash Attention kernel, all (B, heads, T, head_dim).
@@ -105,7 +108,8 @@ def varlen_attention(
     batch, heads, queries = query.shape[:3]
     causal = bool(module.is_causal)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    before = -1 if module.window is None else module.window - 1
+    options: dict[str, Any] = {"window_size": (before, 0) if causal else (-1, -1)}
     if "window_size" not in VARLEN_OPTIONS:
         options = {"is_causal": causal}
     if "enable_gqa" in VARLEN_OPTIONS:
@@ -137,6 +141,11 @@ class SplitAttention(LlamaAttention):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token attends to, itself and those before it; None for all. The encoder's does not slide."""
+        return self.config.sliding_window if self.is_causal else None
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -148,6 +157,7 @@ class SplitAttention(LlamaAttention):
         key_value_position_embeddings: Rotation | None = None,
         implementation: str | None = None,
         boundaries: Boundaries | None = None,
+        blocks: WindowBlocks | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """
@@ -158,6 +168,7 @@ class SplitAttention(LlamaAttention):
             key_value_position_embeddings: positions of the keys, default those of the queries.
             implementation: attention backend, default the configuration's.
             boundaries: of the documents, in the place of a mask; see `takes_boundaries`.
+            blocks: of a sliding window, in the place of a mask.
 
         Returns:
             the output, (B, Q, D), and the attention weights, (B, heads, Q, T), None for backends that compute none.
@@ -184,8 +195,13 @@ class SplitAttention(LlamaAttention):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             implementation or self.config._attn_implementation, eager_attention
         )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
+        if blocks is not None:
+            output = attend_in_blocks(partial(attend, self), blocks, query, key, value, **options)
+            return self.o_proj(output.flatten(2)), None
+        if self.window is not None:
+            options["sliding_window"] = self.window
+            if query.shape[2] == 1 and attention_mask is None:  # of all that a cache holds, or that a prompt has
+                key, value = key[:, :, -self.window :], value[:, :, -self.window :]
+        output, weights = attend(self, query, key, value, attention_mask, **options)
         return self.o_proj(output.flatten(2)), weights

@@ -1,38 +1,77 @@
 """State between two steps of decoding: keys, values, and the plans of the texts."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from .compat import DynamicLayer
+from .compat import DynamicLayer, DynamicSlidingWindowLayer
 
 MIN_SPARE = 256  # tokens
 
 
-class GrowingLayer(DynamicLayer):
+class SpareCapacity:
     """
-    `DynamicLayer` with spare capacity: appending a token does not copy all the others.
+    Appends keys and values without copying those that a layer of a cache holds already.
 
-    Each time the capacity is exhausted, it grows by an eighth of the tokens held, so that the number of values copied
-    per token stays bounded. `DynamicLayer` copies all of them for every token.
+    Each time the capacity is exhausted, the tokens held move to a buffer with room for an eighth more, so that the
+    number of values copied per token stays bounded.
 
     Args:
-        max_length: tokens that it will ever hold, as far as is known.
+        max_length: tokens that the texts will ever have, as far as is known.
 
     Attributes:
-        buffers: the memory that `keys` and `values` are the beginnings of, once there is spare capacity.
+        buffers: the memory that `keys` and `values` are parts of, once there is spare capacity.
     """
 
     keys: Tensor  # once there are any
     values: Tensor
+    get_seq_length: Callable[[], int]
 
-    def __init__(self, max_length: int | None = None):
-        super().__init__()
+    def __init__(self, max_length: int | None = None, *args: object):
+        super().__init__(*args)
         self.max_length = max_length
         self.buffers: list[Tensor | None] = [None, None]
+
+    def append(self, key_states: Tensor, value_states: Tensor, max_spare: int | None) -> tuple[Tensor, Tensor]:
+        """The states held and the new ones, (B, heads, T, head_dim). `max_spare`: bound of the capacity added."""
+        if self.get_seq_length() == 0 or self.keys.numel() == 0:
+            return key_states, value_states  # a prompt is kept as it is: a text that is only read needs no copy
+        held, new = (self.keys, self.values), (key_states, value_states)
+        keys, values = (self._append(which, held[which], new[which], max_spare) for which in range(2))
+        return keys, values
+
+    def _append(self, which: int, old: Tensor, new: Tensor, max_spare: int | None) -> Tensor:
+        if torch.is_grad_enabled() and (new.requires_grad or old.requires_grad):
+            return torch.cat([old, new], dim=-2)  # a backward pass may need what stands in the buffer
+        held = old.shape[-2]
+        total = held + new.shape[-2]
+        start, buffer = 0, self.buffers[which]
+        # Reordering or selecting rows of a cache replaces `keys` and `values` by other tensors.
+        if buffer is not None and _shares_memory(old, buffer) and new.shape[:2] == buffer.shape[:2]:
+            start = (old.storage_offset() - buffer.storage_offset()) // buffer.stride(2)
+        else:
+            buffer = None
+        if buffer is None or start + total > buffer.shape[-2]:
+            spare = max(MIN_SPARE, total // 8)
+            if max_spare is not None:
+                spare = max(0, min(spare, max_spare))
+            start, buffer = 0, new.new_empty(*new.shape[:2], total + spare, new.shape[-1])
+            buffer[:, :, :held] = old
+            self.buffers[which] = buffer
+        buffer.narrow(2, start + held, total - held).copy_(new)
+        return buffer.narrow(2, start, total)
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+class GrowingLayer(SpareCapacity, DynamicLayer):
+    """`DynamicLayer` with spare capacity. `DynamicLayer` itself copies all tokens for each new one."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -40,30 +79,44 @@ class GrowingLayer(DynamicLayer):
         """Appends the states of new tokens, both (B, heads, T, head_dim). Returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.get_seq_length() == 0:  # the prompt is kept as it is: a text that is only read needs no copy
-            self.keys, self.values = key_states, value_states
-        else:
-            self.keys = self._append(0, self.keys, key_states)
-            self.values = self._append(1, self.values, value_states)
+        total = self.get_seq_length() + key_states.shape[-2]
+        max_spare = None if self.max_length is None else self.max_length - total
+        self.keys, self.values = self.append(key_states, value_states, max_spare)
         return self.keys, self.values
 
-    def _append(self, which: int, old: Tensor, new: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (new.requires_grad or old.requires_grad):
-            return torch.cat([old, new], dim=-2)  # a backward pass may need what stands in the buffer
-        held = old.shape[-2]
-        total = held + new.shape[-2]
-        buffer = self.buffers[which]
-        # Reordering or selecting rows of a cache replaces `keys` and `values` by other tensors.
-        ours = buffer is not None and old.data_ptr() == buffer.data_ptr() and new.shape[:2] == buffer.shape[:2]
-        if buffer is None or not ours or total > buffer.shape[-2]:
-            capacity = total + max(MIN_SPARE, total // 8)
-            if self.max_length is not None:
-                capacity = max(total, min(capacity, self.max_length))
-            buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
-            buffer[:, :, :held] = old
-            self.buffers[which] = buffer
-        buffer.narrow(2, held, total - held).copy_(new)
-        return buffer.narrow(2, 0, total)
+
+class WindowLayer(SpareCapacity, DynamicSlidingWindowLayer):
+    """
+    `DynamicSlidingWindowLayer` with spare capacity: it holds the `sliding_window - 1` tokens that the next one attends
+    to, in memory for at most twice as many. `DynamicSlidingWindowLayer` itself copies all of them for each new one.
+    """
+
+    cumulative_length: int  # tokens so far, those that it no longer holds among them
+
+    def __init__(self, sliding_window: int, max_length: int | None = None):
+        super().__init__(max_length, sliding_window)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Appends the states of new tokens. Returns those of all tokens that some new one attends to, and no others."""
+        if self.record_past:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        total, max_spare = self.cumulative_length + key_states.shape[-2], self.sliding_window
+        if self.max_length is not None:
+            max_spare = min(max_spare, self.max_length - total)
+        states = self.append(key_states, value_states, max_spare)
+        self.cumulative_length = total
+        surplus = states[0].shape[-2] - (self.sliding_window - 1)
+        if surplus <= 0:
+            self.keys, self.values = states
+        elif surplus <= self.sliding_window:
+            self.keys, self.values = (each[:, :, surplus:] for each in states)
+        else:  # a long prompt, whose memory is not kept
+            self.keys, self.values = (each[:, :, surplus:].clone() for each in states)
+        return states
 
 
 @dataclass
@@ -141,6 +194,8 @@ class PlanCache(DynamicCache):
         for place, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[place] = GrowingLayer(max_length)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                self.layers[place] = WindowLayer(layer.sliding_window, max_length)
         self.state: PlanState | None = None
         self.packed = False
 

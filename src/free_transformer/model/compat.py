@@ -19,14 +19,19 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 # The class of Llama's activation, to tell it from one that a user has put in its place.
 from transformers.activations import ACT2FN
 
-# The base class of all caches, and the layer type that `GrowingLayer` extends.
-from transformers.cache_utils import Cache, DynamicLayer
+# The base class of all caches, and the layer types that `GrowingLayer` and `WindowLayer` extend.
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 # The output of `generate`, to which ours adds the plan.
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 # Attention masks for every attention backend.
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 # Gradient checkpointing of a decoder layer, as the Trainer switches it on.
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,6 +66,7 @@ __all__ = [
     "Cache",
     "CausalLMOutputWithPast",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "GenerateDecoderOnlyOutput",
     "GenerationHooks",
     "GradientCheckpointingLayer",
@@ -74,6 +80,7 @@ __all__ = [
     "create_bidirectional_mask",
     "create_causal_mask",
     "create_masks_for_generate",
+    "create_sliding_window_causal_mask",
     "eager_attention_forward",
     "is_flash_attention_requested",
 ]

@@ -105,6 +105,9 @@ class FreeTransformerConfig(LlamaConfig):
         stream_scale: root mean square of X where it was measured, as in a pretrained model; the initialization of the
             codebook and its learning rate follow it. None: 1, or `hidden_dim^-1/2` with tied embeddings.
         query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
+        sliding_window: tokens that a token attends to in each decoder layer, itself and those right before it, as in
+            `MistralConfig`. None: all before it, as does a window that is not shorter than the text. Distances are in
+            columns of the input, padding included. The encoder always reads the whole text.
         attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
         encoder_class: set by a model with a custom encoder, so that loading can ask for it.
         bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
@@ -154,6 +157,7 @@ class FreeTransformerConfig(LlamaConfig):
     readout_init_scale: float | int = 0.1
     stream_scale: float | int | None = None
     query_key_norm: bool = False
+    sliding_window: int | None = None
     attention_output_bias: bool | None = None
     encoder_class: str | None = None
 
@@ -184,7 +188,7 @@ class FreeTransformerConfig(LlamaConfig):
             self.code_bits = self.latent_dim if self.latent_dim <= PAPER_CODE_BITS else 8
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"hidden_dim={self.hidden_size} is not a multiple of num_heads={self.num_attention_heads}")
-        self._check_plan()
+        self._check_values()
         if self.plan_gradient == "auto":
             self.plan_gradient = "exact" if max(self.group_bits) <= EXACT_GRADIENT_BITS else "sampled"
         super().__post_init__(**kwargs)
@@ -261,7 +265,7 @@ class FreeTransformerConfig(LlamaConfig):
             lines.append(f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return "; ".join(lines)
 
-    def _check_plan(self) -> None:
+    def _check_values(self) -> None:
         assert self.code_bits is not None and self.injection_layers is not None
         assert self.free_bits is not None and self.min_bits is not None and self.aggregate_weight is not None
         layers = range(self.plan_layer, self.num_hidden_layers)
@@ -289,6 +293,10 @@ class FreeTransformerConfig(LlamaConfig):
             (
                 len(self.injection_layers) > 0 and all(layer in layers for layer in self.injection_layers),
                 f"injection_layers={self.injection_layers}: layers from {layers.start} to {layers.stop - 1}, or 'all'",
+            ),
+            (
+                self.sliding_window is None or self.sliding_window >= 1,
+                f"sliding_window={self.sliding_window}: a number of tokens from 1, or None for all tokens",
             ),
         ]
         for passed, message in checks:

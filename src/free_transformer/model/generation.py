@@ -31,6 +31,7 @@ from .sampling import (
     check_top_k,
     check_top_p,
     length_warning,
+    trained_length,
 )
 
 
@@ -193,8 +194,8 @@ class PlanGenerationMixin(GenerationHooks):
             )
 
     def _warn_past_trained_length(self, sequences: Tensor) -> None:
-        length, trained = sequences.shape[1], self.config.max_position_embeddings
-        if length > trained:
+        length, trained = sequences.shape[1], trained_length(vars(self.config))
+        if trained is not None and length > trained:
             warnings.warn(length_warning(length, trained), stacklevel=3)
 
 

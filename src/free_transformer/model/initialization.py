@@ -5,7 +5,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .compat import LlamaAttention, LlamaMLP
 from .configuration import FreeTransformerConfig
 from .encoder import PlanEncoder
 from .plan import PlanPrior, PlanTable
@@ -35,10 +34,8 @@ def init_module(module: nn.Module, config: LlamaConfig) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight, std=scale)
-    elif isinstance(module, LlamaAttention):
-        init.normal_(module.o_proj.weight, std=residual * module.o_proj.in_features**-0.5)
-    elif isinstance(module, LlamaMLP):
-        init.normal_(module.down_proj.weight, std=residual * module.down_proj.in_features**-0.5)
+    elif isinstance(last := _last_of_block(module), nn.Linear):
+        init.normal_(last.weight, std=residual * last.in_features**-0.5)
     elif isinstance(module, PlanTable):
         module.reset_parameters(scale)
     elif isinstance(module, PlanPrior):
@@ -48,8 +45,13 @@ def init_module(module: nn.Module, config: LlamaConfig) -> None:
         init.normal_(module.readout.weight, std=config.readout_init_scale * config.hidden_size**-0.5)
 
 
+def _last_of_block(module: nn.Module) -> object:
+    """What adds the output of an attention or an MLP to the stream: by name, which all kinds of baselines share."""
+    return getattr(module, "o_proj", getattr(module, "down_proj", None))
+
+
 def build_baseline(config: FreeTransformerConfig) -> PreTrainedModel:
-    """The Llama of the same configuration with the same initialization: the model to compare with."""
+    """The same model without a plan, a Llama, Mistral or Qwen, initialized in the same way, to compare with."""
     model = AutoModelForCausalLM.from_config(config.to_llama())
     model.apply(lambda module: init_module(module, model.config))
     return model

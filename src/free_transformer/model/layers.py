@@ -93,6 +93,7 @@ def _of_last_token(
         "key_value_position_embeddings": position_embeddings,
         "attention_mask": None if attention_mask is None else attention_mask[:, :, -1:],
         "position_ids": position_ids[:, -1:],
+        "blocks": None,  # a single token attends to the end of the window, without a mask
     }
 
 

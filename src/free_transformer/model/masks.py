@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from .attention import takes_boundaries
-from .compat import Cache, create_causal_mask, is_flash_attention_requested
+from .compat import Cache, create_causal_mask, create_sliding_window_causal_mask, is_flash_attention_requested
 from .configuration import FreeTransformerConfig
 from .errors import InputError
 from .layout import PlanLayout, find_boundaries, same_document
+from .sliding_window import window_blocks
 
 # A mask for the layers, and arguments of the attention backend that replace one.
 MaskAndArguments = tuple[Tensor | None, dict[str, object]]
@@ -59,12 +60,15 @@ def mask_of_text(
         attention_mask: as given to the model; real: `token_mask` of it; packed: the layout of packed rows.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
+        if cache is not None:  # with a sliding window it holds the last tokens only
+            held, _ = cache.get_mask_sizes(hidden_states.shape[1], 0)
+            attention_mask = attention_mask[..., -held:]
         return mask_of_backend(config, attention_mask, hidden_states), {}
     if packed is not None:
         packed.boundaries = find_boundaries(packed) if takes_boundaries(config, hidden_states) else None
         return mask_of_layout(config, packed, hidden_states, cache)
     # without positions: documents are told apart here, padding or not
-    return create_causal_mask(config, hidden_states, real, cache, position_ids=None), {}
+    return causal_mask(config, hidden_states, cache, real)
 
 
 def mask_of_layout(
@@ -75,7 +79,7 @@ def mask_of_layout(
         if is_flash_attention_requested(config):
             return None, layout.boundaries.for_flash_attention()
         return None, {"boundaries": layout.boundaries}
-    inside = None
+    groups = None
     if layout.token_mask is not None or layout.token_document is not None:
         if is_flash_attention_requested(config):
             raise InputError(
@@ -83,8 +87,38 @@ def mask_of_layout(
                 "document; call model.set_attn_implementation('sdpa')"
             )
         groups, _ = layout.attention_groups
-        inside = same_document(groups, groups)
-    return create_causal_mask(config, hidden_states, None, cache, position_ids=None, and_mask_function=inside), {}
+    return causal_mask(config, hidden_states, cache, groups=groups)
+
+
+def causal_mask(
+    config: FreeTransformerConfig,
+    hidden_states: Tensor,
+    cache: Cache | None,
+    real: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> MaskAndArguments:
+    """
+    The mask of a causal layer, within the configuration's sliding window if it has one.
+
+    Args:
+        real: (B, past + T) bool, False on padding, or a mask that the attention backend takes.
+        groups: (B, T), tokens attend within their own group only; for texts from their beginning.
+    """
+    inside = None if groups is None else same_document(groups, groups)
+    if config.sliding_window is None:
+        return create_causal_mask(config, hidden_states, real, cache, None, and_mask_function=inside), {}
+    if config._attn_implementation == "sdpa" and (real is None or real.dim() == 2) and _is_empty(cache):
+        if groups is None and real is not None:
+            groups = real.long()
+        blocks = window_blocks(config.sliding_window, hidden_states.shape[1], hidden_states.device, groups)
+        if blocks is not None:
+            return None, {"blocks": blocks}
+    return create_sliding_window_causal_mask(config, hidden_states, real, cache, None, and_mask_function=inside), {}
+
+
+def _is_empty(cache: Cache | None) -> bool:
+    """Whether attention gets the keys of the new tokens alone; a static cache also has columns for later ones."""
+    return cache is None or (not cache.is_compileable and int(cache.get_seq_length()) == 0)
 
 
 def mask_of_backend(config: FreeTransformerConfig, mask: Tensor, hidden_states: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .arguments import check_layout, check_loss_arguments, continues, resolve_cache, resolve_mode, warn_of_lost_gradient
 from .cache import PlanCache, PlanState
-from .compat import Cache, create_causal_mask
+from .compat import Cache
 from .configuration import FreeTransformerConfig
 from .decoder import Decoder, Initialization
 from .encoder import PlanEncoder
@@ -32,7 +32,7 @@ from .generation import PlanGenerationMixin
 from .layers import Head, is_observed
 from .layout import PlanLayout, is_packed, num_plans, plan_layout, plan_of_rank, plan_to_token, token_ranks
 from .losses import LossWeights, objective, predicted_tokens, reconstruction_loss
-from .masks import mask_of_layout, mask_of_text, token_mask
+from .masks import causal_mask, mask_of_layout, mask_of_text, token_mask
 from .outputs import FreeTransformerOutput, LowerOutput, model_output
 from .plan import BinaryMapper, PlanPrior, PlanTable
 from .plan_methods import PlanMethods
@@ -119,7 +119,8 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
             input_ids: (B, T) tokens.
             attention_mask: (B, T), 0 on padding: on the left, on the right or in holes. With a cache (B, past + T).
                 Or a mask of your own, (B, 1, T, past + T), bool or additive; a token that may not attend to itself
-                counts as padding.
+                counts as padding. It also takes the place of the sliding window, but cannot reach tokens that the
+                cache no longer holds.
             position_ids: (B, T); positions that do not count on by 1 mark the documents of a packed row.
             cache: keys and values of the tokens before these; `past_key_values` is another name for it. A cache that
                 this model has made also knows its plans. Any other one that holds tokens needs `plan`.
@@ -325,7 +326,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
             ranks = position_ids if state.first_position is None else position_ids - state.first_position
         mask = None
         if tokens > 1 or cache.is_compileable or (attention_mask is not None and state.padded):
-            mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
+            mask, _ = causal_mask(self.config, hidden_states, cache, attention_mask)
         lower = self.model.run_lower(
             hidden_states,
             mask,

@@ -45,6 +45,9 @@ class LowerOutput:
         """Whether the last row of the attention mask describes the attention of the last token alone."""
         if self.layer_arguments.keys() & {"boundaries", "cu_seq_lens_q", "attentions"}:
             return False  # documents are told apart without a mask, or all tokens' attention is asked for
+        blocks = self.layer_arguments.get("blocks")
+        if blocks is not None and not blocks.equal:
+            return False
         mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["cache"]
         if mask is None:  # a causal one, which also hides what a static cache has not written yet
             return cache is None or not cache.is_compileable

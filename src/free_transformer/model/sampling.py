@@ -5,8 +5,9 @@ Python, the command line, the server and ONNX exports all check their settings h
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 from .errors import InputError
 
@@ -15,6 +16,7 @@ MIN_TEMPERATURE = 1e-6  # below, a difference of logits divided by it overflows 
 MAX_TOP_K = 2**31 - 1  # more tokens than any vocabulary has
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # what `torch.manual_seed` accepts
 PROMPT_PLANS = ("posterior", "prior")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their rotations change beyond the trained length
 PRIORS = ("uniform", "aggregate")
 
 
@@ -99,6 +101,21 @@ def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
     """`ValueError` for token ids that the vocabulary does not have."""
     if lowest < 0 or highest >= vocab_size:
         raise InputError(f"token ids from {lowest} to {highest}, the vocabulary has 0 to {vocab_size - 1}")
+
+
+def trained_length(settings: Mapping[str, Any]) -> int | None:
+    """
+    Tokens of a text that a model was built for, None for any number.
+
+    With a sliding window no token of a longer text attends to more tokens, or to farther ones, than in training.
+
+    Args:
+        settings: of the model, as in `config.json`.
+    """
+    trained, window = settings["max_position_embeddings"], settings.get("sliding_window")
+    rope = (settings.get("rope_parameters") or {}).get("rope_type")
+    slides = window is not None and window <= trained and rope not in LENGTH_DEPENDENT_ROPE
+    return None if slides else trained
 
 
 def length_warning(length: int, trained: int) -> str:

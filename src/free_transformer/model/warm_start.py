@@ -1,11 +1,11 @@
 """
 Turning a pretrained model into a Free Transformer: its configuration, and the initialization of the new parts.
 
-Supported are models that compute like a Llama: Llama, Mistral, and Qwen 2 and 3, which differ by a bias or by a norm of
-queries and keys. With a zero plan vector (R = 0) the logits are those of the pretrained model.
+Supported are models that compute like a Llama: Llama, Mistral with its sliding window, and Qwen 2 and 3, which differ
+by a bias or by a norm of queries and keys. With a zero plan vector (R = 0) the logits are those of the pretrained
+model.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from .configuration import FreeTransformerConfig
     from .modeling import FreeTransformer
 
-logger = logging.getLogger(__name__)
-
 # Properties that the configuration of each does not state.
 SUPPORTED_BASES: dict[str, dict[str, object]] = {
-    "llama": {},
+    "llama": {"sliding_window": None},
     "mistral": {},
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"query_key_norm": True},
@@ -53,23 +51,40 @@ def convert_config(values: dict[str, object], known: set[str]) -> dict[str, obje
         for name, value in own.to_dict().items()
         if name in known - {"architectures", "auto_map", "model_type"}
     }
-    window = getattr(own, "sliding_window", None)
-    if window is not None and window < own.max_position_embeddings:
-        logger.warning("texts of up to %d tokens: beyond, %s attends within a sliding window", window, kind)
-        adopted["max_position_embeddings"] = window
+    adopted["sliding_window"] = _uniform_window(own)
     return {**adopted, **SUPPORTED_BASES[kind], **START, "model_type": "free_transformer"}
 
 
+def _uniform_window(config: PreTrainedConfig) -> int | None:
+    """The sliding window that all layers of a pretrained model have, None where they attend to all tokens."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise InputError(
+            f"layer_types: the layers of this {config.model_type} differ ({', '.join(sorted(kinds))}); a Free "
+            "Transformer can be built from models with one sliding window for all layers, or none"
+        )
+    return None if kinds == {"full_attention"} else getattr(config, "sliding_window", None)
+
+
 def plain_config(config: "FreeTransformerConfig") -> PreTrainedConfig:
-    """The configuration of the same model without a plan: a Llama's, or a Qwen's where only that has such layers."""
-    kind = "llama"
+    """The configuration of the same model without a plan: a Llama's, or that of the kind which has such layers."""
+    kind, options = "llama", {}
     if config.query_key_norm:
         kind = "qwen3"
     elif config.attention_bias and config.attention_output_bias is False:
         kind = "qwen2"
+    if config.sliding_window is not None and kind != "llama":
+        options = {"use_sliding_window": True, "max_window_layers": 0}
+    elif config.sliding_window is not None:
+        kind = "mistral"
+        if config.attention_bias or config.mlp_bias:
+            raise InputError(
+                f"sliding_window={config.sliding_window} with attention_bias or mlp_bias: no model without a plan has "
+                "both; leave one of them out"
+            )
     plain = CONFIG_MAPPING[kind]
     kept = {name: value for name, value in config.to_dict().items() if name in plain.__dataclass_fields__}
-    return plain(**{name: kept[name] for name in kept if name not in ("architectures", "model_type")})
+    return plain(**{name: kept[name] for name in kept if name not in ("architectures", "model_type")}, **options)
 
 
 @torch.no_grad()

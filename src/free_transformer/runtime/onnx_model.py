@@ -19,6 +19,7 @@ from free_transformer.model.sampling import (
     check_max_new_tokens,
     check_seed,
     length_warning,
+    trained_length,
 )
 from free_transformer.runtime.arrays import (
     NO_TOKEN,
@@ -94,7 +95,7 @@ class OnnxFreeTransformer:
         self._files = ExportFolder(folder)
         self.folder, self.config = self._files.path, self._files.settings
         self.latent_dim, self.plan_span = self.config["latent_dim"], self.config["plan_span"]
-        self.static = self._files.summary["static"]
+        self.static, self.window = self._files.summary["static"], self.config.get("sliding_window")
         for graph in self._decoders:  # `encode` is only needed where plans are read
             self._files.graph_file(graph)
         self._sessions = GraphSessions(self._files, providers, threads)
@@ -186,8 +187,9 @@ class OnnxFreeTransformer:
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
         bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
         decoder = _Decoder(self, mask, bits, longest)
-        if self.static is None and longest + 1 > self.config["max_position_embeddings"]:
-            warnings.warn(length_warning(longest + 1, self.config["max_position_embeddings"]), stacklevel=2)
+        trained = trained_length(self.config)
+        if self.static is None and trained is not None and longest + 1 > trained:
+            warnings.warn(length_warning(longest + 1, trained), stacklevel=2)
         if not do_sample:
             sampling = Sampling(0.0, top_k, top_p)
         yield from self._continue(decoder, tokens, sampling, max_new_tokens, self.ends(eos_token_id), rng)
@@ -264,6 +266,17 @@ class OnnxFreeTransformer:
     def ort_values(self, arrays: Sequence[np.ndarray]) -> "list[OrtValue]":
         """Keys and values as `run` takes them."""
         return ort_values(arrays)
+
+    def within_window(self, past: "list[OrtValue]") -> "list[OrtValue]":
+        """
+        Keys and values without those that no further token attends to, by the model's sliding window.
+
+        Removing them copies the others, so it happens each time that the window has been filled once more.
+        """
+        if self.static is not None or self.window is None or past[0].shape()[2] < 2 * self.window:
+            return past
+        surplus = past[0].shape()[2] - (self.window - 1)
+        return self.ort_values([each.numpy()[:, :, surplus:] for each in past])
 
     def load(self) -> None:
         """Loads all graphs that generation may need. `ValueError` where one cannot be loaded."""
@@ -375,7 +388,8 @@ class _Decoder:
             self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=1)
         columns = np.array([tokens.shape[1] - 1])
         inputs = {"input_ids": tokens, "attention_mask": self.mask, "columns": columns, "plan": self.plan}
-        logits, *self.past = model.run(graph, inputs, self.past)
+        logits, *past = model.run(graph, inputs, self.past)
+        self.past = model.within_window(past)
         if model.static is not None:  # the oldest column, which is padding, is dropped from the cache
             self.mask = self.mask[:, -model.static[1] :]
         return logits.numpy()[: self.batch, -1]

@@ -31,6 +31,7 @@ class ModelSettings(TypedDict):
     max_position_embeddings: int
     num_key_value_heads: int
     head_dim: int
+    sliding_window: int | None  # missing in exports of earlier versions
 
 
 class ExportSummary(TypedDict):

@@ -287,8 +287,15 @@ def _tokenize(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def checked_length(length: int | None, trained: int) -> int:
-    """Tokens of a text: `length`, or what the model was built for, at most 2,048. `ValueError` beyond the model's."""
-    if length is not None and not 2 <= length <= trained:
+def checked_length(length: int | None, trained: int | None) -> int:
+    """
+    Tokens of a text: `length`, or what the model was built for, at most 2,048. `ValueError` beyond the model's.
+
+    Args:
+        trained: as `sampling.trained_length`.
+    """
+    if length is not None and length < 2:
+        raise InputError(f"max_length={length}: at least 2 tokens")
+    if length is not None and trained is not None and length > trained:
         raise InputError(f"max_length={length}: from 2 to {trained} tokens, for which the model was built")
-    return min(trained, DEFAULT_MAX_LENGTH) if length is None else length
+    return min(trained or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH) if length is None else length

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from free_transformer.errors import InputError
-from free_transformer.model.sampling import Sampling
+from free_transformer.model.sampling import Sampling, trained_length
 from free_transformer.runtime.arrays import sample_rows
 from free_transformer.runtime.onnx_model import OnnxFreeTransformer
 from free_transformer.serving.batch import Batch, NewRow, TextRequest, checked_length
@@ -21,8 +21,9 @@ SCORED_TOKENS = 256  # tokens of a prompt that are read at a time while it is sc
 
 class OnnxBatch(Batch[np.ndarray]):
     """
-    The cache is as wide as the longest text. Shorter ones are padded on the left. The graph copies the cache at every
-    step, so more than a few rows at a time gain little.
+    The cache is as wide as the longest text, or less than twice the sliding window where the model has one. Shorter
+    texts are padded on the left. The graph copies the cache at every step, so more than a few rows at a time gain
+    little.
 
     Args:
         model: an export with dynamic shapes.
@@ -45,7 +46,7 @@ class OnnxBatch(Batch[np.ndarray]):
             model.latent_dim,
             model.plan_span,
             max_rows,
-            checked_length(max_length, config["max_position_embeddings"]),
+            checked_length(max_length, trained_length(config)),
             ChatTemplate.from_folder(model.folder),
         )
         self.model = model
@@ -75,9 +76,9 @@ class OnnxBatch(Batch[np.ndarray]):
 
     def step(self, tokens: list[int]) -> np.ndarray:
         past = self._gathered()
-        columns = past[0].shape()[2]
         lengths = self.lengths[: self.rows] + 1
-        mask = np.arange(columns + 1) >= columns + 1 - lengths[:, None]
+        total = max(past[0].shape()[2] + 1, lengths.max())
+        mask = np.arange(total) >= total - lengths[:, None]
         logits, present = self._read(np.array(tokens)[:, None], self.plan[: self.rows], past, mask)
         self.lengths[: self.rows] = lengths
         self.places = [(present, row) for row in range(self.rows)]
@@ -107,15 +108,17 @@ class OnnxBatch(Batch[np.ndarray]):
         first = self.places[0][0]
         if first[0].shape()[0] == self.rows and all(place == (first, row) for row, place in enumerate(self.places)):
             return first
-        columns = self.lengths[: self.rows].max()
+        held = self.lengths[: self.rows]
+        if self.model.window is not None:
+            held = np.minimum(held, self.model.window - 1)
         gathered = []
         arrays = {id(past): [each.numpy() for each in past] for past, _ in self.places}
         for which, example in enumerate(first):
             _, heads, _, head_dim = example.shape()
-            states = np.zeros((self.rows, heads, columns, head_dim), np.float32)
+            states = np.zeros((self.rows, heads, held.max(), head_dim), np.float32)
             for row, (past, place) in enumerate(self.places):
-                length = self.lengths[row]
-                states[row, :, columns - length :] = arrays[id(past)][which][place, :, -length:]
+                read = arrays[id(past)][which][place]
+                states[row, :, held.max() - held[row] :] = read[:, read.shape[1] - held[row] :]
             gathered.append(states)
         return self.model.ort_values(gathered)
 
@@ -132,4 +135,4 @@ class OnnxBatch(Batch[np.ndarray]):
         columns = np.array([tokens.shape[1] - 1]) if columns is None else columns
         inputs = {"input_ids": tokens, "attention_mask": mask, "columns": columns, "plan": plan}
         logits, *present = self.model.run("decode", inputs, past)
-        return logits.numpy(), present
+        return logits.numpy(), self.model.within_window(present)

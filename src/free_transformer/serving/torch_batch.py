@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data import begin_token
 from free_transformer.errors import InputError
-from free_transformer.model.cache import MIN_SPARE, PlanState
+from free_transformer.model.cache import MIN_SPARE, PlanCache, PlanState
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.model.sampling import MIN_TEMPERATURE, Sampling
+from free_transformer.model.sampling import MIN_TEMPERATURE, Sampling, trained_length
 from free_transformer.runtime.arrays import NO_TOKEN
 from free_transformer.serving.batch import Batch, NewRow, TextRequest, checked_length
 from free_transformer.serving.chat import ChatTemplate
@@ -56,7 +56,7 @@ class TorchBatch(Batch[Tensor]):
             config.latent_dim,
             config.plan_span,
             max_rows,
-            checked_length(max_length, config.max_position_embeddings),
+            checked_length(max_length, trained_length(vars(config))),
             ChatTemplate.of(tokenizer.chat_template, tokenizer.special_tokens_map),
         )
         self.model = model.eval()
@@ -82,7 +82,7 @@ class TorchBatch(Batch[Tensor]):
     @torch.inference_mode()
     def add(self, request: TextRequest) -> NewRow[Tensor]:
         model, row = self.model, self.rows
-        cache = DynamicCache(config=model.config)
+        cache = PlanCache(model.config)
         lower = model.lower_layers(self._on_device([request.tokens]), cache=cache)
         plan = self.complete_plan(request, lambda: model.encode(lower)[0].float().cpu().numpy())
         bits = self._on_device(plan)[None]
@@ -145,7 +145,8 @@ class RowCache:
     """
     Keys and values of rows of different lengths, each from column 0 on: (rows, heads, columns, head_dim) per layer.
 
-    It replaces a cache of `transformers` in a step that reads one token of each row.
+    It replaces a cache of `transformers` in a step that reads one token of each row. With a sliding window it has no
+    more columns than the window needs: each new token takes the place of one that no token attends to any more.
 
     Attributes:
         is_compileable: read by the model; False, since the columns in use change from step to step.
@@ -155,52 +156,60 @@ class RowCache:
 
     def __init__(self, model: FreeTransformer, rows: int, max_length: int):
         config = model.config
-        self.max_length = -(-max_length // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        shape = (rows, config.num_key_value_heads, min(MIN_SPARE, self.max_length), config.head_dim)
+        self.window = max_length if config.sliding_window is None else min(config.sliding_window, max_length)
+        self.max_columns = _rounded(self.window)
+        shape = (rows, config.num_key_value_heads, min(MIN_SPARE, self.max_columns), config.head_dim)
         layers = range(config.num_hidden_layers)
         # zeros: masked values have weight 0, but 0 times NaN is NaN
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
 
-    def store(self, row: int, cache: DynamicCache) -> None:
+    def store(self, row: int, cache: PlanCache) -> None:
         """Copies the cache of a single text into a row."""
-        self._reserve(cache.get_seq_length())
+        length = int(cache.get_seq_length())
+        self._reserve(length)
         for ours, theirs in zip([self.keys, self.values], ["keys", "values"], strict=True):
             for states, layer in zip(ours, cache.layers, strict=True):
                 read = getattr(layer, theirs)[0]
-                states[row, :, : read.shape[1]] = read
+                columns = torch.arange(length - read.shape[1], length, device=read.device) % self.max_columns
+                states[row][:, columns] = read
 
     def move(self, row: int, to: int, length: int) -> None:
         for states in [*self.keys, *self.values]:
             states[to, :, :length] = states[row, :, :length]
 
-    def begin_step(self, lengths: Tensor, columns: int) -> Tensor:
-        """The mask, (rows, 1, 1, columns) bool, for reading one token of each row, `columns` in total."""
-        self._reserve(columns)
-        columns = -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        self.lengths, self.columns = lengths, columns
-        self.places = torch.arange(len(lengths), device=lengths.device)
-        return (torch.arange(columns, device=lengths.device) <= lengths[:, None])[:, None, None]
+    def begin_step(self, lengths: Tensor, longest: int) -> Tensor:
+        """The mask, (rows, 1, 1, columns) bool, for reading one token of each row; `longest` tokens in a row then."""
+        self._reserve(longest)
+        self.columns = min(_rounded(longest), self.max_columns)
+        self.places = lengths % self.columns
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        age = (lengths[:, None] - torch.arange(self.columns, device=lengths.device)) % self.columns
+        return (age < (lengths[:, None] + 1).clamp(max=self.window))[:, None, None]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Stores states of new tokens, both (rows, heads, 1, head_dim). Returns those of all columns of the step."""
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.places, :, self.lengths] = key[:, :, 0]
-        values[self.places, :, self.lengths] = value[:, :, 0]
-        rows = len(self.places)
+        keys[self.rows, :, self.places] = key[:, :, 0]
+        values[self.rows, :, self.places] = value[:, :, 0]
+        rows = len(self.rows)
         return keys[:rows, :, : self.columns], values[:rows, :, : self.columns]
 
     def _reserve(self, columns: int) -> None:
-        held = self.keys[0].shape[2]
+        held, columns = self.keys[0].shape[2], min(columns, self.max_columns)
         if columns <= held:
             return
-        capacity = min(max(2 * held, -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE), self.max_length)
+        capacity = min(max(2 * held, _rounded(columns)), self.max_columns)
         # both are allocated before either is replaced: where memory runs out, the cache is unchanged
         keys, values = (
             [torch.nn.functional.pad(old, (0, 0, 0, capacity - held)) for old in states]
             for states in (self.keys, self.values)
         )
         self.keys, self.values = keys, values
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 def sample_tokens(logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:

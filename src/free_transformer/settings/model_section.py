@@ -16,6 +16,7 @@ from free_transformer.settings.words import TYPES, either, shown
 ROPE = {"rope_theta", "rope_scaling"}  # older names of what `rope_parameters` holds
 LLAMA_NAMES = {*LlamaConfig.__dataclass_fields__, *FreeTransformerConfig.attribute_map, *ROPE}
 SHAPE = {"hidden_dim", "num_layers", "num_heads"}
+WINDOW = {"sliding_window"}
 OF_THE_PLAN = {"latent_dim", "plan_span", "free_bits", "min_bits", "aggregate_weight"}
 DECIDED_BY = {"kl_weight": "training.kl_weight", "vocab_size": "data.tokenizer"}  # names of the model, set elsewhere
 MAY_CHANGE = {"max_seq_len", "max_position_embeddings", "dropout", "attention_dropout"}  # whatever the weights are
@@ -47,6 +48,13 @@ class ModelSettings(Section):
         FreeTransformerConfig.num_attention_heads,
         ge=1,
         description="Number of attention heads, at least 1. `hidden_dim / num_heads` must be even.",
+    )
+    sliding_window: int | None = Field(
+        FreeTransformerConfig.sliding_window,
+        ge=1,
+        description="Number of tokens that a token attends to in each decoder layer, itself included, at least 1. The "
+        "encoder reads the whole row. A window of `training.seq_len` or more acts in longer texts only. Default: all "
+        "tokens, or the window of `pretrained`.",
     )
     preset: Literal["steering", "paper"] = Field(
         "steering",
@@ -118,10 +126,13 @@ class ModelSettings(Section):
             raise SettingsError(f"model.pretrained={self.pretrained}: {first_line(error)}") from error
         brings_plan = values["model_type"] == config.model_type
         fixed = LLAMA_NAMES - MAY_CHANGE | ({"latent_dim"} if brings_plan else set())
+        if self.kind == "baseline":  # which is loaded as it is
+            fixed |= WINDOW
         for name in sorted(self.model_fields_set & fixed):
             if (asked := getattr(self, name)) != (known := getattr(config, name, config.rope_parameters)):
                 raise SettingsError(f"model.{name}={asked}: {self.pretrained} has {known}; leave it out")
-        for name in SHAPE | (OF_THE_PLAN - self.model_fields_set if brings_plan else set()):
+        open_to_both = WINDOW | (OF_THE_PLAN if brings_plan else set())
+        for name in SHAPE | (open_to_both - self.model_fields_set):
             setattr(self, name, getattr(config, name))
 
 
