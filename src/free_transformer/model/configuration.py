@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from .errors import InputError
 from .hub_code import write_code
+from .plan_text import check_plan_names
 from .warm_start import convert_config, plain_config
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class FreeTransformerConfig(LlamaConfig):
         query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
         attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
         encoder_class: set by a model with a custom encoder, so that loading can ask for it.
+        plan_names: names of plans, as in `{"recipe": "01101001"}`, which can be given wherever a plan is given as text.
         bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
             with its vocabulary of 259, which is the default; None with any other, whose tokens are not known here.
 
@@ -156,6 +158,7 @@ class FreeTransformerConfig(LlamaConfig):
     query_key_norm: bool = False
     attention_output_bias: bool | None = None
     encoder_class: str | None = None
+    plan_names: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         for alias, name in self.attribute_map.items():
@@ -294,6 +297,7 @@ class FreeTransformerConfig(LlamaConfig):
         for passed, message in checks:
             if not passed:
                 raise InputError(message)
+        check_plan_names(self.plan_names or {}, self.latent_dim)
 
     def _check_heads(self) -> None:
         if self.head_dim is not None and self.head_dim % 2:
