@@ -353,7 +353,7 @@ def test_plan_of_other_values_than_bits_is_refused(tiny_model, tokens_like):
 
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_text_longer_than_the_model_was_built_for_is_written_with_a_warning(tiny_model, tokens_like, as_dict):
-    model = tiny_model(plan_span=4, max_seq_len=8)
+    model = tiny_model(plan_span=5, max_seq_len=8)  # half the context is shorter than a plan
     options = {**GREEDY, "return_dict_in_generate": as_dict}
     with pytest.warns(UserWarning, match=r"15 tokens were generated, but the model was built for 8 \(max_seq_len\)"):
         out = model.generate(tokens_like(1, 6), **options)

@@ -123,7 +123,8 @@ def test_engine_with_inconsistent_rows_restarts(model):
 
         def wrong(request):
             new = add(request)
-            engine.batch.rows += request.tokens[-1] == ord("!")
+            if request.tokens[-1] == ord("!"):
+                engine.batch.contexts.append(engine.batch.contexts[-1])
             return new
 
         engine.batch.add = wrong

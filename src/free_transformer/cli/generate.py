@@ -16,7 +16,15 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="Bits of the plan, bit 0 first, such as 01101001; several plans one after the other. Default: sampled."
+            help="Bits of the plan, bit 0 first, such as 01101001, several plans one after the other, or the name of a "
+            "plan. Default: sampled."
+        ),
+    ] = None,
+    plan_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKENS:PLAN",
+            help="Plan from a number of new tokens on, such as 2000:10010110; can be repeated. Default: no change.",
         ),
     ] = None,
     plan_from: Annotated[
@@ -43,8 +51,9 @@ def generate(
 
     - `free-transformer generate runs/my-run --prompt "Once upon"`
     - `free-transformer generate runs/my-run --plan 01101001 --num-samples 4`
+    - `free-transformer generate runs/my-run --plan 01101001 --plan-change 2000:10010110 --max-new-tokens 4000`
     """
-    from free_transformer.cli.generation import Request, generate_with_onnx, generate_with_torch
+    from free_transformer.cli.generation import Request, generate_with_onnx, generate_with_torch, plan_changes
     from free_transformer.runtime.sessions import EXPORT_FILE
 
     if plan is not None and plan_from is not None:
@@ -54,6 +63,7 @@ def generate(
     request = Request(
         prompt=prompt,
         plan=plan,
+        plan_changes=plan_changes(plan_change or []),
         plan_from=plan_from,
         prompt_plan=prompt_plan,
         prior=prior,

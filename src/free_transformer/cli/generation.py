@@ -1,5 +1,6 @@
 """Generates the texts of `free-transformer generate`, with PyTorch or from an ONNX export."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -27,6 +28,7 @@ class Request:
 
     prompt: str
     plan: str | None
+    plan_changes: dict[int, str]
     plan_from: Path | None
     prompt_plan: str
     prior: str
@@ -38,7 +40,7 @@ class Request:
 
     @property
     def has_plan(self) -> bool:
-        return self.plan is not None or self.plan_from is not None
+        return self.plan is not None or self.plan_from is not None or bool(self.plan_changes)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -48,6 +50,19 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
+
+
+def plan_changes(options: Sequence[str]) -> dict[int, str]:
+    """Returns the plans of `--plan-change` by the number of new tokens before them. `InputError` for other options."""
+    found: dict[int, str] = {}
+    for option in options:
+        start, colon, plan = option.partition(":")
+        if not colon or not (start.isascii() and start.isdigit()):
+            raise InputError(f"--plan-change {option}: give TOKENS:PLAN, such as 2000:10010110")
+        if int(start) in found:
+            raise InputError(f"--plan-change {option}: there is another plan from token {start} on; give one of them")
+        found[int(start)] = plan
+    return found
 
 
 def generate_with_torch(folder: Path, request: Request) -> None:
@@ -64,7 +79,12 @@ def generate_with_torch(folder: Path, request: Request) -> None:
         torch.manual_seed(request.seed)
         tokens = prompt_tokens(tokenizer, request.prompt).expand(request.num_samples, -1).to(model.device)
         if isinstance(model, FreeTransformer):
-            own_options = {"plan": plan, "prompt_plan": request.prompt_plan, "prior": request.prior}
+            own_options = {
+                "plan": plan,
+                "plan_changes": request.plan_changes,
+                "prompt_plan": request.prompt_plan,
+                "prior": request.prior,
+            }
         else:
             own_options = {}
         streamer = TextStreamer(tokenizer, skip_special_tokens=True) if request.stream and processes.main else None
@@ -97,13 +117,14 @@ def generate_with_onnx(folder: Path, request: Request) -> None:
     model = OnnxFreeTransformer(folder)
     plan = None
     if request.plan is not None:
-        plan = parse_bits(request.plan, model.latent_dim)
+        plan = parse_bits(request.plan, model.latent_dim, model.config.get("plan_names"))
     elif request.plan_from is not None:
         plan = model.plan_of_text(first_document(request.plan_from))
     texts = model.write(
         request.prompt,
         request.num_samples,
         plan=plan,
+        plan_changes=request.plan_changes,
         prompt_plan=request.prompt_plan,
         prior=request.prior,
         max_new_tokens=request.max_new_tokens,
@@ -133,8 +154,9 @@ def _given_plan(
     if not request.has_plan:
         return None
     if not isinstance(model, FreeTransformer):
-        raise InputError(f"{folder}: a baseline has no plan; leave out --plan and --plan-from")
+        raise InputError(f"{folder}: a baseline has no plan; leave out --plan, --plan-from and --plan-change")
     if request.plan is not None:
-        return parse_plan(request.plan, model.config.latent_dim)
-    assert request.plan_from is not None
+        return parse_plan(request.plan, model.config.latent_dim, model.config.plan_names)
+    if request.plan_from is None:
+        return None
     return plan_of_text(model, tokenizer, first_document(request.plan_from))

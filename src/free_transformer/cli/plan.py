@@ -54,7 +54,7 @@ def plan(
     model, tokenizer = load_with_tokenizer(run)
     if not isinstance(model, FreeTransformer):
         raise InputError(f"{run}: a baseline has no plan")
-    given = None if plan is None else parse_plan(plan, model.config.latent_dim)
+    given = None if plan is None else parse_plan(plan, model.config.latent_dim, model.config.plan_names)
     rows = Run.open(run).held_out_rows(tokenizer, data).sample(max_rows, seed)
     num_batches = -(-len(rows) // batch_size)
     batches = track(rows.in_order(batch_size), "flipping bits", total=num_batches, console=stderr_console())

@@ -42,7 +42,7 @@ def serve(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Maximum number of tokens of prompt and response together. Default: the model's, at most 2048."
+            min=2, help="Maximum number of tokens that the model sees at a time. Default: the model's, at most 2048."
         ),
     ] = None,
     max_prompt: Annotated[
@@ -51,7 +51,7 @@ def serve(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of tokens of a response. Default: limited by --max-length."),
+        typer.Option(min=1, help="Maximum number of tokens of a response. Default: 64 times --max-length."),
     ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Maximum number of texts in the queue; further requests get status 429.")

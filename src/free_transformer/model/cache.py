@@ -1,14 +1,18 @@
 """State between two steps of decoding: keys, values, and the plans of the texts."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from .compat import DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from .long_text import TextContext
 
 MIN_SPARE = 256  # tokens
 
@@ -137,6 +141,9 @@ class PlanState:
         vectors: (B, 1, D), R, where one plan covers the whole text: it is looked up once.
         generator: random numbers for the plans of new text. They have a stream of their own, plan after plan, so that
             a longer text begins as a shorter one of the same seed does.
+        changes: plans that replace this one, (B, 1, H), by the number of new tokens before them.
+        context: which tokens the model sees, where a text may become longer than the model was trained for.
+        dropped_plans: (B, 1), the number of plans before the first token that the model sees; None where it sees all.
     """
 
     plan: Tensor | None = None
@@ -149,6 +156,9 @@ class PlanState:
     padded: bool = True
     vectors: Tensor | None = None
     generator: torch.Generator | None = None
+    changes: dict[int, Tensor] = field(default_factory=dict)
+    context: "TextContext | None" = None
+    dropped_plans: Tensor | None = None
 
     def select_rows(self, rows: Tensor) -> "PlanState":
         """The state of some of the texts, in a given order: (N,) indices."""
@@ -156,7 +166,9 @@ class PlanState:
         def selected(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows.to(values.device)]
 
-        changes = {name: selected(getattr(self, name)) for name in ("plan", "first_position", "vectors")}
+        changes = {
+            name: selected(getattr(self, name)) for name in ("plan", "first_position", "vectors", "dropped_plans")
+        }
         return PlanState(**{**vars(self), **changes})
 
     def stream(self, device: torch.device) -> torch.Generator:
@@ -216,6 +228,23 @@ class PlanCache(DynamicCache):
         if self.state is not None and self.state.plan is not None:
             self._select(torch.arange(len(self.state.plan)).repeat_interleave(repeats))
 
+    def replace_rows(self, rows: Sequence[int], read: "PlanCache", columns: int) -> None:
+        """
+        Replaces some texts by those of another cache, and keeps the last `columns` columns of all. Texts end in the
+        last column; what lies before a text that is shorter has no meaning.
+        """
+        for layer, other in zip(self.layers, read.layers, strict=True):
+            layer.keys = _with_rows(layer.keys, rows, other.keys, columns)
+            layer.values = _with_rows(layer.values, rows, other.values, columns)
+
     def _select(self, rows: Tensor) -> None:
         if self.state is not None:
             self.state = self.state.select_rows(rows)
+
+
+def _with_rows(states: Tensor, rows: Sequence[int], read: Tensor | None, columns: int) -> Tensor:
+    """The last columns of keys or values, (B, heads, T, head_dim), with some rows replaced at their end."""
+    kept = states[:, :, states.shape[2] - columns :].clone()
+    if read is not None:
+        kept[list(rows), :, columns - read.shape[2] :] = read
+    return kept

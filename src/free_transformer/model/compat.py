@@ -12,6 +12,7 @@ The old and the new name of the cache
 """
 
 from dataclasses import fields
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -117,15 +118,29 @@ class GenerationHooks(GenerationMixin):
         """The cache for texts of at most `max_length` tokens, where the caller asks for no particular one."""
         raise NotImplementedError
 
-    def before_prompt(self, model_kwargs: dict[str, object], prompt_length: int, new_tokens: int) -> None:
+    def before_prompt(self, model_kwargs: dict[str, Any], prompt: Tensor, new_tokens: int) -> None:
         """
         Called before the prompt is read.
 
         Args:
             model_kwargs: the model's arguments for the whole text.
-            prompt_length: tokens of the prompt, 0 for a prompt of embeddings.
+            prompt: (B, T) tokens, T = 0 for a prompt of embeddings.
             new_tokens: how many tokens may follow it.
         """
+
+    def before_step(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """
+        Called before each step. Returns the texts, (B, T), and the model's arguments of which the step takes its own.
+        """
+        return input_ids, model_kwargs
+
+    def changed_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The model's arguments for the whole text that are no longer what the loop holds, after each step."""
+        return {}
+
+    def cache_length(self, model_kwargs: dict[str, Any], max_length: int) -> int:
+        """The number of tokens that a cache of texts of at most `max_length` tokens has to hold."""
+        return max_length
 
     def _prefill(
         self,
@@ -135,8 +150,7 @@ class GenerationHooks(GenerationMixin):
         *args: object,
         **kwargs: object,
     ) -> object:
-        length = input_ids.shape[1]
-        self.before_prompt(model_kwargs, length, generation_config.max_length - length)
+        self.before_prompt(model_kwargs, input_ids, generation_config.max_length - input_ids.shape[1])
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -148,12 +162,36 @@ class GenerationHooks(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         given = model_kwargs.get(CACHE_NAME)
+        max_cache_length = self.cache_length(model_kwargs, max_cache_length)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         by_default = generation_config.cache_implementation in (None, "dynamic")
         if given is None and by_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
             model_kwargs[CACHE_NAME] = self.new_cache(max_cache_length)
+
+    def _get_stopping_criteria(self, *args: object, **kwargs: object) -> Any:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for each in criteria:
+            if hasattr(each, "max_position_embeddings"):  # it would warn of texts longer than that
+                each.max_position_embeddings = None
+        return criteria
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: object, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:  # `transformers` looks for the name `inputs_embeds`
+        input_ids, kwargs = self.before_step(input_ids, kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: object, **kwargs: object
+    ) -> dict[str, Any]:
+        model_kwargs.update(self.changed_arguments(model_kwargs))
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return updated
 
 
 class OwnInitialization(PreTrainedModel):

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from .errors import InputError
 from .hub_code import write_code
+from .plan_text import check_plan_names
 from .warm_start import convert_config, plain_config
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class FreeTransformerConfig(LlamaConfig):
             columns of the input, padding included. The encoder always reads the whole text.
         attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
         encoder_class: set by a model with a custom encoder, so that loading can ask for it.
+        plan_names: names of plans, as in `{"recipe": "01101001"}`, which can be given wherever a plan is given as text.
         bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
             with its vocabulary of 259, which is the default; None with any other, whose tokens are not known here.
 
@@ -160,6 +162,7 @@ class FreeTransformerConfig(LlamaConfig):
     sliding_window: int | None = None
     attention_output_bias: bool | None = None
     encoder_class: str | None = None
+    plan_names: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         for alias, name in self.attribute_map.items():
@@ -302,6 +305,7 @@ class FreeTransformerConfig(LlamaConfig):
         for passed, message in checks:
             if not passed:
                 raise InputError(message)
+        check_plan_names(self.plan_names or {}, self.latent_dim)
 
     def _check_heads(self) -> None:
         if self.head_dim is not None and self.head_dim % 2:

@@ -1,9 +1,9 @@
 """`generate` with plans: given by the caller, read from the prompt, or sampled from the prior."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from .compat import (
     create_masks_for_generate,
 )
 from .configuration import FreeTransformerConfig
+from .context import check_plan_changes, context_limit
 from .errors import InputError, NotSupported
 from .layout import num_plans
+from .long_text import TextContext, begin_text, prepare_inputs
 from .plan import PlanPrior, as_plan
 from .sampling import (
     MIN_TEMPERATURE,
@@ -34,6 +36,9 @@ from .sampling import (
     trained_length,
 )
 
+if TYPE_CHECKING:
+    from .modeling import FreeTransformer
+
 
 @dataclass
 class PlanGenerationOutput(BothCacheNames, GenerateDecoderOnlyOutput):
@@ -44,10 +49,11 @@ class PlanGenerationOutput(BothCacheNames, GenerateDecoderOnlyOutput):
 
 class PlanGenerationMixin(GenerationHooks):
     """
-    `generate()` of `transformers` with plans.
+    `generate()` of `transformers` with plans, for texts of any length.
 
     When the prompt is read, the plans of all tokens that may follow are sampled at once. A step of decoding then costs
-    as much as a Llama's, plus the lookup of a plan's vector.
+    as much as a Llama's, plus the lookup of a plan's vector. A text that becomes longer than the model was trained for
+    keeps its plans: the cache is dropped, and the last half of what it held is read again (see `context`).
     """
 
     config: FreeTransformerConfig
@@ -61,6 +67,7 @@ class PlanGenerationMixin(GenerationHooks):
         plan: Tensor | str | Sequence[str] | None = None,
         prompt_plan: str = "posterior",
         prior: str = "uniform",
+        plan_changes: Mapping[int, Tensor | str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -68,18 +75,23 @@ class PlanGenerationMixin(GenerationHooks):
 
         Args:
             inputs: (B, T) tokens of the prompt, padded on either side if `attention_mask` says so; a row with nothing
-                but the begin-of-text token is an empty prompt.
-            plan: bits, (P, H) or (B, P, H), or text such as `"0110"`, plan 0 covering the first token of the text.
-                Plans that are missing come from the prompt and, for new text, from the prior.
+                but the begin-of-text token is an empty prompt. Of a prompt longer than the model was trained for, the
+                end is read.
+            plan: bits, (P, H) or (B, P, H), text such as `"0110"`, or a name of the configuration's `plan_names`. Plan
+                0 covers the first token of the text. Plans that are missing come from the prompt and, for new text,
+                from the prior.
             prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt alone
                 (the paper's pre-filling), or `"prior"`, with no encoder at all. An empty prompt has nothing to read
                 and takes the prior.
             prior: `"uniform"` (the method), or `"aggregate"`, the plans that training texts took, gathered by
                 `gather_prior`.
+            plan_changes: plans that replace this one later, by the number of new tokens before them, as in
+                `{2000: "1001"}`. There the last half context is read again under the new plan. For models with one
+                plan per text.
 
         Returns:
             as in `transformers`. With `return_dict_in_generate=True` the output also has `plan`, (B, P, H) bool, the
-            plans of the texts in `sequences`, and its cache can be continued.
+            plans of the texts in `sequences` (after changes the last one), and its cache can be continued.
 
         Raises:
             ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan` or
@@ -100,15 +112,12 @@ class PlanGenerationMixin(GenerationHooks):
         if plan is not None:
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             batch = next((len(tokens) for tokens in given if tokens is not None), 1)
-            state.plan = as_plan(plan, batch, self.config.latent_dim)
-            check_plan_count(state.plan.shape[1], self.config.plan_span)
+            state.plan = self._given_plan(plan, batch)
+        for start, given_plan in check_plan_changes(plan_changes, self.config.plan_span).items():
+            state.changes[start] = self._given_plan(given_plan, 1 if prompt is None else len(prompt))
         if caches:
-            kwargs[CACHE_NAME] = cache = caches[0]
-            if plan is None and cache.get_seq_length() > 0:
-                held = cache.state if isinstance(cache, PlanCache) else None
-                if held is None:
-                    raise InputError("cache: it does not hold the plan of its tokens. Give that plan too, plan=...")
-                state.plan = held.plan
+            kwargs[CACHE_NAME] = caches[0]
+            _continue(caches[0], state, prompt)
         elif prompt is not None:
             inputs, kwargs = self._padded_on_the_left(prompt, inputs, kwargs)
         output = super().generate(inputs, *args, plan=state, **kwargs)
@@ -116,7 +125,7 @@ class PlanGenerationMixin(GenerationHooks):
         if prompt is not None and not caches:
             repeats = len(sequences) // len(prompt)  # num_return_sequences
             sequences[:, : prompt.shape[1]] = prompt.to(sequences.device).repeat_interleave(repeats, 0)
-        self._warn_past_trained_length(sequences)
+        self._warn_past_trained_length(state, sequences)
         if output is sequences:
             return sequences
         return PlanGenerationOutput(**output, plan=self._plan_of(state, sequences))
@@ -135,9 +144,38 @@ class PlanGenerationMixin(GenerationHooks):
     def new_cache(self, max_length: int) -> PlanCache:
         return PlanCache(self.config, max_length)
 
-    def before_prompt(self, model_kwargs: dict[str, Any], prompt_length: int, new_tokens: int) -> None:
+    @property
+    def context_limit(self) -> int | None:
+        """The number of tokens of a text that the model sees at most; None for any number. See `context`."""
+        config = self.config
+        return context_limit(config.max_position_embeddings, config.plan_span, getattr(config, "sliding_window", None))
+
+    def cache_length(self, model_kwargs: dict[str, Any], max_length: int) -> int:
+        limit = None if model_kwargs.get("inputs_embeds") is not None else self.context_limit
+        return max_length if limit is None else min(max_length, limit)
+
+    def before_prompt(self, model_kwargs: dict[str, Any], prompt: Tensor, new_tokens: int) -> None:
         state = model_kwargs["plan"]
-        state.prompt_length, state.new_tokens = prompt_length, new_tokens
+        state.prompt_length, state.new_tokens = prompt.shape[1], new_tokens
+        if prompt.shape[1] == 0 and state.changes:
+            raise InputError(
+                "plan_changes: a prompt of embeddings cannot be read again under another plan; give tokens"
+            )
+        if prompt.shape[1]:
+            begin_text(cast("FreeTransformer", self), state, prompt, model_kwargs)
+
+    def before_step(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        state = model_kwargs.get("plan")
+        if not isinstance(state, PlanState) or state.context is None:
+            return input_ids, model_kwargs
+        return prepare_inputs(cast("FreeTransformer", self), state, input_ids, model_kwargs)
+
+    def changed_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        context: TextContext | None = model_kwargs["plan"].context
+        if context is None:
+            return {}
+        changed, context.arguments = context.arguments, {}
+        return changed
 
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
@@ -193,10 +231,35 @@ class PlanGenerationMixin(GenerationHooks):
                 "leave it out, and give a plan to steer the text"
             )
 
-    def _warn_past_trained_length(self, sequences: Tensor) -> None:
+    def _given_plan(self, plan: Tensor | str | Sequence[str], batch: int) -> Tensor:
+        given = as_plan(plan, batch, self.config.latent_dim, self.config.plan_names)
+        check_plan_count(given.shape[1], self.config.plan_span)
+        return given
+
+    def _warn_past_trained_length(self, state: PlanState, sequences: Tensor) -> None:
         length, trained = sequences.shape[1], trained_length(vars(self.config))
-        if trained is not None and length > trained:
+        if trained is not None and length - 1 > trained and state.context is None:
             warnings.warn(length_warning(length, trained), stacklevel=3)
+
+
+def _continue(cache: Any, state: PlanState, prompt: Tensor | None) -> None:
+    """Takes over the plans of a cache that holds tokens. A cache without the beginning of its text is read anew."""
+    if cache.get_seq_length() == 0:
+        return
+    held = cache.state if isinstance(cache, PlanCache) else None
+    if state.plan is None:
+        if held is None:
+            raise InputError("cache: it does not hold the plan of its tokens. Give that plan too, plan=...")
+        state.plan = held.plan
+    context: TextContext | None = getattr(cache, "text_context", None)
+    if context is not None:
+        given = 0 if prompt is None else prompt.shape[1]
+        if given <= context.columns:
+            raise InputError(
+                f"{given} tokens: the cache has dropped the beginning of a text of {context.columns} tokens. Give the "
+                "whole text and what follows it"
+            )
+        cache.reset()
 
 
 def _check_sampling(kwargs: dict[str, Any]) -> None:

@@ -69,8 +69,15 @@ def model_output(
         logits=logits,
         hidden_states=None if lower.all_hidden_states is None else tuple(lower.all_hidden_states),
         attentions=None if attentions is None else tuple(attentions),
-        plan=state.plan if state.plan is None else state.plan[:, : lower.num_plans],
+        plan=_used_plan(state, lower),
         plan_logits=plan_logits,
         plan_mask=None if lower.layout is None else lower.layout.plan_mask,
         **{CACHE_NAME: cache},
     )
+
+
+def _used_plan(state: PlanState, lower: LowerOutput) -> Tensor | None:
+    """The plans of the text so far; all that are known where its beginning has been dropped."""
+    if state.plan is None or state.dropped_plans is not None:
+        return state.plan
+    return state.plan[:, : lower.num_plans]

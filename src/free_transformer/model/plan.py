@@ -5,7 +5,7 @@ A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the l
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,9 @@ def codes_to_bits(codes: Tensor, num_bits: int) -> Tensor:
     return (codes.long()[..., None] >> torch.arange(num_bits, device=codes.device)) % 2 == 1
 
 
-def as_plan(plan: Tensor | str | Sequence[str], batch_size: int, latent_dim: int) -> Tensor:
+def as_plan(
+    plan: Tensor | str | Sequence[str], batch_size: int, latent_dim: int, names: Mapping[str, str] | None = None
+) -> Tensor:
     """
     Checks a plan given by a caller and returns it as (B, P, H) bool.
 
@@ -52,9 +54,9 @@ def as_plan(plan: Tensor | str | Sequence[str], batch_size: int, latent_dim: int
         ValueError: for another shape, or other values than bits.
     """
     if isinstance(plan, str):
-        plan = parse_plan(plan, latent_dim)
+        plan = parse_plan(plan, latent_dim, names)
     elif isinstance(plan, list | tuple) and plan and all(isinstance(each, str) for each in plan):
-        rows = [parse_plan(each, latent_dim) for each in plan]
+        rows = [parse_plan(each, latent_dim, names) for each in plan]
         if len({len(each) for each in rows}) > 1:
             raise InputError(
                 f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; give as many"

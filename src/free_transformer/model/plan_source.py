@@ -47,7 +47,7 @@ def known_plans(
     if prior is None:
         prior = "uniform" if held is None else held.prior
     if plan is not None:
-        given = as_plan(plan, len(lower.hidden_states), config.latent_dim)
+        given = as_plan(plan, len(lower.hidden_states), config.latent_dim, config.plan_names)
         if prompt_plan is None and given.shape[1] != lower.num_plans:
             raise InputError(
                 f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
@@ -73,6 +73,8 @@ def complete_plans(
         is_text: (B, T) bool, which tokens the encoder has something to read in.
     """
     is_prompt, wanted = state.columns is None, lower.num_plans
+    if state.dropped_plans is not None:
+        wanted += int(state.dropped_plans.max())
     if not is_prompt and state.plan is not None and state.plan.shape[1] >= wanted:
         return state
     device, batch = lower.hidden_states.device, len(lower.hidden_states)
@@ -116,6 +118,35 @@ def _plans_of_prompt(
     return plans
 
 
+def complete_plans_of_long_prompt(
+    model: "FreeTransformer", state: PlanState, tokens: Tensor, mask: Tensor | None, prompt_plans: int, num_tokens: int
+) -> None:
+    """
+    As `complete_plans`, for prompts of which the model sees the end alone. The encoder reads this end; the plans of the
+    tokens before it, which have no effect, are sampled from the prior.
+
+    Args:
+        tokens: (B, T), what the model sees, with padding on the left; mask: (B, T) bool, False on padding.
+        prompt_plans: number of plans of the longest prompt; num_tokens: of the longest text, new tokens included.
+    """
+    batch, device = len(tokens), tokens.device
+    given = torch.empty(batch, 0, model.config.latent_dim, dtype=torch.bool, device=device)
+    if state.plan is not None:
+        given = state.plan.to(device).repeat_interleave(max(1, batch // len(state.plan)), 0)
+    wanted = max(num_plans(model.config.plan_span, num_tokens), given.shape[1])
+    read, places = given[:, :0], torch.zeros(batch, 0, dtype=torch.long, device=device)
+    if given.shape[1] < prompt_plans:
+        lower = model.lower_layers(tokens, mask)
+        read = _plans_of_prompt(model, state, lower, is_text(model, tokens, None), 0)
+        first = 0 if state.dropped_plans is None else state.dropped_plans
+        places = first + torch.arange(read.shape[1], device=device).expand(batch, -1)
+        wanted = max(wanted, int(places.max()) + 1)
+    plan = model.plan_prior.sample(wanted, batch, state.prior, state.stream(device)).transpose(0, 1).contiguous()
+    plan.scatter_(1, places[..., None].expand_as(read), read)
+    plan[:, : given.shape[1]] = given
+    state.plan, state.vectors = plan, None
+
+
 def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """
     (B, T) bool, False for the token that a text begins with: alone, it is a prompt without anything to read.
@@ -135,12 +166,14 @@ def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: T
 
 def plan_vectors(model: "FreeTransformer", state: PlanState, lower: LowerOutput) -> Tensor:
     """R of each token, (B, T, D)."""
-    plan, tokens = state.plan, lower.hidden_states.shape[1]
+    plan, tokens, token_plan = state.plan, lower.hidden_states.shape[1], lower.token_plan
     assert plan is not None
     if plan.shape[1] > 1:
+        if state.dropped_plans is not None:
+            token_plan = token_plan + state.dropped_plans
         if plan.shape[1] <= tokens:
-            return plan_to_token(model.plan_table(plan), lower.token_plan)
-        return model.plan_table(plan_to_token(plan, lower.token_plan))
+            return plan_to_token(model.plan_table(plan), token_plan)
+        return model.plan_table(plan_to_token(plan, token_plan))
     if state.vectors is None or torch.is_grad_enabled():
         state.vectors = model.plan_table(plan)
     return state.vectors.expand(-1, tokens, -1)

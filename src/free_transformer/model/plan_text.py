@@ -1,5 +1,7 @@
 """Plans written as text."""
 
+import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +12,21 @@ if TYPE_CHECKING:  # this module also serves installations without torch
     from torch import Tensor
 
 
-def parse_bits(text: str, latent_dim: int) -> np.ndarray:
+def parse_bits(text: str, latent_dim: int, names: Mapping[str, str] | None = None) -> np.ndarray:
     """
     `"01101001"`, bit 0 first, spaces and commas ignored -> (P, H) bool; a longer text holds several plans.
 
+    Args:
+        names: plans by name, of the configuration's `plan_names`. The text may be one of these names.
+
     Raises:
-        ValueError: for other characters, or a length that is no multiple of `latent_dim`.
+        ValueError: for an unknown name or other characters, or a length that is no multiple of `latent_dim`.
     """
+    if names and text in names:
+        text = names[text]
+    elif names and not _is_bits(text):
+        near = difflib.get_close_matches(text, names, 3, 0.4) or sorted(names)[:8]
+        raise InputError(f"plan {text!r}: neither bits (0 and 1, bit 0 first) nor a name; names are {', '.join(near)}")
     digits = "".join(text.replace(",", " ").split())
     if set(digits) - {"0", "1"} or not digits:
         raise InputError(f"plan {text!r}: write its bits as 0 and 1, bit 0 first")
@@ -25,11 +35,23 @@ def parse_bits(text: str, latent_dim: int) -> np.ndarray:
     return np.array([digit == "1" for digit in digits]).reshape(-1, latent_dim)
 
 
-def parse_plan(text: str, latent_dim: int) -> "Tensor":
+def parse_plan(text: str, latent_dim: int, names: Mapping[str, str] | None = None) -> "Tensor":
     """`parse_bits`, as a tensor."""
     import torch
 
-    return torch.from_numpy(parse_bits(text, latent_dim))
+    return torch.from_numpy(parse_bits(text, latent_dim, names))
+
+
+def check_plan_names(names: Mapping[str, str], latent_dim: int) -> None:
+    """`ValueError` for a name that could be read as bits, and for a plan that is not bits."""
+    for name, text in names.items():
+        if not name.strip() or _is_bits(name):
+            raise InputError(f"plan_names: {name!r} is no name; it must differ from bits, and not be empty")
+        parse_bits(text, latent_dim)
+
+
+def _is_bits(text: str) -> bool:
+    return not set(text) - {"0", "1", ",", " ", "\n", "\t", "\r"}
 
 
 def format_bits(plan: Any) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from free_transformer.errors import InputError, RunError
 from free_transformer.files import first_line
+from free_transformer.model.context import check_plan_changes, context_limit
 from free_transformer.model.sampling import (
     PRIORS,
     PROMPT_PLANS,
@@ -30,6 +31,7 @@ from free_transformer.runtime.arrays import (
     sample_tokens,
 )
 from free_transformer.runtime.byte_alphabet import utf8
+from free_transformer.runtime.onnx_decoder import OnnxDecoder, context_of_prompt
 from free_transformer.runtime.plan_source import (
     PlanSource,
     given_plan,
@@ -58,6 +60,7 @@ class GenerationOptions(TypedDict, total=False):
     """The options of `OnnxFreeTransformer.stream`."""
 
     plan: ArrayLike | None
+    plan_changes: Mapping[int, ArrayLike] | None
     prompt_plan: str
     prior: str
     max_new_tokens: int
@@ -152,6 +155,7 @@ class OnnxFreeTransformer:
         attention_mask: ArrayLike | None = None,
         *,
         plan: ArrayLike | None = None,
+        plan_changes: Mapping[int, ArrayLike] | None = None,
         prompt_plan: str = "posterior",
         prior: str = "uniform",
         max_new_tokens: int = 200,
@@ -166,37 +170,50 @@ class OnnxFreeTransformer:
         As `generate`, one new token of each text at a time, (B,).
 
         Args:
-            plan: (P, H) or (B, P, H) bits, or text such as `"0110"`, as `FreeTransformer.generate` takes them. Missing
-                plans come from the prompt and, for new text, from the prior.
+            plan: (P, H) or (B, P, H) bits, text such as `"0110"`, or a name, as `FreeTransformer.generate` takes them.
+                Missing plans come from the prompt and, for new text, from the prior.
+            plan_changes: plans that replace this one, by the number of new tokens before them, as in `{2000: "1001"}`.
             prompt_plan: where plans of the prompt come from, `"posterior"` (the encoder) or `"prior"`.
-            max_new_tokens: at least 1. A text longer than the model was built for causes a warning.
+            max_new_tokens: at least 1. A text longer than the model was trained for is read again, see
+                `model.context`.
             do_sample: samples tokens; otherwise the most likely token is taken.
             temperature, top_k, top_p: see `sampling.Sampling`.
             eos_token_id: ends a text, default the model's; `()` for none.
             seed: of plans and tokens, an integer from -2**63 to 2**64 - 1.
 
         Raises:
-            ValueError: for options or token ids out of range, and a text longer than a static export holds.
+            ValueError: for options or token ids out of range, and more texts than a static export holds.
             RuntimeError: where the model's logits are NaN or infinite.
         """
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         check_max_new_tokens(max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
         tokens, mask = move_padding_left(*as_tokens(input_ids, attention_mask, self.config["vocab_size"]))
-        rng = np.random.default_rng(None if seed is None else check_seed(seed))
+        # Plans and tokens have separate random streams: a longer text then begins like a shorter one of the same seed.
+        seeds = np.random.SeedSequence(None if seed is None else check_seed(seed)).spawn(2)
+        plan_rng, token_rng = (np.random.default_rng(each) for each in seeds)
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
-        bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, rng)
-        decoder = _Decoder(self, mask, bits, longest)
+        bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, plan_rng)
+        decoder = OnnxDecoder(self, mask, bits, longest, self.context_limit)
+        for start, changed in check_plan_changes(plan_changes, self.plan_span).items():
+            decoder.changes[start] = self._given_plan(changed, len(tokens))
         trained = trained_length(self.config)
-        if self.static is None and trained is not None and longest + 1 > trained:
+        if self.context_limit is None and self.static is None and trained is not None and longest > trained:
             warnings.warn(length_warning(longest + 1, trained), stacklevel=2)
         if not do_sample:
             sampling = Sampling(0.0, top_k, top_p)
-        yield from self._continue(decoder, tokens, sampling, max_new_tokens, self.ends(eos_token_id), rng)
+        yield from self._continue(decoder, tokens, sampling, max_new_tokens, self.ends(eos_token_id), token_rng)
+
+    @property
+    def context_limit(self) -> int | None:
+        """The number of tokens of a text that the model sees at most; None for any number. See `model.context`."""
+        trained = self.config["max_position_embeddings"]
+        length = trained if self.static is None else min(trained, self.static[1])
+        return context_limit(length, self.plan_span, self.config.get("sliding_window"))
 
     def _continue(
         self,
-        decoder: "_Decoder",
+        decoder: OnnxDecoder,
         tokens: np.ndarray,
         sampling: Sampling,
         max_new_tokens: int,
@@ -255,7 +272,7 @@ class OnnxFreeTransformer:
     def read_in_pieces(self, input_ids: np.ndarray, attention_mask: np.ndarray, plan: np.ndarray) -> np.ndarray:
         """Logits of the last three tokens, (B, 3, V): the last two are read one by one, the others at once."""
         longest = input_ids.shape[1]
-        decoder = _Decoder(self, attention_mask[:, : longest - 2], plan, longest)
+        decoder = OnnxDecoder(self, attention_mask[:, : longest - 2], plan, longest)
         pieces = [input_ids[:, : longest - 2], input_ids[:, -2:-1], input_ids[:, -1:]]
         return np.stack([decoder.read(piece) for piece in pieces], axis=1)
 
@@ -299,19 +316,27 @@ class OnnxFreeTransformer:
     ) -> np.ndarray:
         """The plans of texts of `longest` tokens that begin with these prompts, (B, P, H) bool."""
         (batch, length), wanted = tokens.shape, self.num_plans(longest)
-        given = given_plan(plan, batch, self.latent_dim, self.plan_span)
+        given = self._given_plan(plan, batch)
         if given.shape[1] >= wanted:
             return given[:, :wanted]
-        sampled = self.sample_plan(batch, wanted, rng, prior)
         begin = next(iter(self._begin_tokens()), None)
         num_read = num_plans_to_read(tokens, mask, prompt_plan, self.plan_span, begin)
         read = np.zeros((batch, 0, self.latent_dim), dtype=bool)
+        tokens, mask, dropped = context_of_prompt(tokens, mask, self.context_limit, self.plan_span)
         if prompt_plan == "posterior" and given.shape[1] < self.num_plans(length):
-            # generated for prompts without text too, so that tokens do not depend on which prompts are read
-            uniform = rng.random((batch, self.num_plans(length), self.latent_dim))
+            # generated for prompts without text too, so that plans do not depend on which prompts are read
+            uniform = rng.random((batch, self.num_plans(tokens.shape[1]), self.latent_dim))
             if num_read.any():
                 read = sample_posterior(self.infer_plan(tokens, mask), uniform)
+        sampled = sample_prior((wanted, batch), self.latent_dim, self.prior(prior), rng).swapaxes(0, 1)
+        if self.plan_span != "sequence" and dropped.any():  # the encoder has read the end of the prompt only
+            seen, read = read, np.concatenate([sampled[:, : self.num_plans(length)], read], 1)
+            for row, first in enumerate(dropped // int(self.plan_span)):
+                read[row, first : first + seen.shape[1]] = seen[row]
         return PlanSource(given=given, read=read, num_read=num_read, sampled=sampled).complete(wanted)
+
+    def _given_plan(self, plan: ArrayLike | None, batch: int) -> np.ndarray:
+        return given_plan(plan, batch, self.latent_dim, self.plan_span, self.config.get("plan_names"))
 
     def num_plans(self, num_tokens: int) -> int:
         """The number of plans that cover a text of `num_tokens` tokens."""
@@ -355,41 +380,3 @@ class OnnxFreeTransformer:
     def ends(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
         """The tokens that end a text: those given, default the model's."""
         return self._files.special_tokens("eos_token_id") if eos_token_id is None else token_list(eos_token_id)
-
-
-class _Decoder:
-    """
-    The state of texts during generation: plans, the cache, and the mask of its columns.
-
-    Args:
-        mask: (B, T) of the prompts.
-        plan: (B, P, H) bool.
-        longest: the number of tokens that will be read of a text.
-    """
-
-    def __init__(self, model: OnnxFreeTransformer, mask: np.ndarray, plan: np.ndarray, longest: int):
-        self.model, self.mask, self.plan, self.longest = model, mask, plan, longest
-        self.batch = len(mask)
-        self.past: list[OrtValue] | None = None
-
-    def read(self, tokens: np.ndarray) -> np.ndarray:
-        """Reads the next tokens, (B, T). Returns the logits of the token after them, (B, V)."""
-        model, graph = self.model, "decode"
-        if self.past is None:
-            tokens, self.mask = model.fit(tokens, self.mask, self.longest)
-            if model.static is None:
-                self.past = model.no_past(len(tokens))
-            else:
-                self.past, graph = [], "prefill"
-                missing = model.num_plans(model.static[1]) - self.plan.shape[1]
-                self.plan = repeat_last_row(np.pad(self.plan, ((0, 0), (0, missing), (0, 0))), len(tokens))
-        else:
-            tokens = repeat_last_row(tokens, len(self.mask))
-            self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=1)
-        columns = np.array([tokens.shape[1] - 1])
-        inputs = {"input_ids": tokens, "attention_mask": self.mask, "columns": columns, "plan": self.plan}
-        logits, *past = model.run(graph, inputs, self.past)
-        self.past = model.within_window(past)
-        if model.static is not None:  # the oldest column, which is padding, is dropped from the cache
-            self.mask = self.mask[:, -model.static[1] :]
-        return logits.numpy()[: self.batch, -1]

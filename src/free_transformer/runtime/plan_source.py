@@ -6,6 +6,7 @@ An empty prompt (no token besides the begin-of-text token) has nothing to read, 
 `model.plan_source` is the same rule for torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -87,12 +88,14 @@ def num_plans_to_read(
     return np.where(has_text & (prompt_plan == "posterior"), num_plans(plan_span, mask.sum(1)), 0)
 
 
-def given_plan(plan: ArrayLike | None, batch: int, latent_dim: int, plan_span: int | str) -> np.ndarray:
+def given_plan(
+    plan: ArrayLike | None, batch: int, latent_dim: int, plan_span: int | str, names: Mapping[str, str] | None = None
+) -> np.ndarray:
     """
     Checks the plan that a caller gives.
 
     Args:
-        plan: (P, H) or (B, P, H), bool or 0/1, or text such as `"0110"`; None for no plan.
+        plan: (P, H) or (B, P, H), bool or 0/1, text such as `"0110"`, or one of `names`; None for no plan.
 
     Returns:
         (B, P, H) bool, with P = 0 for no plan.
@@ -103,7 +106,7 @@ def given_plan(plan: ArrayLike | None, batch: int, latent_dim: int, plan_span: i
     if plan is None:
         return np.zeros((batch, 0, latent_dim), dtype=bool)
     if isinstance(plan, str):
-        bits = parse_bits(plan, latent_dim)
+        bits = parse_bits(plan, latent_dim, names)
     else:
         try:
             bits = np.asarray(plan)

@@ -22,7 +22,14 @@ Provider = str | tuple[str, dict[str, object]]
 SpecialToken = int | list[int] | None
 
 
-class ModelSettings(TypedDict):
+class OptionalSettings(TypedDict, total=False):
+    """What `config.json` may have."""
+
+    sliding_window: int | None
+    plan_names: dict[str, str] | None
+
+
+class ModelSettings(OptionalSettings):
     """What generation needs of `config.json`."""
 
     latent_dim: int
@@ -31,7 +38,6 @@ class ModelSettings(TypedDict):
     max_position_embeddings: int
     num_key_value_heads: int
     head_dim: int
-    sliding_window: int | None  # missing in exports of earlier versions
 
 
 class ExportSummary(TypedDict):

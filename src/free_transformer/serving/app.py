@@ -40,6 +40,7 @@ from free_transformer.serving.schema import ChatRequest, CompletionRequest, Gene
 from free_transformer.serving.stream import ResponseStream
 
 RETRY_SECONDS = 1
+CONTEXTS = 64  # of `max_length` tokens, in the longest response
 BACKLOG = 1024  # connections that may wait to be accepted
 GRACE_SECONDS = 20.0
 KEEP_ALIVE_SECONDS = 5
@@ -78,7 +79,8 @@ def create_app(
         build: creates the batch, as in `lambda: TorchBatch(model, tokenizer)`; called at once, see `Engine`.
         name: of the model, which requests may name.
         max_prompt: tokens of a prompt, default one less than the batch's `max_length`.
-        max_tokens: tokens generated for a prompt, with the same default.
+        max_tokens: tokens generated for a prompt. Default: 64 times `max_length`, or the same where the model's texts
+            are not read again.
         max_waiting: number of texts that may wait for a row. A request with more gets status 429.
         token: required of requests, as `Authorization: Bearer TOKEN`; None for no token.
         allowed_hosts: host names that requests may be sent to, None for any; see `access.local_hosts`.
@@ -111,8 +113,9 @@ def create_app(
     app.add_middleware(HostGuard, hosts=allowed_hosts, refuse=refuse)  # the last one added runs first
     _handle_errors(app, refuse)
     _add_status_routes(app, engine, metrics, name)
-    longest = engine.batch.max_length - 1
-    limits = Limits(max_prompt or longest, max_tokens or longest, engine.max_texts)
+    longest = engine.batch.max_length - 1  # what a prompt leaves a place for one token in
+    longest_text = longest if engine.batch.context_limit is None else CONTEXTS * engine.batch.max_length
+    limits = Limits(min(max_prompt or longest, longest), max_tokens or longest_text, engine.max_texts)
     _add_completions(app, _Completions(engine, metrics, name, limits))
     return app
 

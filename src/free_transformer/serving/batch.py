@@ -1,7 +1,7 @@
 """What the engine needs from a model: a batch whose rows are texts that come and go."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from free_transformer.errors import InputError
+from free_transformer.model.context import context_limit
 from free_transformer.model.sampling import Sampling
 from free_transformer.runtime.arrays import check_vocabulary
 from free_transformer.runtime.plan_source import (
@@ -20,6 +21,7 @@ from free_transformer.runtime.plan_source import (
 )
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.detokenizer import TokenTexts
+from free_transformer.serving.row_context import RowContext
 from free_transformer.serving.scoring import (
     NOT_FINITE,
     PromptLogits,
@@ -41,7 +43,7 @@ class Logits(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self: Self, rows: slice, /) -> Self: ...
+    def __getitem__(self: Self, rows: slice | list[int], /) -> Self: ...
 
 
 L = TypeVar("L", bound=Logits)
@@ -56,6 +58,7 @@ class TextRequest:
         tokens: of the prompt.
         max_tokens: number of new tokens at most.
         plan: (P, H) bool, the first plans of the text.
+        plan_changes: plans that replace this one, (1, H) bool, by the number of new tokens before them.
         plan_from: tokens of an example whose plans become the first ones of the text.
         prompt_plan: where other plans of the prompt come from, `"posterior"` or `"prior"`.
         prior: what the remaining plans are sampled from, `"uniform"` or `"aggregate"`.
@@ -70,6 +73,7 @@ class TextRequest:
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     plan: np.ndarray | None = None
+    plan_changes: Mapping[int, np.ndarray] = field(default_factory=dict)
     plan_from: list[int] | None = None
     prompt_plan: str = "posterior"
     prior: str = "uniform"
@@ -117,11 +121,15 @@ class Batch(ABC, Generic[L]):
         begin: the token that a text begins with.
         ends: tokens that end a text.
         max_rows: number of texts at a time.
-        max_length: tokens of a text, its prompt included.
+        max_length: tokens of a text that the model sees at a time.
         chat: the tokenizer's chat template, if it has one.
+        sliding_window: of the model's attention, if it has one.
+        plan_names: plans by name.
 
     Attributes:
         rows: number of texts that are being generated.
+        contexts: what the model sees of each.
+        context_limit: `max_length`, where longer texts are read again; None where there are no longer texts.
     """
 
     def __init__(
@@ -135,6 +143,8 @@ class Batch(ABC, Generic[L]):
         max_rows: int,
         max_length: int,
         chat: ChatTemplate | None = None,
+        sliding_window: int | None = None,
+        plan_names: Mapping[str, str] | None = None,
     ):
         check_vocabulary(tokenizer, vocab_size, "tokenizer")
         self.tokenizer = tokenizer
@@ -143,12 +153,18 @@ class Batch(ABC, Generic[L]):
         self.begin, self.ends = begin, frozenset(ends)
         self.vocab_size, self.latent_dim, self.plan_span = vocab_size, latent_dim, plan_span
         self.max_rows, self.max_length = max_rows, max_length
+        self.context_limit = context_limit(max_length, plan_span, sliding_window)
+        self.plan_names = plan_names
         self.chat = chat
         self._chat_tokenizer: Tokenizer | None = None
         if chat is not None:
             self._chat_tokenizer = Tokenizer.from_str(tokenizer.to_str())
             self._chat_tokenizer.encode_special_tokens = False
-        self.rows = 0
+        self.contexts: list[RowContext] = []
+
+    @property
+    def rows(self) -> int:
+        return len(self.contexts)
 
     def encode(self, text: str, limit: int) -> list[int]:
         """
@@ -196,8 +212,25 @@ class Batch(ABC, Generic[L]):
         """Reads a prompt into the next row."""
 
     @abstractmethod
-    def step(self, tokens: list[int]) -> L:
-        """Reads the last token of each row. Returns the logits of the next one of each, (rows, V)."""
+    def step(self, tokens: Sequence[int | None]) -> L:
+        """
+        Reads the last token of each row. Returns the logits of the next one of each, (rows, V). A row without a token
+        waits to be read again; its logits have no meaning.
+        """
+
+    @abstractmethod
+    def read_again(self, row: int) -> int:
+        """Reads the context of a row that is due again. Returns the number of tokens."""
+
+    def begin_context(self, request: TextRequest, plan: np.ndarray) -> RowContext:
+        """The context of a prompt."""
+        return RowContext(list(request.tokens), plan, request.plan_changes, self.context_limit, self.plan_span)
+
+    def advance(self, tokens: Sequence[int | None]) -> None:
+        """Keeps account of a step."""
+        for row, token in enumerate(tokens):
+            if token is not None:
+                self.contexts[row] = self.contexts[row].advance(token)
 
     @abstractmethod
     def sample(self, logits: L, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:

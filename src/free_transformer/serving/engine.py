@@ -149,6 +149,7 @@ class Engine:
                 self._drop_cancelled()
                 self._score()
                 self._admit()
+                self._read_again()
                 self._step()
                 if batch.rows != len(self._texts):
                     raise RuntimeError(f"{batch.rows} rows for {len(self._texts)} texts")
@@ -251,12 +252,24 @@ class Engine:
         with self._changed:
             return self._waiting.popleft() if self._waiting else None
 
+    def _read_again(self) -> None:
+        """Reads texts again whose context is full or whose plan changes, not all at once: the others would wait."""
+        budget = PROMPT_TOKENS_PER_STEP
+        for row in reversed(range(len(self._texts))):
+            if budget > 0 and self.batch.contexts[row].is_due:
+                try:
+                    budget -= self.batch.read_again(row)
+                except Exception as error:
+                    self._fail_row(row, error)
+
     def _step(self) -> None:
-        """Generates one token of each text."""
-        logits = None
+        """Generates one token of each text that does not wait to be read again."""
+        logits, tokens = None, []
         while self._texts and logits is None:
+            due = [context.is_due for context in self.batch.contexts]
+            tokens = [None if waits else text.token for text, waits in zip(self._texts, due, strict=True)]
             try:
-                logits = self.batch.step([text.token for text in self._texts])
+                logits = self.batch.step(tokens)
             except Exception as error:
                 # rows share nothing but memory, of which the longest text needs the most: end it and try again
                 longest = max(range(len(self._texts)), key=lambda row: self._texts[row].length)
@@ -265,11 +278,14 @@ class Engine:
                 self._fail_row(longest, error)
         if logits is None:
             return
-        self.metrics.batch.observe(len(self._texts))
-        tokens = self._sample(logits, self._texts)
+        rows = [row for row, token in enumerate(tokens) if token is not None]
+        self.metrics.batch.observe(len(rows))
+        if len(rows) < len(tokens):
+            logits = logits[rows]
+        sampled = self._sample(logits, [self._texts[row] for row in rows])
         # backwards: the last row, which replaces a row that ends, already has its token
-        for row in reversed(range(len(tokens))):
-            self._take(row, tokens[row], logits, row)
+        for place, row in reversed(list(enumerate(rows))):
+            self._take(row, sampled[place], logits, place)
 
     def _sample(self, logits: Logits, texts: Sequence[ActiveText]) -> list[int | Exception]:
         """The next token of each text, or the error that prevents it."""

@@ -28,7 +28,7 @@ class OnnxBatch(Batch[np.ndarray]):
     Args:
         model: an export with dynamic shapes.
         max_rows: number of texts at a time.
-        max_length: tokens of a text, its prompt included. Default: that of the model, at most 2,048.
+        max_length: tokens of a text that the model sees at a time. Default: that of the model, at most 2,048.
 
     Raises:
         ValueError: for an export with static shapes or without a tokenizer, and a `max_length` beyond the model's.
@@ -48,12 +48,14 @@ class OnnxBatch(Batch[np.ndarray]):
             max_rows,
             checked_length(max_length, trained_length(config)),
             ChatTemplate.from_folder(model.folder),
+            config.get("sliding_window"),
+            config.get("plan_names"),
         )
         self.model = model
         self.reset()
 
     def reset(self) -> None:
-        self.rows = 0
+        self.contexts = []
         self.plan = np.zeros((self.max_rows, self.num_plans(self.max_length), self.latent_dim), dtype=bool)
         self.lengths = np.zeros(self.max_rows, dtype=np.int64)
         # for each row: keys and values that hold it in their last columns, and its index in them
@@ -67,21 +69,35 @@ class OnnxBatch(Batch[np.ndarray]):
 
     def add(self, request: TextRequest) -> NewRow[np.ndarray]:
         plan, tokens, row = self.complete_plan(request), request.tokens, self.rows
-        self.plan[row, : len(plan)] = plan
+        context = self.begin_context(request, plan)
+        plans = context.plans(self.max_length)
+        self.plan[row, : len(plans)] = plans
         logits, past = self._read(np.array([tokens]), self.plan[row : row + 1], self.model.no_past(1))
         self.places.append((past, 0))
         self.lengths[row] = len(tokens)
-        self.rows += 1
+        self.contexts.append(context)
         return NewRow(plan, logits[:, -1])
 
-    def step(self, tokens: list[int]) -> np.ndarray:
+    def read_again(self, row: int) -> int:
+        context, past = self.contexts[row].read_again(), self.model.no_past(1)
+        plans = context.plans(self.max_length)
+        if context.tokens:
+            _, past = self._read(np.array([context.tokens]), plans[None], past)
+        self.plan[row, : len(plans)] = plans
+        self.places[row], self.lengths[row], self.contexts[row] = (past, 0), len(context.tokens), context
+        return len(context.tokens)
+
+    def step(self, tokens: Sequence[int | None]) -> np.ndarray:
         past = self._gathered()
-        lengths = self.lengths[: self.rows] + 1
+        reads = np.array([token is not None for token in tokens])
+        lengths = self.lengths[: self.rows] * reads + 1
         total = max(past[0].shape()[2] + 1, lengths.max())
         mask = np.arange(total) >= total - lengths[:, None]
-        logits, present = self._read(np.array(tokens)[:, None], self.plan[: self.rows], past, mask)
-        self.lengths[: self.rows] = lengths
+        given = [self.begin if token is None else token for token in tokens]
+        logits, present = self._read(np.array(given)[:, None], self.plan[: self.rows], past, mask)
+        self.lengths[: self.rows] += reads
         self.places = [(present, row) for row in range(self.rows)]
+        self.advance(tokens)
         return logits[:, -1]
 
     def sample(self, logits: np.ndarray, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
@@ -99,7 +115,9 @@ class OnnxBatch(Batch[np.ndarray]):
                 yield start, which, logits[0]
 
     def remove(self, row: int) -> None:
-        last = self.rows = self.rows - 1
+        last = self.rows - 1
+        self.contexts[row] = self.contexts[last]
+        self.contexts.pop()
         self.plan[row], self.lengths[row], self.places[row] = self.plan[last], self.lengths[last], self.places[last]
         self.places.pop()
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from free_transformer.errors import InputError
+from free_transformer.model.context import check_plan_changes
 from free_transformer.model.plan_text import parse_bits
 from free_transformer.model.sampling import Sampling, check_plan_count, check_token_ids
 from free_transformer.serving.batch import Batch, TextRequest
-from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
+from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Plan, bits_of
 
 
 @dataclass
@@ -47,7 +48,7 @@ def prepare_completion(body: CompletionRequest, batch: Batch, limits: Limits) ->
         first.num_plans = body.num_plans
     tokens = _encode(prompts, batch, limits)
     for each in tokens:
-        _check_length(len(each), body.max_tokens, limits, batch.max_length)
+        _check_length(len(each), body.max_tokens, limits, batch)
     return _texts(body, first, tokens, body.max_tokens)
 
 
@@ -69,7 +70,7 @@ def prepare_chat(body: ChatRequest, batch: Batch, limits: Limits) -> list[TextRe
     new = body.max_completion_tokens or body.max_tokens
     if new is None:
         new = max(1, min(limits.new, batch.max_length - len(tokens)))
-    _check_length(len(tokens), new, limits, batch.max_length)
+    _check_length(len(tokens), new, limits, batch)
     return _texts(body, first, [tokens], new)
 
 
@@ -78,6 +79,7 @@ def _first_text(body: GenerationRequest, batch: Batch) -> TextRequest:
     if body.plan is not None and body.plan_from is not None:
         raise InputError("plan: give plan or plan_from, not both")
     batch.prior(body.prior)
+    changes: dict[int, Plan] = check_plan_changes(body.plan_changes, batch.plan_span)
     example = None
     if body.plan_from is not None:
         example = batch.encode(body.plan_from, batch.max_length)[: batch.max_length]
@@ -85,7 +87,8 @@ def _first_text(body: GenerationRequest, batch: Batch) -> TextRequest:
         tokens=[],
         max_tokens=0,
         sampling=Sampling(body.temperature, body.top_k, body.top_p),
-        plan=_given_plan(body.plan_bits(), batch),
+        plan=None if body.plan is None else _given_plan(bits_of(body.plan), batch),
+        plan_changes={start: _given_plan(bits_of(plan), batch) for start, plan in changes.items()},
         plan_from=example,
         prompt_plan=body.prompt_plan or "posterior",
         prior=body.prior,
@@ -113,11 +116,9 @@ def _leaves_plan_open(body: GenerationRequest) -> bool:
     return body.plan is None and body.plan_from is None and body.prompt_plan is None
 
 
-def _given_plan(bits: str | None, batch: Batch) -> np.ndarray | None:
+def _given_plan(bits: str, batch: Batch) -> np.ndarray:
     """(P, H) bool."""
-    if bits is None:
-        return None
-    plan = parse_bits(bits, batch.latent_dim)
+    plan = parse_bits(bits, batch.latent_dim, batch.plan_names)
     check_plan_count(len(plan), batch.plan_span)
     return plan
 
@@ -149,11 +150,11 @@ def _check_prompt(tokens: list[int], batch: Batch, limits: Limits) -> None:
         raise InputError(f"prompt: {error}") from error
 
 
-def _check_length(prompt: int, new: int, limits: Limits, max_length: int) -> None:
+def _check_length(prompt: int, new: int, limits: Limits, batch: Batch) -> None:
     if new > limits.new:
         raise InputError(f"max_tokens={new}: this server generates at most {limits.new}")
-    if prompt + new > max_length:
+    if batch.context_limit is None and prompt + new > batch.max_length:
         raise InputError(
-            f"max_tokens={new} after a prompt of {prompt} tokens: this server holds at most {max_length} tokens of a "
-            "text"
+            f"max_tokens={new} after a prompt of {prompt} tokens: this server holds at most {batch.max_length} tokens "
+            "of a text"
         )

@@ -31,6 +31,7 @@ MAX_SCORE_PLANS = 256
 MAX_ITEMS = 4096  # prompts of a request, or plans
 MAX_SHOWN = 60  # characters of a value in a message
 PROMPT = f"prompt: a text, its token ids, or a list of up to {MAX_ITEMS} of either"
+PLAN_CHANGES = 'plan_changes: plans by the number of new tokens before each, as in {"2000": "01101001"}'
 PLAN = "plan: bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
 
 CHECKS: dict[str | None, Callable[[float], float]] = {
@@ -86,6 +87,9 @@ class GenerationRequest(_Body):
     plan: Plan | None = Field(
         None, description="bits of the plan, bit 0 first, as in 01101001 or [0, 1, 1, ...]; or a list of plans"
     )
+    plan_changes: Annotated[dict[int, Plan], SkipValidation] | None = Field(
+        None, description='plans that replace this one, by the number of new tokens before them: {"2000": "10010110"}'
+    )
     plan_from: str | None = Field(None, description="a text whose plan, read by the encoder, is used")
     prompt_plan: Literal["posterior", "prior"] | None = Field(
         None, description="plan of the prompt: read by the encoder (posterior, the default) or sampled from the prior"
@@ -115,14 +119,18 @@ class GenerationRequest(_Body):
     @field_validator("plan")
     @classmethod
     def _plan(cls, value: object) -> object:
-        rows = [value] if _types(value) == {int} else value
-        if isinstance(value, str) or (
-            isinstance(rows, list)
-            and 0 < len(rows) <= MAX_ITEMS
-            and all(isinstance(row, list) and _types(row) == {int} and {*row} <= {0, 1} for row in rows)
-        ):
+        if _is_plan(value):
             return value
         raise InputError(PLAN)
+
+    @field_validator("plan_changes")
+    @classmethod
+    def _plan_changes(cls, value: object) -> object:
+        if not isinstance(value, dict) or len(value) > MAX_ITEMS or not all(map(_is_plan, value.values())):
+            raise InputError(PLAN_CHANGES)
+        if not all(key.isascii() and key.isdigit() and len(key) < 16 for key in value):
+            raise InputError(PLAN_CHANGES)
+        return {int(start): plan for start, plan in value.items()}
 
     @field_validator("logit_bias", "presence_penalty", "frequency_penalty")
     @classmethod
@@ -130,14 +138,6 @@ class GenerationRequest(_Body):
         if value:
             raise InputError("not supported by this server; leave it out")
         return value
-
-    def plan_bits(self) -> str | None:
-        """The plans as bits in text."""
-        if self.plan is None or isinstance(self.plan, str):
-            return self.plan
-        if isinstance(self.plan[0], int):
-            return "".join(map(str, self.plan))
-        return " ".join("".join(map(str, row)) for row in self.plan if isinstance(row, list))
 
     def stops(self) -> list[str]:
         """The strings that end the text."""
@@ -294,6 +294,24 @@ def _explain(error: "ErrorDetails") -> tuple[str, str]:
     if error["type"] == "missing":
         return name, f"{path}: missing"
     return name, f"{path}={_shortened(json.dumps(_abridged(error.get('input')), ensure_ascii=False))}: {message}"
+
+
+def bits_of(plan: Plan) -> str:
+    """Plans as bits in text, or a name."""
+    if isinstance(plan, str):
+        return plan
+    if isinstance(plan[0], int):
+        return "".join(map(str, plan))
+    return " ".join("".join(map(str, row)) for row in plan if isinstance(row, list))
+
+
+def _is_plan(value: object) -> bool:
+    rows = [value] if _types(value) == {int} else value
+    return isinstance(value, str) or (
+        isinstance(rows, list)
+        and 0 < len(rows) <= MAX_ITEMS
+        and all(isinstance(row, list) and _types(row) == {int} and {*row} <= {0, 1} for row in rows)
+    )
 
 
 def _types(value: object) -> set[type]:

@@ -30,7 +30,7 @@ class TorchBatch(Batch[Tensor]):
         model: on the device where it is to run. It is set to eval mode, and to PyTorch's attention.
         tokenizer: of `transformers`, based on one of the package `tokenizers`.
         max_rows: number of texts at a time.
-        max_length: tokens of a text, its prompt included. Default: that of the model, at most 2,048.
+        max_length: tokens of a text that the model sees at a time. Default: that of the model, at most 2,048.
 
     Raises:
         ValueError: for a tokenizer without a `tokenizers.Tokenizer`, and a `max_length` beyond the model's.
@@ -58,6 +58,8 @@ class TorchBatch(Batch[Tensor]):
             max_rows,
             checked_length(max_length, trained_length(vars(config))),
             ChatTemplate.of(tokenizer.chat_template, tokenizer.special_tokens_map),
+            getattr(config, "sliding_window", None),
+            config.plan_names,
         )
         self.model = model.eval()
         if config._attn_implementation not in ("sdpa", "eager"):  # others take no mask of four dimensions
@@ -66,7 +68,7 @@ class TorchBatch(Batch[Tensor]):
 
     def reset(self) -> None:
         rows = max(self.max_rows, MIN_ROWS)
-        self.rows = 0
+        self.contexts = []
         self.cache = RowCache(self.model, rows, self.max_length)
         self.lengths = torch.zeros(rows, dtype=torch.long)
         shape = (rows, self.num_plans(self.max_length), self.latent_dim)
@@ -85,20 +87,39 @@ class TorchBatch(Batch[Tensor]):
         cache = PlanCache(model.config)
         lower = model.lower_layers(self._on_device([request.tokens]), cache=cache)
         plan = self.complete_plan(request, lambda: model.encode(lower)[0].float().cpu().numpy())
-        bits = self._on_device(plan)[None]
-        logits = model.upper_layers(lower, bits, logits_to_keep=1)[:, -1]
-        self.plan[row, : bits.shape[1]] = bits[0]
-        self.cache.store(row, cache)
-        self.lengths[row] = len(request.tokens)
-        self.rows += 1
+        context = self.begin_context(request, plan)
+        bits = self._on_device(context.plans(self.max_length))
+        logits = model.upper_layers(lower, bits[None], logits_to_keep=1)[:, -1]
+        self._store(row, cache, bits, len(request.tokens))
+        self.contexts.append(context)
         return NewRow(plan, logits)
 
     @torch.inference_mode()
-    def step(self, tokens: list[int]) -> Tensor:
+    def read_again(self, row: int) -> int:
+        context, cache = self.contexts[row].read_again(), PlanCache(self.model.config)
+        bits, count = self._on_device(context.plans(self.max_length)), len(context.tokens)
+        if count:
+            lower = self.model.lower_layers(self._on_device([context.tokens]), cache=cache)
+            self.model.upper_layers(lower, bits[None], logits_to_keep=1)
+        self._store(row, cache, bits, count)
+        self.contexts[row] = context
+        return count
+
+    def _store(self, row: int, cache: PlanCache, plan: Tensor, length: int) -> None:
+        if length:
+            self.cache.store(row, cache)
+        self.plan[row, : len(plan)] = plan
+        self.lengths[row] = length
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int | None]) -> Tensor:
         rows = max(self.rows, MIN_ROWS)
-        lengths = self._on_device(self.lengths[:rows])
-        mask = self.cache.begin_step(lengths, int(self.lengths[:rows].max()) + 1)
-        ids = self._on_device(tokens + [self.begin] * (rows - self.rows))[:, None]
+        reads = torch.tensor([token is not None for token in tokens] + [False] * (rows - self.rows))
+        read = self.lengths[:rows].where(reads, 0)
+        lengths = self._on_device(read)
+        mask = self.cache.begin_step(lengths, int(read.max()) + 1)
+        given = [self.begin if token is None else token for token in tokens]
+        ids = self._on_device(given + [self.begin] * (rows - self.rows))[:, None]
         logits = self.model(
             ids,
             attention_mask=mask,
@@ -107,7 +128,8 @@ class TorchBatch(Batch[Tensor]):
             plan=PlanState(plan=self.plan[:rows], columns=0),
             logits_to_keep=1,
         ).logits
-        self.lengths[: self.rows] += 1  # last, so that a failed step can be repeated
+        self.lengths[:rows] += reads  # last, so that a failed step can be repeated
+        self.advance(tokens)
         return logits[: self.rows, -1]
 
     def sample(self, logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
@@ -130,7 +152,9 @@ class TorchBatch(Batch[Tensor]):
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
-        last = self.rows = self.rows - 1
+        last = self.rows - 1
+        self.contexts[row] = self.contexts[last]
+        self.contexts.pop()
         if row != last:
             self.cache.move(last, row, int(self.lengths[last]))
             self.plan[row] = self.plan[last]

@@ -1,0 +1,55 @@
+"""What the model sees of a text that is being generated, and when it is read again; see `model.context`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from free_transformer.model.context import tokens_to_drop, tokens_to_keep
+from free_transformer.runtime.plan_source import num_plans
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """
+    Attributes:
+        tokens: those that the model has read and sees.
+        plan: (P, H) bool, the plans of the text from its first token on.
+        changes: plans that replace this one, (1, H), by the number of new tokens before them.
+        limit: number of tokens that a context holds at most, None for any number.
+        dropped: tokens of the text before those that the model sees.
+        new: number of new tokens that have been read.
+    """
+
+    tokens: list[int]
+    plan: np.ndarray
+    changes: Mapping[int, np.ndarray]
+    limit: int | None
+    plan_span: int | str
+    dropped: int = 0
+    new: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the text has to be read again before its next token is read."""
+        is_full = self.limit is not None and len(self.tokens) + 1 > self.limit
+        return is_full or self.new + 1 in self.changes
+
+    def read_again(self) -> "RowContext":
+        """The context to read again: the next token then fits in, under its own plan."""
+        length = len(self.tokens) + 1
+        plan = self.changes.get(self.new + 1, self.plan)
+        changes = {start: each for start, each in self.changes.items() if start != self.new + 1}
+        dropped = 0 if self.limit is None else tokens_to_drop(length, tokens_to_keep(self.limit), self.plan_span)
+        kept = self.tokens[dropped:]
+        return replace(self, tokens=kept, plan=plan, changes=changes, dropped=self.dropped + dropped)
+
+    def advance(self, token: int) -> "RowContext":
+        """The context after a token has been read. It takes over the list of tokens."""
+        self.tokens.append(token)
+        return replace(self, new=self.new + 1)
+
+    def plans(self, max_length: int) -> np.ndarray:
+        """The plans of the context as far as it can reach, (P, H) bool."""
+        first = 0 if self.plan_span == "sequence" else self.dropped // int(self.plan_span)
+        return self.plan[first : first + num_plans(self.plan_span, max_length)]
