@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Of `model/`, which registration imports; every other room is complete without it.
-WITHOUT_TORCH = {"free_transformer.model.errors", "free_transformer.model.plan_text", "free_transformer.model.sampling"}
+WITHOUT_TORCH = {f"free_transformer.model.{name}" for name in ("errors", "plan_text", "sampling", "stratified")}
 
 
 def register_soon() -> None:

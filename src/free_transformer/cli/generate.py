@@ -24,6 +24,13 @@ def generate(
     ] = None,
     prompt_plan: PromptPlanOption = "posterior",
     prior: PriorOption = "uniform",
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="How the plans of several texts are sampled: independent, or stratified (together they cover the "
+            "plans; see --prompt-plan prior)."
+        ),
+    ] = "independent",
     num_samples: Annotated[int, typer.Option(min=1, help="Number of texts, at least 1.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens, at least 1.")] = 200,
     temperature: Annotated[
@@ -43,6 +50,7 @@ def generate(
 
     - `free-transformer generate runs/my-run --prompt "Once upon"`
     - `free-transformer generate runs/my-run --plan 01101001 --num-samples 4`
+    - `free-transformer generate runs/my-run --num-samples 8 --plans stratified`
     """
     from free_transformer.cli.generation import Request, generate_with_onnx, generate_with_torch
     from free_transformer.runtime.sessions import EXPORT_FILE
@@ -57,6 +65,7 @@ def generate(
         plan_from=plan_from,
         prompt_plan=prompt_plan,
         prior=prior,
+        plans=plans,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p),

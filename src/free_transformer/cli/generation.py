@@ -29,6 +29,7 @@ class Request:
     plan_from: Path | None
     prompt_plan: str
     prior: str
+    plans: str
     num_samples: int
     max_new_tokens: int
     sampling: Sampling
@@ -61,11 +62,15 @@ def generate_with_torch(folder: Path, request: Request) -> None:
         distribute(model, processes)
         plan = _given_plan(model, tokenizer, folder, request)
         torch.manual_seed(request.seed)
-        tokens = prompt_tokens(tokenizer, request.prompt).expand(request.num_samples, -1).to(model.device)
+        tokens = prompt_tokens(tokenizer, request.prompt).to(model.device)
+        own_options: dict[str, Tensor | str | int | None] = {}
         if isinstance(model, FreeTransformer):
             own_options = {"plan": plan, "prompt_plan": request.prompt_plan, "prior": request.prior}
+            own_options |= {"plans": request.plans, "num_return_sequences": request.num_samples}
+        elif request.plans != "independent":
+            raise InputError(f"{folder}: a baseline has no plan; leave out --plans")
         else:
-            own_options = {}
+            tokens = tokens.expand(request.num_samples, -1)
         streamer = TextStreamer(tokenizer, skip_special_tokens=True) if request.stream and processes.main else None
         output = model.generate(
             tokens,
@@ -105,6 +110,7 @@ def generate_with_onnx(folder: Path, request: Request) -> None:
         plan=plan,
         prompt_plan=request.prompt_plan,
         prior=request.prior,
+        plans=request.plans,
         max_new_tokens=request.max_new_tokens,
         seed=request.seed,
         **sampling_options(request.sampling),

@@ -83,6 +83,8 @@ class PlanState:
         padded: whether some token of the prompt is padding. Otherwise a new token attends to all before it, and needs
             no mask.
         vectors: (B, 1, D), R, where one plan covers the whole text: it is looked up once.
+        texts_per_prompt: how many consecutive rows are texts of one prompt with stratified plans (`stratified.py`); 1
+            for independent plans.
         generator: random numbers for the plans of new text. They have a stream of their own, plan after plan, so that
             a longer text begins as a shorter one of the same seed does.
     """
@@ -96,6 +98,7 @@ class PlanState:
     first_position: Tensor | None = None
     padded: bool = True
     vectors: Tensor | None = None
+    texts_per_prompt: int = 1
     generator: torch.Generator | None = None
 
     def select_rows(self, rows: Tensor) -> "PlanState":
@@ -105,7 +108,7 @@ class PlanState:
             return None if values is None else values[rows.to(values.device)]
 
         changes = {name: selected(getattr(self, name)) for name in ("plan", "first_position", "vectors")}
-        return PlanState(**{**vars(self), **changes})
+        return PlanState(**{**vars(self), **changes, "texts_per_prompt": 1})  # the rows may be any
 
     def stream(self, device: torch.device) -> torch.Generator:
         """The generator of plans of new text, seeded from torch's own random numbers when it is first needed."""

@@ -16,6 +16,7 @@ MAX_TOP_K = 2**31 - 1  # more tokens than any vocabulary has
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # what `torch.manual_seed` accepts
 PROMPT_PLANS = ("posterior", "prior")
 PRIORS = ("uniform", "aggregate")
+PLANS = ("independent", "stratified")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def check_seed(value: Any) -> int:
 def check_max_new_tokens(value: Any) -> None:
     if not _is_integer(value) or value < 1:
         raise InputError(f"max_new_tokens={_shown(value)}: an integer of at least 1")
+
+
+def check_num_texts(value: Any) -> None:
+    if not _is_integer(value) or value < 1:
+        raise InputError(f"num_return_sequences={_shown(value)}: an integer of at least 1")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
