@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data import begin_token, encode
 from free_transformer.evaluation.control import mutual_information
 from free_transformer.files import write_text
-from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.plan import codes_to_bits
 from free_transformer.reporting.table import Table
 from free_transformer.training import Run
@@ -114,11 +114,9 @@ def train(out: Path, kind: str, solvers: int, overrides: Sequence[str]) -> Run:
 class Sampler:
     """Solutions of problems by a model."""
 
-    run: Run
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
     temperature: float
-
-    def __post_init__(self) -> None:
-        self.model, self.tokenizer = self.run.load_model().eval(), self.run.load_tokenizer()
 
     def tokens(self, problem: Problem) -> list[int]:
         return [begin_token(self.tokenizer), *encode(self.tokenizer, [problem.prompt])[0]]
@@ -211,7 +209,6 @@ def solvers_of_plans(free: Sampler, solvers: int, samples: int, seed: int) -> tu
 
 def _with_plan(free: Sampler, wanted: Sequence[Problem], bits: Tensor) -> Tensor:
     """The likeliest plan of each problem, and a plan of its solution, (H,) or (problems, H): (problems, 2, H)."""
-    assert isinstance(free.model, FreeTransformer)
     read = free.model.infer_plan(torch.tensor([free.tokens(each) for each in wanted])) > 0
     return torch.cat([read[:, :1], bits.expand(len(wanted), -1)[:, None]], 1)
 
@@ -275,7 +272,8 @@ def main(
         changes += ["training.max_steps=2", "training.batch_size=8", "model.hidden_dim=16", "model.num_heads=2"]
     if not (out / "text").is_dir():
         write_data(out / "text", texts, solvers)
-    free, baseline = (Sampler(train(out, kind, solvers, changes), temperature) for kind in ("free", "baseline"))
+    runs = [train(out, kind, solvers, changes) for kind in ("free", "baseline")]
+    free, baseline = (Sampler(run.load_model().eval(), run.load_tokenizer(), temperature) for run in runs)
     torch.manual_seed(seed)
     result = measure(free, baseline, solvers, count, samples)
     write_text(out / "pass_at_k.json", json.dumps(result, indent=1) + "\n")
