@@ -6,8 +6,8 @@ What stratified plans are good for, measured on runs of the demo (`examples/thre
 - `curves`: diversity and negative log-likelihood (NLL) under an independent model for several temperatures, and the
   diversity of both models at equal NLL.
 
-Each writes a JSON and a Markdown file into `--out`. `styles` and `curves` need runs, as trained by `make demo` or by
-`free-transformer train configs/three_voices.yaml`, and the demo's text, which they write if it is missing.
+Each writes a JSON and a Markdown file into `--out`. `styles` and `curves` need the runs of `make demo`, and `curves` a
+third one (`make diversity`).
 """
 
 import json
@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
 
 from demo import read_rows, train_judge  # noqa: E402
 from judge import Judge  # noqa: E402
-from voices import write_corpus  # noqa: E402
 
 from free_transformer.evaluation.diversity import distinct_n, label_entropy, reference_nll, self_bleu  # noqa: E402
 from free_transformer.files import write_text  # noqa: E402
@@ -72,8 +71,8 @@ def modes(out: Out = Path("runs/diversity"), repeats: int = 20_000, seed: int = 
 
 @app.command()
 def styles(
-    free: RunPath,
-    baseline: RunPath,
+    free: RunPath = Path("runs/three_voices/free"),
+    baseline: RunPath = Path("runs/three_voices/baseline"),
     text: TextPath = Path("runs/three_voices/text"),
     out: Out = Path("runs/diversity"),
     texts: Annotated[int, typer.Option(help="Texts of each kind and k.")] = 192,
@@ -126,9 +125,11 @@ def styles(
 
 @app.command()
 def curves(
-    free: RunPath,
-    baseline: RunPath,
-    reference: Annotated[Path, typer.Option(help="Folder of a baseline run with another seed.")],
+    free: RunPath = Path("runs/three_voices/free"),
+    baseline: RunPath = Path("runs/three_voices/baseline"),
+    reference: Annotated[Path, typer.Option(help="Folder of a baseline run with another seed.")] = Path(
+        "runs/three_voices/reference"
+    ),
     text: TextPath = Path("runs/three_voices/text"),
     out: Out = Path("runs/diversity"),
     texts: Annotated[int, typer.Option(help="Texts of each kind and temperature, a multiple of 16.")] = 128,
@@ -228,8 +229,6 @@ def _generate(
 
 def _judge(text: Path, tokenizer: Any) -> Judge:
     """The demo's classifier of sources."""
-    if not (text / "train.jsonl").is_file():
-        write_corpus(text)
     held_out = read_rows(text / "validation.jsonl", tokenizer, 256)
     return train_judge(text / "train.jsonl", tokenizer, held_out)[0]
 

@@ -2,11 +2,11 @@
 pass@k on a task with a hidden mixture of solvers: does the plan separate them, and do stratified plans find the one?
 
 A problem is a full binary tree of 15 letters, level by level, and the letter to find. A solution is the letters that a
-solver visits until it finds that one, or gives up after 8 visits. Half of the training texts are solved by
-depth-first and half by breadth-first search (`--solvers 4`: or by their mirror
-images, within 5 visits); no label says by
-which. Each solver finds letters that the others do not reach in time, so that a sample solves such a problem only if it
-uses the right solver.
+solver visits until it finds that one, or gives up after 8 visits. Half of the training texts are solved by depth-first
+and half by breadth-first search (`--solvers 4`: or by their mirror images, within 5 visits). No label says by which.
+Each solver finds letters that the others do not reach in time, so that a sample solves such a problem only if it uses
+the right solver. With `--notation own`, each solver writes a sign of its own between the letters, as sources of
+solutions differ in style; with `--notation same`, only the order of the letters tells the solvers apart.
 
 The first plan of a text covers the problem, the second its solution. `python benchmarks/solvers.py --out runs/solvers`
 writes the texts, trains a Free Transformer and its baseline with `free-transformer train`, and measures pass@k.
@@ -39,16 +39,29 @@ LETTERS, NODES = "abcdefghijklmnopqrstuvwxyz", 15
 SPAN = NODES + 4  # begin-of-text, the tree, "?", the letter, ":"
 LATENT_DIM = 4
 SOLVERS = ("depth-first", "breadth-first", "depth-first, mirrored", "breadth-first, mirrored")
+SIGNS = {"own": (">", ",", "/", ";"), "same": ("",) * 4}  # between the letters of a solution, for each solver
 HELD_OUT = 1000
 BUDGETS = {2: 8, 4: 5}  # visits
+SEQ_LEN = SPAN + 2 * max(BUDGETS.values())
 INFORMATION = {2: (0.6, 1.0), 4: (1.2, 2.0)}  # min_bits and free_bits: the solver is at most 1 or 2 bits
+
+
+@dataclass(frozen=True)
+class Task:
+    solvers: int
+    notation: str
+
+    def problems(self, count: int, seed: int) -> "list[Problem]":
+        rng = random.Random(seed)
+        trees = ["".join(rng.sample(LETTERS, NODES)) for _ in range(count)]
+        return [Problem(tree, rng.choice(tree), self) for tree in trees]
 
 
 @dataclass(frozen=True)
 class Problem:
     tree: str
     target: str
-    solvers: int
+    task: Task
 
     @property
     def prompt(self) -> str:
@@ -56,12 +69,12 @@ class Problem:
 
     def solution(self, solver: int) -> str:
         """The letters that a solver visits, up to the one that it looks for."""
-        visits = [self.tree[node] for node in VISITS[solver][: BUDGETS[self.solvers]]]
+        visits = [self.tree[node] for node in VISITS[solver][: BUDGETS[self.task.solvers]]]
         found = visits.index(self.target) + 1 if self.target in visits else len(visits)
-        return "".join(visits[:found])
+        return SIGNS[self.task.notation][solver].join(visits[:found])
 
     def solved_by(self) -> list[int]:
-        return [solver for solver in range(self.solvers) if self.solution(solver).endswith(self.target)]
+        return [solver for solver in range(self.task.solvers) if self.solution(solver).endswith(self.target)]
 
 
 def _visits(solver: int) -> list[int]:
@@ -79,26 +92,20 @@ def _visits(solver: int) -> list[int]:
 VISITS = [_visits(solver) for solver in range(len(SOLVERS))]
 
 
-def problems(count: int, seed: int, solvers: int) -> list[Problem]:
-    rng = random.Random(seed)
-    trees = ["".join(rng.sample(LETTERS, NODES)) for _ in range(count)]
-    return [Problem(tree, rng.choice(tree), solvers) for tree in trees]
-
-
-def write_data(folder: Path, count: int, solvers: int) -> None:
+def write_data(folder: Path, count: int, task: Task) -> None:
     """Writes `train.jsonl` and `validation.jsonl`."""
     for seed, (name, size) in enumerate({"train": count, "validation": HELD_OUT}.items()):
         rng = random.Random(seed)
-        texts = [each.prompt + each.solution(rng.randrange(solvers)) for each in problems(size, seed + 10, solvers)]
+        texts = [each.prompt + each.solution(rng.randrange(task.solvers)) for each in task.problems(size, seed + 10)]
         write_text(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def train(out: Path, kind: str, solvers: int, overrides: Sequence[str]) -> Run:
+def train(out: Path, kind: str, task: Task, overrides: Sequence[str]) -> Run:
     run = Run(out / kind)
     if (run.path / "model").is_dir():
         return run
-    text, (min_bits, free_bits) = out / "text", INFORMATION[solvers]
-    settings = {"model.kind": kind, "training.seq_len": 32, "training.batch_size": 128}
+    text, (min_bits, free_bits) = out / "text", INFORMATION[task.solvers]
+    settings = {"model.kind": kind, "training.seq_len": SEQ_LEN, "training.batch_size": 96}
     settings |= {"data.train": f"[{text / 'train.jsonl'}]", "data.validation": f"[{text / 'validation.jsonl'}]"}
     if kind == "free":
         settings |= {"model.latent_dim": LATENT_DIM, "model.plan_span": SPAN, "model.aggregate_weight": 1}
@@ -142,7 +149,7 @@ class Sampler:
             output = self.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=BUDGETS[part[0].solvers] + 1,
+                max_new_tokens=SEQ_LEN - SPAN,
                 do_sample=True,
                 temperature=self.temperature,
                 top_k=0,
@@ -156,7 +163,7 @@ class Sampler:
 
 def solver_of(problem: Problem, text: str) -> int:
     """The solver whose solution a text is, or -1; the first one where several have the same."""
-    return next((solver for solver in range(problem.solvers) if text == problem.solution(solver)), -1)
+    return next((solver for solver in range(problem.task.solvers) if text == problem.solution(solver)), -1)
 
 
 def passes(wanted: Sequence[Problem], texts: list[list[str]]) -> np.ndarray:
@@ -185,7 +192,7 @@ def _estimate(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
 
 
-def solvers_of_plans(free: Sampler, solvers: int, samples: int, seed: int) -> tuple[np.ndarray, Tensor]:
+def solvers_of_plans(free: Sampler, task: Task, samples: int, seed: int) -> tuple[np.ndarray, Tensor]:
     """
     The solvers that the solutions under each plan follow.
 
@@ -194,11 +201,11 @@ def solvers_of_plans(free: Sampler, solvers: int, samples: int, seed: int) -> tu
     """
     telling = [
         each
-        for each in problems(2**LATENT_DIM * samples * 10, seed, solvers)
-        if len({each.solution(s) for s in range(solvers)}) == solvers
+        for each in task.problems(2**LATENT_DIM * samples * 10, seed)
+        if len({each.solution(s) for s in range(task.solvers)}) == task.solvers
     ]
     codes = codes_to_bits(torch.arange(2**LATENT_DIM), LATENT_DIM)
-    counts = np.zeros((len(codes), solvers), dtype=int)
+    counts = np.zeros((len(codes), task.solvers), dtype=int)
     for code, bits in enumerate(codes):
         part = telling[code * samples : (code + 1) * samples]
         for problem, texts in zip(part, free.solutions(part, 1, plan=_with_plan(free, part, bits)), strict=True):
@@ -213,11 +220,11 @@ def _with_plan(free: Sampler, wanted: Sequence[Problem], bits: Tensor) -> Tensor
     return torch.cat([read[:, :1], bits.expand(len(wanted), -1)[:, None]], 1)
 
 
-def measure(free: Sampler, baseline: Sampler, solvers: int, count: int, samples: int) -> dict[str, object]:
+def measure(free: Sampler, baseline: Sampler, task: Task, count: int, samples: int) -> dict[str, object]:
     """pass@k, and which plans mean which solver."""
-    counts, codes = solvers_of_plans(free, solvers, samples, seed=1)
+    counts, codes = solvers_of_plans(free, task, samples, seed=1)
     used = np.repeat(np.indices(counts.shape).reshape(2, -1), counts.ravel(), axis=1)
-    pool = [each for each in problems(20 * count, 2, solvers) if len(each.solved_by()) == 1][:count]
+    pool = [each for each in task.problems(20 * count, 2) if len(each.solved_by()) == 1][:count]
     best = counts.argmax(0)  # the plan of each solver
     oracle = codes[[best[each.solved_by()[0]] for each in pool]]
     sizes = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
@@ -233,7 +240,8 @@ def measure(free: Sampler, baseline: Sampler, solvers: int, count: int, samples:
         texts = [list(chain(*rows)) for rows in zip(*sets, strict=True)]
         curves["stratified plans"][k] = pass_of_sets(passes(pool, texts), k)
     return {
-        "solvers": solvers,
+        "solvers": task.solvers,
+        "notation": task.notation,
         "problems": len(pool),
         "samples": samples,
         "temperature": free.temperature,
@@ -255,6 +263,7 @@ def table(result: dict) -> Table:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of texts, runs and results.")] = Path("runs/solvers"),
     solvers: Annotated[int, typer.Option(help="Number of solvers, 2 or 4.")] = 2,
+    notation: Annotated[str, typer.Option(help="Sign between the letters of a solution: own or same.")] = "own",
     texts: Annotated[int, typer.Option(help="Number of training texts.")] = 100_000,
     count: Annotated[int, typer.Option(help="Number of problems, each solved by exactly one solver.")] = 200,
     samples: Annotated[int, typer.Option(help="Samples per problem.")] = 64,
@@ -266,16 +275,16 @@ def main(
     overrides: Annotated[str, typer.Option(help="Changes to the settings of training, separated by spaces.")] = "",
 ) -> None:
     """Trains both models unless they exist, measures pass@k, and writes `pass_at_k.json` and `pass_at_k.md`."""
-    changes = overrides.split()
+    task, changes = Task(solvers, notation), overrides.split()
     if quick:
         texts, count, samples = 200, 4, 4
         changes += ["training.max_steps=2", "training.batch_size=8", "model.hidden_dim=16", "model.num_heads=2"]
     if not (out / "text").is_dir():
-        write_data(out / "text", texts, solvers)
-    runs = [train(out, kind, solvers, changes) for kind in ("free", "baseline")]
+        write_data(out / "text", texts, task)
+    runs = [train(out, kind, task, changes) for kind in ("free", "baseline")]
     free, baseline = (Sampler(run.load_model().eval(), run.load_tokenizer(), temperature) for run in runs)
     torch.manual_seed(seed)
-    result = measure(free, baseline, solvers, count, samples)
+    result = measure(free, baseline, task, count, samples)
     write_text(out / "pass_at_k.json", json.dumps(result, indent=1) + "\n")
     write_text(out / "pass_at_k.md", table(result).to_markdown() + "\n")
     print(table(result).to_markdown())

@@ -14,7 +14,7 @@ from free_transformer.model.initialization import build_baseline
 
 def byte_models(plan_span, latent_dim: int) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
-    shape = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 259, "max_seq_len": 32}
+    shape = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 259, "max_seq_len": 64}
     special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     config = FreeTransformerConfig(**shape, **special, plan_span=plan_span, latent_dim=latent_dim)
     return {"free": FreeTransformer(config).eval(), "baseline": build_baseline(config).eval()}
@@ -44,7 +44,7 @@ def _flip(mirrored: bool) -> dict[int, str]:
 def test_solvers_search_depth_first_and_breadth_first(benchmark_module, solvers, budget):
     bench = benchmark_module("solvers")
     seen = set()
-    for problem in bench.problems(60, 0, solvers):
+    for problem in bench.Task(solvers, "same").problems(60, 0):
         for solver in range(solvers):
             whole = searched(problem.tree, problem.target, solver % 2 == 1, solver >= 2)
             assert problem.solution(solver) == whole[:budget]
@@ -66,7 +66,7 @@ def test_solvers_are_measured(benchmark_module):
     bench = benchmark_module("solvers")
     models = byte_models(bench.SPAN, bench.LATENT_DIM)
     free, baseline = (bench.Sampler(models[kind], byte_tokenizer(), 0.7) for kind in ("free", "baseline"))
-    found = bench.measure(free, baseline, solvers=2, count=3, samples=4)
+    found = bench.measure(free, baseline, bench.Task(2, "own"), count=3, samples=4)
     assert np.array(found["solvers_of_plans"]).shape == (16, 2)
     assert {*found["pass_at_k"]} == {"baseline", "independent plans", "stratified plans", "oracle plan"}
     lines = bench.table(found).to_markdown().splitlines()
@@ -84,15 +84,15 @@ def test_a_model_that_follows_its_plan_passes_with_stratified_plans(benchmark_mo
         output = generate(tokens, return_dict_in_generate=True, **options)
         texts = tokenizer.batch_decode(output.sequences[:, : tokens.shape[1]], skip_special_tokens=True)
         answers = [
-            bench.Problem(text[: bench.NODES], text[bench.NODES + 1], 2).solution(int(plan[1, 0]))
+            bench.Problem(text[: bench.NODES], text[bench.NODES + 1], bench.Task(2, "own")).solution(int(plan[1, 0]))
             for text, plan in zip(texts, output.plan, strict=True)
         ]
         rows = [[256, *(text + answer).encode()] for text, answer in zip(texts, answers, strict=True)]
-        return torch.tensor([row + [258] * (32 - len(row)) for row in rows])
+        return torch.tensor([row + [258] * (40 - len(row)) for row in rows])
 
     monkeypatch.setattr(model, "generate", solve)
     sampler = bench.Sampler(model, tokenizer, 1.0)
-    found = bench.measure(sampler, sampler, solvers=2, count=20, samples=16)
+    found = bench.measure(sampler, sampler, bench.Task(2, "own"), count=20, samples=16)
     curves = found["pass_at_k"]
     assert found["plan_solver_bits"] == pytest.approx(1, abs=0.02)
     assert curves["stratified plans"][2] == (1.0, 0.0) and curves["oracle plan"][1] == (1.0, 0.0)
