@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -97,6 +97,13 @@ plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share i
 
 topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
 	$(BIN)/python benchmarks/topics.py
+
+diversity: $(VENV)/.dev ## after `make demo`, what stratified plans are good for: docs/diversity.md; half an hour
+	$(BIN)/free-transformer train configs/three_voices.yaml run_dir=runs/three_voices/reference model.kind=baseline training.seed=7 training.max_steps=600
+	$(BIN)/python benchmarks/diversity.py modes
+	$(BIN)/python benchmarks/diversity.py styles
+	$(BIN)/python benchmarks/diversity.py curves
+	$(BIN)/python benchmarks/solvers.py
 
 warm-start: $(VENV)/.pretrained ## how a plan leaves zero in a pretrained model; 20 minutes
 	$(BIN)/python benchmarks/warm_start.py

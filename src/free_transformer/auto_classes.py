@@ -14,7 +14,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Of `model/`, which registration imports; every other room is complete without it.
-WITHOUT_TORCH = {f"free_transformer.model.{name}" for name in ("context", "errors", "plan_text", "sampling")}
+WITHOUT_TORCH = {
+    f"free_transformer.model.{name}" for name in ("context", "errors", "plan_text", "sampling", "stratified")
+}
 
 
 def register_soon() -> None:

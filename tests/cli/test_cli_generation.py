@@ -45,6 +45,15 @@ def test_text_is_written_under_the_plan_given_and_shows_it(command, runs):
     assert len(set(shown[0])) > 1
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_stratified_plans_cover_all_plans(command, runs, temperature):
+    options = ["--num-samples", 8, "--max-new-tokens", 4, "--temperature", temperature, "--plans"]
+    outcome = command("generate", runs["free"], *options, "stratified")
+    assert len(set(re.findall(r"plan ([01]{3})", outcome.out))) == 8
+    assert_refused(command("generate", runs["free"], *options, "spread"), 2, "plans='spread': one of")
+    assert_refused(command("generate", runs["baseline"], *options, "stratified"), 2, "a baseline has no plan")
+
+
 def test_text_is_written_under_the_plan_of_an_example(command, runs, tmp_path):
     write_text(tmp_path / "example.txt", "the cat sat")
     model, tokenizer = Run(runs["free"]).load_model(), load_tokenizer("bytes")

@@ -29,6 +29,7 @@ ELSEWHERE = {  # what no test runs as written, and what shows it
     r"make demo +# seed 0|.*demo.py --seed 1": "the README's command",
     r"make (test|test-docs|quality|hooks)\b": "before every commit",
     r"make (docker|bench|demo-pretrained|warm-start)|docker ": "make docker-check; hours: the pages they write",
+    r"make diversity": "tests/project/test_diversity_benchmarks.py: half an hour",
     r"hf upload": "tests/model/test_hub.py: no hub here",
     r"torchrun --nnodes": "tests/distributed/test_distributed.py: several machines",
     r"free-transformer lm-eval .*arc_easy": "tests/integrations/test_harness.py: tasks that are downloaded",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import TINY
+from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy import OnnxFreeTransformer
 from free_transformer.export.onnx import export_onnx
@@ -19,7 +20,7 @@ from free_transformer.runtime.plan_source import (
     sample_posterior,
     sample_prior,
 )
-from free_transformer.serving.batch import TextRequest
+from free_transformer.serving.batch import StratifiedTexts, TextRequest
 from free_transformer.serving.onnx_batch import OnnxBatch
 from free_transformer.serving.torch_batch import TorchBatch
 
@@ -144,6 +145,45 @@ def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, spa
                     plan, tokens, np.ones_like(tokens), len(prompt) + NEW - 1, "posterior", "aggregate", rng
                 )
                 assert np.array_equal(found[0], expected)
+
+
+@pytest.mark.parametrize(("kind", "span"), [("torch", 4), ("torch", "sequence"), ("onnx", 4), ("onnx", "sequence")])
+def test_served_and_exported_texts_have_stratified_plans(tmp_path, span, kind):
+    vocabulary = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": 258}
+    torch.manual_seed(0)
+    model = FreeTransformer(FreeTransformerConfig(**{**TINY, **vocabulary, "plan_span": span})).eval()
+    with torch.no_grad():
+        model.encoder.readout.weight.zero_()
+        model.encoder.readout.bias.copy_(torch.tensor([80.0, 0.0, -80.0, 0.0]))
+    if kind == "onnx":
+        export_onnx(model, tmp_path / "onnx", byte_tokenizer())
+        exported = OnnxFreeTransformer(tmp_path / "onnx", threads=1)
+        batch = OnnxBatch(exported)
+    else:
+        batch = TorchBatch(model, byte_tokenizer())
+    powers = 1 << np.arange(BITS)
+    for prompt, first in (([256], set(range(16))), ([256, *b"a prompt"], {1, 3, 9, 11})):
+        together = StratifiedTexts(16, seed=(0, 1))
+        plans = []
+        for index in range(16):
+            plans.append(batch.add(TextRequest(prompt, NEW, together=together, index=index)).plan)
+            batch.remove(0)
+        codes = np.array(plans) @ powers
+        assert set(codes[:, 0]) == first
+        if span == 4:
+            assert set(codes[:, -1]) == set(range(16))
+        if kind == "onnx":
+            tokens = np.tile(prompt, (32, 1))
+            shape = (tokens, np.ones_like(tokens), len(prompt) + NEW - 1, "posterior", "uniform")
+            found = exported._complete_plan(None, *shape, np.random.default_rng(0), 16) @ powers
+            assert set(found[:16, 0]) == set(found[16:, 0]) == first
+            texts = exported.generate([prompt], plans="stratified", num_return_sequences=16, max_new_tokens=2, seed=0)
+            assert texts.shape == (16, len(prompt) + 2)
+            assert set(exported.sample_plan(16, method="stratified")[:, 0] @ powers) == set(range(16))
+            with pytest.raises(ValueError, match="plans='spread': one of"):
+                exported.generate([prompt], plans="spread")
+            with pytest.raises(ValueError, match="num_return_sequences=0: an integer of at least 1"):
+                exported.generate([prompt], num_return_sequences=0)
 
 
 def test_plans_without_a_candidate_are_an_error():

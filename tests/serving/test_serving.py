@@ -24,7 +24,7 @@ from free_transformer.cli.main import main
 from free_transformer.data import byte_tokenizer
 from free_transformer.evaluation.plan_ops import plan_of_text
 from free_transformer.model.plan_text import format_bits
-from free_transformer.model.sampling import Sampling
+from free_transformer.model.sampling import PLANS, Sampling
 from free_transformer.runtime import arrays
 from free_transformer.serving.access import max_body
 from free_transformer.serving.app import create_app, listen
@@ -153,6 +153,20 @@ def test_plan_sources(client, model):
     assert len({plan(prompt="", seed=seed) for seed in seeds}) > 1
     with pytest.raises(BadRequestError, match="gathered none"):
         plan(prompt="", prior="aggregate")
+
+
+def test_stratified_plans_of_n_texts(client):
+    """16 texts have each plan of 4 bits once, in each place; another prompt of the request has plans of its own."""
+    request = {"model": "tiny", "prompt": ["Hello", "Bye"], "n": 16, "max_tokens": 12, "seed": 3}
+    options = {"plans": "stratified", "prompt_plan": "prior"}
+    answers = [client.completions.create(**request, extra_body=options) for _ in range(2)]
+    plans = [choice.plan.split() for choice in answers[0].choices]
+    for texts in (plans[:16], plans[16:]):
+        assert all(len(set(place)) == 16 for place in zip(*texts, strict=True))
+    assert [choice.text for choice in answers[0].choices] == [choice.text for choice in answers[1].choices]
+    one = {**request, "n": 1}
+    alone = [client.completions.create(**one, extra_body={**options, "plans": plans}) for plans in PLANS]
+    assert alone[0].choices[0].plan == alone[1].choices[0].plan
 
 
 def test_stream_matches_the_whole_response(client):
@@ -294,6 +308,7 @@ def test_a_stop_string_ends_the_text(client):
         ({"plan": [0, 2]}, "plan: bits as text"),
         ({"plan": "0110", "plan_from": "x"}, "plan: give plan or plan_from, not both"),
         ({"prompt_plan": "none"}, 'prompt_plan="none"'),
+        ({"plans": "spread"}, "plans=\"spread\": Input should be 'independent' or 'stratified'"),
         ({"prompt": {"a": 1}}, "prompt: a text, its token ids, or a list"),
         ({"prompt": []}, "prompt: an empty list"),
         ({"prompt": [[]]}, "prompt: no tokens"),

@@ -32,6 +32,13 @@ def generate(
     ] = None,
     prompt_plan: PromptPlanOption = "posterior",
     prior: PriorOption = "uniform",
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="How the plans of several texts are sampled: independent, or stratified (together they cover the "
+            "plans; see --prompt-plan prior)."
+        ),
+    ] = "independent",
     num_samples: Annotated[int, typer.Option(min=1, help="Number of texts, at least 1.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens, at least 1.")] = 200,
     temperature: Annotated[
@@ -52,8 +59,9 @@ def generate(
     - `free-transformer generate runs/my-run --prompt "Once upon"`
     - `free-transformer generate runs/my-run --plan 01101001 --num-samples 4`
     - `free-transformer generate runs/my-run --plan 01101001 --plan-change 2000:10010110 --max-new-tokens 4000`
+    - `free-transformer generate runs/my-run --num-samples 8 --plans stratified`
     """
-    from free_transformer.cli.generation import Request, generate_with_onnx, generate_with_torch, plan_changes
+    from free_transformer.cli.generation import Request, plan_changes
     from free_transformer.runtime.sessions import EXPORT_FILE
 
     if plan is not None and plan_from is not None:
@@ -67,13 +75,18 @@ def generate(
         plan_from=plan_from,
         prompt_plan=prompt_plan,
         prior=prior,
+        plans=plans,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p),
         stream=stream,
         seed=seed,
     )
-    if (run / EXPORT_FILE).is_file():
+    if (run / EXPORT_FILE).is_file():  # without torch
+        from free_transformer.cli.generation_onnx import generate_with_onnx
+
         generate_with_onnx(run, request)
     else:
+        from free_transformer.cli.generation_torch import generate_with_torch
+
         generate_with_torch(run, request)

@@ -139,6 +139,8 @@ class PlanState:
         padded: whether some token of the prompt is padding. Otherwise a new token attends to all before it, and needs
             no mask.
         vectors: (B, 1, D), R, where one plan covers the whole text: it is looked up once.
+        texts_per_prompt: how many consecutive rows are texts of one prompt with stratified plans (`stratified.py`); 1
+            for independent plans.
         generator: random numbers for the plans of new text. They have a stream of their own, plan after plan, so that
             a longer text begins as a shorter one of the same seed does.
         changes: plans that replace this one, (B, 1, H), by the number of new tokens before them.
@@ -155,6 +157,7 @@ class PlanState:
     first_position: Tensor | None = None
     padded: bool = True
     vectors: Tensor | None = None
+    texts_per_prompt: int = 1
     generator: torch.Generator | None = None
     changes: dict[int, Tensor] = field(default_factory=dict)
     context: "TextContext | None" = None
@@ -169,7 +172,7 @@ class PlanState:
         changes = {
             name: selected(getattr(self, name)) for name in ("plan", "first_position", "vectors", "dropped_plans")
         }
-        return PlanState(**{**vars(self), **changes})
+        return PlanState(**{**vars(self), **changes, "texts_per_prompt": 1})  # the rows may be any
 
     def stream(self, device: torch.device) -> torch.Generator:
         """The generator of plans of new text, seeded from torch's own random numbers when it is first needed."""

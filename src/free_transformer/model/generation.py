@@ -25,6 +25,7 @@ from .long_text import TextContext, begin_text, prepare_inputs
 from .plan import PlanPrior, as_plan
 from .sampling import (
     MIN_TEMPERATURE,
+    PLANS,
     PROMPT_PLANS,
     check_choice,
     check_plan_count,
@@ -68,6 +69,7 @@ class PlanGenerationMixin(GenerationHooks):
         prompt_plan: str = "posterior",
         prior: str = "uniform",
         plan_changes: Mapping[int, Tensor | str] | None = None,
+        plans: str = "independent",
         **kwargs: Any,
     ) -> Any:
         """
@@ -88,17 +90,26 @@ class PlanGenerationMixin(GenerationHooks):
             plan_changes: plans that replace this one later, by the number of new tokens before them, as in
                 `{2000: "1001"}`. There the last half context is read again under the new plan. For models with one
                 plan per text.
+            plans: how the plans of the `num_return_sequences=k` texts of one prompt are sampled: `"independent"`, or
+                `"stratified"`, so that the k texts together cover the plans, while each text by itself is distributed
+                as before (`stratified.py`). This applies to whatever is sampled: to plans of new text from the prior,
+                and to plans of the prompt from its posterior, which are alike where the encoder is certain. With
+                `plan_span="sequence"`, a prompt decides the only plan of the text: `prompt_plan="prior"` gives the k
+                texts different plans. Of several plans per text, those in each place are stratified by themselves
+                (a Latin hypercube), since plans of one text are independent under the prior. Plans that are given are
+                the same for all k texts.
 
         Returns:
             as in `transformers`. With `return_dict_in_generate=True` the output also has `plan`, (B, P, H) bool, the
             plans of the texts in `sequences` (after changes the last one), and its cache can be continued.
 
         Raises:
-            ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan` or
-                `prior`, sampling settings out of range (see `sampling`), token ids outside the vocabulary, an option
+            ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan`, `prior` or
+                `plans`, sampling settings out of range (see `sampling`), token ids outside the vocabulary, an option
                 that is not supported, and a cache of tokens whose plan is not known.
         """
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
+        check_choice("plans", plans, PLANS)
         self.plan_prior.checked(prior)
         self._refuse_unsupported(kwargs)
         _check_sampling(kwargs)
@@ -120,6 +131,11 @@ class PlanGenerationMixin(GenerationHooks):
             _continue(caches[0], state, prompt)
         elif prompt is not None:
             inputs, kwargs = self._padded_on_the_left(prompt, inputs, kwargs)
+        texts = self._generation_setting("num_return_sequences", kwargs) or 1
+        if plans == "stratified":
+            state.texts_per_prompt = texts
+        if texts > 1 and not self._generation_setting("do_sample", kwargs):
+            inputs, kwargs = _repeated_prompts(texts, inputs, kwargs)
         output = super().generate(inputs, *args, plan=state, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         if prompt is not None and not caches:
@@ -212,11 +228,13 @@ class PlanGenerationMixin(GenerationHooks):
         length = state.columns + sequences.shape[1] - state.prompt_length
         return state.plan[:, : num_plans(self.config.plan_span, length)]
 
-    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+    def _generation_setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         config = kwargs.get("generation_config") or self.generation_config
+        return kwargs.get(name, getattr(config, name, None))
 
+    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         def setting(name: str) -> Any:
-            return kwargs.get(name, getattr(config, name, None))
+            return self._generation_setting(name, kwargs)
 
         if (setting("num_beams") or 1) > 1:
             raise InputError(f"num_beams={setting('num_beams')}: beams reorder the cache but not the plans; use 1")
@@ -271,6 +289,20 @@ def _check_sampling(kwargs: dict[str, Any]) -> None:
         for name in ("temperature", "top_k", "top_p"):
             kwargs.pop(name, None)
         kwargs["do_sample"] = False
+
+
+def _repeated_prompts(texts: int, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict]:
+    """
+    The arguments with each prompt repeated. `transformers` refuses several greedy texts of one prompt, since they would
+    be the same; here they differ by their plans.
+    """
+
+    def repeated(value: Any) -> Any:
+        return value.repeat_interleave(texts, 0) if isinstance(value, Tensor) else value
+
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    changes = {name: repeated(kwargs[name]) for name in names if name in kwargs}
+    return repeated(inputs), {**kwargs, **changes, "num_return_sequences": 1}
 
 
 def _check_prompt(prompt: Tensor, vocab_size: int) -> None:

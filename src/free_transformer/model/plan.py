@@ -17,6 +17,7 @@ from .losses import kl_bits
 from .plan_text import parse_plan
 from .sampling import PRIORS, check_choice
 from .straight_through import StraightThrough, group_runs
+from .stratified import BitChance, chance_of_prior, numbers_per_set, stratify
 
 MAX_CODE_BITS_INT64 = 63
 MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted each by itself, longer plans bit by bit
@@ -154,10 +155,23 @@ class PlanPrior(nn.Module):
         prior: str = "uniform",
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
+        samples_per_set: int = 1,
     ) -> Tensor:
-        """Draws plans, (B, P, H) bool, on the device of the generator, or on `device`."""
+        """
+        Draws plans, (B, P, H) bool, on the device of the generator, or on `device`.
+
+        Args:
+            samples_per_set: how many consecutive ones of the B texts have stratified plans (`stratified.py`); with 1,
+                all are independent. The plans of one text are independent of each other in any case. Random numbers are
+                taken plan after plan: with more plans, the first ones stay the same.
+        """
         device = generator.device if generator is not None else device or self.log_aggregate.device
         shape = (batch_size, num_plans)
+        if samples_per_set > 1:
+            known = None if self.checked(prior) == "uniform" else self.log_aggregate.cpu().numpy()
+            distribution, sets = chance_of_prior(known, self.latent_dim), (num_plans, batch_size // samples_per_set)
+            plans = draw_stratified(distribution, sets, samples_per_set, self.latent_dim, device, generator)
+            return plans.flatten(1, 2).transpose(0, 1)
         if self.checked(prior) == "aggregate" and self.counts_codes:
             draws = batch_size * num_plans
             chances = self.log_aggregate.exp().to(device)
@@ -189,6 +203,21 @@ class PlanPrior(nn.Module):
         else:
             expected = (p * self.log_aggregate[1] + (1 - p) * self.log_aggregate[0]).sum(-1)
         return kl - self.latent_dim - expected / math.log(2)
+
+
+def draw_stratified(
+    chance: BitChance,
+    sets: tuple[int, int],
+    num_samples: int,
+    latent_dim: int,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sets of k plans, (*sets, k, H) bool, each set stratified by itself; see `stratified.stratify`."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    shape = (*sets, numbers_per_set(num_samples, latent_dim))
+    uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator).cpu().double().numpy()
+    return torch.from_numpy(stratify(chance, num_samples, latent_dim, uniform)).to(device)
 
 
 def code_probabilities(p: Tensor) -> Tensor:

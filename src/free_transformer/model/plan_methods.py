@@ -9,7 +9,7 @@ from torch import Tensor
 from .configuration import FreeTransformerConfig
 from .outputs import LowerOutput
 from .plan import PlanPrior
-from .sampling import check_token_ids
+from .sampling import PLANS, check_choice, check_token_ids
 
 
 class PlanMethods:
@@ -46,9 +46,22 @@ class PlanMethods:
         num_plans: int = 1,
         generator: torch.Generator | None = None,
         prior: str = "uniform",
+        method: str = "independent",
     ) -> Tensor:
-        """Samples plans from the prior, (B, P, H) bool; `prior` as in `forward`."""
-        return self.plan_prior.sample(batch_size, num_plans, prior, generator)
+        """
+        Samples plans from the prior, (B, P, H) bool.
+
+        Args:
+            prior: `"uniform"`, or `"aggregate"`, the plans of training texts.
+            method: `"independent"`, or `"stratified"`: the B plans in each of the P places together cover the prior
+                (see `stratified.py`), while each by itself is distributed as an independent one.
+
+        Raises:
+            ValueError: for an unknown `prior` or `method`, and for an aggregate prior that was never gathered.
+        """
+        check_choice("method", method, PLANS)
+        texts = batch_size if method == "stratified" else 1
+        return self.plan_prior.sample(batch_size, num_plans, prior, generator, samples_per_set=max(1, texts))
 
     @torch.no_grad()
     def gather_prior(self, batches: Iterable[Mapping[str, Tensor]]) -> None:

@@ -18,7 +18,8 @@ from .configuration import FreeTransformerConfig
 from .errors import InputError
 from .layout import num_plans, plan_to_token
 from .outputs import LowerOutput
-from .plan import as_plan
+from .plan import as_plan, draw_stratified
+from .stratified import chance_of_bits
 
 if TYPE_CHECKING:
     from .modeling import FreeTransformer
@@ -93,10 +94,16 @@ def complete_plans(
     stream = state.stream(device) if state.new_tokens else None  # seeded before the first token is sampled
     if known.shape[1] < wanted:
         missing = wanted - known.shape[1]
-        sampled = model.plan_prior.sample(missing, batch, state.prior, stream or state.stream(device))
-        known = torch.cat([known, sampled.transpose(0, 1)], 1)
+        known = torch.cat([known, _new_plans(model, state, batch, missing, stream or state.stream(device))], 1)
     state.plan, state.vectors = known, None
     return state
+
+
+def _new_plans(model: "FreeTransformer", state: PlanState, batch: int, missing: int, stream: torch.Generator) -> Tensor:
+    """Plans from the prior, (B, missing, H) bool. They take random numbers plan after plan."""
+    if state.texts_per_prompt > 1:
+        return model.plan_prior.sample(batch, missing, state.prior, stream, samples_per_set=state.texts_per_prompt)
+    return model.plan_prior.sample(missing, batch, state.prior, stream).transpose(0, 1)
 
 
 def _plans_of_prompt(
@@ -111,9 +118,10 @@ def _plans_of_prompt(
             is_text = is_text & lower.layout.token_mask
         read = lower.layout.plan_mask[:, -missing:] & is_text.any(1, keepdim=True)
         logits = torch.where(read[..., None], model.encode(lower)[:, -missing:].to(logits.dtype), logits)
-    plans: Tensor = model.plan_mapper(logits)
+    texts = state.texts_per_prompt
+    plans: Tensor = model.plan_mapper(logits) if texts == 1 else _stratified_posterior(logits, texts)
     if state.prior != "uniform":
-        from_prior = model.plan_prior.sample(batch, missing, state.prior, device=logits.device)
+        from_prior = model.plan_prior.sample(batch, missing, state.prior, device=logits.device, samples_per_set=texts)
         plans = torch.where(read[..., None], plans, from_prior)
     return plans
 
@@ -141,10 +149,18 @@ def complete_plans_of_long_prompt(
         first = 0 if state.dropped_plans is None else state.dropped_plans
         places = first + torch.arange(read.shape[1], device=device).expand(batch, -1)
         wanted = max(wanted, int(places.max()) + 1)
-    plan = model.plan_prior.sample(wanted, batch, state.prior, state.stream(device)).transpose(0, 1).contiguous()
+    plan = _new_plans(model, state, batch, wanted, state.stream(device)).contiguous()
     plan.scatter_(1, places[..., None].expand_as(read), read)
     plan[:, : given.shape[1]] = given
     state.plan, state.vectors = plan, None
+
+
+def _stratified_posterior(logits: Tensor, texts: int) -> Tensor:
+    """Plans, (B, P, H) bool, stratified over each `texts` consecutive rows, whose logits are those of one prompt."""
+    chance = chance_of_bits(logits[::texts].double().sigmoid().cpu().numpy())
+    prompts, num_plans, latent_dim = len(logits) // texts, *logits.shape[1:]
+    plans = draw_stratified(chance, (prompts, num_plans), texts, latent_dim, logits.device)  # (B / texts, P, texts, H)
+    return plans.transpose(1, 2).flatten(0, 1)
 
 
 def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

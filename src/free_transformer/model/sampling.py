@@ -18,6 +18,7 @@ MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # what `torch.manual_seed` accepts
 PROMPT_PLANS = ("posterior", "prior")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their rotations change beyond the trained length
 PRIORS = ("uniform", "aggregate")
+PLANS = ("independent", "stratified")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def check_seed(value: object) -> int:
 def check_max_new_tokens(value: object) -> None:
     if not _is_integer(value) or value < 1:
         raise InputError(f"max_new_tokens={_shown(value)}: an integer of at least 1")
+
+
+def check_num_texts(value: object) -> None:
+    if not _is_integer(value) or value < 1:
+        raise InputError(f"num_return_sequences={_shown(value)}: an integer of at least 1")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

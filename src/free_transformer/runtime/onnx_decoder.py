@@ -121,6 +121,19 @@ def context_of_prompt(
     return tokens[:, -width:], (np.arange(width) >= width - (lengths - dropped)[:, None]).astype(np.int64), dropped
 
 
+def plans_of_ends(read: np.ndarray, sampled: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """
+    The plans of prompts of which the encoder has read the ends only.
+
+    Args:
+        read: (B, R, H), those of the ends; sampled: (B, P, H), for the tokens before; first: (B,), where each end begins.
+    """
+    plans = np.concatenate([sampled, read], 1)
+    for row, start in enumerate(first):
+        plans[row, start : start + read.shape[1]] = read[row]
+    return plans
+
+
 def _without_holes(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask with all padding on the left."""
     order = mask.argsort(1, kind="stable")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -13,11 +13,13 @@ from free_transformer.errors import InputError, RunError
 from free_transformer.files import first_line
 from free_transformer.model.context import check_plan_changes, context_limit
 from free_transformer.model.sampling import (
+    PLANS,
     PRIORS,
     PROMPT_PLANS,
     Sampling,
     check_choice,
     check_max_new_tokens,
+    check_num_texts,
     check_seed,
     length_warning,
     trained_length,
@@ -31,7 +33,7 @@ from free_transformer.runtime.arrays import (
     sample_tokens,
 )
 from free_transformer.runtime.byte_alphabet import utf8
-from free_transformer.runtime.onnx_decoder import OnnxDecoder, context_of_prompt
+from free_transformer.runtime.onnx_decoder import OnnxDecoder, context_of_prompt, plans_of_ends
 from free_transformer.runtime.plan_source import (
     PlanSource,
     given_plan,
@@ -39,6 +41,8 @@ from free_transformer.runtime.plan_source import (
     num_plans_to_read,
     sample_posterior,
     sample_prior,
+    sample_stratified_posterior,
+    sample_stratified_prior,
 )
 from free_transformer.runtime.sessions import (
     ExportFolder,
@@ -63,6 +67,8 @@ class GenerationOptions(TypedDict, total=False):
     plan_changes: Mapping[int, ArrayLike] | None
     prompt_plan: str
     prior: str
+    plans: str
+    num_return_sequences: int
     max_new_tokens: int
     do_sample: bool
     temperature: float
@@ -117,16 +123,15 @@ class OnnxFreeTransformer:
         num_plans: int = 1,
         rng: np.random.Generator | None = None,
         prior: str = "uniform",
+        method: str = "independent",
     ) -> np.ndarray:
-        """Plans from the prior, (B, P, H) bool: `"uniform"`, or `"aggregate"`, the distribution over training texts."""
-        shape = (batch_size, num_plans)
-        return sample_prior(shape, self.latent_dim, self.prior(prior), rng or np.random.default_rng())
+        """Plans, (B, P, H) bool, as `FreeTransformer.sample_plan`."""
+        check_choice("method", method, PLANS)
+        sample = sample_prior if method == "independent" else partial(sample_stratified_prior, num_samples=batch_size)
+        return sample((batch_size, num_plans), self.latent_dim, self.prior(prior), rng or np.random.default_rng())
 
     def prior(self, name: str) -> np.ndarray | None:
-        """
-        Log-probabilities of a prior as `plan_source.sample_prior` takes them, None for `"uniform"`. `ValueError` for
-        `"aggregate"` where the model has no aggregate prior.
-        """
+        """Log-probabilities of a prior as `plan_source.sample_prior` takes them. `ValueError` where there is none."""
         check_choice("prior", name, PRIORS)
         if name == "uniform":
             return None
@@ -138,7 +143,8 @@ class OnnxFreeTransformer:
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **options: "Unpack[GenerationOptions]"
     ) -> np.ndarray:
         """
-        Prompts and the tokens generated after them, (B, T + N). A text that has ended is followed by padding.
+        Prompts and the tokens generated after them, (B, T + N), `num_return_sequences` rows for each prompt. A text
+        that has ended is followed by padding.
 
         Args:
             input_ids: (B, T) tokens.
@@ -147,6 +153,7 @@ class OnnxFreeTransformer:
         """
         tokens, mask = as_tokens(input_ids, attention_mask, self.config["vocab_size"])
         new = list(self.stream(tokens, mask, **options))
+        tokens = tokens.repeat(len(new[0]) // len(tokens), axis=0)
         return np.concatenate([tokens, np.stack(new, axis=1)], axis=1)
 
     def stream(
@@ -158,6 +165,8 @@ class OnnxFreeTransformer:
         plan_changes: Mapping[int, ArrayLike] | None = None,
         prompt_plan: str = "posterior",
         prior: str = "uniform",
+        plans: str = "independent",
+        num_return_sequences: int = 1,
         max_new_tokens: int = 200,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -174,6 +183,8 @@ class OnnxFreeTransformer:
                 Missing plans come from the prompt and, for new text, from the prior.
             plan_changes: plans that replace this one, by the number of new tokens before them, as in `{2000: "1001"}`.
             prompt_plan: where plans of the prompt come from, `"posterior"` (the encoder) or `"prior"`.
+            plans: `"independent"` or `"stratified"`, as in `FreeTransformer.generate`.
+            num_return_sequences: texts of each prompt, at least 1.
             max_new_tokens: at least 1. A text longer than the model was trained for is read again, see
                 `model.context`.
             do_sample: samples tokens; otherwise the most likely token is taken.
@@ -186,6 +197,8 @@ class OnnxFreeTransformer:
             RuntimeError: where the model's logits are NaN or infinite.
         """
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
+        check_choice("plans", plans, PLANS)
+        check_num_texts(num_return_sequences)
         check_max_new_tokens(max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
         tokens, mask = move_padding_left(*as_tokens(input_ids, attention_mask, self.config["vocab_size"]))
@@ -193,7 +206,11 @@ class OnnxFreeTransformer:
         seeds = np.random.SeedSequence(None if seed is None else check_seed(seed)).spawn(2)
         plan_rng, token_rng = (np.random.default_rng(each) for each in seeds)
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
-        bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, plan_rng)
+        if plan is not None:
+            plan = self._given_plan(plan, len(tokens)).repeat(num_return_sequences, axis=0)
+        tokens, mask = (each.repeat(num_return_sequences, axis=0) for each in (tokens, mask))
+        texts = num_return_sequences if plans == "stratified" else 1
+        bits = self._complete_plan(plan, tokens, mask, longest, prompt_plan, prior, plan_rng, texts)
         decoder = OnnxDecoder(self, mask, bits, longest, self.context_limit)
         for start, changed in check_plan_changes(plan_changes, self.plan_span).items():
             decoder.changes[start] = self._given_plan(changed, len(tokens))
@@ -240,8 +257,8 @@ class OnnxFreeTransformer:
 
     def write(self, prompt: str = "", num_samples: int = 1, **options: "Unpack[GenerationOptions]") -> list[str]:
         """Generates texts that begin with `prompt`; options of `stream`. Needs the package `tokenizers`."""
-        ids = self._encode(prompt)
-        sequences = self.generate(np.tile(ids, (num_samples, 1)), **options)
+        options["num_return_sequences"] = num_samples
+        sequences = self.generate([self._encode(prompt)], **options)
         return self.tokenizer.decode_batch(sequences.tolist(), skip_special_tokens=True)
 
     def plan_of_text(self, text: str) -> np.ndarray:
@@ -313,8 +330,9 @@ class OnnxFreeTransformer:
         prompt_plan: str,
         prior: str,
         rng: np.random.Generator,
+        texts: int = 1,
     ) -> np.ndarray:
-        """The plans of texts of `longest` tokens that begin with these prompts, (B, P, H) bool."""
+        """Plans, (B, P, H), of texts of `longest` tokens after these prompts, stratified over each `texts` rows."""
         (batch, length), wanted = tokens.shape, self.num_plans(longest)
         given = self._given_plan(plan, batch)
         if given.shape[1] >= wanted:
@@ -326,13 +344,13 @@ class OnnxFreeTransformer:
         if prompt_plan == "posterior" and given.shape[1] < self.num_plans(length):
             # generated for prompts without text too, so that plans do not depend on which prompts are read
             uniform = rng.random((batch, self.num_plans(tokens.shape[1]), self.latent_dim))
-            if num_read.any():
+            if num_read.any() and texts == 1:
                 read = sample_posterior(self.infer_plan(tokens, mask), uniform)
-        sampled = sample_prior((wanted, batch), self.latent_dim, self.prior(prior), rng).swapaxes(0, 1)
-        if self.plan_span != "sequence" and dropped.any():  # the encoder has read the end of the prompt only
-            seen, read = read, np.concatenate([sampled[:, : self.num_plans(length)], read], 1)
-            for row, first in enumerate(dropped // int(self.plan_span)):
-                read[row, first : first + seen.shape[1]] = seen[row]
+            elif num_read.any():
+                read = sample_stratified_posterior(self.infer_plan(tokens[::texts], mask[::texts]), texts, rng)
+        sampled = sample_stratified_prior((batch, wanted), self.latent_dim, self.prior(prior), rng, texts)
+        if self.plan_span != "sequence" and dropped.any():
+            read = plans_of_ends(read, sampled[:, : self.num_plans(length)], dropped // int(self.plan_span))
         return PlanSource(given=given, read=read, num_read=num_read, sampled=sampled).complete(wanted)
 
     def _given_plan(self, plan: ArrayLike | None, batch: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from free_transformer.errors import InputError
 from free_transformer.model.plan_text import parse_bits
 from free_transformer.model.sampling import check_plan_count
+from free_transformer.model.stratified import chance_of_bits, chance_of_prior, numbers_per_set, stratify
 
 Count = TypeVar("Count", int, np.ndarray)
 
@@ -138,6 +139,52 @@ def sample_posterior(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """
     with np.errstate(over="ignore", invalid="ignore"):  # a bit whose probability rounds to 0
         return uniform * (1 + np.exp(-logits.astype(np.float64))) < 1
+
+
+def sample_stratified_posterior(logits: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """
+    Samples k plans for each prompt from the posterior, stratified (see `model.stratified`).
+
+    Args:
+        logits: (B, P, H) of the encoder.
+
+    Returns:
+        (B * k, P, H) bool, those of one prompt after the other.
+    """
+    with np.errstate(over="ignore"):
+        chance = chance_of_bits(1 / (1 + np.exp(-logits.astype(np.float64))))
+    batch, num_plans, latent_dim = logits.shape
+    uniform = rng.random((batch, num_plans, numbers_per_set(num_samples, latent_dim)))
+    return (
+        stratify(chance, num_samples, latent_dim, uniform)
+        .swapaxes(1, 2)
+        .reshape(batch * num_samples, num_plans, latent_dim)
+    )
+
+
+def sample_stratified_prior(
+    shape: tuple[int, int],
+    latent_dim: int,
+    log_aggregate: np.ndarray | None,
+    rng: np.random.Generator,
+    num_samples: int,
+) -> np.ndarray:
+    """
+    As `sample_prior`, stratified over each k consecutive texts (see `model.stratified`), or independent with k = 1.
+
+    Args:
+        shape: B, a multiple of k, and P, the number of plans per text. With a greater P, the first plans stay the same.
+        num_samples: k.
+
+    Returns:
+        (B, P, H) bool.
+    """
+    batch, num_plans = shape
+    if num_samples == 1:
+        return sample_prior((num_plans, batch), latent_dim, log_aggregate, rng).swapaxes(0, 1)
+    uniform = rng.random((num_plans, batch // num_samples, numbers_per_set(num_samples, latent_dim)))
+    plans = stratify(chance_of_prior(log_aggregate, latent_dim), num_samples, latent_dim, uniform)
+    return plans.reshape(num_plans, batch, latent_dim).swapaxes(0, 1)
 
 
 def sample_prior(

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ from free_transformer.runtime.plan_source import (
     num_plans_to_read,
     sample_posterior,
     sample_prior,
+    sample_stratified_posterior,
+    sample_stratified_prior,
 )
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.detokenizer import TokenTexts
@@ -50,6 +53,23 @@ L = TypeVar("L", bound=Logits)
 
 
 @dataclass(eq=False)
+class StratifiedTexts:
+    """
+    The texts of one prompt whose plans are stratified. They are sampled together, when the first text is read.
+
+    Attributes:
+        plans: (count, P, H) bool, of all texts, once they are sampled.
+    """
+
+    count: int
+    seed: Sequence[int] | None
+    plans: np.ndarray | None = None
+
+    def plan_generator(self) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed).spawn(2)[0])
+
+
+@dataclass(eq=False)
 class TextRequest:
     """
     One text to generate, checked against the limits of the server.
@@ -62,6 +82,8 @@ class TextRequest:
         plan_from: tokens of an example whose plans become the first ones of the text.
         prompt_plan: where other plans of the prompt come from, `"posterior"` or `"prior"`.
         prior: what the remaining plans are sampled from, `"uniform"` or `"aggregate"`.
+        together: the texts whose plans are stratified with those of this one; None for an independent plan.
+        index: of this text among them.
         stop: strings that end the text.
         stream: whether chunks are sent before the text has ended.
         logprobs: number of most likely tokens to list with each token's log-probability; None for no scores.
@@ -77,6 +99,8 @@ class TextRequest:
     plan_from: list[int] | None = None
     prompt_plan: str = "posterior"
     prior: str = "uniform"
+    together: StratifiedTexts | None = None
+    index: int = 0
     stop: Sequence[str] = ()
     seed: Sequence[int] | None = None
     stream: bool = False
@@ -257,21 +281,37 @@ class Batch(ABC, Generic[L]):
         Args:
             read: returns the posterior's logits of the prompt, default `infer_plan`. Only called where they are needed.
         """
-        tokens, rng = request.tokens, request.plan_generator()
+        together = request.together
+        if together is None:
+            return self._sample_plans(request, 1, request.plan_generator(), read)[0]
+        if together.plans is None:
+            together.plans = self._sample_plans(request, together.count, together.plan_generator(), read)
+        return together.plans[request.index]
+
+    def _sample_plans(
+        self, request: TextRequest, texts: int, rng: np.random.Generator, read: Callable[[], np.ndarray] | None
+    ) -> np.ndarray:
+        """Plans of several texts of one prompt, (texts, P, H) bool, stratified."""
+        tokens = request.tokens
         given = np.zeros((0, self.latent_dim), dtype=bool) if request.plan is None else request.plan
         if request.plan_from is not None:
             given = self.infer_plan(request.plan_from) > 0
         prompt, mask = np.array([tokens]), np.ones((1, len(tokens)), dtype=bool)
         num_read = num_plans_to_read(prompt, mask, request.prompt_plan, self.plan_span, self.begin)
-        from_prompt = np.zeros((0, self.latent_dim), dtype=bool)
+        from_prompt = np.zeros((texts, 0, self.latent_dim), dtype=bool)
         if num_read[0] > len(given):
             logits = self.infer_plan(tokens) if read is None else read()
-            from_prompt = sample_posterior(logits, rng.random(logits.shape))
+            if texts == 1:
+                from_prompt = sample_posterior(logits, rng.random(logits.shape))[None]
+            else:
+                from_prompt = sample_stratified_posterior(logits[None], texts, rng)
         wanted = self.num_plans(len(tokens) + max(request.max_tokens - 1, 0))  # the last token is never read
-        missing = max(wanted - max(len(given), len(from_prompt)), 0)
-        sampled = sample_prior((missing,), self.latent_dim, self.prior(request.prior), rng)
-        source = PlanSource(given=given[None], read=from_prompt[None], num_read=num_read, sampled=sampled[None])
-        return source.complete(wanted)[0]
+        missing = max(wanted - max(len(given), from_prompt.shape[1]), 0)
+        sample = sample_prior if texts == 1 else partial(sample_stratified_prior, num_samples=texts)
+        sampled = sample((texts, missing), self.latent_dim, self.prior(request.prior), rng)
+        given = given[None].repeat(texts, axis=0)
+        source = PlanSource(given=given, read=from_prompt, num_read=num_read.repeat(texts), sampled=sampled)
+        return source.complete(wanted)
 
     def score_plans(self, request: TextRequest) -> tuple[np.ndarray, np.ndarray]:
         """

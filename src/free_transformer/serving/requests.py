@@ -9,7 +9,7 @@ from free_transformer.errors import InputError
 from free_transformer.model.context import check_plan_changes
 from free_transformer.model.plan_text import parse_bits
 from free_transformer.model.sampling import Sampling, check_plan_count, check_token_ids
-from free_transformer.serving.batch import Batch, TextRequest
+from free_transformer.serving.batch import Batch, StratifiedTexts, TextRequest
 from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Plan, bits_of
 
 
@@ -106,10 +106,20 @@ def _texts(
             tokens=tokens,
             max_tokens=max_tokens,
             seed=None if body.seed is None else (body.seed, 0, index),
+            together=together,
+            index=index,
         )
         for tokens in prompts
+        for together in [_stratified_texts(body)]
         for index in range(body.n)
     ]
+
+
+def _stratified_texts(body: GenerationRequest) -> StratifiedTexts | None:
+    """What the texts of one prompt share where their plans are stratified."""
+    if body.plans == "independent" or body.n == 1:
+        return None
+    return StratifiedTexts(body.n, None if body.seed is None else (body.seed, 1))
 
 
 def _leaves_plan_open(body: GenerationRequest) -> bool:

@@ -97,6 +97,9 @@ class GenerationRequest(_Body):
     prior: Literal["uniform", "aggregate"] = Field(
         "uniform", description="distribution of all other plans: uniform, or aggregate (over the training texts)"
     )
+    plans: Literal["independent", "stratified"] = Field(
+        "independent", description="how the plans of n texts are sampled; stratified: together they cover the plans"
+    )
     top_k: int = Field(0, description="sample from this many most likely tokens; 0 means all")
 
     @field_validator("temperature", "top_p", "top_k", "seed")

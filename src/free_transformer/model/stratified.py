@@ -1,0 +1,111 @@
+"""
+Stratified plans: k samples that together cover the distribution of a plan, in NumPy.
+
+Bit by bit from the highest one, the space of plans is split in two until no part has more than 1/k of the probability.
+These parts are the *strata*, in the order of their codes. Systematic sampling (Madow 1949) chooses among them: one
+uniform offset u and the points (u + i) / k, i = 0 … k − 1, on the cumulative distribution. The bits below a stratum
+are sampled bit by bit, each by systematic sampling over the k plans in a random order of its own (a Latin hypercube,
+McKay et al. 1979), and the k plans are shuffled at the end.
+
+Each plan by itself is distributed exactly as an independent sample, to the rounding of float64. Together:
+
+- of any run of neighboring strata, the number of samples differs from its expectation by less than 1;
+- a plan of probability 1/k or more is always sampled, and a plan of less is sampled once at most;
+- of 2^m samples of the uniform prior, exactly half have any given bit.
+
+Systematic sampling of whole codes would keep the first of these properties for every range of codes, but the points of
+a uniform prior then have a constant distance: with k = 2^m samples, all of them have the same low bits. A model may use
+just these, since nothing tells it which bits to use. Therefore the low bits are balanced one by one instead.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+# The bit, and plans (..., k, H) whose higher bits are known -> the probability of a 1, (..., k) or (..., 1)
+BitChance = Callable[[int, np.ndarray], np.ndarray]
+
+BELOW_ONE = np.nextafter(1.0, 0.0)
+
+
+def numbers_per_set(num_samples: int, latent_dim: int) -> int:
+    """Random numbers that `stratify` needs for one set of plans."""
+    return 1 + latent_dim + (latent_dim + 1) * num_samples
+
+
+def stratify(chance: BitChance, num_samples: int, latent_dim: int, uniform: np.ndarray) -> np.ndarray:
+    """
+    Samples sets of k plans, each set stratified by itself.
+
+    Args:
+        chance: the distribution of a plan, by the conditional probability of each bit.
+        num_samples: k.
+        uniform: (..., S) random numbers in [0, 1), S = `numbers_per_set(k, H)`. The plans are a function of them.
+
+    Returns:
+        (..., k, H) bool, in random order.
+    """
+    k, sets = num_samples, uniform.shape[:-1]
+    offset, thresholds, keys = np.split(uniform, [1, 1 + latent_dim], axis=-1)
+    orders = keys.reshape(*sets, latent_dim + 1, k).argsort(-1, kind="stable")
+    place = (np.arange(k) + offset) / k  # of each sample, in the cumulative distribution of its part of the plans
+    probability = np.ones((*sets, k))  # of that part
+    plans = np.zeros((*sets, k, latent_dim), dtype=bool)
+    for bit in reversed(range(latent_dim)):
+        one = np.broadcast_to(chance(bit, plans), place.shape)
+        zero = 1 - one
+        systematic = place >= zero
+        with np.errstate(divide="ignore", invalid="ignore"):
+            place = np.where(systematic, (place - zero) / one, place / zero).clip(max=BELOW_ONE)
+        balanced = _balanced(one, orders[..., bit, :], thresholds[..., bit, None])
+        value = np.where(probability * k > 1, systematic, balanced)
+        probability = probability * np.where(value, one, zero)
+        plans[..., bit] = value
+    return np.take_along_axis(plans, orders[..., latent_dim, :, None], axis=-2)
+
+
+def _balanced(chances: np.ndarray, order: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """
+    Systematic sampling of the bits that are 1: in the given order, the number of ones among the first samples differs
+    from the sum of their chances, (..., k), by less than 1.
+    """
+    total = np.take_along_axis(chances, order, axis=-1).cumsum(-1) + threshold
+    ones = np.diff(np.floor(total), axis=-1, prepend=0) > 0
+    value = np.zeros(chances.shape, dtype=bool)
+    np.put_along_axis(value, order, ones, axis=-1)
+    return value
+
+
+def chance_of_bits(probabilities: np.ndarray) -> BitChance:
+    """The distribution of independent bits, each 1 with its probability, (..., H)."""
+    return lambda bit, plans: probabilities[..., bit, None]
+
+
+def chance_of_codes(probabilities: np.ndarray) -> BitChance:
+    """The distribution of a plan whose codes have these probabilities, (2^H,)."""
+    latent_dim = len(probabilities).bit_length() - 1
+    # by the number of low bits that are summed over
+    totals = [probabilities.reshape(-1, 2**low).sum(1) for low in range(latent_dim + 1)]
+
+    def chance(bit: int, plans: np.ndarray) -> np.ndarray:
+        high = plans[..., bit + 1 :] @ (1 << np.arange(latent_dim - bit - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return totals[bit][2 * high + 1] / totals[bit + 1][high]
+
+    return chance
+
+
+def chance_of_prior(log_aggregate: np.ndarray | None, latent_dim: int) -> BitChance:
+    """
+    The distribution of a plan under a prior.
+
+    Args:
+        log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values, (2, H); None for the uniform
+            prior.
+    """
+    if log_aggregate is None:
+        return chance_of_bits(np.full(latent_dim, 0.5))
+    probabilities = np.exp(log_aggregate.astype(np.float64))
+    if probabilities.ndim == 2:
+        return chance_of_bits(probabilities[1])
+    return chance_of_codes(probabilities / probabilities.sum())
