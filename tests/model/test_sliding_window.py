@@ -93,6 +93,8 @@ def test_blocks_are_the_whole_mask_and_so_are_their_gradients(window):
     for own in (None, groups):
         blocks = window_blocks(window, tokens, torch.device("cpu"), own)
         assert blocks.equal == (own is None)
+        pairs = blocks.first[0].numel() + tokens // blocks.size * blocks.others[0].numel()
+        assert pairs < (tokens + blocks.size) * (blocks.size + window) < 0.75 * tokens**2
         states = [torch.randn(2, 2, tokens, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
         def attend(query, key, value, mask):

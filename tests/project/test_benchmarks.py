@@ -36,6 +36,17 @@ def test_plan_cost_measures_every_variant(benchmark_module, monkeypatch, capsys)
     assert "GFLOP" in printed and "sparse_adam" in printed and "nan" not in printed
 
 
+def test_sliding_window_compares_blocks_with_masks(benchmark_module, monkeypatch, capsys):
+    bench = benchmark_module("sliding_window")
+    monkeypatch.setattr(bench, "DEMO", {"hidden_dim": 8, "num_layers": 2, "num_heads": 2})
+    monkeypatch.setattr(bench, "TOKENS", 256)
+    arguments = ["--length", "128", "--windows", "4", "9", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["sliding_window.py", *arguments])
+    bench.main()
+    printed = capsys.readouterr().out
+    assert printed.count("128") == 2 and "blocks" in printed and "nan" not in printed
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_plan_cost_counts_the_table_apart(benchmark_module, monkeypatch):
     bench = benchmark_module("plan_cost")

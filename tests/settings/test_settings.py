@@ -150,6 +150,8 @@ def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
         "training.resume=perhaps",
         "model.kind=llama",
         "model.plan_span=word",
+        "model.sliding_window=2.5",
+        "model.sliding_window=true",
         "data.train=[1]",
         "data.train={a: fast}",
         "data.column=3",
@@ -184,6 +186,7 @@ def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
         ("model.latent_dim=0", "greater than or equal to 1"),
         ("model.free_bits=-1", "greater than or equal to 0"),
         ("model.plan_span=0", "plan_span=0: a number of tokens from 1, or 'sequence'"),
+        ("model.sliding_window=0", "sliding_window=0: must be greater than or equal to 1"),
         ("model.hidden_dim=30", "hidden_dim=30 is not a multiple of num_heads=4"),
         ("model.num_heads=256", "even size"),
         ("model.code_bits=21", "code_bits=21: 1 to 20"),
@@ -241,6 +244,7 @@ def test_overrides_are_yaml_values_over_those_of_the_file(load):
     assert (settings.data.train, settings.data.validation) == (["a.txt", "b.txt"], ["c.txt"])
     assert settings.run_dir == Path("runs/x")
     assert load("run_dir: x", "model.plan_span=sequence").model.plan_span == "sequence"
+    assert load("run_dir: x", "model.sliding_window=64").model.build().sliding_window == 64
 
 
 @pytest.mark.parametrize("name", ["rms_norm_eps", "free_bits", "dropout", "initializer_range"])
