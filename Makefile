@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity long-text warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -130,6 +130,9 @@ bench-scaling: $(VENV)/.train ## one process against several, and 8B on 256 GPUs
 
 bench-curriculum: $(VENV)/.demo ## short texts first, or the full length from the start: docs/training.md; half an hour
 	$(BIN)/python benchmarks/curriculum.py
+
+bench-long-text: $(VENV)/.demo ## ways to generate beyond the trained length: docs/long-text.md; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/long_text.py
 
 bench-logging: $(VENV)/.dev ## memory foretold and measured, and what logging costs: docs/training.md; 35 minutes
 	$(BIN)/python benchmarks/training_overhead.py

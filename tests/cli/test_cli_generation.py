@@ -143,3 +143,17 @@ def test_a_prompt_is_read_once(command, runs, monkeypatch):
     outcome = command("generate", runs["free"], "--prompt", "the cat", "--num-samples", 2, "--max-new-tokens", 3)
     assert outcome.out.count(", plan ") == 2
     assert read == [(2, 8)]
+
+
+def test_generate_names_plans_and_changes_them_in_a_long_text(command, run):
+    model = Run(run).load_model()
+    model.config.plan_names, model.config.max_position_embeddings = {"calm": "101", "wild": "010"}, 16
+    model.save_pretrained(run / "model")
+    options = ["--temperature", 0, "--max-new-tokens", 70]
+    outcome = command("generate", run, "--plan", "calm", "--plan-change", "20:wild", *options)
+    assert "plan 010" in outcome.out and "max_seq_len" not in outcome.err
+    assert texts_of(outcome) == texts_of(command("generate", run, "--plan", "101", "--plan-change", "20:010", *options))
+    assert_refused(command("generate", run, "--plan", "clam"), 2, "nor a name; names are calm")
+    assert_refused(command("generate", run, "--plan-change", "x:010"), 2, "--plan-change x:010: give TOKENS:PLAN")
+    assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give one of them")
+    assert_refused(command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0 is no number of new tokens")

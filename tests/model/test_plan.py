@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from enumeration import all_plans, vectors
-from free_transformer import BinaryMapper, PlanTable, bits_to_codes, codes_to_bits
+from free_transformer import (
+    BinaryMapper,
+    FreeTransformer,
+    FreeTransformerConfig,
+    PlanTable,
+    bits_to_codes,
+    codes_to_bits,
+)
 
 GROUPS = [[4], [3, 3], [1, 1, 1], [3, 2]]
 
@@ -108,3 +115,21 @@ def test_every_length_of_plan_finds_its_rows(tiny_config, latent_dim, code_bits)
     assert torch.equal(codes[1], last_rows - 1)
     assert last_rows[-1] == len(table.weight)
     assert_close(table(plans[None])[0], vectors(table.weight, config.group_bits, plans))
+
+
+@pytest.mark.parametrize("names", [{"0110": "0110"}, {" ": "0110"}, {"calm": "011"}, {"calm": "wild"}])
+def test_names_of_plans_are_checked(names):
+    with pytest.raises(ValueError, match="plan"):
+        FreeTransformerConfig(latent_dim=4, plan_names=names)
+
+
+def test_names_of_plans_are_saved_and_used(tmp_path):
+    model = FreeTransformer(
+        FreeTransformerConfig(hidden_dim=16, num_layers=2, latent_dim=4, plan_names={"calm": "0110"})
+    )
+    model.save_pretrained(tmp_path)
+    loaded = FreeTransformer.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 256, (1, 5))
+    assert torch.equal(loaded(tokens, plan="calm").plan, torch.tensor([[[False, True, True, False]]]))
+    with pytest.raises(ValueError, match=r"plan 'clam': neither bits .* nor a name; names are calm"):
+        loaded(tokens, plan="clam")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import processes
-from free_transformer import FreeTransformer
+from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import byte_tokenizer
 from free_transformer.model.initialization import build_baseline
 from free_transformer.reproduce.letters import Result, build_variant
@@ -365,3 +365,41 @@ def test_counts_say_that_decoding_and_training_need_no_more_than_llama(benchmark
     assert kept["one plan per sequence"] < kept["one plan per token"] < kept["Llama"]
     bench.main()
     assert "operations of a decoding step" in capsys.readouterr().out
+
+
+def test_long_text_compares_the_same_tokens(benchmark_module):
+    bench = benchmark_module("long_text")
+    torch.manual_seed(0)
+    config = {"vocab_size": 259, "hidden_dim": 16, "num_layers": 2, "num_heads": 2, "latent_dim": 4, "max_seq_len": 16}
+    model = FreeTransformer(FreeTransformerConfig(**config)).double().eval()
+    texts = torch.randint(0, 256, (3, 16 * 5 + 1))
+    with torch.no_grad():
+        found = bench.compare(model, texts, 16, 5)
+        plan = model.infer_plan(texts[:, :16]) > 0
+        rolling = bench.RollingCache(100, model.model.rotary_emb.inv_freq)  # long enough: nothing is dropped
+        whole = bench.step_by_step(model, texts, plan, rolling)
+        expected = bench.nll(model(texts[:, :-1], plan=plan).logits, texts[:, 1:])
+    assert {values.shape for values in found.values()} == {found["sliding"].shape}
+    last = [values[:, :, -1] for values in (found["re-read"], found["sliding"])]
+    torch.testing.assert_close(*last)  # both have a whole context
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    rolling = bench.RollingCache(8, model.model.rotary_emb.inv_freq)
+    keys = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    rotation = bench_rotation(model, 8)
+    rolling.states[0] = (rotation(keys, range(8)), keys)
+    rolling.make_room()
+    kept = [0, 1, 2, 3, 5, 6, 7]
+    torch.testing.assert_close(rolling.states[0][0], rotation(keys[:, :, kept], range(7)), atol=1e-6, rtol=1e-6)
+    assert "nan" not in bench.table(found).to_markdown()
+
+
+def bench_rotation(model, width):
+    """Keys, (B, heads, T, width), rotated to positions."""
+
+    def rotate(keys, positions):
+        cos, sin = model.model.rotary_emb(keys, torch.tensor([list(positions)]))
+        first, second = keys.chunk(2, -1)
+        return keys * cos + torch.cat([-second, first], -1) * sin
+
+    assert width == model.config.head_dim
+    return rotate

@@ -23,7 +23,7 @@ from free_transformer.data import build_rows, byte_tokenizer
 from free_transformer.training import Run, load_settings, train
 from pages import PAGES, ROOT, blocks, lines_of_shell
 
-ALONE = ["README", "index", "contributing", "evaluation", "faq", "hub", "pretrained", "steering"]
+ALONE = ["README", "index", "contributing", "evaluation", "faq", "hub", "long-text", "pretrained", "steering"]
 ELSEWHERE = {  # what no test runs as written, and what shows it
     r"git clone|python3 -m venv|source |\S*pip install": "make release-check",
     r"make demo +# seed 0|.*demo.py --seed 1": "the README's command",

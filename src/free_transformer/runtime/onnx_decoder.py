@@ -126,7 +126,8 @@ def plans_of_ends(read: np.ndarray, sampled: np.ndarray, first: np.ndarray) -> n
     The plans of prompts of which the encoder has read the ends only.
 
     Args:
-        read: (B, R, H), those of the ends; sampled: (B, P, H), for the tokens before; first: (B,), where each end begins.
+        read: (B, R, H), those of the ends; sampled: (B, P, H), for the tokens before.
+        first: (B,), where each end begins.
     """
     plans = np.concatenate([sampled, read], 1)
     for row, start in enumerate(first):
