@@ -99,7 +99,7 @@ topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of re
 	$(BIN)/python benchmarks/topics.py
 
 diversity: $(VENV)/.dev ## after `make demo`, what stratified plans are good for: docs/diversity.md; half an hour
-	$(BIN)/free-transformer train configs/three_voices.yaml run_dir=runs/three_voices/reference model.kind=baseline training.seed=7 training.max_steps=600
+	$(BIN)/free-transformer train configs/three_voices.yaml run_dir=runs/three_voices/reference model.kind=baseline training.seed=7 training.max_steps=350
 	$(BIN)/python benchmarks/diversity.py modes
 	$(BIN)/python benchmarks/diversity.py styles
 	$(BIN)/python benchmarks/diversity.py curves

@@ -34,7 +34,7 @@ from free_transformer.reporting.table import Table  # noqa: E402
 from free_transformer.training import Run  # noqa: E402
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
-TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PART = 16  # texts that a measure of diversity compares with each other
 BATCH = 128
 
@@ -181,7 +181,7 @@ MEASURES = ("source entropy", "distinct pairs", "self-BLEU")
 def _diversity(groups: Sequence[list[str]], judge: Callable[[Sequence[str]], np.ndarray]) -> dict[str, float]:
     values = (
         np.mean([label_entropy(judge(group)) for group in groups]),
-        np.mean([distinct_n(group) for group in groups]),
+        np.nanmean([distinct_n(group) for group in groups]),  # NaN: texts of single words
         np.mean([self_bleu(group) for group in groups]),
     )
     return dict(zip(MEASURES, map(float, values), strict=True))

@@ -35,38 +35,38 @@ def counts_of(codes: np.ndarray, outcomes: int) -> np.ndarray:
     return (codes[..., None] == np.arange(outcomes)).sum(1)
 
 
-def strata_of(probabilities: np.ndarray, k: int) -> list[range]:
-    """Halves of halves of the codes, until none has more than 1/k of the probability."""
+def parts_of(probabilities: np.ndarray, k: int) -> list[range]:
+    """The codes, their halves, halves of these and so on, until no part has more than 1/k of the probability."""
 
     def split(low: int, high: int) -> list[range]:
         if high - low == 1 or probabilities[low:high].sum() <= 1 / k:
             return [range(low, high)]
         middle = (low + high) // 2
-        return split(low, middle) + split(middle, high)
+        return [range(low, high), *split(low, middle), *split(middle, high)]
 
     return split(0, len(probabilities))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 13])
 def test_codes_follow_the_distribution_and_fill_the_strata(k):
-    """Over a grid of offsets, which determine the strata, frequencies of codes are exact up to the grid's distance."""
-    grid, bits = 4000, 3
-    rng = np.random.default_rng(1)
-    uniform = rng.random((grid, numbers_per_set(k, bits)))
-    uniform[:, 0] = (np.arange(grid) + 0.5) / grid  # the offset
-    codes = codes_of(stratify(chance_of_codes(SKEWED), k, bits, uniform))
-    counts = counts_of(codes, len(SKEWED))
-    strata = strata_of(SKEWED, k)
-    for first in range(len(strata)):
-        for last in range(first, len(strata)):
-            run = range(strata[first].start, strata[last].stop)
-            expected = k * SKEWED[list(run)].sum()
-            found = counts[:, list(run)].sum(1)
-            assert (np.abs(found - expected) < 1 + 1e-9).all()
-            assert abs(found.mean() - expected) < 2 * k / grid
+    sets, bits = 4000, 3
+    counts = counts_of(sets_of_codes(chance_of_codes(SKEWED), k, bits, sets), len(SKEWED))
+    for part in parts_of(SKEWED, k):
+        expected = k * SKEWED[list(part)].sum()
+        found = counts[:, list(part)].sum(1)
+        assert (np.abs(found - expected) < 1 + 1e-9).all()
+        assert abs(found.mean() - expected) < 5 * 0.5 / sets**0.5
     assert (counts[:, k * SKEWED >= 1 + 1e-9] >= 1).all()
     assert counts[:, k * SKEWED < 1 - 1e-9].max(initial=0) <= 1
     assert (counts[:, SKEWED == 0] == 0).all()
+
+
+def test_no_combination_of_bits_is_left_out():
+    """Without random halves, 12 of 16 codes would leave out all that have one combination of the two lowest bits."""
+    codes = sets_of_codes(chance_of_prior(None, 4), 12, 4, 2000)
+    combinations = counts_of(codes % 4, 4)
+    assert (combinations.mean(0) - 3 < 0.1).all()
+    assert (combinations.min(1) > 0).mean() > 0.95
 
 
 @pytest.mark.parametrize("k", [2, 3, 7])

@@ -2,20 +2,21 @@
 Stratified plans: k samples that together cover the distribution of a plan, in NumPy.
 
 Bit by bit from the highest one, the space of plans is split in two until no part has more than 1/k of the probability.
-These parts are the *strata*, in the order of their codes. Systematic sampling (Madow 1949) chooses among them: one
-uniform offset u and the points (u + i) / k, i = 0 … k − 1, on the cumulative distribution. The bits below a stratum
-are sampled bit by bit, each by systematic sampling over the k plans in a random order of its own (a Latin hypercube,
-McKay et al. 1979), and the k plans are shuffled at the end.
+These parts are the *strata*. Systematic sampling (Madow 1949) chooses among them: one uniform offset u and the points
+(u + i) / k, i = 0 … k − 1, on the cumulative distribution, where the two halves of each part are in random order (Owen
+1995). The bits below a stratum are sampled bit by bit, each by systematic sampling over the k plans in an order of its
+own (a Latin hypercube, McKay et al. 1979), and the k plans are shuffled at the end.
 
 Each plan by itself is distributed exactly as an independent sample, to the rounding of float64. Together:
 
-- of any run of neighboring strata, the number of samples differs from its expectation by less than 1;
+- of each stratum, and of each part that was split, the number of samples differs from its expectation by less than 1;
 - a plan of probability 1/k or more is always sampled, and a plan of less is sampled once at most;
 - of 2^m samples of the uniform prior, exactly half have any given bit.
 
-Systematic sampling of whole codes would keep the first of these properties for every range of codes, but the points of
-a uniform prior then have a constant distance: with k = 2^m samples, all of them have the same low bits. A model may use
-just these, since nothing tells it which bits to use. Therefore the low bits are balanced one by one instead.
+Systematic sampling of whole codes in their order would keep the first of these properties for every range of codes, but
+its points have a constant distance under the uniform prior: of 2^m samples, all have the same low bits, and 12 samples
+never have one combination of bits H − 3 and H − 4. A model may use just these, since nothing tells it which bits to
+use. Hence the random halves, and low bits that are balanced one by one.
 """
 
 from collections.abc import Callable
@@ -47,21 +48,33 @@ def stratify(chance: BitChance, num_samples: int, latent_dim: int, uniform: np.n
     """
     k, sets = num_samples, uniform.shape[:-1]
     offset, thresholds, keys = np.split(uniform, [1, 1 + latent_dim], axis=-1)
-    orders = keys.reshape(*sets, latent_dim + 1, k).argsort(-1, kind="stable")
+    keys = keys.reshape(*sets, latent_dim + 1, k)
+    orders = keys.argsort(-1, kind="stable")
     place = (np.arange(k) + offset) / k  # of each sample, in the cumulative distribution of its part of the plans
     probability = np.ones((*sets, k))  # of that part
+    first = np.zeros((*sets, k), dtype=int)  # of the samples in that part, which are neighbors
     plans = np.zeros((*sets, k, latent_dim), dtype=bool)
     for bit in reversed(range(latent_dim)):
         one = np.broadcast_to(chance(bit, plans), place.shape)
-        zero = 1 - one
-        systematic = place >= zero
+        one_is_left = np.take_along_axis(keys[..., bit, :], first, axis=-1) < 0.5
+        left, right = np.where(one_is_left, [one, 1 - one], [1 - one, one])
+        is_right = place >= left
+        systematic = is_right ^ one_is_left
         with np.errstate(divide="ignore", invalid="ignore"):
-            place = np.where(systematic, (place - zero) / one, place / zero).clip(max=BELOW_ONE)
+            place = np.where(is_right, (place - left) / right, place / left).clip(max=BELOW_ONE)
         balanced = _balanced(one, orders[..., bit, :], thresholds[..., bit, None])
         value = np.where(probability * k > 1, systematic, balanced)
-        probability = probability * np.where(value, one, zero)
+        probability = probability * np.where(value, one, 1 - one)
         plans[..., bit] = value
+        first = _first_of_run(first, value)
     return np.take_along_axis(plans, orders[..., latent_dim, :, None], axis=-2)
+
+
+def _first_of_run(first: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The first sample of each run of neighbors, (..., k), after runs are split where the value changes."""
+    starts = first == np.arange(first.shape[-1])
+    starts[..., 1:] |= value[..., 1:] != value[..., :-1]
+    return np.maximum.accumulate(np.where(starts, np.arange(first.shape[-1]), 0), axis=-1)
 
 
 def _balanced(chances: np.ndarray, order: np.ndarray, threshold: np.ndarray) -> np.ndarray:
