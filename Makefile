@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity long-text warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity coherence warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets

@@ -59,8 +59,7 @@ def test_export_writes_graphs_that_generate_takes(command, run):
         command("generate", run / "graphs", *options).out.splitlines()[1:]
         == (command("generate", run, *options).out.splitlines()[1:])
     )
-    long = command("generate", run / "graphs", "--max-new-tokens", 100)
-    assert long.status == 2 and "this export was made for 1 of 16" in long.err
+    assert command("generate", run / "graphs", "--max-new-tokens", 100).status == 0  # read again every 8 tokens
 
 
 @pytest.mark.parametrize(

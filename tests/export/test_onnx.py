@@ -40,7 +40,11 @@ def models():
             model.lm_head.weight *= 8  # clear winners, so that rounding cannot choose another token
         return model
 
-    return {"dynamic": build(plan_span=SPAN), "static": build(plan_span="sequence", sliding_window=5)}
+    return {
+        "dynamic": build(plan_span=SPAN),
+        "static": build(plan_span="sequence"),
+        "window": build(plan_span="sequence", sliding_window=5),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,10 @@ def exports(models, tmp_path_factory):
     models["dynamic"].gather_prior([{"input_ids": torch.randint(3, 250, (4, 9))}])
     return {
         "dynamic": export_onnx(models["dynamic"], folder / "dynamic", byte_tokenizer(), most_in_one_file=0),
-        "static": export_onnx(models["static"], folder / "static", byte_tokenizer(), static=(2, 12)),
+        **{
+            kind: export_onnx(models[kind], folder / kind, byte_tokenizer(), static=(2, 12))
+            for kind in ("static", "window")
+        },
     }
 
 
@@ -87,12 +94,12 @@ def test_a_graph_that_differs_is_not_written(models, exports, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "window"])
 @pytest.mark.parametrize("lengths", [(6,), (6, 3)])
 def test_greedy_text_is_that_of_pytorch_under_the_same_plan(models, exports, kind, lengths):
     model, exported = models[kind], OnnxFreeTransformer(exports[kind].folder)
     tokens, mask = left_padded(*lengths)
-    plan = model.sample_plan(len(lengths), 1 if kind == "static" else 4)
+    plan = model.sample_plan(len(lengths), 4 if kind == "dynamic" else 1)
     ours = model.generate(tokens, attention_mask=mask, plan=plan, max_new_tokens=7, do_sample=False)
     theirs = exported.generate(tokens.numpy(), mask.numpy(), plan=plan.numpy(), max_new_tokens=7)
     assert np.array_equal(ours.numpy(), theirs)

@@ -225,8 +225,9 @@ class OnnxFreeTransformer:
     def context_limit(self) -> int | None:
         """The number of tokens of a text that the model sees at most; None for any number. See `model.context`."""
         trained = self.config["max_position_embeddings"]
-        length = trained if self.static is None else min(trained, self.static[1])
-        return context_limit(length, self.plan_span, self.config.get("sliding_window"))
+        if self.static is not None:  # whose cache does not slide
+            return context_limit(min(trained, self.static[1]), self.plan_span)
+        return context_limit(trained, self.plan_span, self.config.get("sliding_window"))
 
     def _continue(
         self,

@@ -1,6 +1,6 @@
 """
 Does a text keep its style far beyond the window of attention? Trains a Free Transformer and baselines on three text
-sources, generates long texts with each, and classifies them segment by segment. `make long-text`, then open
+sources, generates long texts with each, and classifies them segment by segment. `make coherence`, then open
 runs/long_text/report.html.
 """
 
