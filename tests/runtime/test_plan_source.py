@@ -91,9 +91,13 @@ def test_numpy_rule_matches_generate(saturated_model, tokens_like, span, given, 
         assert (found[0, 0] == (model.infer_plan(tokens, mask)[0, 0] > 0).numpy()).all()
 
 
-@pytest.mark.parametrize("begin", ["bos_token", "eos_token"])
 @pytest.mark.parametrize(
-    ("kind", "span"), [("torch", 1), ("torch", 4), ("torch", "sequence"), ("onnx", 4), ("onnx", "sequence")]
+    ("kind", "span", "begin"),
+    [
+        *product(["torch"], [1, 4, "sequence"], ["bos_token", "eos_token"]),
+        ("onnx", 4, "bos_token"),
+        ("onnx", "sequence", "eos_token"),
+    ],
 )
 def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, span, kind, begin):
     """
