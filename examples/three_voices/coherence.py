@@ -142,19 +142,19 @@ def generate(
 ) -> torch.Tensor:
     """Texts from an empty prompt, (texts, windows · WINDOW), without the begin-of-text token."""
     torch.manual_seed(seed)
-    prompt = torch.full((options.texts, 1), tokenizer.bos_token_id)
-    length = options.windows * WINDOW
-    plans = {} if prior is None else {"plan": model.sample_plan(options.texts, 1, prior=prior)}
-    text = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        suppress_tokens=[tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
-        **plans,
-    )
+    text = torch.full((options.texts, 1), tokenizer.bos_token_id)
+    length = options.windows * WINDOW + 1
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    sampling["suppress_tokens"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if isinstance(model, FreeTransformer):
+        sampling["plan"] = model.sample_plan(options.texts, 1, prior=prior)
+        return model.generate(text, max_new_tokens=length - 1, **sampling)[:, 1:]
+    context = model.config.max_position_embeddings
+    while text.shape[1] < length:  # as a Free Transformer does: a full context is read again from its middle
+        seen = text if text.shape[1] < context else text[:, -(context // 2) :]
+        new = min(context - seen.shape[1], length - text.shape[1])
+        more = model.generate(seen, attention_mask=torch.ones_like(seen), max_new_tokens=new, **sampling)
+        text = torch.cat([text, more[:, seen.shape[1] :]], 1)
     return text[:, 1:]
 
 
