@@ -98,6 +98,9 @@ plan-span: $(VENV)/.dev ## what a plan costs and does by how many tokens share i
 topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of reviews; half an hour
 	$(BIN)/python benchmarks/topics.py
 
+coherence: $(VENV)/.demo ## does a text keep its style beyond the window? runs/coherence/report.html; hours
+	$(BIN)/python examples/three_voices/coherence.py
+
 diversity: $(VENV)/.dev ## after `make demo`, what stratified plans are good for: docs/diversity.md; half an hour
 	$(BIN)/free-transformer train configs/three_voices.yaml run_dir=runs/three_voices/reference model.kind=baseline training.seed=7 training.max_steps=350
 	$(BIN)/python benchmarks/diversity.py modes

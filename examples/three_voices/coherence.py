@@ -1,7 +1,7 @@
 """
 Does a text keep its style far beyond the window of attention? Trains a Free Transformer and baselines on three text
 sources, generates long texts with each, and classifies them segment by segment. `make coherence`, then open
-runs/long_text/report.html.
+runs/coherence/report.html.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SEGMENT = 128
 MODELS = {  # settings on top of the configuration
     "free": [],
     "baseline": ["model.kind=baseline"],
-    "wide baseline": ["model.kind=baseline", "model.sliding_window=null"],
+    "wide baseline": ["model.kind=baseline", f"training.seq_len={4 * WINDOW}", "training.batch_size=4"],
 }
 PRIORS = ("uniform", "aggregate")
 TEMPERATURES = (1.0, 0.7)
@@ -77,8 +77,8 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/long_text.yaml", help="settings of all runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/long_text"), help="folder of runs and report")
+    parser.add_argument("--config", default="configs/three_voices.yaml", help="settings of all runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/coherence"), help="folder of runs and report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--texts", type=int, default=64, help="number of texts of each model")
