@@ -306,7 +306,7 @@ def test_a_process_that_is_lost_ends_the_others_and_is_named(tmp_path, lost, how
         wait_for(lambda: list_checkpoints(tmp_path / "run" / "checkpoints"))
         os.kill(both[lost].pid, how)
         left = both[1 - lost]
-        left.join(30)
+        left.join(processes.SECONDS)
         assert left.exitcode == 1
     finally:
         for process in both:
