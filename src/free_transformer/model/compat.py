@@ -76,6 +76,7 @@ __all__ = [
     "LlamaPreTrainedModel",
     "LlamaRMSNorm",
     "LlamaRotaryEmbedding",
+    "ModelArguments",
     "OwnInitialization",
     "SiLU",
     "create_bidirectional_mask",
@@ -85,6 +86,9 @@ __all__ = [
     "eager_attention_forward",
     "is_flash_attention_requested",
 ]
+
+# Arguments of a model by name, as the loop of `generate` keeps them.
+ModelArguments = dict[str, Any]
 
 CACHE_NAMES = ("cache", "past_key_values")
 SiLU = type(ACT2FN["silu"])
@@ -118,7 +122,7 @@ class GenerationHooks(GenerationMixin):
         """The cache for texts of at most `max_length` tokens, where the caller asks for no particular one."""
         raise NotImplementedError
 
-    def before_prompt(self, model_kwargs: dict[str, Any], prompt: Tensor, new_tokens: int) -> None:
+    def before_prompt(self, model_kwargs: ModelArguments, prompt: Tensor, new_tokens: int) -> None:
         """
         Called before the prompt is read.
 
@@ -128,17 +132,17 @@ class GenerationHooks(GenerationMixin):
             new_tokens: how many tokens may follow it.
         """
 
-    def before_step(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def before_step(self, input_ids: Tensor, model_kwargs: ModelArguments) -> tuple[Tensor, ModelArguments]:
         """
         Called before each step. Returns the texts, (B, T), and the model's arguments of which the step takes its own.
         """
         return input_ids, model_kwargs
 
-    def changed_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def changed_arguments(self, model_kwargs: ModelArguments) -> ModelArguments:
         """The model's arguments for the whole text that are no longer what the loop holds, after each step."""
         return {}
 
-    def cache_length(self, model_kwargs: dict[str, Any], max_length: int) -> int:
+    def cache_length(self, model_kwargs: ModelArguments, max_length: int) -> int:
         """The number of tokens that a cache of texts of at most `max_length` tokens has to hold."""
         return max_length
 
@@ -179,18 +183,18 @@ class GenerationHooks(GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids: Any, *args: object, inputs_embeds: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:  # `transformers` looks for the name `inputs_embeds`
+    ) -> ModelArguments:  # `transformers` looks for the name `inputs_embeds`
         input_ids, kwargs = self.before_step(input_ids, kwargs)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        inputs: ModelArguments = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
         return inputs
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: object, **kwargs: object
-    ) -> dict[str, Any]:
+        self, outputs: Any, model_kwargs: ModelArguments, *args: object, **kwargs: object
+    ) -> ModelArguments:
         model_kwargs.update(self.changed_arguments(model_kwargs))
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        updated: ModelArguments = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         return updated
 
 

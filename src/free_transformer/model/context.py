@@ -40,7 +40,7 @@ def check_plan_changes(changes: Mapping[Any, Any] | None, plan_span: int | str) 
     The changes in order, `{2000: plan}` for another plan from the new token 2000 on, counted from 0.
 
     Raises:
-        ValueError: for a model with several plans per text, and for what is no number of tokens.
+        ValueError: for a model with several plans per text, and for keys that are not numbers of tokens.
     """
     if not changes:
         return {}
@@ -54,6 +54,6 @@ def check_plan_changes(changes: Mapping[Any, Any] | None, plan_span: int | str) 
     for start in changes:
         if isinstance(start, bool) or not hasattr(start, "__index__") or start < 1:
             raise InputError(
-                f"plan_changes: {start!r} is no number of new tokens, from 1 on; plan=... is the first plan"
+                f"plan_changes: {start!r}: a number of new tokens, at least 1, is needed; plan=... is the first plan"
             )
     return {int(start): changes[start] for start in sorted(changes)}

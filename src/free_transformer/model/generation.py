@@ -15,6 +15,7 @@ from .compat import (
     BothCacheNames,
     GenerateDecoderOnlyOutput,
     GenerationHooks,
+    ModelArguments,
     create_masks_for_generate,
 )
 from .configuration import FreeTransformerConfig
@@ -166,11 +167,11 @@ class PlanGenerationMixin(GenerationHooks):
         config = self.config
         return context_limit(config.max_position_embeddings, config.plan_span, getattr(config, "sliding_window", None))
 
-    def cache_length(self, model_kwargs: dict[str, Any], max_length: int) -> int:
+    def cache_length(self, model_kwargs: ModelArguments, max_length: int) -> int:
         limit = None if model_kwargs.get("inputs_embeds") is not None else self.context_limit
         return max_length if limit is None else min(max_length, limit)
 
-    def before_prompt(self, model_kwargs: dict[str, Any], prompt: Tensor, new_tokens: int) -> None:
+    def before_prompt(self, model_kwargs: ModelArguments, prompt: Tensor, new_tokens: int) -> None:
         state = model_kwargs["plan"]
         state.prompt_length, state.new_tokens = prompt.shape[1], new_tokens
         if prompt.shape[1] == 0 and state.changes:
@@ -180,13 +181,13 @@ class PlanGenerationMixin(GenerationHooks):
         if prompt.shape[1]:
             begin_text(cast("FreeTransformer", self), state, prompt, model_kwargs)
 
-    def before_step(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def before_step(self, input_ids: Tensor, model_kwargs: ModelArguments) -> tuple[Tensor, ModelArguments]:
         state = model_kwargs.get("plan")
         if not isinstance(state, PlanState) or state.context is None:
             return input_ids, model_kwargs
         return prepare_inputs(cast("FreeTransformer", self), state, input_ids, model_kwargs)
 
-    def changed_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def changed_arguments(self, model_kwargs: ModelArguments) -> ModelArguments:
         context: TextContext | None = model_kwargs["plan"].context
         if context is None:
             return {}
@@ -202,8 +203,8 @@ class PlanGenerationMixin(GenerationHooks):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def _padded_on_the_left(
-        self, prompt: Tensor, inputs: Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+        self, prompt: Tensor, inputs: Tensor | None, kwargs: ModelArguments
+    ) -> tuple[Tensor | None, ModelArguments]:
         """The arguments with each row's padding on its left, where new tokens continue the text and not the padding."""
         mask, pad = kwargs.get("attention_mask"), self.generation_config.pad_token_id
         if mask is None and pad is not None and pad != self.generation_config.eos_token_id:
@@ -228,11 +229,11 @@ class PlanGenerationMixin(GenerationHooks):
         length = state.columns + sequences.shape[1] - state.prompt_length
         return state.plan[:, : num_plans(self.config.plan_span, length)]
 
-    def _generation_setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+    def _generation_setting(self, name: str, kwargs: ModelArguments) -> Any:
         config = kwargs.get("generation_config") or self.generation_config
         return kwargs.get(name, getattr(config, name, None))
 
-    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_unsupported(self, kwargs: ModelArguments) -> None:
         def setting(name: str) -> Any:
             return self._generation_setting(name, kwargs)
 
@@ -280,7 +281,7 @@ def _continue(cache: Any, state: PlanState, prompt: Tensor | None) -> None:
         cache.reset()
 
 
-def _check_sampling(kwargs: dict[str, Any]) -> None:
+def _check_sampling(kwargs: ModelArguments) -> None:
     """Checks the sampling settings, and lets a temperature of 0 mean greedy decoding, which `transformers` refuses."""
     for name, check in (("temperature", check_temperature), ("top_k", check_top_k), ("top_p", check_top_p)):
         if kwargs.get(name) is not None:
@@ -291,7 +292,7 @@ def _check_sampling(kwargs: dict[str, Any]) -> None:
         kwargs["do_sample"] = False
 
 
-def _repeated_prompts(texts: int, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict]:
+def _repeated_prompts(texts: int, inputs: Tensor | None, kwargs: ModelArguments) -> tuple[Tensor | None, dict]:
     """
     The arguments with each prompt repeated. `transformers` refuses several greedy texts of one prompt, since they would
     be the same; here they differ by their plans.

@@ -5,13 +5,13 @@ Each text of a batch is read again at its own length, so that it does not depend
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .cache import PlanCache, PlanState
-from .compat import CACHE_NAME, Cache
+from .compat import CACHE_NAME, Cache, ModelArguments
 from .context import tokens_to_drop, tokens_to_keep
 from .errors import InputError
 from .layout import num_plans
@@ -45,7 +45,7 @@ class TextContext:
     first: list[int]
     dropped: list[int]
     columns: int = 0
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: ModelArguments = field(default_factory=dict)
 
     @classmethod
     def of_prompt(
@@ -102,7 +102,7 @@ class TextContext:
         return ids, None if bool((kept == width).all()) else ranks >= 0, ranks.clamp(min=0)
 
 
-def begin_text(model: "FreeTransformer", state: PlanState, prompt: Tensor, arguments: dict[str, Any]) -> None:
+def begin_text(model: "FreeTransformer", state: PlanState, prompt: Tensor, arguments: ModelArguments) -> None:
     """
     Called before a prompt is read. Where the text may not fit the context, `state` keeps track of what the model sees;
     the plans of a prompt that does not fit are read here.
@@ -136,8 +136,8 @@ def begin_text(model: "FreeTransformer", state: PlanState, prompt: Tensor, argum
 
 
 def prepare_inputs(
-    model: "FreeTransformer", state: PlanState, input_ids: Tensor, arguments: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
+    model: "FreeTransformer", state: PlanState, input_ids: Tensor, arguments: ModelArguments
+) -> tuple[Tensor, ModelArguments]:
     """
     Reads texts again whose next token does not fit their context, or whose plan changes.
 
@@ -183,7 +183,7 @@ def _read_again(
     cache: Cache,
     rows: list[int],
     mask: Tensor | None,
-) -> dict[str, Any]:
+) -> ModelArguments:
     """
     Replaces these texts in the cache by the tokens of their contexts, the last one left out: it is the next to be read.
 
