@@ -156,4 +156,4 @@ def test_generate_names_plans_and_changes_them_in_a_long_text(command, run):
     assert_refused(command("generate", run, "--plan", "clam"), 2, "nor a name; names are calm")
     assert_refused(command("generate", run, "--plan-change", "x:010"), 2, "--plan-change x:010: give TOKENS:PLAN")
     assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give one of them")
-    assert_refused(command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0: a number of new tokens, at least 1")
+    assert_refused(command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0: a number of new tokens")
