@@ -87,12 +87,12 @@ def styles(
     torch.manual_seed(seed)
     models = [Run(path).load_model().eval() for path in (free, baseline)]
     tokenizer = Run(free).load_tokenizer()
-    judge = _judge(text, tokenizer)
+    classify = _classifier(text, tokenizer)
 
     def labels(model: Any, k: int, **options: str) -> np.ndarray:
         """(sets, k)."""
         written = _generate(model, tokenizer, max(1, texts // k), k, length, temperature, **options)
-        return judge([each for group in written for each in group]).reshape(-1, k)
+        return classify([each for group in written for each in group]).reshape(-1, k)
 
     rows, results = [], {}
     pools = {
@@ -142,7 +142,7 @@ def curves(
     texts, length = (2 * PART, 12) if quick else (texts, length)
     torch.manual_seed(seed)
     tokenizer = Run(free).load_tokenizer()
-    judge, scorer = _judge(text, tokenizer), Run(reference).load_model().eval()
+    classify, scorer = _classifier(text, tokenizer), Run(reference).load_model().eval()
     kinds: dict[str, tuple[Any, dict[str, str]]] = {"baseline": (Run(baseline).load_model().eval(), {})}
     for plans in ("independent", "stratified"):
         kinds[f"{plans} plans"] = (Run(free).load_model().eval(), {"plans": plans})
@@ -154,7 +154,7 @@ def curves(
         for temperature in grid:
             groups = _generate(model, tokenizer, texts // PART, PART, length, temperature, **options)
             nll = float(reference_nll(scorer, tokenizer, [each for group in groups for each in group]).mean())
-            found[name].append({"temperature": temperature, "nll": nll, **_diversity(groups, judge)})
+            found[name].append({"temperature": temperature, "nll": nll, **_diversity(groups, classify)})
             print(name, found[name][-1], flush=True)
     rows = [
         [name, f"{point['temperature']:g}", f"{point['nll']:.3f}", *[f"{point[each]:.3f}" for each in MEASURES]]
@@ -178,9 +178,9 @@ CURVES_CAPTION = (
 MEASURES = ("source entropy", "distinct pairs", "self-BLEU")
 
 
-def _diversity(groups: Sequence[list[str]], judge: Callable[[Sequence[str]], np.ndarray]) -> dict[str, float]:
+def _diversity(groups: Sequence[list[str]], classify: Callable[[Sequence[str]], np.ndarray]) -> dict[str, float]:
     values = (
-        np.mean([label_entropy(judge(group)) for group in groups]),
+        np.mean([label_entropy(classify(group)) for group in groups]),
         np.nanmean([distinct_n(group) for group in groups]),  # NaN: texts of single words
         np.mean([self_bleu(group) for group in groups]),
     )
@@ -227,7 +227,7 @@ def _generate(
     return found
 
 
-def _judge(text: Path, tokenizer: Any) -> Judge:
+def _classifier(text: Path, tokenizer: Any) -> Judge:
     """The demo's classifier of sources."""
     held_out = read_rows(text / "validation.jsonl", tokenizer, 256)
     return train_judge(text / "train.jsonl", tokenizer, held_out)[0]

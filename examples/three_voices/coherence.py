@@ -5,7 +5,6 @@ runs/coherence/report.html.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -58,7 +57,7 @@ class Result:
     def name(self) -> str:
         return self.model if self.prior is None else f"{self.model}, {self.prior} prior"
 
-    def to_json(self, marks: list[int], bytes_per_token: float = 1.0) -> dict[str, object]:
+    def to_json(self, marks: list[int]) -> dict[str, object]:
         nll = self.coherence.segment_nll
         assert nll is not None
         return {
@@ -98,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     scorer_run = runs.pop(("baseline", SCORER_SEED))
     tokenizer, scorer = scorer_run.load_tokenizer(), scorer_run.load_model()
     held_out = read_rows(corpus / "validation.jsonl", tokenizer, SEGMENT)
-    judge, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
+    classify, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
     console.print(f"accuracy of the classifier on held-out segments: {accuracy:.3f}")
     results = []
     for (name, seed), trained in runs.items():
@@ -108,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 tokens = generate(model, tokenizer, options, seed, temperature, prior)
                 seconds = time.perf_counter() - started
-                coherence = measure_coherence(tokens, tokenizer, judge, SEGMENT, scorer)
+                coherence = measure_coherence(tokens, tokenizer, classify, SEGMENT, scorer)
                 texts = tokenizer.batch_decode(tokens[:6], skip_special_tokens=True)
                 results.append(Result(seed, name, prior, temperature, coherence, seconds, texts))
                 console.print(table([results[-1]], marks_of(options.windows)).to_rich())
@@ -196,7 +195,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
         "accuracy of the classifier": accuracy,
         "results": [each.to_json(marks) for each in results],
     }
-    write_json(options.out / "results.json", json.loads(json.dumps(found)))
+    write_json(options.out / "results.json", found)
     write_text(options.out / "results.md", table(results, marks).to_markdown())
     report = Report("Style beyond the window")
     report.paragraph(

@@ -113,7 +113,7 @@ def test_diversity_is_measured(benchmark_module, monkeypatch, tmp_path, command)
             self.load_tokenizer = byte_tokenizer
 
     monkeypatch.setattr(bench, "Run", LoadedRun)
-    monkeypatch.setattr(bench, "_judge", lambda *_: lambda texts: np.array([len(text) % 3 for text in texts]))
+    monkeypatch.setattr(bench, "_classifier", lambda *_: lambda texts: np.array([len(text) % 3 for text in texts]))
     options = {
         "modes": {"repeats": 50},
         "styles": {"free": "free", "baseline": "baseline", "quick": True},

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from numpy.typing import ArrayLike
+
 from free_transformer.cli.generation import Request, sampling_options
 from free_transformer.cli.output import print_sample
 from free_transformer.cli.prompts import first_document
 from free_transformer.errors import InputError
-from free_transformer.model.plan_text import parse_bits
 from free_transformer.runtime.onnx_model import OnnxFreeTransformer
 
 
@@ -20,10 +21,8 @@ def generate_with_onnx(folder: Path, request: Request) -> None:
     if request.stream:
         raise InputError("an ONNX export generates without --stream; OnnxFreeTransformer.stream returns the tokens")
     model = OnnxFreeTransformer(folder)
-    plan = None
-    if request.plan is not None:
-        plan = parse_bits(request.plan, model.latent_dim, model.config.get("plan_names"))
-    elif request.plan_from is not None:
+    plan: ArrayLike | None = request.plan
+    if request.plan_from is not None:
         plan = model.plan_of_text(first_document(request.plan_from))
     texts = model.write(
         request.prompt,

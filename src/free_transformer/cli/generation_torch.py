@@ -15,7 +15,7 @@ from free_transformer.errors import InputError
 from free_transformer.evaluation.plan_ops import plan_of_text
 from free_transformer.export.load import load_with_tokenizer
 from free_transformer.model.modeling import FreeTransformer
-from free_transformer.model.plan_text import format_plan, parse_plan
+from free_transformer.model.plan_text import format_plan
 
 
 def generate_with_torch(folder: Path, request: Request) -> None:
@@ -65,14 +65,12 @@ def generate_with_torch(folder: Path, request: Request) -> None:
 
 def _given_plan(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, request: Request
-) -> Tensor | None:
-    """Returns the plan of `--plan` or `--plan-from`, (P, H) bool."""
+) -> Tensor | str | None:
+    """Returns the plan of `--plan`, as text, or of `--plan-from`, (P, H) bool."""
     if not request.has_plan:
         return None
     if not isinstance(model, FreeTransformer):
         raise InputError(f"{folder}: a baseline has no plan; leave out --plan, --plan-from and --plan-change")
-    if request.plan is not None:
-        return parse_plan(request.plan, model.config.latent_dim, model.config.plan_names)
     if request.plan_from is None:
-        return None
+        return request.plan
     return plan_of_text(model, tokenizer, first_document(request.plan_from))

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.evaluation.control import Classifier, Share, share_in_class
+from free_transformer.evaluation.diversity import mean_nll
 
 BEGINNING = slice(1, 4)  # segments whose most common label is the style of a text; the first one may be a title
 
@@ -70,12 +72,7 @@ def measure_coherence(
     return Coherence(labels, segment_tokens, nll)
 
 
-@torch.no_grad()
 def _segment_nll(scorer: PreTrainedModel, segments: Tensor, begin: int, batch_size: int = 256) -> np.ndarray:
     """Mean NLL of each segment, (N, T) -> (N,), in nats per token."""
-    found = []
-    for part in segments.to(scorer.device).split(batch_size):
-        text = torch.nn.functional.pad(part, (1, 0), value=begin)
-        logits = scorer(text[:, :-1]).logits.float()
-        found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), part, reduction="none").mean(1))
-    return torch.cat(found).cpu().numpy()
+    parts = segments.to(scorer.device).split(batch_size)
+    return torch.cat([mean_nll(scorer, F.pad(part, (1, 0), value=begin), part) for part in parts]).cpu().numpy()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.errors import InputError
@@ -72,10 +73,21 @@ def reference_nll(
         batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
         tokens = batch["input_ids"].to(reference.device)
         target = tokens[:, 1:].masked_fill(batch["attention_mask"][:, 1:].to(tokens) == 0, -100)
-        logits = reference(tokens, use_cache=False).logits[:, :-1].float().transpose(1, 2)
-        nats = F.cross_entropy(logits, target, reduction="none").sum(1)
-        scores.append(nats / (target != -100).sum(1).clamp(min=1))
+        scores.append(mean_nll(reference, tokens, target))
     return torch.cat(scores).cpu().numpy()
+
+
+@torch.no_grad()
+def mean_nll(reference: PreTrainedModel, tokens: Tensor, target: Tensor) -> Tensor:
+    """
+    Mean negative log-likelihood of each row under a causal language model, (B,), in nats per token.
+
+    Args:
+        tokens: (B, T), begin-of-text first; target: (B, T - 1), the tokens after it, -100 where there is none.
+    """
+    logits = reference(tokens, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+    nats = F.cross_entropy(logits, target, reduction="none").sum(1)
+    return nats / (target != -100).sum(1).clamp(min=1)
 
 
 @dataclass

@@ -165,7 +165,7 @@ class PlanGenerationMixin(GenerationHooks):
     def context_limit(self) -> int | None:
         """The number of tokens of a text that the model sees at most; None for any number. See `context`."""
         config = self.config
-        return context_limit(config.max_position_embeddings, config.plan_span, getattr(config, "sliding_window", None))
+        return context_limit(config.max_position_embeddings, config.plan_span, config.sliding_window)
 
     def cache_length(self, model_kwargs: ModelArguments, max_length: int) -> int:
         limit = None if model_kwargs.get("inputs_embeds") is not None else self.context_limit

@@ -145,12 +145,16 @@ def sample_stratified_posterior(logits: np.ndarray, num_samples: int, rng: np.ra
     """
     Samples k plans for each prompt from the posterior, stratified (see `model.stratified`).
 
+    With k = 1 they are independent.
+
     Args:
         logits: (B, P, H) of the encoder.
 
     Returns:
         (B * k, P, H) bool, those of one prompt after the other.
     """
+    if num_samples == 1:
+        return sample_posterior(logits, rng.random(logits.shape))
     with np.errstate(over="ignore"):
         chance = chance_of_bits(1 / (1 + np.exp(-logits.astype(np.float64))))
     batch, num_plans, latent_dim = logits.shape

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +16,6 @@ from free_transformer.runtime.plan_source import (
     PlanSource,
     num_plans,
     num_plans_to_read,
-    sample_posterior,
     sample_prior,
     sample_stratified_posterior,
     sample_stratified_prior,
@@ -254,7 +252,7 @@ class Batch(ABC, Generic[L]):
         """Keeps account of a step."""
         for row, token in enumerate(tokens):
             if token is not None:
-                self.contexts[row] = self.contexts[row].advance(token)
+                self.contexts[row].advance(token)
 
     @abstractmethod
     def sample(self, logits: L, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
@@ -301,14 +299,10 @@ class Batch(ABC, Generic[L]):
         from_prompt = np.zeros((texts, 0, self.latent_dim), dtype=bool)
         if num_read[0] > len(given):
             logits = self.infer_plan(tokens) if read is None else read()
-            if texts == 1:
-                from_prompt = sample_posterior(logits, rng.random(logits.shape))[None]
-            else:
-                from_prompt = sample_stratified_posterior(logits[None], texts, rng)
+            from_prompt = sample_stratified_posterior(logits[None], texts, rng)
         wanted = self.num_plans(len(tokens) + max(request.max_tokens - 1, 0))  # the last token is never read
         missing = max(wanted - max(len(given), from_prompt.shape[1]), 0)
-        sample = sample_prior if texts == 1 else partial(sample_stratified_prior, num_samples=texts)
-        sampled = sample((texts, missing), self.latent_dim, self.prior(request.prior), rng)
+        sampled = sample_stratified_prior((texts, missing), self.latent_dim, self.prior(request.prior), rng, texts)
         given = given[None].repeat(texts, axis=0)
         source = PlanSource(given=given, read=from_prompt, num_read=num_read.repeat(texts), sampled=sampled)
         return source.complete(wanted)

@@ -9,7 +9,7 @@ from free_transformer.model.context import tokens_to_drop, tokens_to_keep
 from free_transformer.runtime.plan_source import num_plans
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowContext:
     """
     Attributes:
@@ -44,10 +44,10 @@ class RowContext:
         kept = self.tokens[dropped:]
         return replace(self, tokens=kept, plan=plan, changes=changes, dropped=self.dropped + dropped)
 
-    def advance(self, token: int) -> "RowContext":
-        """The context after a token has been read. It takes over the list of tokens."""
+    def advance(self, token: int) -> None:
+        """Counts a token that has been read."""
         self.tokens.append(token)
-        return replace(self, new=self.new + 1)
+        self.new += 1
 
     def plans(self, max_length: int) -> np.ndarray:
         """The plans of the context as far as it can reach, (P, H) bool."""

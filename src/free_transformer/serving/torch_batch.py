@@ -58,7 +58,7 @@ class TorchBatch(Batch[Tensor]):
             max_rows,
             checked_length(max_length, trained_length(vars(config))),
             ChatTemplate.of(tokenizer.chat_template, tokenizer.special_tokens_map),
-            getattr(config, "sliding_window", None),
+            config.sliding_window,
             config.plan_names,
         )
         self.model = model.eval()
