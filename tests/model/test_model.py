@@ -653,3 +653,34 @@ def test_positions_that_start_late_do_not_change_how_a_plan_covers_tokens(tiny_m
     model, tokens = tiny_model(plan_span=span), tokens_like(1, 7)
     out = model(tokens, position_ids=torch.arange(2, 9)[None], mode="training")
     assert out.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_plan_strength_scales_the_plan_vectors(tiny_model, tokens_like, span):
+    """As if the codebook were larger; 0 is the plain Llama. The configuration can change at any time."""
+    model = tiny_model(plan_span=span).double()
+    tokens = tokens_like(model, 2, 9)
+    plan = random_plan(model, 2, 9)
+    larger = deepcopy(model)
+    with torch.no_grad():
+        larger.plan_table.weight *= 2.5
+    model.config.plan_strength = 2.5
+    assert_close(model(tokens, plan=plan).logits, larger(tokens, plan=plan).logits)
+    cached, steps = model(tokens[:, :4], plan=plan, prompt_plan="prior", use_cache=True), []
+    for column in range(4, 9):
+        cached = model(tokens[:, column : column + 1], plan=plan[:, : num_plans(span, column + 1)], cache=cached.cache)
+        steps.append(cached.logits)
+    assert_close(torch.cat(steps, 1), larger(tokens, plan=plan).logits[:, 4:])
+    model.config.plan_strength = 0
+    assert_close(model(tokens, plan=plan).logits, llama_of(model)(tokens).logits)
+
+
+def test_plan_strength_is_saved_and_checked(tiny_model, tiny_config, tmp_path):
+    model = tiny_model()
+    model.config.plan_strength = 1.5
+    model.save_pretrained(tmp_path)
+    assert FreeTransformer.from_pretrained(tmp_path).config.plan_strength == 1.5
+    assert FreeTransformer.from_pretrained(tmp_path, plan_strength=3).config.plan_strength == 3
+    for bad in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="plan_strength"):
+            tiny_config(plan_strength=bad)

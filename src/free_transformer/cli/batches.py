@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from free_transformer.serving.batch import Batch
 
 
-def torch_batch(folder: Path, rows: int | None, length: int | None, threads: int | None) -> "Batch":
+def torch_batch(
+    folder: Path, rows: int | None, length: int | None, threads: int | None, plan_strength: float | None = None
+) -> "Batch":
     """
     Loads a run or a saved model for the server.
 
@@ -17,6 +19,7 @@ def torch_batch(folder: Path, rows: int | None, length: int | None, threads: int
         rows: maximum number of texts generated together. Default: 32.
         length: maximum number of tokens per text. Default: the model's, at most 2,048.
         threads: CPU threads per matrix product. Default: one per core.
+        plan_strength: instead of the configuration's.
 
     Raises:
         InputError: for a baseline, and a `length` beyond the model's.
@@ -28,7 +31,7 @@ def torch_batch(folder: Path, rows: int | None, length: int | None, threads: int
     from free_transformer.model.modeling import FreeTransformer
     from free_transformer.serving.torch_batch import TorchBatch
 
-    model, tokenizer = load_with_tokenizer(folder)
+    model, tokenizer = load_with_tokenizer(folder, plan_strength)
     if not isinstance(model, FreeTransformer):
         raise InputError(f"{folder}: a baseline has no plan to steer by; serve takes a Free Transformer")
     if threads is not None:

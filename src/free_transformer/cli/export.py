@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from free_transformer.cli import output
-from free_transformer.cli.options import OverwriteOption, RunArgument
+from free_transformer.cli.options import OverwriteOption, PlanStrengthOption, RunArgument
 from free_transformer.files import check_replaceable
 
 
@@ -38,6 +38,7 @@ def export(
             help="Folder to create: new, empty or of an earlier export. Default: RUN/TO-QUANTIZE-BATCHxLENGTH."
         ),
     ] = None,
+    plan_strength: PlanStrengthOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """
@@ -55,7 +56,7 @@ def export(
     sizes = "x".join(map(str, static or ()))
     folder = out or run / "-".join(part for part in (to, quantize, sizes) if part)
     check_replaceable(folder, "export", overwrite, [run, run / "model"])
-    model, tokenizer = load_with_tokenizer(run)
+    model, tokenizer = load_with_tokenizer(run, plan_strength)
     with output.status(f"exporting to {folder}"):
         differences = export_model(
             model, tokenizer, folder, to=to, quantize=quantize, static=static, overwrite=overwrite

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from free_transformer.cli.options import ModelArgument, PriorOption, PromptPlanOption, SeedOption
+from free_transformer.cli.options import ModelArgument, PlanStrengthOption, PriorOption, PromptPlanOption, SeedOption
 from free_transformer.errors import InputError
 from free_transformer.model.sampling import Sampling
 
@@ -39,6 +39,7 @@ def generate(
             "plans; see --prompt-plan prior)."
         ),
     ] = "independent",
+    plan_strength: PlanStrengthOption = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of texts, at least 1.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens, at least 1.")] = 200,
     temperature: Annotated[
@@ -76,6 +77,7 @@ def generate(
         prompt_plan=prompt_plan,
         prior=prior,
         plans=plans,
+        plan_strength=plan_strength,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p),

@@ -20,6 +20,7 @@ class Request:
     prompt_plan: str
     prior: str
     plans: str
+    plan_strength: float | None
     num_samples: int
     max_new_tokens: int
     sampling: Sampling

@@ -26,7 +26,7 @@ def generate_with_torch(folder: Path, request: Request) -> None:
         InputError: for a plan that does not fit the model, and settings out of range.
     """
     with generation_processes() as processes:
-        model, tokenizer = load_with_tokenizer(folder)
+        model, tokenizer = load_with_tokenizer(folder, request.plan_strength)
         parallelize(model, processes)
         plan = _given_plan(model, tokenizer, folder, request)
         torch.manual_seed(request.seed)

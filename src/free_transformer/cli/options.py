@@ -33,6 +33,14 @@ PriorOption = Annotated[
 PromptPlanOption = Annotated[
     str, typer.Option(help="Source of the prompt's plans: posterior (the encoder reads the prompt) or prior.")
 ]
+PlanStrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Factor of the plan's effect: above 1 holds the text closer to its plan, 0 is no plan. Default: the "
+        "model's, 1 as trained.",
+    ),
+]
 RowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of rows, sampled at random from the text.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch, at least 1.")]
 SeedOption = Annotated[

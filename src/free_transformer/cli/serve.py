@@ -8,6 +8,7 @@ import typer
 
 from free_transformer.cli import output
 from free_transformer.cli.batches import onnx_batch, torch_batch
+from free_transformer.cli.options import PlanStrengthOption
 from free_transformer.cli.packages import optional_packages
 from free_transformer.errors import InputError
 
@@ -35,6 +36,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Name of the model in requests. Default: the name of the folder.")
     ] = None,
+    plan_strength: PlanStrengthOption = None,
     max_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Maximum number of texts generated together. Default: 32; 8 for an ONNX export."),
@@ -96,11 +98,13 @@ def serve(
         from free_transformer.serving.app import create_app, listen
         from free_transformer.serving.app import run as run_server
 
-    folder = onnx or run
-    if folder is None or (run is not None and onnx is not None):
+    if (folder := onnx or run) is None or (run is not None and onnx is not None):
         raise InputError("name a RUN, or an export with --onnx FOLDER, and not both")
     bound = listen(host, port)
-    build = partial(torch_batch if onnx is None else onnx_batch, folder, max_batch, max_length, threads)
+    if onnx is not None and plan_strength is not None:
+        raise InputError("an ONNX export has the strength that it was made with: export --plan-strength")
+    limits = (folder, max_batch, max_length, threads)
+    build = partial(torch_batch, *limits, plan_strength) if onnx is None else partial(onnx_batch, *limits)
     name = name or folder.resolve().name
     token = (token or "").strip() or None  # a variable that was read from a file may end with a new line
     address, port = bound.getsockname()[:2]

@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,6 +110,8 @@ class FreeTransformerConfig(LlamaConfig):
         sliding_window: tokens that a token attends to in each decoder layer, itself and those right before it, as in
             `MistralConfig`. None: all before it, as does a window that is not shorter than the text. Distances are in
             columns of the input, padding included. The encoder always reads the whole text.
+        plan_strength: factor of the plan's vectors R, at least 0. 1: as trained; 0: R = 0. A factor above 1 holds the
+            text closer to its plan, which helps long texts at a low temperature (docs/long-text.md).
         attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
         encoder_class: set by a model with a custom encoder, so that loading can ask for it.
         plan_names: names of plans, as in `{"recipe": "01101001"}`, which can be given wherever a plan is given as text.
@@ -160,6 +163,7 @@ class FreeTransformerConfig(LlamaConfig):
     stream_scale: float | int | None = None
     query_key_norm: bool = False
     sliding_window: int | None = None
+    plan_strength: float | int = 1.0
     attention_output_bias: bool | None = None
     encoder_class: str | None = None
     plan_names: dict[str, str] | None = None
@@ -300,6 +304,10 @@ class FreeTransformerConfig(LlamaConfig):
             (
                 self.sliding_window is None or self.sliding_window >= 1,
                 f"sliding_window={self.sliding_window}: a number of tokens from 1, or None for all tokens",
+            ),
+            (
+                0 <= self.plan_strength < math.inf,
+                f"plan_strength={self.plan_strength}: a number of at least 0, 1 for plans as trained",
             ),
         ]
         for passed, message in checks:

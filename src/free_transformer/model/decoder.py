@@ -108,6 +108,8 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         hidden_states, arguments = lower.hidden_states, lower.layer_arguments
         last_only = last_only and hidden_states.shape[1] > 1 and lower.last_row_suffices
         plan_vectors = plan_vectors.to(hidden_states.dtype)
+        if self.config.plan_strength != 1:
+            plan_vectors = plan_vectors * self.config.plan_strength
         layers = self.layers[self.config.plan_layer :]
         for layer in layers:
             if last_only and layer is layers[-1] and (torch.compiler.is_compiling() or not is_observed(layer)):

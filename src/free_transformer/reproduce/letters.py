@@ -1,8 +1,8 @@
 """
 The paper's letters experiment (arXiv:2510.17558, section 4.1), with additional measurements.
 
-Six models are trained on the same strings: one plan per token with 1/64, 1/8, 1 and 2 free bits, one plan of 6 bits per
-string, and no plan. Each is trained on the 64 characters after the prompt.
+Seven models are trained on the same strings: one plan per token with 1/64, 1/8, 1, 2 and 8 free bits (the paper has all
+of these but 2), one plan of 6 bits per string, and no plan. Each is trained on the 64 characters after the prompt.
 """
 
 import contextlib
@@ -98,6 +98,7 @@ VARIANTS = (
     _per_token("1_8", "1/8 bit per token", 1 / 8),
     _per_token("1", "1 bit per token", 1.0),
     _per_token("2", "2 bits per token", 2.0),
+    _per_token("8", "8 bits per token", 8.0),
     Variant("sequence", "6 bits per string", {"plan_span": "sequence", "latent_dim": 6, "free_bits": 6.0}),
     Variant("baseline", "no plan"),
 )

@@ -23,7 +23,7 @@ FOUND = {
     "1_64": "behaves like a plain model",
     "1_8": "carries the place",
     "1": "carries place and noise",
-    "2": "carries everything, and generation breaks",
+    "8": "carries everything, and generation breaks",
 }
 
 

@@ -23,7 +23,7 @@ MODEL_MAY_CHANGE = {
 # ... and what says nothing about the network, or is compared as a setting of the training.
 MODEL_IGNORED = {
     *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map", "architectures"),
-    *("kl_weight", "plan_gradient", "plan_names"),
+    *("kl_weight", "plan_gradient", "plan_names", "plan_strength"),
 }
 # Settings that no checkpoint can resume with another value of,
 FIXED = ("model.kind", "optimizer.name", "training.lora_rank", "training.freeze_first_half")
