@@ -14,6 +14,7 @@ from free_transformer.cli.compare import compare
 from free_transformer.cli.convert import convert
 from free_transformer.cli.evaluate import evaluate
 from free_transformer.cli.exit_status import INTERRUPTED, as_command, fail
+from free_transformer.cli.explore import explore
 from free_transformer.cli.export import export
 from free_transformer.cli.generate import generate
 from free_transformer.cli.lm_eval import lm_eval
@@ -37,7 +38,7 @@ app = typer.Typer(
     "Every command takes `--debug`, which shows the traceback of every error.",
 )
 app.command(cls=TrainCommand)(train)
-for command in (sweep, evaluate, compare, generate, plan, watch, report, convert, export, serve):
+for command in (sweep, evaluate, compare, generate, plan, watch, report, convert, export, serve, explore):
     app.command()(command)
 app.command(name="lm-eval")(lm_eval)
 app.command()(tokenizer)

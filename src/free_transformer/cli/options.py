@@ -7,7 +7,7 @@ import typer
 
 from free_transformer.model.sampling import check_seed
 
-PATH_OPTIONS = ("--out", "--output", "--onnx", "--include-path", "--plan-from")
+PATH_OPTIONS = ("--out", "--output", "--onnx", "--include-path", "--plan-from", "--baseline", "--space")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of settings.", metavar="CONFIG")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run, created by `train`.", metavar="RUN")]

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from free_transformer.serving.stream import ActiveText, Chunk, End, ResponseStre
 PROMPT_TOKENS_PER_STEP = 1024  # read between two steps, so that texts in progress do not wait for all new ones
 RECOVERY_SECONDS = 5  # between attempts to restart a failed engine
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class QueueFull(RunError):
@@ -58,6 +60,7 @@ class Engine:
         self._texts: list[ActiveText] = []  # by row
         self._scoring: deque[ActiveText] = deque()
         self._ready: list[tuple[ActiveText, Chunk]] = []
+        self._calls: deque[Callable[[Batch], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._deadline: float | None = None
@@ -118,6 +121,29 @@ class Engine:
             self._changed.notify()
         return responses
 
+    def call(self, function: Callable[[Batch], Result]) -> "Future[Result]":
+        """
+        Calls a function of the batch in the engine's thread, between two steps of the texts in progress.
+
+        Raises:
+            Stopping: where the engine is shutting down.
+        """
+        future: Future[Result] = Future()
+
+        def run(batch: Batch) -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(batch))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        with self._changed:
+            if self._stopping or self._deadline is not None:
+                raise Stopping("the server is shutting down")
+            self._calls.append(run)
+            self._changed.notify()
+        return future
+
     def _run(self, build: Callable[[], Batch], built: Future[Batch]) -> None:
         try:
             batch = build()
@@ -136,12 +162,15 @@ class Engine:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._waiting or self._texts or self._scoring or self._stopping,
+                    lambda: self._waiting or self._texts or self._scoring or self._calls or self._stopping,
                     None if self.failure is None else RECOVERY_SECONDS,
                 )
-                has_work = self._waiting or self._texts or self._scoring
+                has_work = self._waiting or self._texts or self._scoring or self._calls
                 if self._stopping and not has_work:
                     return
+                call = self._calls.popleft() if self._calls else None
+            if call is not None:
+                call(batch)
             try:
                 if self.failure is not None:
                     self._restart()

@@ -1,0 +1,210 @@
+"""What the page shows, and the texts that its tabs ask for."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from free_transformer.explorer import markup
+from free_transformer.explorer.choices import Choices
+from free_transformer.explorer.generation import GrowingText, generate, read_plan, request, token_effects
+from free_transformer.explorer.survey import PlanSurvey
+from free_transformer.model.plan_text import format_bits, parse_bits
+from free_transformer.runtime.plan_source import sample_stratified_prior
+from free_transformer.serving.batch import TextRequest
+from free_transformer.serving.engine import Engine
+
+ROWS = COLUMNS = 4
+
+
+@dataclass
+class Explored:
+    """
+    A model with what is known about its plans.
+
+    Attributes:
+        folder: of the model, for code to copy.
+        baseline: generates with the model's baseline; None without one.
+        survey: plans of held-out text; None without any.
+    """
+
+    name: str
+    folder: str
+    engine: Engine
+    baseline: Engine | None = None
+    survey: PlanSurvey | None = None
+    plan_names: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batch = self.engine.batch
+        self.plan_names = dict(self.batch.plan_names or {})
+
+    @property
+    def dead(self) -> list[str | None]:
+        """For each bit, why flipping it does nothing; None for a live one."""
+        if self.survey is None or not self.survey.bits:
+            return [None] * self.batch.latent_dim
+        return [bit.dead for bit in self.survey.bits]
+
+    def start(self) -> Choices:
+        """What the page shows first: the plan that most texts take, if any is known."""
+        choices = Choices(plan="0" * self.batch.latent_dim)
+        if self.batch.plan_span != "sequence":
+            return self.with_new_plan(choices)
+        if self.survey is not None and self.survey.counts:
+            counts = self.survey.counts
+            choices = replace(choices, plan=max(counts, key=lambda plan: sum(counts[plan].values())))
+        return choices.checked(self.batch)
+
+    def with_new_plan(self, choices: Choices) -> Choices:
+        """These choices with another plan from the prior, and other plans beside it in the grid."""
+        choices = replace(choices, others=choices.others + 1)
+        plan = self.sampled_plans(choices, ROWS)[0]
+        return replace(choices, plan=format_bits(plan)).checked(self.batch)
+
+    def sampled_plans(self, choices: Choices, count: int) -> np.ndarray:
+        """
+        Plans for `count` texts, (count, P, H): ones that held-out texts take, the common ones more often, which differ
+        in their live bits. Where too few are known, or a text has several, stratified ones from the prior: aggregate
+        if there is one.
+        """
+        rng = np.random.default_rng(choices.others)
+        counts = {} if self.survey is None else self.survey.counts
+        if self.batch.plan_span == "sequence" and len(counts) > count:
+            totals = np.array([sum(each.values()) for each in counts.values()])
+            drawn = rng.choice([*counts], len(counts), replace=False, p=totals / totals.sum())
+            live = [place for place, reason in enumerate(self.dead) if reason is None]
+            seen = {"".join(plan[place] for place in live): plan for plan in reversed(drawn)}  # the first of each kind
+            chosen = sorted(drawn, key=lambda plan: plan not in seen.values())[:count]
+            return np.stack([parse_bits(plan, self.batch.latent_dim) for plan in chosen])
+        try:
+            log_prior = self.batch.prior("aggregate")
+        except ValueError:
+            log_prior = None
+        shape = (count, self.batch.num_plans(choices.length + 1))
+        return sample_stratified_prior(shape, self.batch.latent_dim, log_prior, rng, count)
+
+    def title(self, plan: np.ndarray, names: Mapping[str, str]) -> str:
+        """Markup that shows a plan, (P, H), of several plans the first ones."""
+        text = format_bits(plan[:4])
+        by_bits = {bits: name for name, bits in {**self.plan_names, **names}.items()}
+        return markup.plan_title(text, self.survey, by_bits.get(text))
+
+    async def grid(self, choices: Choices, shuffled: bool, names: Mapping[str, str]) -> AsyncIterator[str]:
+        """Rows are plans, columns are seeds of the words; `shuffled` mixes the plans of each column."""
+        own = self._bits(choices, choices.plan)
+        others = [plan for plan in self.sampled_plans(choices, ROWS) if not np.array_equal(plan, own)]
+        plans = [own, *others][:ROWS]
+        rows = np.arange(ROWS)[:, None].repeat(COLUMNS, 1)
+        if shuffled:
+            rows = np.random.default_rng((choices.others, choices.words)).permuted(rows, axis=0)
+        seeds = [choices.words + place for place in range(COLUMNS)]
+        asked = [self._request(choices, plans[row], seed) for row, seed in zip(rows.flat, seeds * ROWS, strict=True)]
+        streams = [generate(self.engine, asked)]
+        if self.baseline is not None:
+            batch = self.baseline.batch
+            zeros = np.zeros((1, batch.latent_dim), dtype=bool)
+            streams.append(
+                generate(self.baseline, [self._request(choices, zeros, seed, self.baseline) for seed in seeds])
+            )
+        async for texts in together(streams):
+            yield markup.grid(self._rows(texts, plans, rows if shuffled else None, names), seeds)
+
+    def _rows(
+        self,
+        texts: Sequence[Sequence[GrowingText]],
+        plans: Sequence[np.ndarray],
+        shuffled: np.ndarray | None,
+        names: Mapping[str, str],
+    ) -> list[markup.GridRow]:
+        found, own = [], texts[0]
+        for row in range(ROWS):
+            part = own[row * COLUMNS : (row + 1) * COLUMNS]
+            if shuffled is None:
+                found.append(markup.GridRow(self.title(plans[row], names), part))
+            else:
+                mixed = [format_bits(plans[each][:1]) for each in shuffled[row]]
+                found.append(markup.GridRow("<small>plans shuffled</small>", part, mixed))
+        if len(texts) > 1:
+            found.append(markup.GridRow("<b>baseline</b><small>no plan</small>", texts[1]))
+        return found
+
+    async def flip(self, choices: Choices, before: str, names: Mapping[str, str]) -> AsyncIterator[tuple[str, str]]:
+        """Texts of the same random numbers under the plan as it was and as it is, and then the effect on tokens."""
+        plans = [self._bits(choices, before), self._bits(choices, choices.plan)]
+        titles = (f"before {self.title(plans[0], names)}", f"now {self.title(plans[1], names)}")
+        asked = [self._request(choices, plan, choices.words) for plan in plans]
+        texts: list[GrowingText] = [GrowingText(), GrowingText()]
+        async for texts in generate(self.engine, asked):
+            yield markup.difference(texts[0], texts[1], titles), ""
+        if texts[1].text and self.batch.plan_span == "sequence":
+            effects = await token_effects(self.engine, choices.prompt + texts[1].text, plans[::-1])
+            yield markup.difference(texts[0], texts[1], titles), markup.tokens(effects, ["under this plan", "before"])
+
+    async def continuation(
+        self, choices: Choices, text: str, plan: str, change: int | None, names: Mapping[str, str]
+    ) -> AsyncIterator[str]:
+        """A text that goes on as `text` does, under its plan, and from `change` new tokens on under the chosen plan."""
+        own, other = self._bits(choices, plan), self._bits(choices, choices.plan)
+        changes = {} if change is None else {change: other}
+        asked = [self._request(replace(choices, prompt=text), own, choices.words, changes=changes)]
+        async for (continued,) in generate(self.engine, asked):
+            yield markup.changed_text(continued, self.title(own, names), self.title(other, names))
+
+    async def under_plan(self, choices: Choices, plan: str) -> AsyncIterator[str]:
+        """Two short texts under a plan of the map."""
+        bits = self._bits(choices, plan)
+        asked = [self._request(choices, bits, choices.words + place) for place in range(2)]
+        async for texts in generate(self.engine, asked):
+            yield "".join(
+                f"<div class=ft-cell>{markup.text(each.text, not each.ended, each.failure)}</div>" for each in texts
+            )
+
+    async def lane(self, choices: Choices) -> AsyncIterator[str]:
+        """One text under a sequence of plans."""
+        asked = [self._request(choices, self._bits(choices, choices.plan), choices.words)]
+        async for (text,) in generate(self.engine, asked):
+            yield f"<div class=ft-cell>{markup.text(text.text, not text.ended, text.failure)}</div>"
+
+    async def read(self, text: str) -> tuple[str, str]:
+        """The likeliest plan of a text, and markup that shows how certain each bit is."""
+        ones = await read_plan(self.engine, text)
+        return format_bits(ones > 0.5), markup.certainty(ones.mean(0).tolist(), self.dead)
+
+    def _bits(self, choices: Choices, plan: str) -> np.ndarray:
+        return replace(choices, plan=plan).bits(self.batch)
+
+    def _request(
+        self,
+        choices: Choices,
+        plan: np.ndarray,
+        seed: int,
+        engine: Engine | None = None,
+        changes: Mapping[int, np.ndarray] | None = None,
+    ) -> TextRequest:
+        batch = (engine or self.engine).batch
+        return request(batch, choices.prompt, plan, seed, choices.temperature, choices.length, changes)
+
+
+async def together(
+    streams: Sequence[AsyncIterator[list[GrowingText]]],
+) -> AsyncIterator[list[list[GrowingText]]]:
+    """The latest of each stream, each time that one of them has news."""
+    latest: list[list[GrowingText]] = [[] for _ in streams]
+    waiting = {asyncio.ensure_future(anext(stream)): place for place, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                place = waiting.pop(task)
+                try:
+                    latest[place] = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[place]))] = place
+            if all(latest):
+                yield latest
+    finally:
+        for task in waiting:
+            task.cancel()

@@ -1,0 +1,139 @@
+"""What the page asks the engine for: growing texts, the plan of a text, and the effect of a plan on its tokens."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from free_transformer.model.sampling import Sampling
+from free_transformer.serving.batch import Batch, TextRequest
+from free_transformer.serving.engine import Engine
+from free_transformer.serving.scoring import TokenScore
+
+REFRESH_SECONDS = 0.1  # between two pictures of texts that grow
+AVERAGED_PLANS = 64  # from the prior, where a token's effect is measured
+ALTERNATIVES = 5
+
+
+@dataclass
+class GrowingText:
+    """
+    A text so far.
+
+    Attributes:
+        change: characters before the first change of its plan; None without one.
+        failure: why it ended early.
+    """
+
+    text: str = ""
+    change: int | None = None
+    ended: bool = False
+    failure: str | None = None
+
+
+@dataclass
+class TokenEffect:
+    """
+    What plans do to one token of a text.
+
+    Attributes:
+        text: the token.
+        gain: log-probability under its own plan minus that under an average of plans, in nats.
+        likely: the likeliest tokens at this place and their probabilities, under each plan that was asked for.
+    """
+
+    text: str
+    gain: float
+    likely: list[list[tuple[str, float]]]
+
+
+def request(
+    batch: Batch,
+    prompt: str,
+    plan: np.ndarray | None,
+    seed: int,
+    temperature: float,
+    length: int,
+    changes: Mapping[int, np.ndarray] | None = None,
+) -> TextRequest:
+    """
+    A text under a plan, (P, H). Texts of one seed use the same random numbers for their tokens, whatever the plan.
+
+    A prompt longer than the model's context keeps its end.
+    """
+    tokens = batch.encode(prompt, 64 * batch.max_length)
+    room = max(2, batch.max_length - 1)
+    if len(tokens) > room:
+        tokens = [tokens[0], *tokens[-(room - 1) :]]
+    return TextRequest(
+        tokens,
+        max_tokens=length,
+        sampling=Sampling(temperature),
+        plan=plan,
+        plan_changes=changes or {},
+        prompt_plan="prior",
+        seed=(seed, 0, 0),  # as the first text of a request to the server with this seed
+        stream=True,
+    )
+
+
+async def generate(engine: Engine, requests: Sequence[TextRequest]) -> AsyncIterator[list[GrowingText]]:
+    """Yields all texts from time to time while they grow, and once when all have ended."""
+    texts = {id(each): GrowingText() for each in requests}
+    responses = engine.submit(requests)
+    shown = 0.0
+    try:
+        async for chunk in responses:
+            text = texts[id(chunk.request)]
+            text.text += chunk.text
+            if chunk.tokens <= min(chunk.request.plan_changes, default=-1):
+                text.change = len(text.text)
+            text.ended, text.failure = chunk.end is not None, chunk.reason
+            if time.monotonic() - shown > REFRESH_SECONDS:
+                shown = time.monotonic()
+                yield list(texts.values())
+    finally:
+        responses.cancel()  # a page that was closed needs no more text
+    yield list(texts.values())
+
+
+async def read_plan(engine: Engine, text: str) -> np.ndarray:
+    """The probability of a 1 in each bit of a text's plans, (P, H). A text beyond the model's context is cut."""
+
+    def read(batch: Batch) -> np.ndarray:
+        tokens = batch.encode(text, batch.max_length)[: batch.max_length]
+        return np.asarray(batch.infer_plan(tokens), dtype=np.float64)
+
+    logits = await asyncio.wrap_future(engine.call(read))
+    probabilities: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
+    return probabilities
+
+
+async def token_effects(engine: Engine, text: str, plans: Sequence[np.ndarray]) -> list[TokenEffect]:
+    """
+    The effect of the first of these plans, (P, H) each, on every token of a text that was generated under it.
+
+    The average is that of the model's predictions under plans from the uniform prior, each weighted by how well it
+    predicts the tokens before.
+    """
+    tokens = engine.batch.encode(text, engine.batch.max_length)[: engine.batch.max_length]
+    scored = [
+        TextRequest(tokens, max_tokens=0, plan=plan, prompt_plan="prior", logprobs=ALTERNATIVES, score_prompt=True)
+        for plan in plans
+    ]
+    scored.append(TextRequest(tokens, 0, logprobs=0, score_prompt=True, num_plans=AVERAGED_PLANS, seed=(0,)))
+    scores: dict[int, list[TokenScore]] = {}
+    async for chunk in engine.submit(scored):
+        scores.setdefault(id(chunk.request), []).extend(chunk.scores)
+    of_plans, average = [scores[id(each)] for each in scored[:-1]], scores[id(scored[-1])]
+    shown = engine.batch.texts.shown
+    found = []
+    for place in range(1, len(tokens)):  # nothing predicts the begin-of-text token
+        own, mean = of_plans[0][place].log_prob, average[place].log_prob
+        assert own is not None and mean is not None
+        likely = [[(shown(token), math.exp(score)) for token, score in each[place].top] for each in of_plans]
+        found.append(TokenEffect(shown(tokens[place]), own - mean, likely))
+    return found

@@ -1,0 +1,217 @@
+"""The page's HTML: texts in a grid, differences, tokens, and the map of plans. All text is escaped here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from free_transformer.explorer.generation import GrowingText, TokenEffect
+from free_transformer.explorer.survey import UNLABELED, PlanSurvey
+
+COLORS = 8  # sources that have a color of their own, `--source-0` to `--source-7` of page.css
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """
+    A row of texts.
+
+    Attributes:
+        title: what the texts have in common.
+        plans: of each text, where they differ.
+    """
+
+    title: str
+    texts: Sequence[GrowingText]
+    plans: Sequence[str] | None = None
+
+
+def bits(plan: str) -> str:
+    """A plan as small squares, which are compared at a glance."""
+    squares = "".join(f"<i class='ft-b{bit}'></i>" if bit in "01" else " " for bit in plan)
+    return f"<span class=ft-bits role=img aria-label='plan {escape(plan)}'>{squares}</span>"
+
+
+def text(content: str, growing: bool = False, failure: str | None = None) -> str:
+    cursor = "<span class=ft-cursor></span>" if growing else ""
+    failed = f"<p class=ft-failure>{escape(failure)}</p>" if failure else ""
+    return f"<div class=ft-text>{escape(content)}{cursor}</div>{failed}"
+
+
+def grid(rows: Sequence[GridRow], seeds: Sequence[int]) -> str:
+    head = "".join(f"<div class=ft-column>words {seed}</div>" for seed in seeds)
+    found = [f"<div class='ft-row ft-head'><div class=ft-label></div>{head}</div>"]
+    for row in rows:
+        cells = []
+        for place, each in enumerate(row.texts):
+            plan = "" if row.plans is None else bits(row.plans[place])
+            cells.append(f"<div class=ft-cell>{plan}{text(each.text, not each.ended, each.failure)}</div>")
+        found.append(f"<div class=ft-row><div class=ft-label>{row.title}</div>{''.join(cells)}</div>")
+    return f"<div class=ft-grid style='--columns: {len(seeds)}'>{''.join(found)}</div>"
+
+
+def plan_title(plan: str, survey: PlanSurvey | None, name: str | None = None) -> str:
+    """A plan's bits, its name, and where held-out texts with this plan come from."""
+    found = [bits(plan), f"<code>{escape(plan)}</code>"]
+    if name:
+        found.append(f"<b>{escape(name)}</b>")
+    if survey is not None and plan in survey.counts:
+        found.append(f"<small>{_sources(survey, survey.counts[plan])}</small>")
+    elif survey is not None and survey.passages:
+        found.append("<small>no held-out text</small>")
+    return "".join(found)
+
+
+def _sources(survey: PlanSurvey, counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    if not survey.sources:
+        return f"{total} held-out text{'s' * (total > 1)}"
+    best = max(counts, key=lambda source: counts[source])
+    return f"{source_dot(survey, best)}{escape(best)} {counts[best] / total:.0%}"
+
+
+def source_dot(survey: PlanSurvey, source: str) -> str:
+    return f"<span class=ft-dot style='background: {_color(survey, source)}'></span>"
+
+
+def _color(survey: PlanSurvey, source: str) -> str:
+    if source == UNLABELED:
+        return "var(--source-none)"
+    return f"var(--source-{survey.sources.index(source) % COLORS})"
+
+
+def difference(one: GrowingText, other: GrowingText, titles: tuple[str, str]) -> str:
+    """Two texts side by side, with the place where they first differ."""
+    first = next(
+        (place for place, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b),
+        min(len(one.text), len(other.text)),
+    )
+    same = first == len(one.text) == len(other.text)
+    columns = []
+    for each, title in zip((one, other), titles, strict=True):
+        common, own = each.text[:first], each.text[first:]
+        cursor = "" if each.ended else "<span class=ft-cursor></span>"
+        marked = f"<mark>{escape(own[:1])}</mark><span class=ft-own>{escape(own[1:])}</span>" if own else ""
+        failed = f"<p class=ft-failure>{escape(each.failure)}</p>" if each.failure else ""
+        columns.append(
+            f"<div class=ft-cell><div class=ft-label>{title}</div>"
+            f"<div class=ft-text>{escape(common)}{marked}{cursor}</div>{failed}</div>"
+        )
+    ended = one.ended and other.ended
+    note = "The two texts are the same." if same else f"The first difference is at character {first + 1}."
+    return f"<div class=ft-pair>{''.join(columns)}</div>" + (f"<p class=ft-note>{note}</p>" if ended else "")
+
+
+def changed_text(whole: GrowingText, before: str, after: str) -> str:
+    """A text whose plan changes on the way, with both titles."""
+    if whole.change is None or whole.change == len(whole.text):
+        only = text(whole.text, not whole.ended, whole.failure)
+        return f"<div class='ft-cell ft-one'><div class=ft-label>{before}</div>{only}</div>"
+    rest = f"<div class=ft-label>{after}</div>{text(whole.text[whole.change :], not whole.ended, whole.failure)}"
+    first = text(whole.text[: whole.change])
+    return f"<div class='ft-cell ft-one'><div class=ft-label>{before}</div>{first}<hr>{rest}</div>"
+
+
+def tokens(effects: Sequence[TokenEffect], names: Sequence[str]) -> str:
+    """A text whose tokens show on hover or focus how far the plan moved them, and what else was likely."""
+    found = []
+    for effect in effects:
+        strength = min(1.0, abs(effect.gain) / 3)
+        side = "ft-up" if effect.gain > 0 else "ft-down"
+        lists = "".join(
+            f"<span class=ft-likely><b>{escape(name)}</b>"
+            + "".join(f"<span>{escape(_visible(token))} <em>{chance:.0%}</em></span>" for token, chance in likely)
+            + "</span>"
+            for name, likely in zip(names, effect.likely, strict=True)
+        )
+        moved = f"{effect.gain:+.2f} nats from the average over plans"
+        found.append(
+            f"<span class='ft-token {side}' tabindex=0 style='--strength: {strength:.2f}'>{escape(effect.text)}"
+            f"<span class=ft-tip>{moved}<span class=ft-lists>{lists}</span></span></span>"
+        )
+    return f"<div class='ft-text ft-tokens'>{''.join(found)}</div>"
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+
+
+def certainty(ones: Sequence[float], dead: Sequence[str | None]) -> str:
+    """The probability of a 1 in each bit of the plan of a text."""
+    rows = []
+    for bit, chance in enumerate(ones):
+        value, sure = int(chance > 0.5), max(chance, 1 - chance)
+        note = f" title='{escape(dead[bit] or '', quote=True)}'" if dead[bit] else ""
+        kind = " class=ft-dead" if dead[bit] else ""
+        rows.append(
+            f"<tr{kind}{note}><th>bit {bit}</th><td><i class='ft-b{value}'></i> {value}</td>"
+            f"<td class=ft-bar><span style='width: {chance:.1%}'></span></td><td>{sure:.0%} certain</td></tr>"
+        )
+    return f"<table class=ft-certainty>{''.join(rows)}</table>"
+
+
+def gray_rank(half: str) -> int:
+    """The place of these bits in Gray order, in which neighbors differ by one bit."""
+    rank = value = 0
+    for bit in half:
+        value ^= int(bit)
+        rank = 2 * rank + value
+    return rank
+
+
+def plan_map(survey: PlanSurvey, latent_dim: int, chosen: str) -> str:
+    """Circles for the plans that held-out texts take, in Gray order of the first and of the second half of the bits."""
+    half = (latent_dim + 1) // 2
+    across, down = 2**half, 2 ** (latent_dim - half)
+    cell = 100 / max(across, down)
+    width, height = across * cell, down * cell
+    most = max((sum(counts.values()) for counts in survey.counts.values()), default=1)
+    lines = "".join(f"<path d='M{x * cell:.3f} 0V{height:.3f}' />" for x in range(across + 1)) if across <= 64 else ""
+    lines += "".join(f"<path d='M0 {y * cell:.3f}H{width:.3f}' />" for y in range(down + 1)) if down <= 64 else ""
+    circles = []
+    for plan, counts in sorted(survey.counts.items(), key=lambda item: -sum(item[1].values())):
+        total = sum(counts.values())
+        x, y = (gray_rank(plan[:half]) + 0.5) * cell, (gray_rank(plan[half:]) + 0.5) * cell
+        radius = max(0.45, 0.5 * min(cell, 12) * math.sqrt(total / most) * 0.94)
+        best = max(counts, key=lambda source: counts[source])
+        label = f"{plan}: {total} of {survey.passages} texts" + "".join(
+            f", {source or 'no source'} {count}" for source, count in counts.items() if survey.sources
+        )
+        kind = " class=ft-chosen" if plan == chosen else ""
+        circles.append(
+            f"<circle{kind} data-choice='{escape(plan)}' tabindex=0 role=button cx={x:.3f} cy={y:.3f} r={radius:.3f} "
+            f"fill='{_color(survey, best)}'><title>{escape(label)}</title></circle>"
+        )
+    legend = "".join(f"<span>{source_dot(survey, each)}{escape(each)}</span>" for each in survey.sources)
+    return (
+        f"<svg class=ft-map viewBox='0 0 {width:.3f} {height:.3f}' role=group aria-label='Map of plans'>"
+        f"<g class=ft-lines>{lines}</g>{''.join(circles)}</svg><div class=ft-legend>{legend}</div>"
+    )
+
+
+def plan_details(survey: PlanSurvey, plan: str) -> str:
+    """What lies at a place of the map."""
+    counts = survey.counts.get(plan)
+    head = f"<div class=ft-label>{bits(plan)}<code>{escape(plan)}</code></div>"
+    if not counts:
+        return f"{head}<p class=ft-note>No held-out text takes this plan.</p>"
+    total = sum(counts.values())
+    shares = "".join(
+        f"<span>{source_dot(survey, source)}{escape(source)} {count}</span>"
+        for source, count in counts.items()
+        if source
+    )
+    return (
+        f"{head}<p class=ft-note>{total} of {survey.passages} held-out texts take this plan. {shares}</p>"
+        f"<p class=ft-note>One of them begins:</p>{text(survey.snippets.get(plan, ''))}"
+    )
+
+
+def lane(plans: Sequence[str], chosen: int, span: int) -> str:
+    """The plans of a text, one for each `span` tokens, to be chosen from."""
+    cells = "".join(
+        f"<button data-choice={place} class='{'ft-chosen' if place == chosen else ''}' "
+        f"title='tokens {place * span} to {place * span + span - 1}'>{bits(plan)}</button>"
+        for place, plan in enumerate(plans)
+    )
+    return f"<div class=ft-lane>{cells}</div>"

@@ -1,0 +1,155 @@
+"""Opens what `free-transformer explore` is given: a run, a model folder or an ONNX export, with its baseline."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from free_transformer.errors import InputError
+from free_transformer.explorer.survey import Passage, PlanSurvey, survey_plans
+from free_transformer.runtime.sessions import EXPORT_FILE
+from free_transformer.serving.batch import Batch
+
+BASELINE_FOLDER = "baseline"  # in the folder of a model
+MAX_PASSAGES = 512
+ROWS = 32  # texts at a time, more than a grid holds
+
+
+@dataclass
+class Opened:
+    """
+    What the page shows.
+
+    Attributes:
+        folder: of a run, a saved model or an ONNX export.
+        baseline: folder of a run or a saved model without a plan; None without one.
+        held_out: data sources of text for the survey of plans.
+    """
+
+    name: str
+    folder: Path
+    baseline: Path | None
+    held_out: list[str]
+
+    @property
+    def is_onnx(self) -> bool:
+        return (self.folder / EXPORT_FILE).is_file()
+
+    def build(self) -> Batch:
+        """The model, ready to generate."""
+        if self.is_onnx:
+            from free_transformer.cli.batches import onnx_batch
+
+            return onnx_batch(self.folder, ROWS, None, None)
+        return _torch_batch(_model_folder(self.folder))
+
+    def build_baseline(self) -> Batch:
+        """The baseline, as a Free Transformer with R = 0."""
+        assert self.baseline is not None
+        return _torch_batch(_model_folder(self.baseline))
+
+
+def open_model(folder: Path, baseline: Path | None = None, data: Sequence[str] = (), name: str | None = None) -> Opened:
+    """
+    Args:
+        folder: of a run, a saved model or an ONNX export.
+        baseline: folder of a run or a saved model without a plan. Default: `baseline` in the folder, if there is one.
+        data: held-out text, default that of the run.
+
+    Raises:
+        InputError: for a folder that is none of these.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name a run, a saved model or an ONNX export")
+    if baseline is None and (folder / BASELINE_FOLDER).is_dir():
+        baseline = folder / BASELINE_FOLDER
+    found = Opened(name or folder.resolve().name, folder, baseline, list(data) or _held_out(folder))
+    if not found.is_onnx:
+        _model_folder(folder)
+    if baseline is not None:
+        _model_folder(baseline)
+    return found
+
+
+def survey(opened: Opened, batch: Batch, max_seconds: float, progress: Callable[[int], None]) -> PlanSurvey | None:
+    """The survey of plans: stored in the model's folder, or read from held-out text. None where there is neither."""
+    stored = PlanSurvey.load(opened.folder, batch.latent_dim)
+    if stored is not None or not opened.held_out:
+        return stored
+    window = _row_length(opened.folder, batch)
+    passages = list(_passages(opened.held_out, batch, window))
+    random.Random(0).shuffle(passages)
+    return survey_plans(batch, passages[:MAX_PASSAGES], max_seconds, progress)
+
+
+def _passages(sources: Sequence[str], batch: Batch, window: int) -> Iterator[Passage]:
+    """Whole rows of `window` tokens, and shorter texts as they are."""
+    for text, source in _labeled(sources):
+        tokens = batch.encode(text, 64 * window)[1:]
+        for start in range(0, max(1, len(tokens) - window + 2), window - 1):
+            piece = tokens[start : start + window - 1]
+            if len(piece) == window - 1 or start == 0:
+                yield Passage([batch.begin, *piece], source or "")
+
+
+def _labeled(sources: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    from free_transformer.data import read_documents
+
+    for source in sources:
+        if source.endswith(".jsonl"):
+            for line in Path(source).read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                yield row["text"], row.get("label")
+        else:
+            for text in read_documents([source], split="validation"):
+                yield text, None
+
+
+def _row_length(folder: Path, batch: Batch) -> int:
+    """Tokens of a row in training, as far as is known, and never more than the model sees at a time."""
+    from free_transformer.runs.run import Run
+
+    try:
+        length = Run.open(folder).settings.training.seq_len
+    except InputError:
+        length = batch.max_length
+    return max(2, min(length, batch.max_length))
+
+
+def _held_out(folder: Path) -> list[str]:
+    from free_transformer.runs.run import Run
+
+    try:
+        return list(Run.open(folder).settings.data.validation)
+    except InputError:
+        return []
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model, without those of folders below it."""
+    if not (folder / EXPORT_FILE).is_file():
+        folder = _model_folder(folder)
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def _model_folder(folder: Path) -> Path:
+    """Of a run the folder of its trained model. `InputError` for a folder without a model."""
+    for each in (folder, folder / "model"):
+        if (each / "config.json").is_file():
+            return each
+    raise InputError(f"{folder}: neither a trained run nor a saved model nor an ONNX export")
+
+
+def _torch_batch(folder: Path) -> Batch:
+    """A saved model with or without a plan. On a CPU it computes in float32, whatever its weights are saved in."""
+    from free_transformer.data import load_tokenizer
+    from free_transformer.distributed.processes import find_device
+    from free_transformer.model.modeling import FreeTransformer
+    from free_transformer.runs.load_model import load_pretrained
+    from free_transformer.serving.torch_batch import TorchBatch
+
+    device = find_device("auto")
+    model = load_pretrained(folder, FreeTransformer)
+    assert isinstance(model, FreeTransformer)
+    return TorchBatch((model.float() if device.type == "cpu" else model).to(device), load_tokenizer(str(folder)), ROWS)
