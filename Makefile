@@ -14,11 +14,14 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-pretrained tour test test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity coherence warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help explore demo demo-pretrained tour test test-browser test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity coherence warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 21
+
+explore: $(VENV)/.explore ## a page to play with the plans of a small trained model
+	$(BIN)/free-transformer explore models/three-styles
 
 demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_voices/report.html
 	$(BIN)/python examples/three_voices/demo.py
@@ -31,6 +34,10 @@ tour: $(VENV)/.demo ## from text to steering in Python: docs/tour.md; five minut
 
 test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-browser: $(VENV)/.dev ## test that page in Chromium, which must be installed
+	$(PIP) playwright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/explorer/test_browser.py
 
 test-newest: $(VENV)/bin/pip ## run the tests with the newest release of every dependency, in an environment of their own; 15 minutes
 	$(PYTHON) -m venv --clear $(VENV)/newest
@@ -187,7 +194,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 # Only changes to the package's metadata ask for another installation: the install is editable.
-$(VENV)/.train $(VENV)/.demo $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
+$(VENV)/.train $(VENV)/.demo $(VENV)/.explore $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(PACKAGE) | $(VENV)/bin/pip
 	$(PIP) -e '.[$*]'
 	@touch $@
 

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,32 @@ MODELS = {  # settings on top of the configuration
     "baseline": ["model.kind=baseline"],
     "wide baseline": ["model.kind=baseline", f"training.seq_len={4 * WINDOW}", "training.batch_size=4"],
 }
-PRIORS = ("uniform", "aggregate")
 TEMPERATURES = (1.0, 0.7)
+STRENGTHS = (1.0, 2.0)  # of the plan, under the aggregate prior; see `plan_strength`
 SCORER_SEED = 1000
 console = Console()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How texts are generated. A baseline has no prior."""
+
+    temperature: float
+    prior: str | None = None
+    strength: float = 1.0
+
+    @classmethod
+    def of(cls, model: str) -> list["Setting"]:
+        """The settings of one of the `MODELS`."""
+        if model != "free":
+            return [cls(temperature) for temperature in TEMPERATURES]
+        found = [cls(temperature, "uniform") for temperature in TEMPERATURES]
+        return found + [cls(each, "aggregate", strength) for each in TEMPERATURES for strength in STRENGTHS]
+
+    def name(self, model: str) -> str:
+        if self.prior is None:
+            return model
+        return f"{model}, {self.prior} prior" + (f", strength {self.strength:g}" if self.strength != 1 else "")
 
 
 @dataclass
@@ -47,15 +71,14 @@ class Result:
 
     seed: int
     model: str
-    prior: str | None
-    temperature: float
+    setting: Setting
     coherence: Coherence
     seconds: float
     texts: list[str]
 
     @property
     def name(self) -> str:
-        return self.model if self.prior is None else f"{self.model}, {self.prior} prior"
+        return self.setting.name(self.model)
 
     def to_json(self, marks: list[int]) -> dict[str, object]:
         nll = self.coherence.segment_nll
@@ -63,8 +86,7 @@ class Result:
         return {
             "seed": self.seed,
             "model": self.model,
-            "prior": self.prior,
-            "temperature": self.temperature,
+            **asdict(self.setting),
             "share in the style of the beginning": {mark: self.coherence.share_at(mark)[0] for mark in marks},
             "switches per 1,000 tokens": self.coherence.switches_per_1000_tokens,
             "texts that end in each style": self.coherence.counts_at_end(len(VOICES)),
@@ -94,59 +116,80 @@ def run(options: argparse.Namespace) -> None:
     data = [f"data.train={corpus / 'train.jsonl'}", f"data.validation={corpus / 'validation.jsonl'}"]
     wanted = {(name, seed): MODELS[name] for seed in options.seeds for name in options.models}
     runs = train_all(options, {**wanted, ("baseline", SCORER_SEED): MODELS["baseline"]}, data)
-    scorer_run = runs.pop(("baseline", SCORER_SEED))
-    tokenizer, scorer = scorer_run.load_tokenizer(), scorer_run.load_model()
+    scorer = runs.pop(("baseline", SCORER_SEED))
+    jobs = [(name, seed, setting) for name, seed in runs for setting in Setting.of(name)]
+    results = []
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker, (corpus, scorer.path)) as pool:
+        futures = [pool.submit(_measure, runs[name, seed].path, options, name, seed, how) for name, seed, how in jobs]
+        for future in futures:
+            results.append(future.result())
+            console.print(table([results[-1]], marks_of(options.windows)).to_rich())
+        accuracy = pool.submit(_accuracy).result()
+    write_results(options, results, accuracy)
+
+
+_worker: dict[str, Any] = {}  # the classifier and the scorer of a process
+
+
+def _begin_worker(corpus: Path, scorer: Path) -> None:
+    torch.set_num_threads(1)
+    run = Run.open(scorer)
+    tokenizer = run.load_tokenizer()
     held_out = read_rows(corpus / "validation.jsonl", tokenizer, SEGMENT)
     classify, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
-    console.print(f"accuracy of the classifier on held-out segments: {accuracy:.3f}")
-    results = []
-    for (name, seed), trained in runs.items():
-        model = trained.load_model()
-        for temperature in TEMPERATURES:
-            for prior in PRIORS if isinstance(model, FreeTransformer) else (None,):
-                started = time.perf_counter()
-                tokens = generate(model, tokenizer, options, seed, temperature, prior)
-                seconds = time.perf_counter() - started
-                coherence = measure_coherence(tokens, tokenizer, classify, SEGMENT, scorer)
-                texts = tokenizer.batch_decode(tokens[:6], skip_special_tokens=True)
-                results.append(Result(seed, name, prior, temperature, coherence, seconds, texts))
-                console.print(table([results[-1]], marks_of(options.windows)).to_rich())
-    write_results(options, results, accuracy)
+    _worker.update(classify=classify, accuracy=accuracy, scorer=run.load_model(), tokenizer=tokenizer)
+
+
+def _accuracy() -> float:
+    return float(_worker["accuracy"])
+
+
+def _measure(path: Path, options: argparse.Namespace, name: str, seed: int, setting: Setting) -> Result:
+    """Generates texts and classifies them."""
+    model, tokenizer = Run.open(path).load_model(), _worker["tokenizer"]
+    started = time.perf_counter()
+    tokens = generate(model, tokenizer, options, seed, setting)
+    seconds = time.perf_counter() - started
+    coherence = measure_coherence(tokens, tokenizer, _worker["classify"], SEGMENT, _worker["scorer"])
+    return Result(seed, name, setting, coherence, seconds, tokenizer.batch_decode(tokens[:6], skip_special_tokens=True))
 
 
 def train_all(options: argparse.Namespace, wanted: dict[tuple[str, int], list[str]], data: list[str]) -> dict[Any, Run]:
     """Trains the runs that are not finished, as many at a time as there are cores, one core each."""
-    runs, waiting, running = {}, [], []
-    for (name, seed), changes in wanted.items():
-        trained = runs[name, seed] = Run(options.out / f"{name.replace(' ', '-')}-{seed}")
-        command = [sys.executable, "-m", "free_transformer", "train", options.config, f"run_dir={trained.path}"]
-        waiting.append((trained, [*command, f"training.seed={seed}", *data, *changes, *options.overrides]))
-    cores = os.cpu_count() or 1
-    while waiting or running:
-        while waiting and len(running) < cores:
-            trained, command = waiting.pop(0)
-            trained.path.mkdir(parents=True, exist_ok=True)
-            console.print(f"training {trained.path} (log in {trained.path / 'log.txt'})")
-            with (trained.path / "log.txt").open("w") as log:
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                running.append((trained, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
-        trained, process = running.pop(0)
-        if process.wait() != 0:
-            raise SystemExit(f"training {trained.path} failed: see {trained.path / 'log.txt'}")
+    runs = {(name, seed): Run(options.out / f"{name.replace(' ', '-')}-{seed}") for name, seed in wanted}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = {
+            pool.submit(
+                _train, run, options.config, [f"training.seed={key[1]}", *data, *wanted[key], *options.overrides]
+            )
+            for key, run in runs.items()
+        }
+        for each in started:
+            each.result()
     return runs
 
 
-def generate(
-    model: Any, tokenizer: Any, options: argparse.Namespace, seed: int, temperature: float, prior: str | None
-) -> torch.Tensor:
+def _train(run: Run, config: str, overrides: list[str]) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    log = run.path / "log.txt"
+    console.print(f"training {run.path} (log in {log})")
+    command = [sys.executable, "-m", "free_transformer", "train", config, f"run_dir={run.path}", *overrides]
+    with log.open("w") as file:
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    if done.returncode != 0:
+        raise SystemExit(f"training {run.path} failed: see {log}")
+
+
+def generate(model: Any, tokenizer: Any, options: argparse.Namespace, seed: int, setting: Setting) -> torch.Tensor:
     """Texts from an empty prompt, (texts, windows · WINDOW), without the begin-of-text token."""
     torch.manual_seed(seed)
     text = torch.full((options.texts, 1), tokenizer.bos_token_id)
     length = options.windows * WINDOW + 1
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": setting.temperature, "top_k": 0}
     sampling["suppress_tokens"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     if isinstance(model, FreeTransformer):
-        sampling["plan"] = model.sample_plan(options.texts, 1, prior=prior)
+        model.config.plan_strength = setting.strength
+        sampling["plan"] = model.sample_plan(options.texts, 1, prior=setting.prior)
         return model.generate(text, max_new_tokens=length - 1, **sampling)[:, 1:]
     context = model.config.max_position_embeddings
     while text.shape[1] < length:  # as a Free Transformer does: a full context is read again from its middle
@@ -174,7 +217,7 @@ def table(results: list[Result], marks: list[int]) -> Table:
         ends = " / ".join(map(str, coherence.counts_at_end(len(VOICES))))
         rows.append(
             [
-                *(str(each.seed), each.name, f"{each.temperature:g}", *shares),
+                *(str(each.seed), each.name, f"{each.setting.temperature:g}", *shares),
                 *(f"{coherence.switches_per_1000_tokens:.2f}", ends, f"{coherence.segment_nll.mean():.3f}"),
             ]
         )
@@ -204,7 +247,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
         f"says its style (accuracy on held-out segments: {accuracy:.3f})."
     )
     for temperature in TEMPERATURES:
-        some = [each for each in results if each.temperature == temperature]
+        some = [each for each in results if each.setting.temperature == temperature]
         report.heading(f"Temperature {temperature:g}")
         lines: dict[str, list[np.ndarray]] = {}
         for each in some:
@@ -220,7 +263,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
     report.paragraph("The beginning and the end of the first texts of seed " + str(options.seeds[0]) + ".")
     for each in results:
         if each.seed == options.seeds[0]:
-            report.heading(f"{each.name}, temperature {each.temperature:g}", level=3)
+            report.heading(f"{each.name}, temperature {each.setting.temperature:g}", level=3)
             report.samples([(f"text {i + 1}", f"{t[:300]}\n\n[…]\n\n{t[-300:]}") for i, t in enumerate(each.texts)])
     report.write(options.out / "report.html")
     console.print(table(results, marks).to_rich())

@@ -43,7 +43,7 @@ def models():
     return {
         "dynamic": build(plan_span=SPAN),
         "static": build(plan_span="sequence"),
-        "window": build(plan_span="sequence", sliding_window=5),
+        "window": build(plan_span="sequence", sliding_window=5, plan_strength=1.5),
     }
 
 

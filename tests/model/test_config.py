@@ -155,3 +155,8 @@ def test_the_plan_enters_all_layers_from_the_middle_on_where_asked(tiny_config):
     assert tiny_config(num_layers=5, injection_layers="all").injection_layers == [2, 3, 4]
     with pytest.raises(ValueError, match=r"injection_layers=every: layers from 2 to 3, or 'all'"):
         tiny_config(injection_layers="every")
+
+
+def test_a_configuration_is_made_of_its_own_dictionary(tiny_model):
+    config = tiny_model(latent_dim=3, plan_strength=1.5).config
+    assert type(config)(**config.to_dict()).to_dict() == config.to_dict()

@@ -87,6 +87,7 @@ ORDER = (
     "integrations",
     "reproduce",
     "serving",
+    "explorer",
     "cli",
 )
 PUBLIC_NAMES = {"auto_classes", "deploy", "losses", "plan", "synthetic_data", "trainer", "__init__", "__main__"}

@@ -659,20 +659,20 @@ def test_positions_that_start_late_do_not_change_how_a_plan_covers_tokens(tiny_m
 def test_plan_strength_scales_the_plan_vectors(tiny_model, tokens_like, span):
     """As if the codebook were larger; 0 is the plain Llama. The configuration can change at any time."""
     model = tiny_model(plan_span=span).double()
-    tokens = tokens_like(model, 2, 9)
+    tokens = tokens_like(2, 9)
     plan = random_plan(model, 2, 9)
     larger = deepcopy(model)
     with torch.no_grad():
         larger.plan_table.weight *= 2.5
     model.config.plan_strength = 2.5
-    assert_close(model(tokens, plan=plan).logits, larger(tokens, plan=plan).logits)
+    assert_close(model(tokens, plan=plan).logits, larger(tokens, plan=plan).logits, **CLOSE)
     cached, steps = model(tokens[:, :4], plan=plan, prompt_plan="prior", use_cache=True), []
     for column in range(4, 9):
         cached = model(tokens[:, column : column + 1], plan=plan[:, : num_plans(span, column + 1)], cache=cached.cache)
         steps.append(cached.logits)
-    assert_close(torch.cat(steps, 1), larger(tokens, plan=plan).logits[:, 4:])
+    assert_close(torch.cat(steps, 1), larger(tokens, plan=plan).logits[:, 4:], **CLOSE)
     model.config.plan_strength = 0
-    assert_close(model(tokens, plan=plan).logits, llama_of(model)(tokens).logits)
+    assert_close(model(tokens, plan=plan).logits, llama_of(model)(tokens).logits, **CLOSE)
 
 
 def test_plan_strength_is_saved_and_checked(tiny_model, tiny_config, tmp_path):

@@ -134,12 +134,12 @@ class Explored:
         """Texts of the same random numbers under the plan as it was and as it is, and then the effect on tokens."""
         plans = [self._bits(choices, before), self._bits(choices, choices.plan)]
         titles = (f"before {self.title(plans[0], names)}", f"now {self.title(plans[1], names)}")
-        asked = [self._request(choices, plan, choices.words) for plan in plans]
+        asked = [replace(self._request(choices, plan, choices.words), logprobs=0) for plan in plans]
         texts: list[GrowingText] = [GrowingText(), GrowingText()]
         async for texts in generate(self.engine, asked):
             yield markup.difference(texts[0], texts[1], titles), ""
-        if texts[1].text and self.batch.plan_span == "sequence":
-            effects = await token_effects(self.engine, choices.prompt + texts[1].text, plans[::-1])
+        if texts[1].tokens and self.batch.plan_span == "sequence":
+            effects = await token_effects(self.engine, [*asked[1].tokens, *texts[1].tokens], plans[::-1])
             yield markup.difference(texts[0], texts[1], titles), markup.tokens(effects, ["under this plan", "before"])
 
     async def continuation(

@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,11 +24,13 @@ class GrowingText:
     A text so far.
 
     Attributes:
+        tokens: its new tokens, where the request asks for scores.
         change: characters before the first change of its plan; None without one.
         failure: why it ended early.
     """
 
     text: str = ""
+    tokens: list[int] = field(default_factory=list)
     change: int | None = None
     ended: bool = False
     failure: str | None = None
@@ -89,6 +91,7 @@ async def generate(engine: Engine, requests: Sequence[TextRequest]) -> AsyncIter
         async for chunk in responses:
             text = texts[id(chunk.request)]
             text.text += chunk.text
+            text.tokens += [score.token for score in chunk.scores]
             if chunk.tokens <= min(chunk.request.plan_changes, default=-1):
                 text.change = len(text.text)
             text.ended, text.failure = chunk.end is not None, chunk.reason
@@ -112,14 +115,15 @@ async def read_plan(engine: Engine, text: str) -> np.ndarray:
     return probabilities
 
 
-async def token_effects(engine: Engine, text: str, plans: Sequence[np.ndarray]) -> list[TokenEffect]:
+async def token_effects(engine: Engine, tokens: list[int], plans: Sequence[np.ndarray]) -> list[TokenEffect]:
     """
-    The effect of the first of these plans, (P, H) each, on every token of a text that was generated under it.
+    The effect of the first of these plans, (P, H) each, on every token of a text, which begins with the begin-of-text
+    token. Of a text beyond the model's context, the beginning is measured.
 
     The average is that of the model's predictions under plans from the uniform prior, each weighted by how well it
     predicts the tokens before.
     """
-    tokens = engine.batch.encode(text, engine.batch.max_length)[: engine.batch.max_length]
+    tokens = tokens[: engine.batch.max_length]
     scored = [
         TextRequest(tokens, max_tokens=0, plan=plan, prompt_plan="prior", logprobs=ALTERNATIVES, score_prompt=True)
         for plan in plans

@@ -76,7 +76,7 @@ class Layout:
                 new_words=gr.Button("New words", elem_id="new-words"),
                 generate=gr.Button("Generate", variant="primary", elem_id="generate"),
             )
-        with gr.Accordion("Settings", open=False), gr.Row():
+        with gr.Row():  # not in an accordion: Gradio loses changes to sliders in one that is closed
             self._add(
                 words=gr.Number(start.words, label="Seed of the words", precision=0, minimum=0, elem_id="words"),
                 temperature=gr.Slider(*TEMPERATURES, value=start.temperature, step=0.05, label="Temperature"),

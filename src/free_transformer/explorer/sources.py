@@ -39,9 +39,10 @@ class Opened:
     def build(self) -> Batch:
         """The model, ready to generate."""
         if self.is_onnx:
-            from free_transformer.cli.batches import onnx_batch
+            from free_transformer.runtime.onnx_model import OnnxFreeTransformer
+            from free_transformer.serving.onnx_batch import OnnxBatch
 
-            return onnx_batch(self.folder, ROWS, None, None)
+            return OnnxBatch(OnnxFreeTransformer(self.folder), ROWS)
         return _torch_batch(_model_folder(self.folder))
 
     def build_baseline(self) -> Batch:

@@ -42,6 +42,7 @@ PAPER: dict[str, float] = {
 _ALSO_ACCEPTED = {
     *("torch_dtype", "num_labels", "rope_theta", "rope_scaling", "name_or_path", "output_attentions"),
     *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "return_unused_kwargs"),
+    *("_name_or_path", "_commit_hash"),  # of `to_dict`
     *("auto_map", "quantization_config"),
     *GenerationConfig._get_default_generation_params(),
 }
