@@ -29,11 +29,19 @@ def _connect(page: gr.Blocks, layout: Layout, handlers: Handlers) -> None:
     made = layout.components
     events = _Events(layout, handlers)
 
+    latest: dict[str | None, object] = {}  # by visitor, what the page is to show
+
     async def show_tab(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
         origin = request.headers.get("origin") or f"http://{request.headers.get('host', 'localhost')}"
+        own = latest[request.session_hash] = object()
         with messages():
             async for update in handlers.show_tab(handlers.form(*values), origin):
+                if latest.get(request.session_hash) is not own:  # the visitor has asked for something else since
+                    return
                 yield events.by_component(update)
+
+    def forget(request: gr.Request) -> None:
+        latest.pop(request.session_hash, None)
 
     def open_link(request: gr.Request) -> dict[Any, Any]:
         found = handlers.open_link(dict(request.query_params))
@@ -45,6 +53,7 @@ def _connect(page: gr.Blocks, layout: Layout, handlers: Handlers) -> None:
         event.then(show_tab, layout.form, shown, api_visibility="private", show_progress="hidden")
 
     opened = [*layout.form[:8], made["before"], made["tabs"]]
+    page.unload(forget)
     then_show(page.load(open_link, None, opened, api_visibility="private", show_progress="hidden"))
     for tab in made["tabs"].children:
         then_show(tab.select(lambda name=tab.id: name, None, made["tab"], api_visibility="private"))
