@@ -131,16 +131,25 @@ class Explored:
         return found
 
     async def flip(self, choices: Choices, before: str, names: Mapping[str, str]) -> AsyncIterator[tuple[str, str]]:
-        """Texts of the same random numbers under the plan as it was and as it is, and then the effect on tokens."""
+        """
+        Texts of the same random numbers under the plan as it was and as it is, and then the effect on tokens. Where the
+        plan has not changed, it is shown with its first live bit flipped.
+        """
+        words = ("before", "now")
+        if before == choices.plan and self.batch.plan_span == "sequence":
+            bit = next((place for place, reason in enumerate(self.dead) if reason is None), 0)
+            before = choices.plan[:bit] + "10"[int(choices.plan[bit])] + choices.plan[bit + 1 :]
+            words = (f"with bit {bit} flipped", "this plan")
         plans = [self._bits(choices, before), self._bits(choices, choices.plan)]
-        titles = (f"before {self.title(plans[0], names)}", f"now {self.title(plans[1], names)}")
+        titles = (f"{words[0]} {self.title(plans[0], names)}", f"{words[1]} {self.title(plans[1], names)}")
         asked = [replace(self._request(choices, plan, choices.words), logprobs=0) for plan in plans]
         texts: list[GrowingText] = [GrowingText(), GrowingText()]
         async for texts in generate(self.engine, asked):
             yield markup.difference(texts[0], texts[1], titles), ""
         if texts[1].tokens and self.batch.plan_span == "sequence":
             effects = await token_effects(self.engine, [*asked[1].tokens, *texts[1].tokens], plans[::-1])
-            yield markup.difference(texts[0], texts[1], titles), markup.tokens(effects, ["under this plan", "before"])
+            shown = markup.tokens(effects, ["under this plan", "under the other plan"])
+            yield markup.difference(texts[0], texts[1], titles), shown
 
     async def continuation(
         self, choices: Choices, text: str, plan: str, change: int | None, names: Mapping[str, str]
