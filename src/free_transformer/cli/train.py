@@ -1,10 +1,9 @@
 """`free-transformer train`."""
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from free_transformer.cli.options import ConfigArgument
 from free_transformer.cli.output import print_line, print_table, print_warning
@@ -12,16 +11,6 @@ from free_transformer.files import check_own_file
 
 if TYPE_CHECKING:
     from free_transformer.settings import Settings
-
-
-class TrainCommand(TyperCommand):
-    """Describes all settings at the end of the help; they are imported only then."""
-
-    def format_help(self, *args: Any) -> None:  # click's classes have different names in versions of typer
-        from free_transformer.settings import describe_settings
-
-        self.epilog = "Settings, as section.name=value:\n\n" + describe_settings()
-        super().format_help(*args)
 
 
 def train(
@@ -33,10 +22,20 @@ def train(
             metavar="[SECTION.NAME=VALUE]...",
         ),
     ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline",
+            help="Train the baseline of these settings, the same Llama without a plan, in the folder `RUN_DIR-baseline` "
+            "(in RUN_DIR if its name ends with `baseline`).",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Run a few steps, report parameters, memory, tokens and time, and exit without training."
+            "--dry-run",
+            help="Run a few steps, report parameters, memory, tokens and the measured time per step, and exit. No file "
+            "is created.",
         ),
     ] = False,
     allow_change: Annotated[
@@ -49,18 +48,23 @@ def train(
     ] = None,
 ) -> None:
     """
-    Train a Free Transformer (`model.kind=free`) or its baseline, or resume an interrupted run.
+    Train a Free Transformer or its baseline, or resume an interrupted run.
 
     Examples:
 
     - `free-transformer train config.yaml`
-    - `free-transformer train config.yaml training.max_steps=2000`
+    - `free-transformer train config.yaml run_dir=runs/my-run data.train=texts/ data.validation=held_out/`
+    - `free-transformer train config.yaml --baseline`
     """
+    from free_transformer.runs.console import ConsoleProgress
     from free_transformer.runs.run import Run
-    from free_transformer.settings import load_settings
+    from free_transformer.settings import load_baseline_settings, load_settings, override_warnings
     from free_transformer.training.loop import train as train_run
 
-    settings = load_settings(config, overrides)
+    settings = (load_baseline_settings if baseline else load_settings)(config, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in override_warnings(settings, overrides or [], config):
+            ConsoleProgress().message(warning, "warning")
     if dry_run:
         _show_preview(settings)
         return
