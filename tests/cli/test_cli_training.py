@@ -142,7 +142,7 @@ def test_a_dry_run_shows_what_a_run_would_take_and_writes_nothing(command, confi
     before = everything_below(tmp_path)
     outcome = command("train", config, "--dry-run")
     assert outcome.status == 0
-    for shown in ("codebook", "encoder", "tokens of a step", "memory of a process", "time of a step", "no decay"):
+    for shown in ("codebook", "encoder", "tokens per step", "memory per process", "measured over 3 steps", "no decay"):
         assert shown in outcome.out
     assert everything_below(tmp_path) == before
 

@@ -14,6 +14,7 @@ from free_transformer.settings import (
     Settings,
     SettingsError,
     StageSettings,
+    common_settings,
     describe_settings,
     load_settings,
     parse_settings,

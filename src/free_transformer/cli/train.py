@@ -1,6 +1,7 @@
 """`free-transformer train`."""
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,27 +57,24 @@ def train(
     - `free-transformer train config.yaml run_dir=runs/my-run data.train=texts/ data.validation=held_out/`
     - `free-transformer train config.yaml --baseline`
     """
-    from free_transformer.runs.console import ConsoleProgress
     from free_transformer.runs.run import Run
     from free_transformer.settings import load_baseline_settings, load_settings, override_warnings
     from free_transformer.training.loop import train as train_run
 
     settings = (load_baseline_settings if baseline else load_settings)(config, overrides)
-    if os.environ.get("RANK", "0") == "0":
-        for warning in override_warnings(settings, overrides or [], config):
-            ConsoleProgress().message(warning, "warning")
+    warnings = override_warnings(settings, overrides or [], config)
     if dry_run:
-        _show_preview(settings)
+        _show_preview(settings, warnings)
         return
     check_own_file(Run(settings.run_dir).report_file)
-    run = train_run(settings, allow_change=allow_change or ())
+    run = train_run(settings, allow_change=allow_change or (), warnings=warnings)
     if os.environ.get("RANK", "0") == "0":
         from free_transformer.runs.report import write_run_report
 
         print_line(f"report: {write_run_report(run.path)}")
 
 
-def _show_preview(settings: "Settings") -> None:
+def _show_preview(settings: "Settings", warnings: Sequence[str]) -> None:
     from free_transformer.training.preview import preview
 
     found = preview(settings)
@@ -86,5 +84,5 @@ def _show_preview(settings: "Settings") -> None:
         print_table(table)
     for group in found.groups:
         print_line(group)
-    for warning in found.warnings:
+    for warning in (*found.warnings, *warnings):
         print_warning(warning)
