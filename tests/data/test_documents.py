@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data_cases import COMPRESSIONS
 
-from free_transformer.data import is_path_source, read_documents, source_files
+from free_transformer.data import is_path_source, read_documents, read_documents_by_source, source_files
 from free_transformer.data.letters import letters
 from free_transformer.files import MARKER
 
@@ -22,6 +22,25 @@ def test_files_and_folders_are_read_by_name_each_file_a_document(tmp_path):
     (tmp_path / "single.txt").write_text("single")
     found = list(read_documents([tmp_path / "single.txt", str(tmp_path / "folder")]))
     assert found == ["single", *(f"text of {name}\n" for name in ("a/z.md", "b.txt", "c"))]
+
+
+def test_the_source_of_a_document_is_its_folder_in_a_folder_of_folders(tmp_path):
+    for name in ("plays/a.txt", "plays/acts/b.txt", "news/rows.jsonl", "loose.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text('{"text": "row 1"}\n{"text": "row 2"}\n' if "rows" in name else name)
+    (tmp_path / "single.txt").write_text("single")
+    sources = [tmp_path / "texts", tmp_path / "single.txt", "letters:1"]
+    found = list(read_documents_by_source(sources))
+    assert found[:-1] == [
+        ("loose.txt", "texts"),
+        ("row 1", "news"),
+        ("row 2", "news"),
+        ("plays/a.txt", "plays"),
+        ("plays/acts/b.txt", "plays"),
+        ("single", "single.txt"),
+    ]
+    assert found[-1].source == "letters:1"
+    assert [document.text for document in found] == list(read_documents(sources))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"nul \x00 byte"])

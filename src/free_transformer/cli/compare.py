@@ -9,10 +9,10 @@ from free_transformer.cli.options import (
     BatchOption,
     DataOption,
     MethodOption,
+    NumPlansOption,
     PriorOption,
     RowsOption,
     RunArgument,
-    SamplesOption,
     SeedOption,
 )
 from free_transformer.cli.output import print_table
@@ -30,7 +30,7 @@ def compare(
         Path, typer.Argument(help="Folder of the baseline's run (`model.kind=baseline`).", metavar="BASELINE_RUN")
     ],
     data: DataOption = None,
-    num_samples: SamplesOption = EvaluationOptions.num_samples,
+    num_plans: NumPlansOption = EvaluationOptions.num_samples,
     method: MethodOption = EvaluationOptions.method,
     prior: PriorOption = EvaluationOptions.prior,
     max_rows: RowsOption = EvaluationOptions.max_rows,
@@ -52,7 +52,7 @@ def compare(
     check_own_results(free.comparison_file, "difference")
     options = EvaluationOptions(
         data=tuple(data or ()),
-        num_samples=num_samples,
+        num_samples=num_plans,
         method=method,
         prior=prior,
         max_rows=max_rows,

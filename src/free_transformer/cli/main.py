@@ -6,6 +6,7 @@ Commands import heavy modules inside their functions, so that `--help` is fast a
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -70,16 +71,25 @@ app.command()(tokenizer)
 app.add_typer(reproduce, name="reproduce")
 
 
+RENAMED_OPTIONS = {name: {"--num-samples": "--num-plans"} for name in ("evaluate", "compare")}  # old names still work
+
+
 def main() -> None:
     """Entry point. Exit status: 0, 1 for a failure, 2 for bad input, 130 after Ctrl-C."""
     tolerate_any_encoding(sys.stdout, sys.stderr)
     debug = "--debug" in sys.argv
     arguments = [_with_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [_with_new_name(argument, RENAMED_OPTIONS.get(arguments[0], {})) for argument in arguments]
     with as_command(debug):
         status = app(arguments or ["--help"], prog_name="free-transformer", standalone_mode=False) or 0
         if status == INTERRUPTED:
             fail("interrupted; the same command resumes a training from its last checkpoint", INTERRUPTED)
         sys.exit(status)
+
+
+def _with_new_name(argument: str, new_names: Mapping[str, str]) -> str:
+    name, equals, value = argument.partition("=")
+    return f"{new_names.get(name, name)}{equals}{value}"
 
 
 def _with_home(argument: str) -> str:

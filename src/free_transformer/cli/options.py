@@ -19,7 +19,7 @@ DataOption = Annotated[
         "--data", help="File, folder or data set of held-out text; can be repeated. Default: the run's data.validation."
     ),
 ]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Number of plans sampled for each text, at least 1.")]
+NumPlansOption = Annotated[int, typer.Option(min=1, help="Number of plans sampled for each text, at least 1.")]
 MethodOption = Annotated[
     str,
     typer.Option(
