@@ -174,14 +174,14 @@ def test_letters_are_the_synthetic_task_of_a_count_and_a_seed():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nowhere.txt", None, "no such file or folder$"),
-        ("nowhere.JSONL", None, "no such file or folder$"),
+        ("nowhere.txt", None, "no such file or folder; check the path$"),
+        ("nowhere.JSONL", None, "no such file or folder; check the path$"),
         ("nowhere/", None, "no such file or folder"),
         ("./nowhere", None, "no such file or folder"),
         ("nobody-has-this-name", None, "no such file, folder or data set"),
-        ("empty.txt", b"", "contains no text"),
+        ("empty.txt", b"", "contains no text; name a file, folder or data set"),
         ("blank.txt", b" \n\n", "contains no text"),
-        ("binary.txt", b"\x80\x81", r"not UTF-8 text \(byte 0\)"),
+        ("binary.txt", b"\x80\x81", r"not UTF-8 text \(byte 0\); save it as UTF-8 text$"),
         ("nul.txt", b"a\x00b", "not text"),
         ("letters:0", None, "contains no text"),
     ],

@@ -284,7 +284,7 @@ def test_an_override_below_a_setting_is_refused(load):
 
 @pytest.mark.parametrize("text", ["just words", "- a\n- b", "3"])
 def test_a_file_without_sections_is_refused(load, text):
-    with refused(r"config\.yaml: sections of settings are needed"):
+    with refused(r"config\.yaml: not a file of settings; name a YAML file with sections of settings"):
         load(text)
 
 
@@ -298,10 +298,10 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(load, text):
 def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path):
     with refused(r"nowhere\.yaml: no such file"):
         load_settings(tmp_path / "nowhere.yaml")
-    with refused("cannot be read as text"):
+    with refused("a folder, not a file; name a YAML file with sections of settings"):
         load_settings(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
-    with refused(r"binary\.yaml: cannot be read as text"):
+    with refused(r"binary\.yaml: cannot be read as text .*; name a YAML file with sections of settings"):
         load_settings(tmp_path / "binary.yaml")
 
 

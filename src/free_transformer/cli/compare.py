@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def compare(
     run: RunArgument,
     baseline_run: Annotated[
-        Path, typer.Argument(help="Folder of the baseline's run (`model.kind=baseline`).", metavar="BASELINE_RUN")
+        Path,
+        typer.Argument(help="Folder of the baseline's run, created by `train --baseline`.", metavar="BASELINE_RUN"),
     ],
     data: DataOption = None,
     num_plans: NumPlansOption = EvaluationOptions.num_samples,
@@ -42,7 +43,7 @@ def compare(
 
     Examples:
 
-    - `free-transformer compare runs/free runs/baseline`
+    - `free-transformer compare runs/my-run runs/my-run-baseline`
     """
     from free_transformer.cli.processes import evaluation_processes
     from free_transformer.runs.evaluate import compare_runs

@@ -83,7 +83,7 @@ def main() -> None:
     with as_command(debug):
         status = app(arguments or ["--help"], prog_name="free-transformer", standalone_mode=False) or 0
         if status == INTERRUPTED:
-            fail("interrupted; the same command resumes a training from its last checkpoint", INTERRUPTED)
+            fail("interrupted; run the same command again to resume training from the last checkpoint", INTERRUPTED)
         sys.exit(status)
 
 

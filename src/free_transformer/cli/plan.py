@@ -20,9 +20,9 @@ def plan(
     plan: Annotated[
         str | None, typer.Option(help="Plan whose bits are flipped in the samples. Default: sampled from the prior.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Text that the samples continue. Default: start from nothing.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text that the samples continue. Default: none.")] = "",
     max_rows: Annotated[
-        int, typer.Option(min=1, help="Maximum number of rows of held-out text to measure the effect on.")
+        int, typer.Option(min=1, help="Maximum number of held-out rows on which the effect is measured.")
     ] = 64,
     batch_size: BatchOption = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per sample.")] = 80,
@@ -83,7 +83,7 @@ def plan(
 
 
 def _print_effects(effects: "list[BitEffect]") -> None:
-    header = ["bit", "bits spent per plan", "nats per token when flipped", "state"]
+    header = ["bit", "KL, bits", "effect, nats per token", "state"]
     rows = [
         [
             *(str(each.bit), f"{each.spent:.3f}", f"{each.effect:.4f} ± {each.standard_error:.4f}"),

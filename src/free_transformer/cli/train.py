@@ -27,8 +27,8 @@ def train(
         bool,
         typer.Option(
             "--baseline",
-            help="Train the baseline of these settings, the same Llama without a plan, in the folder `RUN_DIR-baseline` "
-            "(in RUN_DIR if its name ends with `baseline`).",
+            help="Train the baseline of these settings, the same Llama without a plan, in the folder "
+            "`RUN_DIR-baseline` (in RUN_DIR if its name ends with `baseline`).",
         ),
     ] = False,
     dry_run: Annotated[
@@ -42,8 +42,8 @@ def train(
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
-            help="Setting that may differ from the resumed run although training then continues on other text, such as "
-            "data.train or training.seed; `all` for every setting; can be repeated.",
+            help="Setting that may differ from the resumed run although training then continues on different rows, "
+            "such as data.train or training.seed; `all` allows every setting; can be repeated.",
             metavar="SECTION.NAME",
         ),
     ] = None,
@@ -54,7 +54,7 @@ def train(
     Examples:
 
     - `free-transformer train config.yaml`
-    - `free-transformer train config.yaml run_dir=runs/my-run data.train=texts/ data.validation=held_out/`
+    - `free-transformer train config.yaml run_dir=runs/own-text data.train=texts/ data.validation=held_out/`
     - `free-transformer train config.yaml --baseline`
     """
     from free_transformer.runs.run import Run

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.text import Text
@@ -28,7 +28,7 @@ class TrainCommand(TyperCommand):
 
 
 def _print_settings(title: str, described: "Sequence[SettingDescription]") -> None:
-    entries = []
+    entries: list[RenderableType] = []
     for each in described:
         entries.append(Text.assemble((each.name, "bold cyan"), f" = {each.default}"))
         entries.append(Padding(each.text.replace("`", ""), (0, 0, 0, 4)))

@@ -72,7 +72,7 @@ def read_documents_by_source(
                 found = True
                 yield document
         if not found:
-            raise InputError(f"{source}: contains no text")
+            raise InputError(f"{source}: contains no text; name a file, folder or data set that has some")
 
 
 def is_path_source(source: str | Path) -> bool:
@@ -125,7 +125,7 @@ def _read_path(path: Path, name: str, column: str, split: str, max_bad_rows: int
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         names_hub = REPOSITORY.fullmatch(name) and path.suffix.lower() not in FILE_SUFFIXES
-        hint = f"; a data set of that name is {HUB}{name}" if names_hub else ""
+        hint = f"; for a data set of that name, use {HUB}{name}" if names_hub else "; check the path"
         raise InputError(f"{name}: no such file or folder{hint}") from error
     except (OSError, ValueError) as error:  # the name is too long or contains NUL, or a folder is not accessible
         raise InputError(f"{name}: cannot be read ({reason(error)})") from error
@@ -228,4 +228,6 @@ def _load_data_set(data_set: _DataSet) -> Iterable[object]:
             raise InputError(
                 f"{source}: no split {split!r}; choose one that exists, as in {name}[test] ({message})"
             ) from error
-        raise InputError(f"{source}: no such file, folder or data set ({message})") from error
+        raise InputError(
+            f"{source}: no such file, folder or data set ({message}); check the path, or the name on the Hub"
+        ) from error

@@ -28,7 +28,10 @@ class BitEffect:
         spent: KL divergence of the bit's posterior from the uniform prior, in bits per plan.
         effect: KL divergence of the next-token distribution from the one with the bit flipped, in nats per token.
         standard_error: standard error of `effect` over rows. NaN for a single row.
-        dead: why the bit carries nothing about the text. None for a bit that carries something.
+        dead: why the bit carries nothing about the text, None for a bit that carries something. `"no text sets it"`:
+            its KL is below 0.05 bits, or a tenth of the free bits per bit if that is less. `"same value in all texts"`:
+            less than a tenth of its KL differs between texts. `"flipping it changes nothing"`: less than 0.1 bits per
+            row.
     """
 
     bit: int
@@ -78,7 +81,7 @@ def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]])
         spent = float(used[bit])
         differs = float(information[bit]) if len(plan_logits) > 1 else spent
         per_row = effect * tokens / len(rows) / math.log(2)
-        dead = _dead(spent, differs, per_row, live_threshold(model.config.free_bits, len(used)))
+        dead = _dead(spent, differs, per_row, live_threshold(float(model.config.free_bits or 0), len(used)))
         found.append(BitEffect(bit, spent, effect, float(errors[bit]), dead))
     return found
 
@@ -91,9 +94,9 @@ def _dead(spent: float, information: float, effect: float, threshold: float) -> 
         threshold: KL of a live bit, in bits per plan.
     """
     if spent < threshold:
-        return f"no text sets it (KL below {threshold:.3g} bits)"
+        return "no text sets it"
     if information < MIN_INFORMATION_SHARE * spent:
-        return "all texts have the same value"
+        return "same value in all texts"
     if effect < MIN_GAIN_BITS:
-        return f"flipping it does not change the text (below {MIN_GAIN_BITS} bits per row)"
+        return "flipping it changes nothing"
     return None

@@ -7,7 +7,6 @@ from typing import TextIO, cast
 
 from rich.console import Console
 
-
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 

@@ -68,7 +68,7 @@ class ConsoleProgress(Subscriber):
         for label, advice in update.new_alarms.items():
             self._print(f"step {step} {label}: {advice}", style="yellow")
         for label in update.cleared:
-            self._print(f"step {step} {label}: well again")
+            self._print(f"step {step} {label}: resolved")
 
     def message(self, text: str, level: Level = "info") -> None:
         if level == "warning":

@@ -1,7 +1,6 @@
 """Every setting with its default and its description, by section."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from free_transformer.data.text_files import reason
 from free_transformer.errors import InputError, SettingsError
 from free_transformer.files import few
 from free_transformer.settings.checks import check_together
@@ -15,6 +16,8 @@ from free_transformer.settings.section import MOVED, Section, relocated, replace
 from free_transformer.settings.sections import SECTIONS, Settings
 from free_transformer.settings.words import one_line
 from free_transformer.settings.yaml_text import YamlError, load_yaml
+
+NEEDED = "name a YAML file with sections of settings (model, training, data, ...)"
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None, to_train: bool = True) -> Settings:
@@ -74,15 +77,19 @@ def _read_sections(path: Path) -> dict[str, object]:
         if values is None:  # an empty file: all defaults
             values = {}
         if not isinstance(values, dict):
-            raise SettingsError("sections of settings are needed (model, training, data, ...)")
+            raise SettingsError(f"not a file of settings; {NEEDED}")
         for name, section in SECTIONS.items():
             if isinstance(values.get(name), dict):
                 values[name] = _renamed(name, section, values[name])
         values = relocated(values)
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file") from None
+        raise SettingsError(f"{path}: no such file; {NEEDED}") from None
+    except IsADirectoryError:
+        config = path / "config.yaml"
+        advice = f"name the file, {config}" if config.is_file() else NEEDED
+        raise SettingsError(f"{path}: a folder, not a file; {advice}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read as text ({error})") from error
+        raise SettingsError(f"{path}: cannot be read as text ({reason(error)}); {NEEDED}") from error
     except InputError as error:
         raise SettingsError(f"{path}: {error}") from error
     return values

@@ -207,7 +207,7 @@ def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, process
 
 def _timed_step(state: TrainState, micro: list[Batch], settings: Settings, processes: Processes) -> float:
     """Makes an optimizer step and returns its time in seconds."""
-    tokens = int(processes.sum(sum(predicted_tokens(batch["labels"]) for batch in micro)))
+    tokens = int(processes.sum(torch.stack([predicted_tokens(batch["labels"]) for batch in micro]).sum()))
     _wait(processes.device)
     started = time.perf_counter()
     compute_gradients(state, micro, tokens, {}, settings.training, processes)

@@ -85,9 +85,13 @@ class Preview:
         if self.time is not None:
             seconds, steps, max_steps = self.time.seconds, self.time.steps, self.settings.training.max_steps
             speed = f"{self.tokens_per_step / seconds:,.0f} tokens/s"
+            duration = timedelta(seconds=round(max_steps * seconds))
             rows += [
                 [f"time per step, measured over {steps} steps", f"{seconds:.3g} s ({speed})"],
-                [f"{max_steps:,} steps at this speed", f"{timedelta(seconds=round(max_steps * seconds))} + evaluations"],
+                [
+                    f"{max_steps:,} steps at this speed",
+                    f"{duration} + evaluations",
+                ],
             ]
         return Table(["cost", ""], rows)
 
