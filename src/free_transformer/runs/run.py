@@ -270,7 +270,7 @@ def check_folder_of_run(path: Path) -> None:
 
 
 def _explain_no_run(path: Path) -> str:
-    problem = not_a_folder(path) or "not a run (it has no config.yaml)"
+    problem = f"not a run ({not_a_folder(path) or 'it has no config.yaml'})"
     runs = sorted(str(file.parent) for file in path.glob("*/config.yaml"))
     if runs:
         return f"{path}: {problem}; it contains {few(runs)}: name one of them"
