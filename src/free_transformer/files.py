@@ -58,6 +58,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def not_a_folder(path: Path) -> str | None:
+    """What is wrong with a folder to read, for a message. None for a folder."""
+    if path.is_dir():
+        return None
+    return "a file, not a folder" if path.exists() else "no such folder"
+
+
 def few(names: list[str]) -> str:
     """The first of some names, for a message."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""

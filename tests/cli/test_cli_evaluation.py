@@ -20,7 +20,7 @@ from free_transformer.training import Run
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_measures_and_writes_the_names_of_the_library(command, runs, kind):
-    outcome = command("evaluate", runs[kind], "--num-samples", 8, "--max-rows", 20)
+    outcome = command("evaluate", runs[kind], "--num-plans", 8, "--max-rows", 20)
     assert outcome.status == 0, outcome
     values = json.loads((runs[kind] / "metrics.json").read_text())
     assert {"reconstruction", "kl", "elbo", "nll", "prior", "tokens", "standard_errors", "usage"} <= values.keys()
@@ -40,7 +40,7 @@ def test_evaluate_says_when_the_plan_is_not_used(command, run):
     model = Run(run).load_model()
     torch.nn.init.zeros_(model.plan_table.weight)
     model.save_pretrained(run / "model")
-    outcome = command("evaluate", run, "--num-samples", 1, "--max-rows", 8)
+    outcome = command("evaluate", run, "--num-plans", 1, "--max-rows", 8)
     assert "warning: the plan is not used" in " ".join(outcome.out.split())
     assert "not used" in json.loads((run / "metrics.json").read_text())["warning"]
 
@@ -84,7 +84,7 @@ def test_plan_shows_what_each_bit_does(command, runs):
 
 def test_metrics_of_one_text_are_json_that_any_reader_takes(command, run, tmp_path):
     write_text(tmp_path / "one.txt", "a cat")
-    assert command("evaluate", run, "--data", tmp_path / "one.txt", "--num-samples", 1).status == 0
+    assert command("evaluate", run, "--data", tmp_path / "one.txt", "--num-plans", 1).status == 0
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -105,7 +105,7 @@ def test_compare_shows_what_may_be_compared(command, runs):
 
 @pytest.mark.parametrize("order", [("baseline", "free"), ("free", "free"), ("baseline", "baseline")])
 def test_compare_takes_a_free_run_and_a_baseline(command, runs, order):
-    outcome = command("compare", *(runs[kind] for kind in order), "--num-samples", 1, "--max-rows", 4)
+    outcome = command("compare", *(runs[kind] for kind in order), "--num-plans", 1, "--max-rows", 4)
     assert outcome.status == 2
     assert "compare takes a run of kind free, then one of kind baseline" in outcome.err
 
@@ -114,7 +114,7 @@ def test_compare_refuses_runs_of_different_row_length(command, runs, tmp_path):
     other = Path(shutil.copytree(runs["baseline"], tmp_path / "other"))
     text = (other / "config.yaml").read_text()
     write_text(other / "config.yaml", text.replace("seq_len: 16", "seq_len: 12"))
-    outcome = command("compare", runs["free"], other, "--num-samples", 1, "--max-rows", 8)
+    outcome = command("compare", runs["free"], other, "--num-plans", 1, "--max-rows", 8)
     assert outcome.status == 2
     assert "different text" in outcome.err
 
@@ -124,7 +124,7 @@ def test_compare_refuses_runs_of_different_tokenizers(command, runs, tmp_path):
     other = Path(shutil.copytree(runs["baseline"], tmp_path / "other"))
     assert command("tokenizer", runs["free"].parent / "text.txt", tmp_path / "bpe", "--vocab-size", 259).status == 0
     shutil.copytree(tmp_path / "bpe", other / "model", dirs_exist_ok=True)
-    outcome = command("compare", runs["free"], other, "--num-samples", 1, "--max-rows", 8)
+    outcome = command("compare", runs["free"], other, "--num-plans", 1, "--max-rows", 8)
     assert outcome.status == 2, outcome.out
     assert "different" in outcome.err
 
@@ -161,12 +161,13 @@ def test_a_full_disk_is_status_1(command, run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("free_transformer.files.write_text", full)
-    outcome = command("evaluate", run, "--max-rows", 2, "--num-samples", 1)
+    outcome = command("evaluate", run, "--max-rows", 2, "--num-plans", 1)
     assert outcome.status == 1
     assert outcome.err.splitlines()[-1] == "free-transformer: error: No space left on device"
 
 
-def test_evaluation_draws_as_many_plans_as_asked(command, run, monkeypatch):
+@pytest.mark.parametrize("option", ["--num-plans", "--num-samples"])  # the second one is its old name
+def test_evaluation_draws_as_many_plans_as_asked(command, run, monkeypatch, option):
     seen = []
     original = likelihood._evaluate_batch
 
@@ -175,12 +176,12 @@ def test_evaluation_draws_as_many_plans_as_asked(command, run, monkeypatch):
         return original(model, batch, num_samples, method, prior)
 
     monkeypatch.setattr(likelihood, "_evaluate_batch", watch)
-    assert command("evaluate", run, "--num-samples", 3, "--max-rows", 10, "--batch-size", 4).status == 0
+    assert command("evaluate", run, option, 3, "--max-rows", 10, "--batch-size", 4).status == 0
     assert seen == [(4, 3, "importance"), (4, 3, "importance"), (2, 3, "importance")]
 
 
 def test_evaluate_run_returns_what_the_command_saves(command, run):
-    assert command("evaluate", run, "--max-rows", 10, "--num-samples", 2, "--seed", 5).status == 0
+    assert command("evaluate", run, "--max-rows", 10, "--num-plans", 2, "--seed", 5).status == 0
     saved = json.loads((run / "metrics.json").read_text())
     before = everything_below(run)
     result = evaluate_run(Run(run), EvaluationOptions(max_rows=10, num_samples=2, seed=5), quiet=True)

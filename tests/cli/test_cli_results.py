@@ -13,7 +13,7 @@ from free_transformer.files import write_text
 @pytest.mark.parametrize("kind", KINDS)
 def test_report_opens_without_a_server_or_a_network(command, runs, tmp_path, kind, outside_references):
     run = Path(shutil.copytree(runs[kind], tmp_path / "run <b>"))
-    command("evaluate", run, "--num-samples", 1, "--max-rows", 4)
+    command("evaluate", run, "--num-plans", 1, "--max-rows", 4)
     outcome = command("report", run)
     assert outcome.status == 0, outcome
     page = (run / "report.html").read_text()

@@ -9,6 +9,7 @@ from cli_fixtures import *  # noqa: F403
 
 from free_transformer.data import load_tokenizer
 from free_transformer.files import write_text
+from free_transformer.settings import load_baseline_settings, load_settings, override_warnings
 from free_transformer.training import Run, step
 
 
@@ -92,10 +93,10 @@ def test_text_that_is_none_is_refused_by_name_and_nothing_is_written(command, co
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
+        (None, "no such file; name a YAML file"),
         (b"model: [", "not YAML"),
-        (b"just words", "sections of settings"),
-        (b"\xff\xff", "as text"),
+        (b"just words", "not a file of settings; name a YAML file with sections of settings"),
+        (b"\xff\xff", "as text .*; name a YAML file"),
     ],
 )
 def test_a_file_that_holds_no_settings_is_refused(command, tmp_path, content, message):
@@ -103,6 +104,44 @@ def test_a_file_that_holds_no_settings_is_refused(command, tmp_path, content, me
     if content is not None:
         path.write_bytes(content)
     assert_refused(command("train", path), 2, rf"config\.yaml: .*{message}")
+
+
+def test_a_folder_that_holds_settings_is_refused_with_its_file(command, runs, tmp_path):
+    assert_refused(command("train", runs["free"]), 2, r"a folder, not a file; name the file, .*free/config\.yaml$")
+    assert_refused(command("train", tmp_path), 2, "a folder, not a file; name a YAML file")
+
+
+def test_train_without_text_says_how_to_name_it(command, tmp_path):
+    write_text(tmp_path / "config.yaml", f"run_dir: {tmp_path / 'run'}")
+    assert_refused(command("train", tmp_path / "config.yaml"), 2, "data.train names no text; set it to")
+
+
+def test_train_baseline_is_the_same_run_without_a_plan_beside_it(command, config, tmp_path):
+    write_text(tmp_path / "other.txt", TEXT[::-1])
+    overrides = ["training.max_steps=2", f"data.train={tmp_path / 'other.txt'}"]
+    outcome = command("train", config, *overrides, "--baseline")
+    assert outcome.status == 0 and "warning: data.train is overridden" in outcome.err
+    baseline, free = Run(tmp_path / "free-baseline").settings, load_settings(config, overrides)
+    assert baseline.model.kind == "baseline" and baseline.optimizer.name == free.optimizer_name == "muon"
+    assert baseline.training == free.training and baseline.data == free.data
+    assert load_baseline_settings(config, ["run_dir=runs/my-baseline"]).run_dir == Path("runs/my-baseline")
+    assert_refused(command("train", config, "model.kind=free", "--baseline"), 2, "model.kind is given twice")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        (["data.train={folder}/other.txt"], True),
+        (["data={{train: {folder}/other.txt}}"], True),
+        (["data.train={folder}/other.txt", "data.validation={folder}/text.txt"], False),
+        (["data.train={folder}/other.txt", "data.validation=[]"], False),
+        (["training.seed=1"], False),
+    ],
+)
+def test_text_of_ones_own_with_the_held_out_text_of_the_file_is_a_warning(config, tmp_path, overrides, warns):
+    overrides = [override.format(folder=tmp_path) for override in overrides]
+    found = override_warnings(load_settings(config, overrides), overrides, config)
+    assert [f"is still that of {config}" in warning for warning in found] == [True] * warns
 
 
 def test_a_damaged_checkpoint_is_one_line(command, config, tmp_path):
@@ -134,7 +173,7 @@ def test_stopping_by_hand_says_how_to_go_on(command, config, monkeypatch):
     monkeypatch.setattr(step, "training_forward", stop)
     outcome = command("train", config)
     assert outcome.status in (1, 130)
-    assert "the same command resumes a training from its last checkpoint" in outcome.err
+    assert "run the same command again to resume training from the last checkpoint" in outcome.err
     assert "Traceback" not in outcome.err
 
 
@@ -142,7 +181,7 @@ def test_a_dry_run_shows_what_a_run_would_take_and_writes_nothing(command, confi
     before = everything_below(tmp_path)
     outcome = command("train", config, "--dry-run")
     assert outcome.status == 0
-    for shown in ("codebook", "encoder", "tokens of a step", "memory of a process", "time of a step", "no decay"):
+    for shown in ("codebook", "encoder", "tokens per step", "memory per process", "measured over 3 steps", "no decay"):
         assert shown in outcome.out
     assert everything_below(tmp_path) == before
 

@@ -89,7 +89,9 @@ def test_a_path_that_is_missing_is_never_taken_for_a_data_set(hub, name):
 
 
 def test_a_data_set_whose_name_looks_like_a_file_can_be_named(hub):
-    with pytest.raises(ValueError, match=r"owner/corpus.v2: no such file or folder; .* is hub:owner/corpus.v2"):
+    with pytest.raises(
+        ValueError, match=r"owner/corpus.v2: no such file or folder; for a data set .*, use hub:owner/corpus.v2"
+    ):
         list(read_documents(["owner/corpus.v2"]))
 
 

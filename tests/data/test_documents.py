@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data_cases import COMPRESSIONS
 
-from free_transformer.data import is_path_source, read_documents, source_files
+from free_transformer.data import is_path_source, read_documents, read_documents_by_source, source_files
 from free_transformer.data.letters import letters
 from free_transformer.files import MARKER
 
@@ -22,6 +22,25 @@ def test_files_and_folders_are_read_by_name_each_file_a_document(tmp_path):
     (tmp_path / "single.txt").write_text("single")
     found = list(read_documents([tmp_path / "single.txt", str(tmp_path / "folder")]))
     assert found == ["single", *(f"text of {name}\n" for name in ("a/z.md", "b.txt", "c"))]
+
+
+def test_the_source_of_a_document_is_its_folder_in_a_folder_of_folders(tmp_path):
+    for name in ("plays/a.txt", "plays/acts/b.txt", "news/rows.jsonl", "loose.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text('{"text": "row 1"}\n{"text": "row 2"}\n' if "rows" in name else name)
+    (tmp_path / "single.txt").write_text("single")
+    sources = [tmp_path / "texts", tmp_path / "single.txt", "letters:1"]
+    found = list(read_documents_by_source(sources))
+    assert found[:-1] == [
+        ("loose.txt", "texts"),
+        ("row 1", "news"),
+        ("row 2", "news"),
+        ("plays/a.txt", "plays"),
+        ("plays/acts/b.txt", "plays"),
+        ("single", "single.txt"),
+    ]
+    assert found[-1].source == "letters:1"
+    assert [document.text for document in found] == list(read_documents(sources))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"nul \x00 byte"])
@@ -155,14 +174,14 @@ def test_letters_are_the_synthetic_task_of_a_count_and_a_seed():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nowhere.txt", None, "no such file or folder$"),
-        ("nowhere.JSONL", None, "no such file or folder$"),
+        ("nowhere.txt", None, "no such file or folder; check the path$"),
+        ("nowhere.JSONL", None, "no such file or folder; check the path$"),
         ("nowhere/", None, "no such file or folder"),
         ("./nowhere", None, "no such file or folder"),
         ("nobody-has-this-name", None, "no such file, folder or data set"),
-        ("empty.txt", b"", "contains no text"),
+        ("empty.txt", b"", "contains no text; name a file, folder or data set"),
         ("blank.txt", b" \n\n", "contains no text"),
-        ("binary.txt", b"\x80\x81", r"not UTF-8 text \(byte 0\)"),
+        ("binary.txt", b"\x80\x81", r"not UTF-8 text \(byte 0\); save it as UTF-8 text$"),
         ("nul.txt", b"a\x00b", "not text"),
         ("letters:0", None, "contains no text"),
     ],

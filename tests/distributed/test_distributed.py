@@ -223,7 +223,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [[], ["--prior", "aggregate"], ["--method", "particle_filter"]])
 def test_an_evaluation_of_two_or_three_processes_has_the_numbers_of_one(tmp_path, trained, options):
-    arguments = ["evaluate", str(trained), "--batch-size", "4", "--num-samples", "3", *options]
+    arguments = ["evaluate", str(trained), "--batch-size", "4", "--num-plans", "3", *options]
     found = {}
     for count in (1, 2, 3):
         processes.run(count, command, *arguments, log=tmp_path / f"{count}.log")

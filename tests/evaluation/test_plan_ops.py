@@ -74,6 +74,23 @@ def test_the_effect_of_a_bit_is_the_divergence_of_two_forwards(tiny_model, token
     assert [effect.spent for effect in effects] == pytest.approx(spent.tolist(), abs=1e-5)
 
 
+def test_dead_bits_are_named_with_the_reason(tiny_model, tokens_like):
+    model, tokens = tiny_model(plan_span="sequence", code_bits=1), tokens_like(8, 32)
+    assert len(model.plan_table.weight) == 8  # two rows per bit
+    readout, codebook = model.encoder.readout, model.plan_table.weight
+    with torch.no_grad():
+        readout.bias -= model.infer_plan(tokens).mean((0, 1))
+        readout.weight *= 100  # each text sets its bits
+        readout.bias *= 100
+        readout.weight[:2] = 0
+        readout.bias[:2] = torch.tensor([0.0, 5.0])  # bit 0: in no text, bit 1: the same in all texts
+        codebook *= 10
+        codebook[5] = codebook[4]  # bit 2: not visible to the decoder
+    effects = bit_effects(model, [{"input_ids": tokens}])
+    reasons = ["no text sets it", "same value in all texts", "flipping it changes nothing", None]
+    assert [effect.dead for effect in effects] == reasons
+
+
 def test_padding_does_not_count(tiny_model, tokens_like):
     model, tokens = tiny_model(plan_span="sequence"), tokens_like(1, 6)
     alone = bit_effects(model, [{"input_ids": tokens}])

@@ -373,7 +373,7 @@ def test_the_plan_of_an_example_is_read_as_by_the_command_line(models, exports):
 
 
 def test_bad_exports_are_told(models, exports, tmp_path):
-    with pytest.raises(ValueError, match="no export"):
+    with pytest.raises(ValueError, match="not an export"):
         OnnxFreeTransformer(tmp_path)
     with pytest.raises(ValueError, match="provider 'NoExecutionProvider': this onnxruntime has"):
         OnnxFreeTransformer(exports["dynamic"].folder, providers=["NoExecutionProvider"])

@@ -25,10 +25,14 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_option_that_is_named_exists(page):
-    known = typer.main.get_command(app).commands
+    group = typer.main.get_command(app)
+    known = group.commands
     for line in commands(page):
         words = shlex.split(line.replace("…", "").replace("'data", "data").replace("'", ""))
         if words[:1] != ["free-transformer"] or len(words) < 2 or not words[1].islower():
+            continue
+        if words[1].startswith("-"):
+            assert any(words[1] in parameter.opts for parameter in group.params), line
             continue
         assert words[1] in known, line
         options = {name for parameter in known[words[1]].params for name in parameter.opts} | {"--help", "--debug"}

@@ -465,7 +465,7 @@ def test_zero_is_never(capsys, name):
 
 def test_results_of_an_earlier_model_are_named_as_such(command):
     run = train_with()
-    assert command("evaluate", "run", "--num-samples", "2") == 0
+    assert command("evaluate", "run", "--num-plans", "2") == 0
     assert "earlier model" not in write_run_report(run.path).read_text()
     card = (run.model_folder / "README.md").read_text()
     nll = f"{json.loads(run.evaluation_file.read_text())['nll']:.4f}"
@@ -474,7 +474,7 @@ def test_results_of_an_earlier_model_are_named_as_such(command):
     page = write_run_report(run.path).read_text()
     assert "These results are from an earlier model (step 4)" in page
     assert nll not in (run.model_folder / "README.md").read_text()
-    assert command("evaluate", "run", "--num-samples", "2") == 0
+    assert command("evaluate", "run", "--num-plans", "2") == 0
     assert "earlier model" not in write_run_report(run.path).read_text()
 
 
@@ -494,7 +494,7 @@ def test_results_are_written_before_they_are_shown(command, monkeypatch, what):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", broken_output(what))
         patch.setattr(output, "console", stdout_console())  # one that has met a closed pipe stays quiet
-        status = command("evaluate", "run", "--num-samples", "2")
+        status = command("evaluate", "run", "--num-plans", "2")
     assert json.loads(run.evaluation_file.read_text())["nll"] > 0
     assert (status == 0) == (what == "ascii")
 

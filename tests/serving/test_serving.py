@@ -363,7 +363,7 @@ def test_token_is_required(model):
         ([], "name a RUN, or an export with --onnx FOLDER"),
         (["run", "--onnx", "export"], "not both"),
         (["{tmp}"], "not a run"),
-        (["--onnx", "{tmp}"], "no export"),
+        (["--onnx", "{tmp}"], "not an export"),
     ],
 )
 def test_command_reports_missing_arguments(arguments, message, tmp_path, monkeypatch, capsys):

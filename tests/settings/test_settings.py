@@ -14,6 +14,7 @@ from free_transformer.settings import (
     Settings,
     SettingsError,
     StageSettings,
+    common_settings,
     describe_settings,
     load_settings,
     parse_settings,
@@ -283,7 +284,7 @@ def test_an_override_below_a_setting_is_refused(load):
 
 @pytest.mark.parametrize("text", ["just words", "- a\n- b", "3"])
 def test_a_file_without_sections_is_refused(load, text):
-    with refused(r"config\.yaml: sections of settings are needed"):
+    with refused(r"config\.yaml: not a file of settings; name a YAML file with sections of settings"):
         load(text)
 
 
@@ -297,10 +298,10 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(load, text):
 def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path):
     with refused(r"nowhere\.yaml: no such file"):
         load_settings(tmp_path / "nowhere.yaml")
-    with refused("cannot be read as text"):
+    with refused("a folder, not a file; name a YAML file with sections of settings"):
         load_settings(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
-    with refused(r"binary\.yaml: cannot be read as text"):
+    with refused(r"binary\.yaml: cannot be read as text .*; name a YAML file with sections of settings"):
         load_settings(tmp_path / "binary.yaml")
 
 
@@ -355,16 +356,22 @@ def test_settings_of_one_run_are_not_those_of_another():
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_setting_is_described_with_its_default(section):
     fields = Settings.model_fields[section].annotation.model_fields
-    lines = describe_settings().split("\n\n")
+    described = {each.name: each for each in describe_settings()[section]}
     for name, field in fields.items():
-        (line,) = [line for line in lines if line.startswith(f"{section}.{name} = ")]
-        assert field.description
-        assert line.endswith(field.description)
-        assert repr(field.get_default(call_default_factory=True)) in line
+        found = described[f"{section}.{name}"]
+        assert found.text and found.text == field.description
+        default = field.get_default(call_default_factory=True)
+        read_back = load_yaml(found.default) if not isinstance(default, str) else found.default
+        assert read_back == (default if isinstance(default, str | int | float | None) else load_yaml(str(default)))
 
 
 def test_the_folder_of_the_run_is_described():
-    assert "run_dir = runs/free-transformer  Folder of the run." in describe_settings()
+    (found,) = describe_settings()["run"]
+    assert (found.name, found.default, found.text) == ("run_dir", "runs/free-transformer", "Folder of the run.")
+
+
+def test_ten_settings_are_common():
+    assert len(common_settings()) == len({each.name for each in common_settings()}) == 10
 
 
 @given(st.dictionaries(TEXT, VALUES, max_size=5))

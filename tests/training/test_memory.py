@@ -1,5 +1,7 @@
 """What is found out before a run: how many rows fit, what it will take; and the precisions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,7 +32,6 @@ def costs(fixed=100, row=3, sizes=(1, 2, 4, 8)) -> StepCosts:
 def test_costs_grow_by_the_row(fixed, row, rows):
     found = costs(fixed, row)
     assert found.bytes(rows) == pytest.approx((fixed + row * rows) * MIB)
-    assert found.seconds(rows) == pytest.approx(0.1 + 0.01 * rows)
 
 
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(50, 9000))
@@ -117,8 +118,26 @@ def test_a_preview_counts_and_writes_nothing(tiny_settings, kind):  # noqa: F811
     assert ("encoder" in found.parameters) == (kind == "free")
     assert found.tokens_per_step == 2 * 4 * 16
     assert [stage.batch_size for stage in found.stages] == [8, 4]
-    assert found.bytes > found.costs.state_bytes and found.seconds > 0 and not found.warnings
+    assert found.bytes > found.costs.state_bytes and not found.warnings
+    assert found.time.steps == memory.TIMED_STEPS and found.time.seconds > 0
     assert not settings.run_dir.exists()
+
+
+def test_a_preview_times_whole_optimizer_steps_of_the_run(tiny_settings, monkeypatch):  # noqa: F811
+    rows, clock = [], iter([0.0, 100.0, 200.0, 201.0, 300.0, 303.0, 400.0, 408.0])
+    monkeypatch.setattr(memory, "try_steps", lambda *arguments: costs())
+    monkeypatch.setattr("free_transformer.training.preview.try_steps", memory.try_steps)
+    monkeypatch.setattr(memory, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    original = memory.compute_gradients
+
+    def compute_gradients(state, micro, *arguments):
+        rows.append([len(batch["input_ids"]) for batch in micro])
+        return original(state, micro, *arguments)
+
+    monkeypatch.setattr(memory, "compute_gradients", compute_gradients)
+    found = preview(tiny_settings(training={"gradient_accumulation_steps": 2}), quiet=True)
+    assert rows == [[4, 4]] * 4  # rows per micro-batch; the first step is not counted
+    assert (found.time.steps, found.time.seconds) == (3, 4.0)
 
 
 def test_a_preview_of_auto_tries_its_steps_once(tiny_settings, monkeypatch):  # noqa: F811
@@ -131,7 +150,9 @@ def test_a_preview_of_auto_tries_its_steps_once(tiny_settings, monkeypatch):  # 
 
 def test_a_preview_warns_of_what_will_not_fit(tiny_settings, monkeypatch):  # noqa: F811
     monkeypatch.setattr("free_transformer.training.preview.memory_budget", lambda processes: 10)
-    assert "will not fit" in preview(tiny_settings(), quiet=True).warnings[0]
+    found = preview(tiny_settings(), quiet=True)
+    assert "will not fit" in found.warnings[0] and found.time is None
+    assert "time" not in str(found.cost_table().rows)
 
 
 def test_parts_are_those_of_the_model(tiny_settings):  # noqa: F811

@@ -1,12 +1,24 @@
-"""The batches that `free-transformer serve` generates with: PyTorch, or onnxruntime without torch."""
+"""What `free-transformer serve` generates with: the folder of a model, in PyTorch or in onnxruntime without torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_transformer.errors import InputError
+from free_transformer.files import not_a_folder
 
 if TYPE_CHECKING:
     from free_transformer.serving.batch import Batch
+
+
+def served_folder(run: Path | None, onnx: Path | None) -> Path:
+    """The folder to serve. `InputError` unless exactly one is named, and for one that does not exist."""
+    folder = onnx or run
+    if folder is None or (run is not None and onnx is not None):
+        raise InputError("name a RUN, or an export with --onnx FOLDER, and not both")
+    if problem := not_a_folder(folder):
+        created_by = "train" if onnx is None else "export"
+        raise InputError(f"{folder}: {problem}; name a folder that `free-transformer {created_by}` has created")
+    return folder
 
 
 def torch_batch(

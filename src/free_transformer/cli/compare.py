@@ -9,10 +9,10 @@ from free_transformer.cli.options import (
     BatchOption,
     DataOption,
     MethodOption,
+    NumPlansOption,
     PriorOption,
     RowsOption,
     RunArgument,
-    SamplesOption,
     SeedOption,
 )
 from free_transformer.cli.output import print_table
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 def compare(
     run: RunArgument,
     baseline_run: Annotated[
-        Path, typer.Argument(help="Folder of the baseline's run (`model.kind=baseline`).", metavar="BASELINE_RUN")
+        Path,
+        typer.Argument(help="Folder of the baseline's run, created by `train --baseline`.", metavar="BASELINE_RUN"),
     ],
     data: DataOption = None,
-    num_samples: SamplesOption = EvaluationOptions.num_samples,
+    num_plans: NumPlansOption = EvaluationOptions.num_samples,
     method: MethodOption = EvaluationOptions.method,
     prior: PriorOption = EvaluationOptions.prior,
     max_rows: RowsOption = EvaluationOptions.max_rows,
@@ -42,7 +43,7 @@ def compare(
 
     Examples:
 
-    - `free-transformer compare runs/free runs/baseline`
+    - `free-transformer compare runs/my-run runs/my-run-baseline`
     """
     from free_transformer.cli.processes import evaluation_processes
     from free_transformer.runs.evaluate import compare_runs
@@ -52,7 +53,7 @@ def compare(
     check_own_results(free.comparison_file, "difference")
     options = EvaluationOptions(
         data=tuple(data or ()),
-        num_samples=num_samples,
+        num_samples=num_plans,
         method=method,
         prior=prior,
         max_rows=max_rows,

@@ -22,7 +22,7 @@ def convert(
     ] = "sequence",
     code_bits: Annotated[
         int,
-        typer.Option(min=1, help="Number of bits that share a codebook, at least 1; 1 learns fastest from zero."),
+        typer.Option(min=1, help="Number of bits that share a codebook, at least 1. Training is fastest with 1."),
     ] = 1,
     check: Annotated[bool, typer.Option(help="Compare the logits with those of LLAMA.")] = True,
     overwrite: OverwriteOption = False,

@@ -4,10 +4,10 @@ from free_transformer.cli.options import (
     BatchOption,
     DataOption,
     MethodOption,
+    NumPlansOption,
     PriorOption,
     RowsOption,
     RunArgument,
-    SamplesOption,
     SeedOption,
 )
 from free_transformer.cli.output import print_line, print_table, print_warning
@@ -20,7 +20,7 @@ NARROW_COLUMNS = (0, 1, 2, 4)  # the explanations are in the report; a terminal 
 def evaluate(
     run: RunArgument,
     data: DataOption = None,
-    num_samples: SamplesOption = EvaluationOptions.num_samples,
+    num_plans: NumPlansOption = EvaluationOptions.num_samples,
     method: MethodOption = EvaluationOptions.method,
     prior: PriorOption = EvaluationOptions.prior,
     max_rows: RowsOption = EvaluationOptions.max_rows,
@@ -44,7 +44,7 @@ def evaluate(
     check_own_results(evaluated.evaluation_file, "nll")
     options = EvaluationOptions(
         data=tuple(data or ()),
-        num_samples=num_samples,
+        num_samples=num_plans,
         method=method,
         prior=prior,
         max_rows=max_rows,

@@ -51,7 +51,9 @@ def export(
     """
     from free_transformer.export.formats import check_format, difference_table, export_model
     from free_transformer.export.load import load_with_tokenizer
+    from free_transformer.runs.run import check_folder_of_run
 
+    check_folder_of_run(run)
     check_format(to, quantize, static)
     sizes = "x".join(map(str, static or ()))
     folder = out or run / "-".join(part for part in (to, quantize, sizes) if part)

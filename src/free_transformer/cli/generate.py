@@ -12,11 +12,11 @@ from free_transformer.model.sampling import Sampling
 
 def generate(
     run: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue. Default: start from nothing.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue. Default: none.")] = "",
     plan: Annotated[
         str | None,
         typer.Option(
-            help="Bits of the plan, bit 0 first, such as 01101001, several plans one after the other, or the name of a "
+            help="Plan: its bits, bit 0 first, such as 01101001, the bits of several plans in a row, or the name of a "
             "plan. Default: sampled."
         ),
     ] = None,
@@ -24,19 +24,19 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="TOKENS:PLAN",
-            help="Plan from a number of new tokens on, such as 2000:10010110; can be repeated. Default: no change.",
+            help="Plan to use after a number of new tokens, such as 2000:10010110; can be repeated. Default: none.",
         ),
     ] = None,
     plan_from: Annotated[
-        Path | None, typer.Option(help="Text file whose most likely plan to use. Default: none.")
+        Path | None, typer.Option(help="Text file whose most likely plan is used. Default: none.")
     ] = None,
     prompt_plan: PromptPlanOption = "posterior",
     prior: PriorOption = "uniform",
     plans: Annotated[
         str,
         typer.Option(
-            help="How the plans of several texts are sampled: independent, or stratified (together they cover the "
-            "plans; see --prompt-plan prior)."
+            help="Sampling of the plans of several texts: independent, or stratified (spread evenly over the "
+            "distribution that they are sampled from)."
         ),
     ] = "independent",
     plan_strength: PlanStrengthOption = None,
@@ -49,7 +49,9 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Sample from the most likely tokens with this total probability, 0 to 1.")
     ] = 1.0,
-    stream: Annotated[bool, typer.Option(help="Show the text while it is generated; one sample only.")] = False,
+    stream: Annotated[
+        bool, typer.Option(help="Print the text while it is generated, with --num-samples 1 only.")
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """
@@ -60,6 +62,7 @@ def generate(
     - `free-transformer generate runs/my-run --prompt "Once upon"`
     - `free-transformer generate runs/my-run --plan 01101001 --num-samples 4`
     - `free-transformer generate runs/my-run --plan 01101001 --plan-change 2000:10010110 --max-new-tokens 4000`
+    - `free-transformer generate runs/my-run --plan-from example.txt`
     - `free-transformer generate runs/my-run --num-samples 8 --plans stratified`
     """
     from free_transformer.cli.generation import Request, plan_changes

@@ -16,6 +16,12 @@ from free_transformer.evaluation.plan_ops import plan_of_text
 from free_transformer.export.load import load_with_tokenizer
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.plan_text import format_plan
+from free_transformer.reporting.console import printable
+
+
+class _Streamer(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def generate_with_torch(folder: Path, request: Request) -> None:
@@ -45,7 +51,7 @@ def generate_with_torch(folder: Path, request: Request) -> None:
             raise InputError(f"{folder}: a baseline has no plan; leave out --plans")
         else:
             tokens = tokens.expand(request.num_samples, -1)
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if request.stream and processes.main else None
+        streamer = _Streamer(tokenizer, skip_special_tokens=True) if request.stream and processes.main else None
         output = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),

@@ -49,7 +49,7 @@ def lm_eval(
     overwrite: OverwriteOption = False,
 ) -> None:
     """
-    Run tasks of lm-evaluation-harness with likelihoods averaged over plans; a baseline runs as the harness's `hf`.
+    Run tasks of lm-evaluation-harness. Likelihoods are averaged over plans; a baseline is evaluated as by the harness.
 
     Examples:
 
@@ -62,7 +62,9 @@ def lm_eval(
     from free_transformer.distributed.processes import find_device
     from free_transformer.export.load import load_with_tokenizer
     from free_transformer.model.modeling import FreeTransformer
+    from free_transformer.runs.run import check_folder_of_run
 
+    check_folder_of_run(run)
     file = output or run / "lm_eval.json"
     check_own_file(file, overwrite)
     model, tokenizer = load_with_tokenizer(run)

@@ -6,10 +6,15 @@ Commands import heavy modules inside their functions, so that `--help` is fast a
 
 import os
 import sys
+from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 
-from free_transformer import quiet  # noqa: F401  # before what it quiets
+from free_transformer import (
+    __version__,
+    quiet,  # noqa: F401  # before what it quiets
+)
 from free_transformer.cli.compare import compare
 from free_transformer.cli.convert import convert
 from free_transformer.cli.evaluate import evaluate
@@ -19,13 +24,15 @@ from free_transformer.cli.export import export
 from free_transformer.cli.generate import generate
 from free_transformer.cli.lm_eval import lm_eval
 from free_transformer.cli.options import PATH_OPTIONS
+from free_transformer.cli.output import print_line
 from free_transformer.cli.plan import plan
 from free_transformer.cli.report import report
 from free_transformer.cli.reproduce import reproduce
 from free_transformer.cli.serve import serve
 from free_transformer.cli.sweep import sweep
 from free_transformer.cli.tokenizer import tokenizer
-from free_transformer.cli.train import TrainCommand, train
+from free_transformer.cli.train import train
+from free_transformer.cli.train_help import TrainCommand
 from free_transformer.cli.watch import watch
 from free_transformer.reporting.console import tolerate_any_encoding
 
@@ -34,9 +41,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Train, evaluate and steer Free Transformers. "
-    "Every command takes `--debug`, which shows the traceback of every error.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print_line(f"free-transformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """
+    Train, evaluate and steer Free Transformers.
+
+    `free-transformer COMMAND --help` explains a command. Every command accepts `--debug`, which shows the traceback of
+    every error.
+    """
+
+
 app.command(cls=TrainCommand)(train)
 for command in (sweep, evaluate, compare, generate, plan, watch, report, convert, export, serve, explore):
     app.command()(command)
@@ -45,16 +72,25 @@ app.command()(tokenizer)
 app.add_typer(reproduce, name="reproduce")
 
 
+RENAMED_OPTIONS = {name: {"--num-samples": "--num-plans"} for name in ("evaluate", "compare")}  # old names still work
+
+
 def main() -> None:
     """Entry point. Exit status: 0, 1 for a failure, 2 for bad input, 130 after Ctrl-C."""
     tolerate_any_encoding(sys.stdout, sys.stderr)
     debug = "--debug" in sys.argv
     arguments = [_with_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [_with_new_name(argument, RENAMED_OPTIONS.get(arguments[0], {})) for argument in arguments]
     with as_command(debug):
-        status = app(arguments or ["--help"], standalone_mode=False) or 0
+        status = app(arguments or ["--help"], prog_name="free-transformer", standalone_mode=False) or 0
         if status == INTERRUPTED:
-            fail("interrupted; the same command resumes a training from its last checkpoint", INTERRUPTED)
+            fail("interrupted; run the same command again to resume training from the last checkpoint", INTERRUPTED)
         sys.exit(status)
+
+
+def _with_new_name(argument: str, new_names: Mapping[str, str]) -> str:
+    name, equals, value = argument.partition("=")
+    return f"{new_names.get(name, name)}{equals}{value}"
 
 
 def _with_home(argument: str) -> str:

@@ -19,11 +19,11 @@ DataOption = Annotated[
         "--data", help="File, folder or data set of held-out text; can be repeated. Default: the run's data.validation."
     ),
 ]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Number of plans sampled for each text, at least 1.")]
+NumPlansOption = Annotated[int, typer.Option(min=1, help="Number of plans sampled for each text, at least 1.")]
 MethodOption = Annotated[
     str,
     typer.Option(
-        help="How to estimate the likelihood: importance (an upper bound of the NLL), particle_filter (a tighter bound "
+        help="Estimator of the likelihood: importance (an upper bound of the NLL), particle_filter (a tighter bound "
         "for texts with many plans) or exact (for texts with one plan of at most 10 bits)."
     ),
 ]
@@ -37,8 +37,8 @@ PlanStrengthOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Factor of the plan's effect: above 1 holds the text closer to its plan, 0 is no plan. Default: the "
-        "model's, 1 as trained.",
+        help="Factor of the plan's vectors: above 1 strengthens the effect of the plan, 0 removes it. Default: the "
+        "model's own, normally 1.",
     ),
 ]
 RowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of rows, sampled at random from the text.")]
@@ -46,4 +46,4 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch,
 SeedOption = Annotated[
     int, typer.Option(help="Seed of all random numbers, from -2^63 to 2^64 - 1.", callback=check_seed)
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing files, whoever created them.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing files, whatever they are.")]

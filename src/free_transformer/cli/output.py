@@ -2,7 +2,7 @@
 
 from rich.status import Status
 
-from free_transformer.reporting.console import stdout_console
+from free_transformer.reporting.console import printable, stdout_console
 from free_transformer.reporting.table import Table
 
 console = stdout_console()
@@ -18,9 +18,9 @@ def print_warning(text: str) -> None:
 
 
 def print_sample(title: str, text: str) -> None:
-    """Prints a generated text under a line with its title."""
+    """Prints a generated text under a line with its title. Control characters but line breaks and tabs are escaped."""
     console.rule(title, align="left")
-    console.print(text, soft_wrap=True)
+    console.print(printable(text), soft_wrap=True)
 
 
 def print_table(table: Table) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from free_transformer.cli.options import BatchOption, DataOption, RunArgument, SeedOption
-from free_transformer.cli.output import print_sample, print_table
+from free_transformer.cli.output import print_line, print_sample, print_table
 from free_transformer.errors import InputError
 from free_transformer.reporting.console import stderr_console
 from free_transformer.reporting.table import Table
@@ -20,9 +20,9 @@ def plan(
     plan: Annotated[
         str | None, typer.Option(help="Plan whose bits are flipped in the samples. Default: sampled from the prior.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Text that the samples continue. Default: start from nothing.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text that the samples continue. Default: none.")] = "",
     max_rows: Annotated[
-        int, typer.Option(min=1, help="Maximum number of rows of held-out text to measure the effect on.")
+        int, typer.Option(min=1, help="Maximum number of held-out rows on which the effect is measured.")
     ] = 64,
     batch_size: BatchOption = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per sample.")] = 80,
@@ -32,7 +32,8 @@ def plan(
     seed: SeedOption = 0,
 ) -> None:
     """
-    Show how flipping each bit of the plan changes the next-token distribution, with a sample for each value.
+    Show how flipping each bit of the plan changes the next-token distribution, with a sample for each value, and which
+    bits carry nothing.
 
     Examples:
 
@@ -53,7 +54,7 @@ def plan(
 
     model, tokenizer = load_with_tokenizer(run)
     if not isinstance(model, FreeTransformer):
-        raise InputError(f"{run}: a baseline has no plan")
+        raise InputError(f"{run}: a baseline has no plan; name the run of a Free Transformer")
     given = None if plan is None else parse_plan(plan, model.config.latent_dim, model.config.plan_names)
     rows = Run.open(run).held_out_rows(tokenizer, data).sample(max_rows, seed)
     num_batches = -(-len(rows) // batch_size)
@@ -82,5 +83,15 @@ def plan(
 
 
 def _print_effects(effects: "list[BitEffect]") -> None:
-    rows = [[str(each.bit), f"{each.spent:.3f}", f"{each.effect:.4f} ± {each.standard_error:.4f}"] for each in effects]
-    print_table(Table(["bit", "bits spent per plan", "nats per token when flipped"], rows))
+    header = ["bit", "KL, bits", "effect, nats per token", "state"]
+    rows = [
+        [
+            *(str(each.bit), f"{each.spent:.3f}", f"{each.effect:.4f} ± {each.standard_error:.4f}"),
+            "live" if each.dead is None else f"dead: {each.dead}",
+        ]
+        for each in effects
+    ]
+    print_table(Table(header, rows))
+    dead = sum(each.dead is not None for each in effects)
+    if dead:
+        print_line(f"{dead} of {len(effects)} bits carry nothing about the text")

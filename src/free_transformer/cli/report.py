@@ -21,7 +21,7 @@ def report(
     overwrite: OverwriteOption = False,
 ) -> None:
     """
-    Create an HTML report of one or more runs with their curves, metrics and settings, also during training.
+    Create an HTML report of one or more runs, finished or in progress, with their curves, metrics and settings.
 
     Examples:
 

@@ -15,7 +15,7 @@ reproduce = typer.Typer(no_args_is_help=True, help="Reproduce experiments of the
 def letters(
     out: Annotated[Path, typer.Option(help="Folder of the models, results and report.")] = Path("letters"),
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of runs per model, at least 1; the documentation uses 3.")
+        int, typer.Option(min=1, help="Number of runs per model, at least 1. The documentation uses 3.")
     ] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps per model, at least 1.")] = 900,
     processes: Annotated[

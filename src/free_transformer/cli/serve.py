@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from free_transformer.cli import output
-from free_transformer.cli.batches import onnx_batch, torch_batch
+from free_transformer.cli.batches import onnx_batch, served_folder, torch_batch
 from free_transformer.cli.options import PlanStrengthOption
 from free_transformer.cli.packages import optional_packages
 from free_transformer.errors import InputError
@@ -98,8 +98,7 @@ def serve(
         from free_transformer.serving.app import create_app, listen
         from free_transformer.serving.app import run as run_server
 
-    if (folder := onnx or run) is None or (run is not None and onnx is not None):
-        raise InputError("name a RUN, or an export with --onnx FOLDER, and not both")
+    folder = served_folder(run, onnx)
     bound = listen(host, port)
     if onnx is not None and plan_strength is not None:
         raise InputError("an ONNX export has the strength that it was made with: export --plan-strength")

@@ -13,7 +13,7 @@ def sweep(
     config: ConfigArgument,
     more: Annotated[
         list[str] | None,
-        typer.Argument(help="Further settings of the grid.", metavar="[SECTION.NAME=VALUE,VALUE]..."),
+        typer.Argument(help="Further settings of the grid, as for --grid.", metavar="[SECTION.NAME=VALUE,VALUE]..."),
     ] = None,
     grid: Annotated[
         list[str] | None,
@@ -24,7 +24,7 @@ def sweep(
     ] = None,
 ) -> None:
     """
-    Train and evaluate a run for every combination of some settings, and print a table of means over seeds.
+    Train and evaluate a run for every combination of the given settings, and print a table of means over seeds.
 
     Examples:
 

@@ -18,7 +18,7 @@ def tokenizer(
     ],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, at least 259.")] = 4096,
     column: Annotated[
-        str, typer.Option(help="Column of the text in .jsonl and .parquet files and in data sets.")
+        str, typer.Option(help="Column that holds the text in tables (such as .jsonl files) and data sets.")
     ] = "text",
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -1,10 +1,10 @@
 """`free-transformer train`."""
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from free_transformer.cli.options import ConfigArgument
 from free_transformer.cli.output import print_line, print_table, print_warning
@@ -12,16 +12,6 @@ from free_transformer.files import check_own_file
 
 if TYPE_CHECKING:
     from free_transformer.settings import Settings
-
-
-class TrainCommand(TyperCommand):
-    """Describes all settings at the end of the help; they are imported only then."""
-
-    def format_help(self, *args: Any) -> None:  # click's classes have different names in versions of typer
-        from free_transformer.settings import describe_settings
-
-        self.epilog = "Settings, as section.name=value:\n\n" + describe_settings()
-        super().format_help(*args)
 
 
 def train(
@@ -33,46 +23,58 @@ def train(
             metavar="[SECTION.NAME=VALUE]...",
         ),
     ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline",
+            help="Train the baseline of these settings, the same Llama without a plan, in the folder "
+            "`RUN_DIR-baseline` (in RUN_DIR if its name ends with `baseline`).",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Run a few steps, report parameters, memory, tokens and time, and exit without training."
+            "--dry-run",
+            help="Run a few steps, report parameters, memory, tokens and the measured time per step, and exit. No file "
+            "is created.",
         ),
     ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
-            help="Setting that may differ from the resumed run although training then continues on other text, such as "
-            "data.train or training.seed; `all` for every setting; can be repeated.",
+            help="Setting that may differ from the resumed run although training then continues on different rows, "
+            "such as data.train or training.seed; `all` allows every setting; can be repeated.",
             metavar="SECTION.NAME",
         ),
     ] = None,
 ) -> None:
     """
-    Train a Free Transformer (`model.kind=free`) or its baseline, or resume an interrupted run.
+    Train a Free Transformer or its baseline, or resume an interrupted run.
 
     Examples:
 
     - `free-transformer train config.yaml`
-    - `free-transformer train config.yaml training.max_steps=2000`
+    - `free-transformer train config.yaml run_dir=runs/own-text data.train=texts/ data.validation=held_out/`
+    - `free-transformer train config.yaml --baseline`
     """
     from free_transformer.runs.run import Run
-    from free_transformer.settings import load_settings
+    from free_transformer.settings import load_baseline_settings, load_settings, override_warnings
     from free_transformer.training.loop import train as train_run
 
-    settings = load_settings(config, overrides)
+    settings = (load_baseline_settings if baseline else load_settings)(config, overrides)
+    warnings = override_warnings(settings, overrides or [], config)
     if dry_run:
-        _show_preview(settings)
+        _show_preview(settings, warnings)
         return
     check_own_file(Run(settings.run_dir).report_file)
-    run = train_run(settings, allow_change=allow_change or ())
+    run = train_run(settings, allow_change=allow_change or (), warnings=warnings)
     if os.environ.get("RANK", "0") == "0":
         from free_transformer.runs.report import write_run_report
 
         print_line(f"report: {write_run_report(run.path)}")
 
 
-def _show_preview(settings: "Settings") -> None:
+def _show_preview(settings: "Settings", warnings: Sequence[str]) -> None:
     from free_transformer.training.preview import preview
 
     found = preview(settings)
@@ -82,5 +84,5 @@ def _show_preview(settings: "Settings") -> None:
         print_table(table)
     for group in found.groups:
         print_line(group)
-    for warning in found.warnings:
+    for warning in (*found.warnings, *warnings):
         print_warning(warning)

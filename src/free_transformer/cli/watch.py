@@ -13,7 +13,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show the current state and exit.")] = False,
 ) -> None:
     """
-    Show curves and metrics of runs in the terminal while they train, each with advice.
+    Show the curves and metrics of runs in the terminal while they train, with advice.
 
     Examples:
 

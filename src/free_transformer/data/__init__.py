@@ -1,6 +1,12 @@
 """Reads documents, tokenizes them, and packs the tokens into rows for training."""
 
-from free_transformer.data.documents import is_path_source, read_documents, source_files
+from free_transformer.data.documents import (
+    Document,
+    is_path_source,
+    read_documents,
+    read_documents_by_source,
+    source_files,
+)
 from free_transformer.data.loader import prefetched
 from free_transformer.data.packing import build_rows, streamed_batches
 from free_transformer.data.rows import Rows
@@ -15,6 +21,7 @@ from free_transformer.data.tokenizer import (
 )
 
 __all__ = [
+    "Document",
     "Rows",
     "begin_token",
     "build_rows",
@@ -25,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "prefetched",
     "read_documents",
+    "read_documents_by_source",
     "source_files",
     "streamed_batches",
     "train_tokenizer",

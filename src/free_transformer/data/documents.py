@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from free_transformer.data.letters import letters
 from free_transformer.data.tables import READERS, is_table, read_data_set, read_table, warn_once
@@ -16,6 +17,13 @@ FILE_SUFFIXES = {".txt", ".md", *READERS, *DECOMPRESSORS}  # names of data sets 
 LETTERS = re.compile(r"letters:(\d+)(?::(\d+))?")
 DATA_SET = re.compile(r"(?P<name>[^\[\]:]*)(?::(?P<configuration>[^\[\]/\\]*))?(?:\[(?P<split>.*)\])?")
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # name or owner/name on the hub
+
+
+class Document(NamedTuple):
+    """A document, and the name of the source that it is from."""
+
+    text: str
+    source: str
 
 
 def read_documents(
@@ -42,6 +50,17 @@ def read_documents(
         InputError: if a source is missing, empty or not text, or if a table has too many bad rows. In a folder, files
             that are not text are skipped with a warning.
     """
+    for document in read_documents_by_source(sources, column, split, max_bad_rows):
+        yield document.text
+
+
+def read_documents_by_source(
+    sources: Sequence[str | Path], column: str = "text", split: str = "train", max_bad_rows: int = 100
+) -> Iterator[Document]:
+    """
+    As `read_documents`, each document with the name of its source: in a folder of folders the first folder below it,
+    or else the name of the file, folder or data set.
+    """
     if not sources:
         raise InputError("no data: name at least one file, folder or data set")
     for source in sources:
@@ -49,11 +68,11 @@ def read_documents(
             raise InputError("a source has no name: name a file, folder or data set")
         found = False
         for document in _read_source(source, column, split, max_bad_rows):
-            if document and not document.isspace():
+            if document.text and not document.text.isspace():
                 found = True
                 yield document
         if not found:
-            raise InputError(f"{source}: contains no text")
+            raise InputError(f"{source}: contains no text; name a file, folder or data set that has some")
 
 
 def is_path_source(source: str | Path) -> bool:
@@ -82,47 +101,54 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _read_source(source: str | Path, column: str, split: str, max_bad_rows: int) -> Iterator[str]:
+def _read_source(source: str | Path, column: str, split: str, max_bad_rows: int) -> Iterator[Document]:
     name = str(source)
     if is_path_source(source):
         yield from _read_path(Path(source), name, column, split, max_bad_rows)
     elif synthetic := LETTERS.fullmatch(name):
-        yield from letters(int(synthetic[1]), seed=int(synthetic[2] or 0))
+        yield from _of(name, letters(int(synthetic[1]), seed=int(synthetic[2] or 0)))
     elif name.startswith("letters:"):
         raise InputError(
             f"{name}: the synthetic task is letters:COUNT or letters:COUNT:SEED, with non-negative integers"
         )
     else:
         table = _load_data_set(_DataSet.parse(name, split))
-        yield from read_data_set(table, name, column, max_bad_rows)
+        yield from _of(name, read_data_set(table, name, column, max_bad_rows))
 
 
-def _read_path(path: Path, name: str, column: str, split: str, max_bad_rows: int) -> Iterator[str]:
+def _of(source: str, texts: Iterable[str]) -> Iterator[Document]:
+    return (Document(text, source) for text in texts)
+
+
+def _read_path(path: Path, name: str, column: str, split: str, max_bad_rows: int) -> Iterator[Document]:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         names_hub = REPOSITORY.fullmatch(name) and path.suffix.lower() not in FILE_SUFFIXES
-        hint = f"; a data set of that name is {HUB}{name}" if names_hub else ""
+        hint = f"; for a data set of that name, use {HUB}{name}" if names_hub else "; check the path"
         raise InputError(f"{name}: no such file or folder{hint}") from error
     except (OSError, ValueError) as error:  # the name is too long or contains NUL, or a folder is not accessible
         raise InputError(f"{name}: cannot be read ({reason(error)})") from error
     if path.is_file():
-        yield from _read_file(path, column, max_bad_rows)
+        yield from _of(path.name, _read_file(path, column, max_bad_rows))
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield from read_data_set(_load_from_disk(path, split), name, column, max_bad_rows)
+        table = _load_from_disk(path, split)
+        yield from _of(path.resolve().name, read_data_set(table, name, column, max_bad_rows))
     elif path.is_dir():
         yield from _read_folder(path, column, max_bad_rows)
     else:
         raise InputError(f"{name}: neither a file nor a folder; copy its text to a file first")
 
 
-def _read_folder(folder: Path, column: str, max_bad_rows: int) -> Iterator[str]:
+def _read_folder(folder: Path, column: str, max_bad_rows: int) -> Iterator[Document]:
     for path in _files_below(folder):
+        parents = path.relative_to(folder).parts[:-1]
+        source = parents[0] if parents else folder.resolve().name
         read = 0
         try:
             for text in _read_file(path, column, max_bad_rows):
                 read += 1
-                yield text
+                yield Document(text, source)
         except UnreadableFile as error:  # one bad file must not stop a run on many files
             message = f"{error}; only the first {read} rows were read" if read else f"skipped: {error}"
             warn_once(str(path.absolute()), message)
@@ -202,4 +228,6 @@ def _load_data_set(data_set: _DataSet) -> Iterable[object]:
             raise InputError(
                 f"{source}: no split {split!r}; choose one that exists, as in {name}[test] ({message})"
             ) from error
-        raise InputError(f"{source}: no such file, folder or data set ({message})") from error
+        raise InputError(
+            f"{source}: no such file, folder or data set ({message}); check the path, or the name on the Hub"
+        ) from error

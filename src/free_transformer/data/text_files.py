@@ -47,9 +47,11 @@ def read_text_file(path: Path) -> str:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         label = encoding.upper().removesuffix("-LE").removesuffix("-BE")
-        raise UnreadableFile(f"{path}: not {label} text (byte {error.start + len(mark)})") from error
+        raise UnreadableFile(
+            f"{path}: not {label} text (byte {error.start + len(mark)}); save it as UTF-8 text"
+        ) from error
     if "\0" in text:
-        raise UnreadableFile(f"{path}: not text (it contains NUL bytes)")
+        raise UnreadableFile(f"{path}: not text (it contains NUL bytes); save it as UTF-8 text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -60,14 +60,24 @@ def plan_usage(plan_logits: Tensor, free_bits: float) -> PlanUsage:
     """
     per_bit = kl_bits_per_bit(plan_logits)
     per_position = per_bit.mean(0)
-    shared = kl_bits_per_bit(plan_logits.double().sigmoid().mean(0).logit(EPSILON))
     return PlanUsage(
         bits_used=float(per_position.sum()),
         bits_per_position=per_position.tolist(),
         live_bits=int((per_position > LIVE_BITS).sum()),
         share_at_floor=float((per_bit.sum(-1) <= free_bits * FLOOR_MARGIN).float().mean()),
-        information=max(0.0, float((per_bit.double().mean(0) - shared).sum())),
+        information=max(0.0, float(information_per_bit(plan_logits).sum())),
     )
+
+
+def information_per_bit(plan_logits: Tensor) -> Tensor:
+    """Mutual information of each bit and the text from the logits of N plans, (N, H) -> (H,), in bits per plan."""
+    shared = kl_bits_per_bit(plan_logits.double().sigmoid().mean(0).logit(EPSILON))
+    return kl_bits_per_bit(plan_logits).double().mean(0) - shared
+
+
+def live_threshold(free_bits: float, num_bits: int) -> float:
+    """KL of a live bit, in bits per plan: lower where the free bits do not suffice for all bits of the plan."""
+    return LIVE_BITS if free_bits == 0 else min(LIVE_BITS, SPENT_SHARE * free_bits / num_bits)
 
 
 def usage_warning(likelihood: "Likelihood") -> str | None:
@@ -111,7 +121,7 @@ def collapse_warning(likelihood: "Likelihood", free_bits: float) -> str | None:
     found = []
     if usage.bits_used < SPENT_SHARE * free_bits:
         found.append(f"the plan uses {usage.bits_used:.3f} of its {free_bits:g} free bits")
-    threshold = LIVE_BITS if free_bits == 0 else min(LIVE_BITS, SPENT_SHARE * free_bits / len(usage.bits_per_position))
+    threshold = live_threshold(free_bits, len(usage.bits_per_position))
     if max(usage.bits_per_position) < threshold:
         found.append(f"no bit of the plan is live (above {threshold:.3g} bits)")
     return f"{' and '.join(found)}. Try: {ADVICE}" if found else None

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from free_transformer.errors import InputError, SettingsError
-from free_transformer.files import first_line, own_folder
+from free_transformer.files import first_line, not_a_folder, own_folder
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.warm_start import NewPart, new_parts, random_tokens
 from free_transformer.runs.load_model import has_plan, load_pretrained
@@ -84,7 +84,11 @@ def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
 
 
 def _has_plan(source: str) -> bool:
+    needed = "name a folder that `save_pretrained` has created, or a model on the Hub"
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise SettingsError(f"{source}: {not_a_folder(folder) or 'not a model (it has no config.json)'}; {needed}")
     try:
         return has_plan(source)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{source}: cannot be read as a model ({first_line(error)})") from error
+        raise SettingsError(f"{source}: cannot be read as a model ({first_line(error)}); {needed}") from error

@@ -1,10 +1,32 @@
 """Consoles that print names unchanged, whatever characters they contain, and that survive a closed terminal."""
 
 import contextlib
+import re
 import sys
 from typing import TextIO, cast
 
 from rich.console import Console
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """
+    A text with its control characters escaped, as in `\\x1b`, so that it cannot move the cursor or change colors.
+
+    Args:
+        keep: control characters that stay; none for a text in one line.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        character = match[0]
+        if character in keep:
+            return character
+        code = ord(character)
+        return ESCAPES.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+    return CONTROL.sub(escape, text)
 
 
 def stdout_console() -> Console:

@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from free_transformer.reporting.console import stderr_console
+from free_transformer.reporting.console import printable, stderr_console
 from free_transformer.runs.subscribers import Level, MetricsUpdate, MetricValue, RunStart, Subscriber
 from free_transformer.settings.curriculum import Stage
 
@@ -68,7 +68,7 @@ class ConsoleProgress(Subscriber):
         for label, advice in update.new_alarms.items():
             self._print(f"step {step} {label}: {advice}", style="yellow")
         for label in update.cleared:
-            self._print(f"step {step} {label}: well again")
+            self._print(f"step {step} {label}: resolved")
 
     def message(self, text: str, level: Level = "info") -> None:
         if level == "warning":
@@ -77,7 +77,10 @@ class ConsoleProgress(Subscriber):
             self._print(text)
 
     def sample(self, step: int, text: str) -> None:
-        self.console.print(Text.assemble((f"step {step} generates: ", "dim"), repr(text)), soft_wrap=True)
+        line = Text.assemble((f"step {step} generates: ", "dim"), printable(text, keep=""))
+        if self.console.is_terminal:
+            line.truncate(self.console.width, overflow="ellipsis")
+        self.console.print(line, soft_wrap=True)
 
     def close(self) -> None:
         self.progress.stop()

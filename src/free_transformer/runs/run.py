@@ -18,9 +18,11 @@ from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.evaluation.usage import usage_warning
 from free_transformer.files import (
     claimed_folder,
+    few,
     files_in,
     is_in_use,
     new_folder,
+    not_a_folder,
     read_marker,
     update_marker,
     write_json,
@@ -87,7 +89,7 @@ class Run:
     @cached_property
     def settings(self) -> Settings:
         if not self.config_file.is_file():
-            raise SettingsError(f"{self.path}: not a run (it has no config.yaml); a run is what train writes")
+            raise SettingsError(_explain_no_run(self.path))
         return load_settings(self.config_file, to_train=False)
 
     @contextmanager
@@ -259,6 +261,20 @@ class Run:
     @property
     def _measured_model(self) -> JsonObject:
         return {name: self.model.get(name) for name in ("id", "step")}
+
+
+def check_folder_of_run(path: Path) -> None:
+    """`SettingsError` for a path that is not a folder: for commands that check where to write before they read."""
+    if not_a_folder(path):
+        raise SettingsError(_explain_no_run(path))
+
+
+def _explain_no_run(path: Path) -> str:
+    problem = f"not a run ({not_a_folder(path) or 'it has no config.yaml'})"
+    runs = sorted(str(file.parent) for file in path.glob("*/config.yaml"))
+    if runs:
+        return f"{path}: {problem}; it contains {few(runs)}: name one of them"
+    return f"{path}: {problem}; name a folder that `free-transformer train` has created, its run_dir"
 
 
 def _digest(content: bytes) -> str:

@@ -60,7 +60,10 @@ class ExportFolder:
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
         if not (self.path / EXPORT_FILE).is_file():
-            raise InputError(f"{folder}: no export (it has no {EXPORT_FILE}); free-transformer export creates one")
+            raise InputError(
+                f"{folder}: not an export (it has no {EXPORT_FILE}); name a folder that `free-transformer export` has "
+                "created"
+            )
         summary = self._read_json(EXPORT_FILE, "static")
         config = self._read_json("config.json", *NEEDED_SETTINGS)
         generation: dict[str, object] = {}

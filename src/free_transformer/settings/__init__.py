@@ -2,7 +2,13 @@
 
 from free_transformer.errors import SettingsError
 from free_transformer.settings.checks import settings_warnings
-from free_transformer.settings.loading import describe_settings, load_settings, parse_settings
+from free_transformer.settings.describe import SettingDescription, common_settings, describe_settings
+from free_transformer.settings.loading import (
+    load_baseline_settings,
+    load_settings,
+    override_warnings,
+    parse_settings,
+)
 from free_transformer.settings.model_section import DECIDED_BY, ModelSettings
 from free_transformer.settings.paths import Sources
 from free_transformer.settings.section import Section
@@ -33,13 +39,17 @@ __all__ = [
     "Precision",
     "Schedule",
     "Section",
+    "SettingDescription",
     "Settings",
     "SettingsError",
     "Sources",
     "StageSettings",
     "TrainingSettings",
+    "common_settings",
     "describe_settings",
+    "load_baseline_settings",
     "load_settings",
+    "override_warnings",
     "parse_settings",
     "settings_warnings",
 ]

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from free_transformer.data.text_files import reason
 from free_transformer.errors import InputError, SettingsError
+from free_transformer.files import few
 from free_transformer.settings.checks import check_together
 from free_transformer.settings.explain import explain
-from free_transformer.settings.section import MOVED, Section, relocated
+from free_transformer.settings.section import MOVED, Section, relocated, replace_checked
 from free_transformer.settings.sections import SECTIONS, Settings
-from free_transformer.settings.training_sections import StageSettings
 from free_transformer.settings.words import one_line
 from free_transformer.settings.yaml_text import YamlError, load_yaml
+
+NEEDED = "name a YAML file with sections of settings (model, training, data, ...)"
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None, to_train: bool = True) -> Settings:
@@ -36,21 +39,57 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, to_train
     return parse_settings(values, str(path), to_train)
 
 
+def load_baseline_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """
+    The settings of a run's baseline: as `load_settings`, with `model.kind=baseline`, and `-baseline` appended to the
+    name of `run_dir` unless the name already ends with `baseline`.
+
+    Raises:
+        SettingsError: as `load_settings`, and for an override of `model.kind` that says otherwise.
+    """
+    settings = load_settings(path, [*(overrides or []), "model.kind=baseline"])
+    folder = settings.run_dir
+    if not folder.name.endswith("baseline"):
+        replace_checked(settings, run_dir=folder.with_name(f"{folder.name}-baseline"))
+    return settings
+
+
+def override_warnings(settings: Settings, overrides: list[str], source: str | Path) -> list[str]:
+    """
+    One line if overrides replace the training text and leave the held-out text of the file.
+
+    Args:
+        settings: as loaded with `overrides` from the file `source`.
+    """
+    given = {override.name[:2] for text in overrides for override in _Override.read(text)}
+    held_out = settings.data.validation
+    if ("data", "train") not in given or given & {("data", "validation"), ("data",)} or not held_out:
+        return []
+    return [
+        f"data.train is overridden, but data.validation={one_line(few(held_out))} is still that of {source}: held-out "
+        "results will not describe your text; set data.validation to text that is not in data.train, or to [] for none"
+    ]
+
+
 def _read_sections(path: Path) -> dict[str, object]:
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
         if values is None:  # an empty file: all defaults
             values = {}
         if not isinstance(values, dict):
-            raise SettingsError("sections of settings are needed (model, training, data, ...)")
+            raise SettingsError(f"not a file of settings; {NEEDED}")
         for name, section in SECTIONS.items():
             if isinstance(values.get(name), dict):
                 values[name] = _renamed(name, section, values[name])
         values = relocated(values)
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file") from None
+        raise SettingsError(f"{path}: no such file; {NEEDED}") from None
+    except IsADirectoryError:
+        config = path / "config.yaml"
+        advice = f"name the file, {config}" if config.is_file() else NEEDED
+        raise SettingsError(f"{path}: a folder, not a file; {advice}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read as text ({error})") from error
+        raise SettingsError(f"{path}: cannot be read as text ({reason(error)}); {NEEDED}") from error
     except InputError as error:
         raise SettingsError(f"{path}: {error}") from error
     return values
@@ -138,24 +177,3 @@ def _check_overrides(overrides: list[_Override]) -> None:
         if repr(other.value) != repr(override.value) or not same_name:
             texts = f"{one_line(other.text)} and {one_line(override.text)}"
             raise SettingsError(f"{texts}: {one_line('.'.join(override.name))} is given twice; keep one of them")
-
-
-def describe_settings() -> str:
-    """Every setting with its default and its description, for `--help`."""
-    lines = []
-    for name, field in Settings.model_fields.items():
-        if name in SECTIONS:
-            lines += _describe(name, SECTIONS[name])
-        else:
-            lines.append(f"{name} = {field.default}  {field.description}")
-    return "\n\n".join(lines)
-
-
-def _describe(name: str, section: type[BaseModel]) -> list[str]:
-    lines = []
-    for key, field in section.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        lines.append(f"{name}.{key} = {default!r}  {field.description}")
-        if field.annotation == list[StageSettings]:
-            lines += _describe(f"{name}.{key}[]", StageSettings)
-    return lines

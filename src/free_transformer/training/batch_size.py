@@ -4,9 +4,10 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ from free_transformer.model.losses import predicted_tokens
 from free_transformer.reporting.console import stderr_console
 from free_transformer.runs.run import Run
 from free_transformer.settings import Settings, SettingsError
-from free_transformer.settings.curriculum import stages_of
+from free_transformer.settings.curriculum import Stage, stages_of
 from free_transformer.training.batches import Stream, TrainingData, check_batches, load_training, training_batches
 from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.state import new_state
@@ -32,6 +33,7 @@ USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory; the rest is a marg
 BYTES_PER_PARAMETER = 16  # fp32 weight and gradient, two moments
 LONG_STEP = 2.0  # seconds, after which no larger step is tried
 MIN_TRIALS = 4  # unless memory runs out earlier: small steps predict the cost of large ones badly
+TIMED_STEPS, TIMED_SECONDS = 3, 20.0  # optimizer steps that are timed, fewer if they take longer than this
 MIN_GAIN = 1.05  # trials end when a larger step is not this much faster per row
 
 
@@ -47,7 +49,7 @@ class Trial:
 @dataclass(frozen=True)
 class StepCosts:
     """
-    Memory and time of a step in one process, both linear in the number of rows, from trials with few rows.
+    Memory of a step in one process, which is linear in the number of rows, from trials with few rows.
 
     Attributes:
         state_bytes: size of weights, gradients and optimizer state.
@@ -57,10 +59,14 @@ class StepCosts:
     state_bytes: int
 
     def bytes(self, rows: int) -> int:
-        return round(self._line(rows, lambda trial: trial.bytes))
-
-    def seconds(self, rows: int) -> float:
-        return self._line(rows, lambda trial: trial.seconds)
+        """Peak memory, extrapolated from the two largest trials: the first ones also load libraries."""
+        known = next((trial for trial in self.trials if trial.rows == rows), None)
+        if known is not None or len(self.trials) == 1:
+            trial = known or self.trials[0]
+            return trial.bytes if known else trial.bytes * rows // trial.rows
+        one, other = self.trials[-2:]
+        slope = max(0.0, (other.bytes - one.bytes) / (other.rows - one.rows))
+        return round(other.bytes + slope * (rows - other.rows))
 
     def max_rows(self, budget: int) -> int:
         """The number of rows that fit into `budget` bytes; 0 if not even one does."""
@@ -71,16 +77,6 @@ class StepCosts:
         if first.rows == last.rows or by_row <= 0:
             return last.rows
         return last.rows + (budget - last.bytes) // by_row
-
-    def _line(self, rows: int, cost: Callable[[Trial], float]) -> float:
-        """Extrapolates from the two largest trials: the first ones also load libraries."""
-        known = next((trial for trial in self.trials if trial.rows == rows), None)
-        if known is not None or len(self.trials) == 1:
-            trial = known or self.trials[0]
-            return cost(trial) * (1 if known else rows / trial.rows)
-        one, other = self.trials[-2:]
-        slope = max(0.0, (cost(other) - cost(one)) / (other.rows - one.rows))
-        return cost(other) + slope * (rows - other.rows)
 
 
 def try_steps(
@@ -99,10 +95,9 @@ def try_steps(
     Raises:
         SettingsError: if the weights or a single row do not fit in memory.
     """
-    stage = max(stages_of(settings), key=lambda stage: (stage.seq_len, stage.number))
+    stage = _longest_stage(settings)
     budget = memory_budget(processes)
-    plain = settings.model_copy(update={"training": settings.training.model_copy(update={"compile": False})})
-    state = new_state(plain, tokenizer, processes)
+    state = new_state(not_compiled(settings), tokenizer, processes)
     state_bytes = BYTES_PER_PARAMETER * sum(_local_size(parameter) for parameter in state.model.parameters())
     if state_bytes > budget:
         raise SettingsError(
@@ -112,8 +107,7 @@ def try_steps(
 
     def batch_of(rows: int) -> Batch:
         wider = replace(stage, batch_size=rows * processes.data_size)
-        in_here = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 0})})
-        return next(training_batches(data[stage.number - 1], wider, tokenizer, in_here, processes))
+        return next(_batches_here(settings, wider, tokenizer, processes, data))
 
     trials: list[Trial] = []
     rows = 1
@@ -133,6 +127,61 @@ def try_steps(
     return costs
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """Mean time of some optimizer steps, in seconds, and their number."""
+
+    seconds: float
+    steps: int
+
+
+def time_steps(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: Processes,
+    data: list[TrainingData],
+    state: TrainState,
+) -> StepTime:
+    """
+    Measures optimizer steps of the stage with the longest rows, each with all its micro-batches. One step before them
+    is not counted: it also loads libraries and allocates the optimizer state.
+
+    Args:
+        state: is changed by the steps.
+    """
+    batches = _batches_here(settings, _longest_stage(settings), tokenizer, processes, data)
+    seconds: list[float] = []
+    for step in range(1 + TIMED_STEPS):
+        micro = list(islice(batches, settings.training.gradient_accumulation_steps))
+        taken = _timed_step(state, micro, settings, processes)
+        if step > 0:
+            seconds.append(taken)
+        if seconds and processes.all_reduce_max(sum(seconds) > TIMED_SECONDS)[0]:
+            break
+    return StepTime(sum(seconds) / len(seconds), len(seconds))
+
+
+def _longest_stage(settings: Settings) -> Stage:
+    return max(stages_of(settings), key=lambda stage: (stage.seq_len, stage.number))
+
+
+def not_compiled(settings: Settings) -> Settings:
+    """The settings of trial steps: a compilation takes longer than they do."""
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"compile": False})})
+
+
+def _batches_here(
+    settings: Settings,
+    stage: Stage,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: Processes,
+    data: list[TrainingData],
+) -> Iterator[Batch]:
+    """Batches of a stage, prepared in this process."""
+    in_here = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 0})})
+    return training_batches(data[stage.number - 1], stage, tokenizer, in_here, processes)
+
+
 def _is_enough(costs: StepCosts, budget: int) -> bool:
     last = costs.trials[-1]
     if len(costs.trials) > 1 and costs.bytes(2 * last.rows) > budget:
@@ -145,23 +194,28 @@ def _is_enough(costs: StepCosts, budget: int) -> bool:
 
 def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, processes: Processes) -> Trial | None:
     """Measures a step. None if it does not fit in the memory of the GPU."""
-    tokens = int(processes.sum(predicted_tokens(batch["labels"])))
     reset_peak(processes.device)
     try:
         for _ in range(2):  # the first also allocates the optimizer state
-            _wait(processes.device)
-            started = time.perf_counter()
-            compute_gradients(state, [batch], tokens, {}, settings.training, processes)
-            apply_gradients(state)
-            for optimizer in state.optimizers:
-                optimizer.zero_grad()
-            _wait(processes.device)
-            seconds = time.perf_counter() - started
+            seconds = _timed_step(state, [batch], settings, processes)
     except torch.OutOfMemoryError:
         state.model.zero_grad()
         torch.cuda.empty_cache()
         return None
     return Trial(rows, peak_bytes(processes.device), seconds)
+
+
+def _timed_step(state: TrainState, micro: list[Batch], settings: Settings, processes: Processes) -> float:
+    """Makes an optimizer step and returns its time in seconds."""
+    tokens = int(processes.sum(torch.stack([predicted_tokens(batch["labels"]) for batch in micro]).sum()))
+    _wait(processes.device)
+    started = time.perf_counter()
+    compute_gradients(state, micro, tokens, {}, settings.training, processes)
+    apply_gradients(state)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad()
+    _wait(processes.device)
+    return time.perf_counter() - started
 
 
 def decide_batch_size(

@@ -135,6 +135,8 @@ def check_batches(data: list[TrainingData], settings: Settings) -> None:
 
 
 def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainingData:
+    if not stage.sources:
+        raise SettingsError("data.train names no text; set it to files, folders or data sets, as in data.train=texts/")
     stream = _stream(stage.sources, settings.data)
     if settings.data.streaming:
         readers = processes.data_size * max(1, settings.data.workers)

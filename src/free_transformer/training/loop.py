@@ -36,7 +36,9 @@ class TrainingFailed(RunError):
     """A run that cannot continue, such as one whose loss is NaN."""
 
 
-def train(settings: Settings, quiet: bool = False, allow_change: Sequence[str] = ()) -> Run:
+def train(
+    settings: Settings, quiet: bool = False, allow_change: Sequence[str] = (), warnings: Sequence[str] = ()
+) -> Run:
     """
     Trains a model, from the newest checkpoint of `run_dir` if there is one, and writes `model/` at the end.
 
@@ -46,6 +48,7 @@ def train(settings: Settings, quiet: bool = False, allow_change: Sequence[str] =
         quiet: print nothing.
         allow_change: settings that may differ from those of the run that is resumed although the run then continues on
             other text, such as `data.train`; `all` allows every change.
+        warnings: shown when the run starts, after those of the settings.
 
     Raises:
         SettingsError: if data or settings cannot be used, the folder is in use or holds something else, or the run
@@ -59,7 +62,9 @@ def train(settings: Settings, quiet: bool = False, allow_change: Sequence[str] =
         run = Run(settings.run_dir)
         quiet = quiet or not processes.main
         with _claimed(run, processes):
-            _train(prepare(settings, run, processes, allow_change, quiet), quiet)
+            prepared = prepare(settings, run, processes, allow_change, quiet)
+            prepared.warnings += warnings
+            _train(prepared, quiet)
         return run
 
 

@@ -13,7 +13,16 @@ from free_transformer.runs.run import Run
 from free_transformer.runs.trackers import check_trackers
 from free_transformer.settings import Settings, settings_warnings
 from free_transformer.settings.curriculum import Stage, stages_of
-from free_transformer.training.batch_size import MIB, StepCosts, decide_batch_size, memory_budget, try_steps
+from free_transformer.training.batch_size import (
+    MIB,
+    StepCosts,
+    StepTime,
+    decide_batch_size,
+    memory_budget,
+    not_compiled,
+    time_steps,
+    try_steps,
+)
 from free_transformer.training.batches import Stream, load_training, load_validation, overlap_warning
 from free_transformer.training.optimizers import describe_groups
 from free_transformer.training.state import new_state
@@ -27,7 +36,8 @@ class Preview:
         groups: the groups of parameters of the optimizers, in words.
         stages: of the run.
         text: predicted tokens of the training text of each stage, None if it is streamed.
-        costs: memory and time of one process, measured by a few steps.
+        costs: memory of one process, from trial steps with few rows.
+        time: of an optimizer step of the run, measured. None if the run does not fit in memory.
         budget: bytes that a process may use.
         rows: rows per micro-batch in one process.
     """
@@ -40,6 +50,7 @@ class Preview:
     costs: StepCosts
     budget: int
     rows: int
+    time: StepTime | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -51,12 +62,6 @@ class Preview:
     def bytes(self) -> int:
         """Estimated peak memory of a process."""
         return self.costs.bytes(self.rows)
-
-    @property
-    def seconds(self) -> float:
-        """Estimated time of all steps, without validations."""
-        training = self.settings.training
-        return training.max_steps * training.gradient_accumulation_steps * self.costs.seconds(self.rows)
 
     def parameter_table(self) -> Table:
         total = sum(self.parameters.values())
@@ -72,18 +77,22 @@ class Preview:
         return Table(["steps", "rows x tokens", "tokens", "passes over the text"], rows)
 
     def cost_table(self) -> Table:
-        training = self.settings.training
-        step = training.gradient_accumulation_steps * self.costs.seconds(self.rows)
         rows = [
-            ["tokens of a step", f"{self.tokens_per_step:,}"],
-            ["memory of a process, about", f"{self.bytes / MIB:,.0f} MiB of {self.budget / MIB:,.0f} that it may use"],
+            ["tokens per step", f"{self.tokens_per_step:,}"],
+            ["memory per process, estimated", f"{self.bytes / MIB:,.0f} MiB of {self.budget / MIB:,.0f} available"],
             ["of it weights, gradients, optimizer", f"{self.costs.state_bytes / MIB:,.0f} MiB"],
-            ["time of a step, about", f"{step:.3g} s ({self.tokens_per_step / step:,.0f} tokens/s)"],
-            [
-                f"time of {training.max_steps} steps, about",
-                f"{timedelta(seconds=round(self.seconds))} without validations",
-            ],
         ]
+        if self.time is not None:
+            seconds, steps, max_steps = self.time.seconds, self.time.steps, self.settings.training.max_steps
+            speed = f"{self.tokens_per_step / seconds:,.0f} tokens/s"
+            duration = timedelta(seconds=round(max_steps * seconds))
+            rows += [
+                [f"time per step, measured over {steps} steps", f"{seconds:.3g} s ({speed})"],
+                [
+                    f"{max_steps:,} steps at this speed",
+                    f"{duration} + evaluations",
+                ],
+            ]
         return Table(["cost", ""], rows)
 
 
@@ -110,7 +119,7 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     validation = load_validation(settings, tokenizer)
     rows = -(-settings.training.rows // processes.data_size)
     costs, budget = tried or try_steps(settings, tokenizer, processes, data, rows), memory_budget(processes)
-    state = new_state(settings, tokenizer, processes)
+    state = new_state(not_compiled(settings), tokenizer, processes)
     found = Preview(
         settings=settings,
         parameters=parameters_by_part(state.model),
@@ -121,18 +130,20 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
         budget=budget,
         rows=rows,
     )
-    if found.bytes > budget:
+    if processes.all_reduce_max(found.bytes > budget)[0]:
         found.warnings.append(
-            "this will not fit: a smaller training.batch_size with more gradient_accumulation_steps, "
-            "training.gradient_checkpointing=true, or a smaller model"
+            "this will not fit, so no time was measured: use a smaller training.batch_size with more "
+            "gradient_accumulation_steps, training.gradient_checkpointing=true, or a smaller model"
         )
+    else:
+        found.time = time_steps(settings, tokenizer, processes, data, state)
     found.warnings += settings_warnings(settings)
     if overlap := overlap_warning(data, validation, settings):
         found.warnings.append(overlap)
     if settings.training.compile:
-        found.warnings.append("the time is that of a model that is not compiled")
+        found.warnings.append("training.compile: the time was measured without compilation")
     if (path := Run(settings.run_dir).checkpoints).is_dir():
-        found.warnings.append(f"{path.parent} holds a run: train would resume it")
+        found.warnings.append(f"{path.parent} contains a run: train would resume it")
     return found
 
 
