@@ -1,6 +1,7 @@
 """Reads documents, tokenizes them, and packs the tokens into rows for training."""
 
 from free_transformer.data.documents import is_path_source, read_documents, source_files
+from free_transformer.data.labels import read_labeled
 from free_transformer.data.loader import prefetched
 from free_transformer.data.packing import build_rows, streamed_batches
 from free_transformer.data.rows import Rows
@@ -25,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "prefetched",
     "read_documents",
+    "read_labeled",
     "source_files",
     "streamed_batches",
     "train_tokenizer",
