@@ -67,7 +67,7 @@ def compare(
         return
     free.write_comparison(result.comparison, result.bytes_per_token, baseline.name, method)
     rows = _rows(result.comparison, result.bytes_per_token)
-    print_table(Table(["", "nats per token", "nats per byte"], rows))
+    print_table(Table(["", "nats per token", "nats per byte"], rows, "± one standard error"))
     print_verdict(verdict_of(free))
 
 

@@ -26,6 +26,8 @@ def read_labeled(sources: Sequence[str], column: str = "text") -> dict[str, list
     for name in LABEL_COLUMNS:
         if found := _by_label(_labeled_rows(sources, column, name)):
             return found
+    if len(sources) < 2:
+        return {}
     return _by_label((Path(source).name, text) for source in sources for text in read_documents([source], column))
 
 

@@ -123,12 +123,12 @@ class Flip:
 
 @dataclass(frozen=True)
 class Flips:
-    """A text under a plan, and under the plan with one bit flipped."""
+    """A text under a plan, empty to leave it out, and under the plan with one bit flipped."""
 
     kind: ClassVar = "flips"
+    live: Sequence[int]
     plan: str
     text: str
-    live: Sequence[int]
     flips: Sequence[Flip]
 
 

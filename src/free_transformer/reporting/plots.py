@@ -27,13 +27,13 @@ class Panel(NamedTuple):
 
 PANELS = {
     "reconstruction": Panel("Reconstruction", "nats per token", False),
-    "elbo": Panel("Held-out ELBO (baseline: NLL)", "nats per token", False),
+    "elbo": Panel("Held-out ELBO", "nats per token", False),
     "gap": Panel("Prior gap, held out", "nats per token", True),
     "kl": Panel("KL", "bits per plan", True),
     "live_bits": Panel("Live bits", "bits of a plan", True),
     "grad_norm": Panel("Gradient norm", "", True),
 }
-BASELINE_LOSS = Panel("Training loss", "nats per token", False)
+OF_BASELINES = {"reconstruction": "Training loss", "elbo": "Held-out NLL"}
 TRAIN, VALIDATION = {"alpha": 0.75, "linewidth": 1}, {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
 DASHES = ("-", "--", ":")  # once all colors are taken
 SETTLED = 0.1  # share of the steps, from the start, that the range of a loss leaves out
@@ -100,7 +100,10 @@ def curves(runs: Mapping[str, Metrics]) -> "list[Figure]":
     figures = []
     for name, panel in PANELS.items():
         shown = of_free or runs if name == "reconstruction" else runs
-        panel = BASELINE_LOSS if name == "reconstruction" and not of_free else panel
+        if not of_free:
+            panel = panel._replace(title=OF_BASELINES.get(name, panel.title))
+        elif name == "elbo" and of_baselines:
+            panel = panel._replace(title="Held-out ELBO (baseline: NLL)")
         found = {label: points for label in shown if (points := _points(runs[label], name))}
         if found:
             figures.append(_curve(panel, found, list(runs), _stage_starts(next(iter(runs.values())), len(runs))))
@@ -111,7 +114,7 @@ def curves(runs: Mapping[str, Metrics]) -> "list[Figure]":
 def _curve(
     panel: Panel, found: Mapping[str, Mapping[str, list[tuple[int, float]]]], labels: list[str], stages: list[int]
 ) -> "Figure":
-    figure, (axis,) = new_figure(4.4, 2.7)
+    figure, (axis,) = new_figure(3.5, 2.3)
     for label, splits in found.items():
         index = labels.index(label)
         look: dict[str, Any] = {"color": LIGHT[index % len(LIGHT)], "linestyle": DASHES[index // len(LIGHT) % 3]}
@@ -168,7 +171,7 @@ def _is_baseline(metrics: Metrics) -> bool:
 @styled
 def bits(values: Sequence[float]) -> "Figure":
     """KL of each bit position, 0 to 1, and the KL above which a bit is live."""
-    figure, (axis,) = new_figure(6.4, 2.2)
+    figure, (axis,) = new_figure(4.8, 2.1)
     live = [value > LIVE_BITS for value in values]
     axis.bar(range(len(values)), values, 0.7, color=[LIGHT[0] if each else LIGHT[-1] for each in live])
     axis.axhline(LIVE_BITS, color=FAINT, linewidth=0.8, linestyle=":")
@@ -183,7 +186,7 @@ def bits(values: Sequence[float]) -> "Figure":
 @styled
 def differences(intervals: Mapping[str, tuple[float, float | None]]) -> "Figure":
     """Values with half of their interval, one below the other, and a line at zero: left of it is better."""
-    figure, (axis,) = new_figure(6.4, 0.75 + 0.4 * len(intervals))
+    figure, (axis,) = new_figure(5.2, 0.8 + 0.35 * len(intervals))
     for row, (value, margin) in enumerate(intervals.values()):
         axis.errorbar(value, row, xerr=margin, fmt="o", color=LIGHT[row], markersize=6, capsize=4, elinewidth=1.6)
     axis.axvline(0, color=TEXT, linewidth=1)
@@ -192,7 +195,7 @@ def differences(intervals: Mapping[str, tuple[float, float | None]]) -> "Figure"
     axis.set_ylim(len(intervals) - 0.5, -0.5)
     axis.set_yticks(range(len(intervals)), list(intervals))
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("nats per token against the baseline: left of zero is better, right of it worse")
+    axis.set_xlabel("← better than the baseline      nats per token      worse →")
     return figure
 
 

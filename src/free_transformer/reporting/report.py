@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "page.html.jinja"
 MAX_NARROW = 8.0  # inches; a wider figure scrolls on a phone instead of shrinking
+REM_PER_INCH = 6.5  # on a wide page: type in figures is then as large as captions
 NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
 
 COMPARABLE = {
@@ -184,9 +185,10 @@ def _svg(figure: "Figure", caption: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "free-transformer"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", facecolor="none", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
     svg = buffer.getvalue()
     titles = ", ".join(title for axis in figure.axes if (title := axis.get_title(loc="left") or axis.get_title()))
-    least = "--least: 40rem" if figure.get_figwidth() > MAX_NARROW else ""
+    width = figure.get_figwidth()
+    size = f"--most: {REM_PER_INCH * width:.0f}rem;" + (" --least: 40rem;" if width > MAX_NARROW else "")
     label = html.escape(f"{titles}: {caption}" if titles else caption, quote=True)
-    return f'<svg role="img" aria-label="{label}" style="{least}"' + with_variables(svg[svg.index("<svg") + 4 :])
+    return f'<svg role="img" aria-label="{label}" style="{size}"' + with_variables(svg[svg.index("<svg") + 4 :])

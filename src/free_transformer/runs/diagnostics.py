@@ -155,7 +155,7 @@ def _kl(history: RunHistory, early: bool) -> Diagnostic:
 
 
 def _hinge(history: RunHistory, early: bool) -> Diagnostic:
-    hinge, free = history.last("kl_hinge"), history.free_bits
+    hinge, free = history.last("kl_hinge"), history.settings.model.free_bits
     label, value = "KL beyond the free bits", _with_unit(hinge, "bits per plan", 2)
     if hinge is not None and free > 0 and hinge > free and not early:
         advice = "plans use over twice the free bits: raise model.free_bits to allow it, training.kl_weight to limit it"
@@ -219,7 +219,8 @@ def _spikes(history: RunHistory, early: bool) -> Diagnostic:
     if count == 0:
         return Diagnostic("spikes", "0", f"steps with a far higher loss or gradient, in the last {WINDOW} lines")
     last = max(line["step"] for line in recent if line.get("spikes", 0))
-    advice = f"lower training.learning_rate, lengthen training.warmup_steps, or check the text of steps up to {last}"
+    longer = "lengthen training.warmup_steps, " if last <= 2 * history.early_steps else ""
+    advice = f"lower training.learning_rate, {longer}or check the text of steps up to {last}"
     return Diagnostic("spikes", str(count), advice, alarm=True)
 
 

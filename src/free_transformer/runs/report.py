@@ -72,7 +72,7 @@ def _report_of_several(runs: Sequence[Run]) -> Report:
     titles = titles_of(runs)
     named = list(zip(titles, runs, strict=True))
     metrics = {title: run.read_metrics() for title, run in named}
-    report = Report("Runs", [f"{len(runs)} runs", *titles])
+    report = Report("Runs", [f"{len(runs)} runs"])
     rows, measured = [], set()
     for title, run in named:
         evaluation = run.current_results(run.evaluation_file) or {}
@@ -80,10 +80,13 @@ def _report_of_several(runs: Sequence[Run]) -> Report:
             measured.add(str((evaluation.get("data"), evaluation.get("tokens"))))
         usage = evaluation.get("usage") or {}
         live = f"{usage['live_bits']} of {len(usage['bits_per_position'])}" if usage else "-"
-        state = _state(run, Monitor(run.settings, metrics[title]).step)
+        monitor = Monitor(run.settings, metrics[title])
+        warned = ", ".join(alarm.label for alarm in monitor.alarms()) or "-"
         bounds = [_decimals(evaluation.get(name)) for name in ("nll", "elbo")]
-        rows.append([title, ", ".join([_kind(run), *_size(run)]), state, *bounds, live])
-    report.table(Table(["run", "model", "state", "NLL, nats per token", "ELBO (a bound)", "live bits"], rows))
+        model, state = ", ".join([_kind(run), *_size(run)]), _state(run, monitor.step)
+        rows.append([title, model, state, *bounds, live, warned])
+    header = ["run", "model", "state", "NLL, nats per token", "ELBO (a bound)", "live bits", "warnings"]
+    report.table(Table(header, rows))
     if len(measured) > 1:
         report.warning("These runs were evaluated on different text: do not compare their NLL.")
     report.heading("Verdicts")
@@ -101,7 +104,7 @@ def _report_of_several(runs: Sequence[Run]) -> Report:
 
 
 def _kind(run: Run) -> str:
-    return "Free Transformer" if run.settings.model.kind == "free" else "Baseline (a Llama without a plan)"
+    return "Free Transformer" if run.settings.model.kind == "free" else "Baseline, a Llama without a plan"
 
 
 def _size(run: Run) -> list[str]:
@@ -162,7 +165,7 @@ def _add_comparison(report: Report, comparison: JsonObject | None) -> None:
         report.figure(differences(intervals), "Difference in nats per token, with the 95 % interval of the NLL.")
     except ImportError:
         report.warning(NO_PLOTS)
-    rows = [[f"NLL of the baseline{f' {name}' if name else ''}", _decimals(comparison.get("baseline_nll"))]]
+    rows = [[f"NLL of the baseline{f', {name}' if name else ''}", _decimals(comparison.get("baseline_nll"))]]
     rows.append(["NLL of this run", _decimals(comparison.get("nll"))])
     report.table(Table(["on the same text", "nats per token"], rows))
 
@@ -221,23 +224,27 @@ def _add_history(report: Report, run: Run) -> None:
     report.heading("History")
     if len(history) == 1:
         start = history[0]
-        where = "".join(f" {word} {start[key]}" for word, key in (("at", "time"), ("on", "host")) if start.get(key))
-        report.paragraph(f"Started{where}, without interruption.")
+        where = f" on {start['host']}" if start.get("host") else ""
+        report.paragraph(f"Started {_time(start)}{where}, without interruption.")
         return
     rows = []
     for line in history:
         changes = [f"{name}: {old} → {new}" for name, (old, new) in line.get("changes", {}).items()]
-        rows.append([str(line["step"]), line.get("time", "-"), line.get("host", "-"), "; ".join(changes) or "-"])
-    report.table(Table(["from step", "started (UTC)", "machine", "changed settings"], rows))
+        rows.append([str(line["step"]), _time(line), line.get("host", "-"), "; ".join(changes) or "-"])
+    report.table(Table(["from step", "started", "machine", "changed settings"], rows))
 
 
 def _add_settings(report: Report, run: Run) -> None:
     report.heading("Settings")
     changed = [list(row) for row in changed_settings(run.settings)]
-    with report.folded(f"Settings: {len(changed)} differ from their defaults"):
+    with report.folded(f"{len(changed)} settings differ from their defaults"):
         report.table(Table(["setting", "value", "default"], changed))
         with report.folded("All settings, as in config.yaml"):
             report.samples([("config.yaml", run.settings.to_yaml())])
+
+
+def _time(start: JsonObject) -> str:
+    return str(start.get("time", "-")).replace("T", " ").replace("+00:00", " UTC")
 
 
 def _decimals(value: object) -> str:

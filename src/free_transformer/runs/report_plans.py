@@ -79,7 +79,12 @@ def _add_bits(report: Report, examples: JsonObject) -> None:
         "How much the prediction of a token changes if one bit of a text's plan is flipped, and the first text above "
         "with that bit flipped. Colored text is new: the random numbers are the same."
     )
-    report.add(Flips(base["plan"], base["text"], examples["live"], flips))
+    live = examples["live"]
+    known = [each for each in flips if each.bit in live] or flips
+    report.add(Flips(live, base["plan"], base["text"], known))
+    if rest := [each for each in flips if each not in known]:
+        with report.folded(f"{len(rest)} bits that are not live"):
+            report.add(Flips(live, base["plan"], "", rest))
 
 
 def _flipped(plan: str, bit: int) -> str:

@@ -12,7 +12,8 @@ NOT_A_CHOICE = {"run_dir"}
 
 def changed_settings(settings: Settings) -> list[tuple[str, str, str]]:
     """Name, value and default of every setting that differs from its default, in the order of the file."""
-    values, preset = _flat(settings), {"model": {"preset": settings.model.preset}}
+    preset = {"model": {"preset": settings.model.preset}}
+    values = {**_flat(settings), "optimizer.name": settings.optimizer_name}
     plain = _flat(Settings.model_validate(preset))
     given = {"preset": settings.model.preset, "plan_span": settings.model.plan_span}
     model = {**given, "latent_dim": settings.model.latent_dim, "pretrained": settings.model.pretrained}
@@ -20,7 +21,7 @@ def changed_settings(settings: Settings) -> list[tuple[str, str, str]]:
     defaults = {**_flat(follow), **{name: plain[name] for name in FOLLOWED[1:]}, "model.preset": "steering"}
     defaults |= {"model.pretrained": None, "optimizer.name": follow.optimizer_name}
     return [
-        (name, shown(value), shown(defaults.get(name)))
+        (name, _text(value), _text(defaults.get(name)))
         for name, value in values.items()
         if value != defaults.get(name) and name not in DECIDED | NOT_A_CHOICE
     ]
@@ -30,8 +31,12 @@ def differing_settings(runs: Sequence[Settings]) -> list[tuple[str, list[str]]]:
     """Name and values of every setting that is not the same in all of these runs."""
     flat = [_flat(settings) for settings in runs]
     names = dict.fromkeys(name for values in flat for name in values if name not in NOT_A_CHOICE)
-    found = {name: [shown(values.get(name)) for values in flat] for name in names}
+    found = {name: [_text(values.get(name)) for values in flat] for name in names}
     return [(name, values) for name, values in found.items() if len(set(values)) > 1]
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def _flat(settings: Settings) -> dict[str, object]:
