@@ -304,7 +304,7 @@ def test_a_report_shows_what_was_measured_and_texts_stay_text(ended, outside_ref
     places = [page.index(f"<h2>{heading}</h2>") for heading in headings]
     assert places == sorted(places) and page.index("class='verdict") < places[0]
     assert "<mark>&lt;b&gt;changed</mark>" in page and "as 40% of held-out texts" in page
-    assert "75%" in page and "bit 0: 0.2000 nats per token" in page and "1 bits that are not live" in page
+    assert "75%" in page and "bit 0: 0.2000 nats per token" in page and "1 bit that is not live" in page
     assert "+0.1000 ± 0.0392 nats per token (95 % interval): the plan costs likelihood" in page
     assert not any(tag in page for tag in ("<i>", "<u>", "<s>", "<script"))
     assert "<meta name=viewport" in page and not outside_references(page)

@@ -195,7 +195,7 @@ def differences(intervals: Mapping[str, tuple[float, float | None]]) -> "Figure"
     axis.set_ylim(len(intervals) - 0.5, -0.5)
     axis.set_yticks(range(len(intervals)), list(intervals))
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("← better than the baseline      nats per token      worse →")
+    axis.set_xlabel("← better · nats per token · worse →")
     return figure
 
 

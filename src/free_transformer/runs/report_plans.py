@@ -83,7 +83,7 @@ def _add_bits(report: Report, examples: JsonObject) -> None:
     known = [each for each in flips if each.bit in live] or flips
     report.add(Flips(live, base["plan"], base["text"], known))
     if rest := [each for each in flips if each not in known]:
-        with report.folded(f"{len(rest)} bits that are not live"):
+        with report.folded(f"{len(rest)} bit{'s that are' if len(rest) > 1 else ' that is'} not live"):
             report.add(Flips(live, base["plan"], "", rest))
 
 
