@@ -35,7 +35,7 @@ from free_transformer.evaluation import (
 from free_transformer.evaluation.control import contingency
 from free_transformer.files import claimed_folder, write_text
 from free_transformer.model.plan_text import format_plan
-from free_transformer.reporting.plots import curves, plans_by_label
+from free_transformer.reporting.plots import CURVES, curves, plans_by_label
 from free_transformer.reporting.report import Report, likelihood_table, usage_table
 from free_transformer.reporting.table import Table
 from free_transformer.training import Run
@@ -183,7 +183,8 @@ def write_report(
         report.paragraph(title)
         report.table(likelihood_table(likelihood, part.bytes_per_token))
     report.heading("Curves")
-    report.figure(curves({"free": runs[0].read_metrics(), "baseline": runs[1].read_metrics()}), "by step")
+    metrics = {"free": runs[0].read_metrics(), "baseline": runs[1].read_metrics()}
+    report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
     report.heading("How this was made")
     report.samples([("command", "make demo-pretrained"), ("settings", runs[0].settings.to_yaml())])
     report.write(out / "report.html")

@@ -35,7 +35,7 @@ from free_transformer.evaluation.control import contingency
 from free_transformer.files import claimed_folder, write_text
 from free_transformer.model.plan import codes_to_bits
 from free_transformer.model.plan_text import format_plan
-from free_transformer.reporting.plots import bits, curves, plans_by_label
+from free_transformer.reporting.plots import CURVES, bits, curves, plans_by_label
 from free_transformer.reporting.report import Report, likelihood_table, nll_method, usage_table
 from free_transformer.reporting.table import Table
 from free_transformer.training import Run
@@ -270,7 +270,7 @@ def write_report(
     report.table(likelihood_table(baseline, bytes_per_token))
     report.heading("Curves")
     metrics = {"free": free_run.read_metrics(), "baseline": baseline_run.read_metrics()}
-    report.figure(curves(metrics), "by step; reconstruction is under the posterior and not to be compared")
+    report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
     report.heading("How this was made")
     command = "make demo   # python examples/three_voices/demo.py --seed " + str(options.seed)
     report.samples([("command", command), ("settings", free_run.settings.to_yaml())])

@@ -50,6 +50,8 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
 def _without_nan(value: object) -> object:
     if isinstance(value, dict):
         return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -41,7 +41,9 @@ def test_evaluate_says_when_the_plan_is_not_used(command, run):
     torch.nn.init.zeros_(model.plan_table.weight)
     model.save_pretrained(run / "model")
     outcome = command("evaluate", run, "--num-plans", 1, "--max-rows", 8)
-    assert "warning: the plan is not used" in " ".join(outcome.out.split())
+    verdict = " ".join(outcome.out.split("saved to")[-1].split())
+    assert "The plan is not used: a random plan predicts as well" in verdict
+    assert "Next: train again: " in verdict and "kl_weight" not in verdict and "plan_span" not in verdict
     assert "not used" in json.loads((run / "metrics.json").read_text())["warning"]
 
 

@@ -355,8 +355,7 @@ def test_a_plan_that_the_decoder_ignores_gives_a_warning_whatever_its_kl(model):
     warning = usage_warning(value)
     assert "the plan is not used" in warning
     assert "2.00 bits" in warning
-    for advice in ("free_bits", "kl_weight", "plan_span"):
-        assert advice in warning
+    assert "Try" not in warning  # what to change depends on the settings of the run
     assert "latent_dim" not in warning
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sqlite3
 import statistics
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_training import stop_before_step, tiny_settings  # noqa: F401
 
+from free_transformer.files import update_marker, write_json, write_text
 from free_transformer.model.losses import kl_bits_per_bit, predicted_tokens
+from free_transformer.reporting.plots import curves
 from free_transformer.runs.diagnostics import WINDOW
 from free_transformer.runs.monitor import Monitor
 from free_transformer.runs.report import write_run_report
@@ -67,7 +70,7 @@ def test_a_baseline_has_the_figures_of_a_baseline():
         ({"kl_hinge": 3.0}, "KL beyond the free bits", "kl_weight"),
         ({"live_bits": 0}, "live bits", "free_bits"),
         ({"grad_norm": 30.0}, "gradient norm", "grad_clip"),
-        ({"spikes": 2}, "spikes", "warmup_steps"),
+        ({"spikes": 2}, "spikes", "learning_rate"),
     ],
 )
 def test_what_goes_wrong_is_said_with_what_to_do_but_not_in_the_first_steps(changes, label, advice):
@@ -78,14 +81,21 @@ def test_what_goes_wrong_is_said_with_what_to_do_but_not_in_the_first_steps(chan
     assert early == ([label] if label == "spikes" else [])
 
 
+def test_a_longer_warm_up_is_advised_near_the_warm_up_alone():
+    near = Monitor(settings_of(), lines_of(count=12, start=60, spikes=2)).alarms()  # to step 170 of 1000
+    late = Monitor(settings_of(), lines_of(spikes=2)).alarms()
+    assert "warmup_steps" in near[0].advice and "warmup_steps" not in late[0].advice
+
+
 def test_advice_names_neither_settings_in_use_nor_a_smaller_latent_dim():
-    model = {"free_bits": 0.5, "min_bits": 0.0, "plan_span": 1}
+    model = {"free_bits": 0.45, "min_bits": 0.0, "plan_span": 1}
     sections = {"model": model, "optimizer": {"name": "adamw"}, "training": {"max_steps": 1000, "warmup_steps": 10}}
     collapsed = {"kl": 0.01, "live_bits": 0}
     alarms = Monitor(parse_settings(sections), lines_of(**collapsed)).alarms()
     assert [alarm.label for alarm in alarms] == ["KL", "live bits"]
     for alarm in alarms:
-        assert "raise model.free_bits" in alarm.advice and "model.min_bits" in alarm.advice
+        assert "raise model.free_bits" in alarm.advice
+        assert "min_bits" not in alarm.advice  # which fills several plans of a text with noise (docs/plan.md)
         assert "optimizer.name=muon" in alarm.advice and "model.plan_span" in alarm.advice
     model |= {"free_bits": 2.0, "min_bits": 1.8, "aggregate_weight": 1.0, "plan_span": "sequence"}
     advised = Monitor(parse_settings(sections | {"optimizer": {"name": "muon"}}), lines_of(**collapsed)).diagnostics()
@@ -244,9 +254,84 @@ def test_a_report_of_several_runs_overlays_them(tiny_settings, tmp_path, outside
     path = write_run_report(*(run.path for run in runs))
     assert path == tmp_path / "report.html"
     page = path.read_text()
-    assert "free, train" in page and "baseline, train" in page and page.count("<svg") == 1
+    assert page.count("<svg") == 4 and "Held-out" not in page  # training metrics alone, a figure each
+    assert page.index(">free</span>") < page.index(">baseline</span>")  # the legend
+    assert "A baseline, which has no plan." in page and "model.kind" in page and "training.max_steps" not in page
     assert not outside_references(page)
     assert write_run_report(runs[0].path, out=tmp_path / "own.html").is_file()
+
+
+EXAMPLES = {
+    "prompt": "the",
+    "temperature": 0.7,
+    "texts": [{"plan": plan, "share": share, "text": f"the {plan} <i>"} for plan, share in (("01", 0.4), ("10", None))],
+    "live": [0],
+    "bits": [
+        {"bit": 0, "spent": 0.9, "effect": 0.2, "standard_error": None, "text": "the 01 <b>changed"},
+        {"bit": 1, "spent": 0.0, "effect": 0.0, "standard_error": 0.1, "text": "the 01 <i>"},
+    ],
+    "sources": {"labels": ["<u>"], "plans": ["0·", "1·"], "shares": [[0.25, 0.75]], "texts": [8]},
+}
+COMPARISON = {"nll": 1.5, "baseline_nll": 1.4, "difference": 0.1, "standard_error": 0.02, "elbo_difference": 0.2}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """An ended run without a model: what a report reads of it."""
+    run = Run(tmp_path_factory.mktemp("ended") / "run")
+    run.write_config(settings_of())
+    for line in lines_of(kl=0.1):
+        run.append_metrics(**line)
+    write_text(run.model_folder / "config.json", "{}")
+    update_marker(run.path, model={"id": "a", "step": 490}, ended=True)
+    return run
+
+
+def test_a_report_without_results_says_which_command_adds_them(ended):
+    page = write_run_report(ended.path).read_text()
+    assert f"free-transformer evaluate {ended.path}" in page
+    assert "One prompt under" not in page and "Difference from the baseline" not in page
+    assert "first seen at step 400, still so" in page  # the alarm of the KL
+
+
+def test_a_report_shows_what_was_measured_and_texts_stay_text(ended, outside_references):
+    model = {"model": {"id": "a"}}
+    write_json(ended.examples_file, {**EXAMPLES, **model})
+    write_json(ended.comparison_file, {**COMPARISON, "baseline": "<s>", **model})
+    page = write_run_report(ended.path).read_text()
+    headings = ["Warnings", "One prompt under four plans", "Plans by source", "What each bit changes"]
+    headings += ["Difference from the baseline", "Curves", "Settings"]
+    places = [page.index(f"<h2>{heading}</h2>") for heading in headings]
+    assert places == sorted(places) and page.index("class='verdict") < places[0]
+    assert "<mark>&lt;b&gt;changed</mark>" in page and "as 40% of held-out texts" in page
+    assert "75%" in page and "bit 0: 0.2000 nats per token" in page and "1 bit that is not live" in page
+    assert "+0.1000 ± 0.0392 nats per token (95 % interval): the plan costs likelihood" in page
+    assert not any(tag in page for tag in ("<i>", "<u>", "<s>", "<script"))
+    assert "<meta name=viewport" in page and not outside_references(page)
+    write_json(ended.examples_file, {**EXAMPLES, "model": {"id": "earlier"}})
+    assert "measured on an earlier model" in write_run_report(ended.path).read_text()
+
+
+def test_figures_take_the_colors_of_the_page_and_start_at_zero_where_noise_would_look_like_a_signal(ended):
+    page = write_run_report(ended.path).read_text()
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
+    assert drawings.count('role="img"') == drawings.count("<svg") >= 4
+    assert set(re.findall(r": (#[0-9a-f]{6})", drawings)) <= {"#ffffff"}  # all others follow a dark page
+    by_title = {figure.axes[0].get_title(loc="left"): figure.axes[0] for figure in curves({"run": list(lines_of())})}
+    for title in ("KL", "Live bits", "Gradient norm"):
+        assert by_title[title].get_ylim()[0] == 0
+    assert by_title["Reconstruction"].get_ylim()[0] > 0
+    flat = curves({"run": list(lines_of(count=30, reconstruction=2.0, loss=2.0))[-10:]})[0].axes[0].get_ylim()
+    assert flat[1] - flat[0] >= 0.1  # 5 % of 2 nats
+
+
+def test_losses_that_may_not_be_compared_are_in_different_figures():
+    baseline = [{key: value for key, value in line.items() if "kl" not in key} for line in lines_of()]
+    figures = curves({"free": list(lines_of()), "baseline": baseline})
+    drawn = {figure.axes[0].get_title(loc="left"): len(figure.axes[0].lines) for figure in figures}
+    assert drawn["Reconstruction"] == 1 and drawn["Gradient norm"] == 3  # with the line at zero
+    alone = [figure.axes[0].get_title(loc="left") for figure in curves({"baseline": baseline})]
+    assert "Training loss" in alone and "Reconstruction" not in alone
 
 
 class Recorder(Subscriber):

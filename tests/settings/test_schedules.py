@@ -93,13 +93,12 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert "not used" in collapse_warning(result(usage=usage([0.9, 0.9]), gap=0.0), free_bits=2.0)
     dying = collapse_warning(result(usage=usage([0.04, 0.04])), free_bits=2.0)
     assert "uses 0.080 of its 2 free bits and no bit of the plan is live" in dying
-    assert "raise model.free_bits" in dying
+    assert "Try" not in dying  # what to change depends on the settings of the run
     assert collapse_warning(result(usage=usage([0.04, 0.04])), free_bits=0.1) is None  # few bits, and it spends them
     assert "no bit of the plan is live" in collapse_warning(result(usage=usage([0.01, 0.01])), free_bits=0.0)
     assert collapse_warning(result(gap=None, usage=None), free_bits=1.0) is None
     constant = collapse_warning(result(usage=usage([0.9, 0.9], information=0.17)), free_bits=2.0)
     assert "the plan carries no information: all texts have the same one, only 0.170 of its 1.80 bits" in constant
-    assert "aggregate_weight" in constant
     assert collapse_warning(result(usage=usage([0.9, 0.9], information=0.19)), free_bits=2.0) is None
     alone = result(usage=usage([0.9, 0.9], information=0.0), documents=1, standard_errors={"gap": float("nan")})
     assert collapse_warning(alone, free_bits=2.0) is None  # of one text nobody can say

@@ -15,7 +15,7 @@ from free_transformer.cli.options import (
     RunArgument,
     SeedOption,
 )
-from free_transformer.cli.output import print_table
+from free_transformer.cli.output import print_table, print_verdict
 from free_transformer.files import check_own_results
 from free_transformer.reporting.table import Table
 from free_transformer.runs.evaluation_options import EvaluationOptions
@@ -48,6 +48,7 @@ def compare(
     from free_transformer.cli.processes import evaluation_processes
     from free_transformer.runs.evaluate import compare_runs
     from free_transformer.runs.run import Run
+    from free_transformer.runs.verdict import verdict_of
 
     free = Run.open(run)
     check_own_results(free.comparison_file, "difference")
@@ -61,12 +62,14 @@ def compare(
         seed=seed,
     )
     with evaluation_processes() as processes:
-        result = compare_runs(free, Run.open(baseline_run), options, processes)
+        baseline = Run.open(baseline_run)
+        result = compare_runs(free, baseline, options, processes)
     if not processes.main:
         return
-    free.write_comparison(result.comparison, result.bytes_per_token)
+    free.write_comparison(result.comparison, result.bytes_per_token, baseline.name, method)
     rows = _rows(result.comparison, result.bytes_per_token)
-    print_table(Table(["", "nats per token", "nats per byte"], rows))
+    print_table(Table(["", "nats per token", "nats per byte"], rows, "± one standard error"))
+    print_verdict(verdict_of(free))
 
 
 def _rows(result: "Comparison", bytes_per_token: float) -> list[list[str]]:

@@ -10,7 +10,7 @@ from free_transformer.cli.options import (
     RunArgument,
     SeedOption,
 )
-from free_transformer.cli.output import print_line, print_table, print_warning
+from free_transformer.cli.output import print_line, print_table, print_verdict
 from free_transformer.files import check_own_results
 from free_transformer.runs.evaluation_options import EvaluationOptions
 
@@ -30,6 +30,10 @@ def evaluate(
     """
     Evaluate the likelihood of held-out text and whether the plan is used, and save both in `RUN/metrics.json`.
 
+    With one process it also saves texts under several plans, the effect of each bit, and the plans of each source in
+    `RUN/plan_examples.json`, which `report` shows. Sources are known from a column `source` or `label` of the text, or
+    from several files.
+
     Examples:
 
     - `free-transformer evaluate runs/my-run`
@@ -37,11 +41,13 @@ def evaluate(
     """
     from free_transformer.cli.processes import evaluation_processes
     from free_transformer.reporting.report import likelihood_table, usage_table
-    from free_transformer.runs.evaluate import evaluate_run
+    from free_transformer.runs.evaluate import evaluate_run, load_for_evaluation, plan_examples_of
     from free_transformer.runs.run import Run
+    from free_transformer.runs.verdict import verdict_of
 
     evaluated = Run.open(run)
     check_own_results(evaluated.evaluation_file, "nll")
+    check_own_results(evaluated.examples_file, "texts")
     options = EvaluationOptions(
         data=tuple(data or ()),
         num_samples=num_plans,
@@ -52,13 +58,15 @@ def evaluate(
         seed=seed,
     )
     with evaluation_processes() as processes:
-        result = evaluate_run(evaluated, options, processes)
+        loaded = load_for_evaluation(evaluated, options, processes)
+        result = evaluate_run(evaluated, options, processes, loaded=loaded)
     if not processes.main:
         return
     likelihood = result.likelihood
-    warning = evaluated.write_evaluation(likelihood, result.bytes_per_token, data)  # before output that may fail
+    evaluated.write_evaluation(likelihood, result.bytes_per_token, data)  # before what may fail
+    if (examples := plan_examples_of(evaluated, loaded, options)) is not None:
+        evaluated.write_examples(examples)
     print_table(likelihood_table(likelihood, result.bytes_per_token).columns(*NARROW_COLUMNS))
     print_table(usage_table(likelihood))
-    if warning:
-        print_warning(warning)
     print_line(f"{likelihood.documents} texts, {likelihood.tokens} tokens; saved to {evaluated.evaluation_file}")
+    print_verdict(verdict_of(evaluated))

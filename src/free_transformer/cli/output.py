@@ -1,9 +1,14 @@
 """What commands print: one console for results, tables, samples and warnings."""
 
+from typing import TYPE_CHECKING
+
 from rich.status import Status
 
 from free_transformer.reporting.console import printable, stdout_console
 from free_transformer.reporting.table import Table
+
+if TYPE_CHECKING:
+    from free_transformer.runs.verdict import Verdict
 
 console = stdout_console()
 
@@ -15,6 +20,15 @@ def print_line(text: str) -> None:
 
 def print_warning(text: str) -> None:
     console.print(f"warning: {text}", style="yellow")
+
+
+def print_verdict(verdict: "Verdict") -> None:
+    """Prints the verdict on a run: what it is, and what to do next."""
+    style = {"good": "green", "problem": "yellow"}.get(verdict.tone)
+    first, *follow = verdict.lines
+    console.print(first, style=style, soft_wrap=True)
+    for line in follow:
+        print_line(line)
 
 
 def print_sample(title: str, text: str) -> None:

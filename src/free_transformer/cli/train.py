@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from free_transformer.cli.options import ConfigArgument
-from free_transformer.cli.output import print_line, print_table, print_warning
+from free_transformer.cli.output import print_line, print_table, print_verdict, print_warning
 from free_transformer.files import check_own_file
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def train(
     run = train_run(settings, allow_change=allow_change or (), warnings=warnings)
     if os.environ.get("RANK", "0") == "0":
         from free_transformer.runs.report import write_run_report
+        from free_transformer.runs.verdict import verdict_of
 
+        print_verdict(verdict_of(run))
         print_line(f"report: {write_run_report(run.path)}")
 
 

@@ -7,6 +7,7 @@ from free_transformer.data.documents import (
     read_documents_by_source,
     source_files,
 )
+from free_transformer.data.labels import read_labeled
 from free_transformer.data.loader import prefetched
 from free_transformer.data.packing import build_rows, streamed_batches
 from free_transformer.data.rows import Rows
@@ -33,6 +34,7 @@ __all__ = [
     "prefetched",
     "read_documents",
     "read_documents_by_source",
+    "read_labeled",
     "source_files",
     "streamed_batches",
     "train_tokenizer",

@@ -65,6 +65,20 @@ def read_table(path: Path, column: str, max_bad_rows: int) -> Iterator[str]:
     yield from good_texts(_with_read_errors(rows, str(path), READ_ERRORS), str(path), column, max_bad_rows)
 
 
+def read_rows(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    """
+    Yields number and value of each row of a file that has text, or an integer, in the column.
+
+    Raises:
+        UnreadableFile: as `read_table`.
+    """
+    rows = READERS[format_of(path)](path, column)
+    for _, number, row in _with_read_errors(rows, str(path), READ_ERRORS):
+        value = row.get(column) if isinstance(row, Mapping) else None
+        if isinstance(value, str | int):
+            yield number, str(value)
+
+
 def read_data_set(table: Iterable[object], name: str, column: str, max_bad_rows: int) -> Iterator[str]:
     """As `read_table`, for the rows of a data set called `name` in messages."""
 

@@ -14,6 +14,7 @@ from free_transformer.evaluation.control import (
 )
 from free_transformer.evaluation.diversity import Diversity, measure_diversity
 from free_transformer.evaluation.likelihood import Likelihood, evaluate_likelihood
+from free_transformer.evaluation.plan_examples import PlanExamples, make_plan_examples
 from free_transformer.evaluation.usage import PlanUsage, collapse_warning, plan_usage, usage_warning
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Control",
     "Diversity",
     "Likelihood",
+    "PlanExamples",
     "PlanUsage",
     "agreement",
     "bit_effects",
@@ -30,6 +32,7 @@ __all__ = [
     "compare",
     "evaluate_likelihood",
     "generate_texts",
+    "make_plan_examples",
     "measure_coherence",
     "measure_control",
     "measure_diversity",

@@ -1,4 +1,8 @@
-"""Plan usage: how many bits the plan uses, how many differ between texts, and warnings if it is not used."""
+"""
+Plan usage: how many bits the plan uses, how many differ between texts, and warnings if it is not used.
+
+The warnings give the reason. What to change depends on the settings of a run: `runs.diagnostics.plan_advice`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,15 +21,6 @@ EPSILON = 1e-12
 SPENT_SHARE = 0.1  # warn if a plan uses less than this share of its free bits
 MIN_INFORMATION_SHARE = 0.1  # warn if less than this share of the bits used differs between texts
 MIN_GAIN_BITS = 0.1  # per text: warn if the plan improves the prediction by less
-
-ADVICE = (
-    "raise model.free_bits (1 to 2 bits), lower training.kl_weight, keep table_init=bit_linear, "
-    "or let each plan cover more tokens (plan_span: sequence)"
-)
-ADVICE_COMMON = (
-    "model.aggregate_weight of at least 1, which penalizes bits that all texts share, with model.min_bits slightly "
-    "below model.free_bits, and optimizer.name=muon"
-)
 
 
 @dataclass
@@ -82,7 +77,7 @@ def live_threshold(free_bits: float, num_bits: int) -> float:
 
 def usage_warning(likelihood: "Likelihood") -> str | None:
     """
-    Returns a warning with advice if the plan is not used, otherwise None.
+    Returns the reason if the plan is not used, otherwise None.
 
     A KL above zero is not sufficient. The decoder may ignore the plan: then a random plan predicts equally well, so
     there is no gap between `prior` and `reconstruction`. Or all texts may share one plan: then there is a gap, because
@@ -97,13 +92,13 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
     if likelihood.gap <= 2 * error or gap_bits < MIN_GAIN_BITS:
         return (
             f"the plan is not used: a random plan predicts as well as the text's own (gap {likelihood.gap:.4f} ± "
-            f"{error:.4f} nats per token), although its KL is {likelihood.kl:.2f} bits per plan. Try: {ADVICE}"
+            f"{error:.4f} nats per token), although its KL is {likelihood.kl:.2f} bits per plan"
         )
     usage = likelihood.usage
     if usage is not None and likelihood.documents > 1 and usage.information < MIN_INFORMATION_SHARE * usage.bits_used:
         return (
             f"the plan carries no information: all texts have the same one, only {usage.information:.3f} of its "
-            f"{usage.bits_used:.2f} bits differ between them. Try: {ADVICE_COMMON}"
+            f"{usage.bits_used:.2f} bits differ between them"
         )
     return None
 
@@ -124,4 +119,4 @@ def collapse_warning(likelihood: "Likelihood", free_bits: float) -> str | None:
     threshold = live_threshold(free_bits, len(usage.bits_per_position))
     if max(usage.bits_per_position) < threshold:
         found.append(f"no bit of the plan is live (above {threshold:.3g} bits)")
-    return f"{' and '.join(found)}. Try: {ADVICE}" if found else None
+    return " and ".join(found) or None

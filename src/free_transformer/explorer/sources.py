@@ -1,18 +1,20 @@
 """Opens what `free-transformer explore` is given: a run, a model folder or an ONNX export, with its baseline."""
 
-import json
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from free_transformer.errors import InputError
-from free_transformer.explorer.survey import Passage, PlanSurvey, survey_plans
+from free_transformer.explorer.survey import UNLABELED, Passage, PlanSurvey, survey_plans
 from free_transformer.runtime.sessions import EXPORT_FILE
 from free_transformer.serving.batch import Batch
 
 BASELINE_FOLDER = "baseline"  # in the folder of a model
 MAX_PASSAGES = 512
+MAX_DOCUMENTS = 4096  # where none has a label
+MAX_DOCUMENT = 1024  # rows of a document
 ROWS = 32  # texts at a time, more than a grid holds
 
 
@@ -86,25 +88,18 @@ def survey(opened: Opened, batch: Batch, max_seconds: float, progress: Callable[
 
 def _passages(sources: Sequence[str], batch: Batch, window: int) -> Iterator[Passage]:
     """Whole rows of `window` tokens, and shorter texts as they are."""
-    for text, source in _labeled(sources):
-        tokens = batch.encode(text, 64 * window)[1:]
-        for start in range(0, max(1, len(tokens) - window + 2), window - 1):
-            piece = tokens[start : start + window - 1]
-            if len(piece) == window - 1 or start == 0:
-                yield Passage([batch.begin, *piece], source or "")
+    from free_transformer.data import read_documents, read_labeled
 
-
-def _labeled(sources: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    from free_transformer.data import read_documents
-
-    for source in sources:
-        if source.endswith(".jsonl"):
-            for line in Path(source).read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                yield row["text"], row.get("label")
-        else:
-            for text in read_documents([source], split="validation"):
-                yield text, None
+    by_source = read_labeled(sources) or {
+        UNLABELED: list(itertools.islice(read_documents(sources, split="validation"), MAX_DOCUMENTS))
+    }
+    for source, texts in by_source.items():
+        for text in texts:
+            tokens = batch.encode(text, MAX_DOCUMENT * window)[1:]
+            for start in range(0, max(1, len(tokens) - window + 2), window - 1):
+                piece = tokens[start : start + window - 1]
+                if len(piece) == window - 1 or start == 0:
+                    yield Passage([batch.begin, *piece], source)
 
 
 def _row_length(folder: Path, batch: Batch) -> int:

@@ -1,54 +1,149 @@
 """Plots of metrics and of plan usage. They need matplotlib, which the extra `train` installs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
+
+from free_transformer.evaluation.usage import LIVE_BITS
+from free_transformer.reporting.palette import FAINT, LIGHT, LINE, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Panel(NamedTuple):
+    title: str
+    unit: str
+    from_zero: bool  # where the distance from zero is what matters, and noise would look like a signal
+
 
 PANELS = {
-    "reconstruction": "reconstruction (loss of a baseline)\nnats per token",
-    "kl": "KL, bits per plan",
-    "elbo": "ELBO (NLL of a baseline), held out\nnats per token",
-    "gap": "prior gap, held out\nnats per token",
-    "live_bits": "live bits of a plan",
-    "grad_norm": "gradient norm",
+    "reconstruction": Panel("Reconstruction", "nats per token", False),
+    "elbo": Panel("Held-out ELBO", "nats per token", False),
+    "gap": Panel("Prior gap, held out", "nats per token", True),
+    "kl": Panel("KL", "bits per plan", True),
+    "live_bits": Panel("Live bits", "bits of a plan", True),
+    "grad_norm": Panel("Gradient norm", "", True),
 }
-TRAIN, VALIDATION = {"alpha": 0.6, "linewidth": 1}, {"marker": ".", "linewidth": 1.5}
+OF_BASELINES = {"reconstruction": "Training loss", "elbo": "Held-out NLL"}
+TRAIN, VALIDATION = {"alpha": 0.75, "linewidth": 1}, {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
+DASHES = ("-", "--", ":")  # once all colors are taken
+SETTLED = 0.1  # share of the steps, from the start, that the range of a loss leaves out
+MIN_RANGE = 0.05  # of the value of a loss: less is noise
+CURVES = "Thin lines: training. Lines with dots: held-out text."  # the caption
 
 
-def _new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+def styled(draw: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Draws with our colors and type sizes, and takes text as it is: `$` in the name of a run is part of the name."""
+
+    @wraps(draw)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        import matplotlib
+        from cycler import cycler
+
+        style: dict[Any, Any] = {
+            "axes.prop_cycle": cycler(color=LIGHT),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": LINE,
+            "axes.labelcolor": FAINT,
+            "axes.titlecolor": TEXT,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.labelsize": 9.5,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": LINE,
+            "grid.linewidth": 0.6,
+            "xtick.color": LINE,
+            "ytick.color": LINE,
+            "xtick.labelcolor": FAINT,
+            "ytick.labelcolor": FAINT,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+            "text.color": TEXT,
+            "text.parse_math": False,
+        }
+        with matplotlib.rc_context(style):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
+    """A figure of so many inches with axes side by side. Call it in a function that is `styled`."""
     from matplotlib.figure import Figure  # pyplot has a backend to configure and keeps state between figures
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(1, columns, squeeze=False).flat)
+    return figure, axes
 
 
-def curves(runs: Mapping[str, Metrics]) -> "Figure":
-    """The metrics of runs by step: training as thin lines, validation with dots, stages separated by dotted lines."""
-    shown = [name for name in PANELS if any(_points(metrics, name) for metrics in runs.values())]
-    figure, axes = _new_figure(11, 3.2 * -(-len(shown) // 3), columns=3, rows=-(-len(shown) // 3))
-    for axis, name in zip(axes, shown, strict=False):
-        for color, (label, metrics) in enumerate(runs.items()):
-            for split, points in _points(metrics, name).items():
-                style = TRAIN if split == "train" else VALIDATION
-                axis.plot(*zip(*points, strict=True), color=f"C{color}", label=f"{label}, {split}", **style)
-        for step in _stage_starts(next(iter(runs.values()))) if len(runs) == 1 else []:
-            axis.axvline(step, color="gray", linewidth=0.8, linestyle=":")
-        axis.set_title(PANELS[name], fontsize=10)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=7)
-        if name == "live_bits":
-            axis.set_ylim(bottom=0)
-    for axis in axes[len(shown) :]:
-        axis.set_axis_off()
+def curves(runs: Mapping[str, Metrics]) -> "list[Figure]":
+    """
+    The metrics of runs by step, one figure per metric: training as thin lines, validation with dots, stages separated
+    by dotted lines. The reconstruction of Free Transformers and the loss of baselines are not drawn in one figure.
+    """
+    of_baselines = {label: metrics for label, metrics in runs.items() if _is_baseline(metrics)}
+    of_free = {label: metrics for label, metrics in runs.items() if label not in of_baselines}
+    figures = []
+    for name, panel in PANELS.items():
+        shown = of_free or runs if name == "reconstruction" else runs
+        if not of_free:
+            panel = panel._replace(title=OF_BASELINES.get(name, panel.title))
+        elif name == "elbo" and of_baselines:
+            panel = panel._replace(title="Held-out ELBO (baseline: NLL)")
+        found = {label: points for label in shown if (points := _points(runs[label], name))}
+        if found:
+            figures.append(_curve(panel, found, list(runs), _stage_starts(next(iter(runs.values())), len(runs))))
+    return figures
+
+
+@styled
+def _curve(
+    panel: Panel, found: Mapping[str, Mapping[str, list[tuple[int, float]]]], labels: list[str], stages: list[int]
+) -> "Figure":
+    figure, (axis,) = new_figure(3.5, 2.3)
+    for label, splits in found.items():
+        index = labels.index(label)
+        look: dict[str, Any] = {"color": LIGHT[index % len(LIGHT)], "linestyle": DASHES[index // len(LIGHT) % 3]}
+        for split, points in splits.items():
+            style: dict[str, Any] = TRAIN if split == "train" else VALIDATION
+            axis.plot(*zip(*points, strict=True), **look, **style)
+    for step in stages:
+        axis.axvline(step, color=FAINT, linewidth=0.8, linestyle=":")
+    axis.set_title(panel.title)
+    axis.set_ylabel(panel.unit)
+    axis.set_xlabel("step")
+    axis.margins(x=0.01)
+    _set_range(axis, panel, [points for splits in found.values() for points in splits.values()])
     return figure
+
+
+def _set_range(axis: "Axes", panel: Panel, lines: Sequence[list[tuple[int, float]]]) -> None:
+    """From zero where noise would look like a signal, else the settled part of the curves, with a least width."""
+    if panel.from_zero:
+        axis.axhline(0, color=FAINT, linewidth=0.8)
+        values = [value for points in lines for _, value in points]
+        axis.set_ylim(min(0.0, 1.05 * min(values)), max(1e-3, 1.05 * max(values)))
+        return
+    last = max(points[-1][0] for points in lines)
+    settled = [value for points in lines for step, value in points if step >= SETTLED * last]
+    low, high = min(settled), max(settled)
+    missing = max(0.0, MIN_RANGE * abs(high) - (high - low))
+    margin = missing / 2 + 0.05 * (high - low + missing)
+    axis.set_ylim(low - margin, high + margin)
 
 
 def _points(metrics: Metrics, name: str) -> dict[str, list[tuple[int, float]]]:
@@ -63,47 +158,74 @@ def values_of(metrics: Metrics, split: str, key: str) -> list[tuple[int, float]]
     return [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
 
 
-def _stage_starts(metrics: Metrics) -> list[int]:
-    """The step after which each stage begins, except the first."""
-    lines = [line for line in metrics if "stage" in line]
+def _stage_starts(metrics: Metrics, runs: int) -> list[int]:
+    """The step after which each stage begins, except the first; none where several runs are drawn."""
+    lines = [line for line in metrics if "stage" in line] if runs == 1 else []
     return [before["step"] for before, line in pairwise(lines) if line["stage"] != before["stage"]]
 
 
 def _is_baseline(metrics: Metrics) -> bool:
-    return not any("elbo" in line for line in metrics)
+    return not any("elbo" in line or "kl" in line for line in metrics)
 
 
+@styled
 def bits(values: Sequence[float]) -> "Figure":
-    """KL of each bit position."""
-    figure, (axis,) = _new_figure(6, 2.4)
-    axis.bar(range(len(values)), values)
+    """KL of each bit position, 0 to 1, and the KL above which a bit is live."""
+    figure, (axis,) = new_figure(4.8, 2.1)
+    live = [value > LIVE_BITS for value in values]
+    axis.bar(range(len(values)), values, 0.7, color=[LIGHT[0] if each else LIGHT[-1] for each in live])
+    axis.axhline(LIVE_BITS, color=FAINT, linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(0, len(values), 1 + len(values) // 17))
+    axis.grid(axis="x", visible=False)
     axis.set_xlabel("bit of the plan")
     axis.set_ylabel("KL, bits")
     axis.set_ylim(0, 1)
     return figure
 
 
+@styled
+def differences(intervals: Mapping[str, tuple[float, float | None]]) -> "Figure":
+    """Values with half of their interval, one below the other, and a line at zero: left of it is better."""
+    figure, (axis,) = new_figure(5.2, 0.8 + 0.35 * len(intervals))
+    for row, (value, margin) in enumerate(intervals.values()):
+        axis.errorbar(value, row, xerr=margin, fmt="o", color=LIGHT[row], markersize=6, capsize=4, elinewidth=1.6)
+    axis.axvline(0, color=TEXT, linewidth=1)
+    widest = max(abs(value) + (margin or 0.0) for value, margin in intervals.values()) or 1e-3
+    axis.set_xlim(-1.15 * widest, 1.15 * widest)
+    axis.set_ylim(len(intervals) - 0.5, -0.5)
+    axis.set_yticks(range(len(intervals)), list(intervals))
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("← better · nats per token · worse →")
+    return figure
+
+
+@styled
 def plans_by_label(table: np.ndarray, labels: Sequence[str]) -> "Figure":
     """The share of each label per plan, from a (plans, labels) array of counts. Plans are sorted by label."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
     shares = table / table.sum(1, keepdims=True)
     order = np.lexsort((-shares.max(1), shares.argmax(1)))
-    figure, (axis,) = _new_figure(10, 2.2)
-    image = axis.imshow(shares[order].T, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    figure, (axis,) = new_figure(10, 2.2)
+    shades = LinearSegmentedColormap.from_list("share", [to_rgba(LIGHT[0], 0.0), to_rgba(LIGHT[0], 1.0)])
+    image = axis.imshow(shares[order].T, aspect="auto", cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     axis.set_yticks(range(len(labels)), labels)
     axis.set_xticks([])
+    axis.grid(visible=False)
     axis.set_xlabel(f"the {len(table)} plans that held-out texts took, sorted by label")
     figure.colorbar(image, label="share")
     return figure
 
 
+@styled
 def shares_by_position(lines: Mapping[str, Sequence[float]], tokens: int, chance: float) -> "Figure":
     """Shares, 0 to 1, of consecutive segments of `tokens` tokens, one line per name, and a dotted line for chance."""
-    figure, (axis,) = _new_figure(10, 3.2)
+    figure, (axis,) = new_figure(9, 3.2)
     for name, shares in lines.items():
-        axis.plot([(index + 1) * tokens for index in range(len(shares))], shares, linewidth=1.2, label=name)
-    axis.axhline(chance, color="gray", linewidth=0.8, linestyle=":", label="chance")
+        axis.plot([(index + 1) * tokens for index in range(len(shares))], shares, linewidth=1.4, label=name)
+    axis.axhline(chance, color=FAINT, linewidth=0.9, linestyle=":", label="chance")
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("tokens")
     axis.set_ylabel("share of texts")
-    axis.legend(fontsize=8)
+    axis.legend()
     return figure

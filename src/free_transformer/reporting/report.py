@@ -1,21 +1,37 @@
 """A report that opens without a server: tables, text and plots in one HTML file, and the tables of a likelihood."""
 
+import html
 import importlib.resources
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from free_transformer.evaluation.likelihood import Likelihood
 from free_transformer.evaluation.usage import LIVE_BITS
 from free_transformer.files import WRITTEN_BY, write_text
+from free_transformer.reporting.palette import SERIES, variables, with_variables
+from free_transformer.reporting.parts import (
+    Command,
+    FigurePart,
+    Folded,
+    Heading,
+    Paragraph,
+    Part,
+    Samples,
+    TablePart,
+    Warning_,
+)
 from free_transformer.reporting.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = "page.html.jinja"
+MAX_NARROW = 8.0  # inches; a wider figure scrolls on a phone instead of shrinking
+REM_PER_INCH = 6.5  # on a wide page: type in figures is then as large as captions
 NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
 
 COMPARABLE = {
@@ -48,9 +64,14 @@ def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
         error = likelihood.standard_errors[name]
         if name == "nll":
             meaning += f" ({nll_method(likelihood)})"
-        per_byte = f"{value / bytes_per_token:.4f} ± {error / bytes_per_token:.4f}"
-        rows.append([name, f"{value:.4f} ± {error:.4f}", per_byte, meaning, comparison])
+        per_byte = with_error(value / bytes_per_token, error / bytes_per_token)
+        rows.append([name, with_error(value, error), per_byte, meaning, comparison])
     return Table(["", "nats per token", "nats per byte", "what it is", "against a baseline"], rows)
+
+
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    """A value with its standard error, which a single text does not have."""
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def nll_method(likelihood: NllMethod) -> str:
@@ -72,85 +93,102 @@ def usage_table(likelihood: Likelihood) -> Table:
     errors = likelihood.standard_errors
     bits = " ".join(f"{each:.2f}" for each in usage.bits_per_position)
     rows = [
-        ["KL, bits per plan", f"{likelihood.kl:.3f} ± {errors['kl']:.3f}"],
+        ["KL, bits per plan", with_error(likelihood.kl or 0.0, errors["kl"], 3)],
         ["of these, bits that distinguish texts, at most", f"{usage.information:.3f}"],
-        ["KL, bits per token", f"{likelihood.kl_per_token:.4f} ± {errors['kl_per_token']:.4f}"],
+        ["KL, bits per token", with_error(likelihood.kl_per_token, errors["kl_per_token"])],
         ["bits of each position", bits],
         [f"live bits (over {LIVE_BITS:g})", f"{usage.live_bits} of {len(usage.bits_per_position)}"],
         ["plans at the free-bits floor", f"{usage.share_at_floor:.0%}"],
-        ["gap prior - reconstruction, nats per token", f"{likelihood.gap:.4f} ± {errors['gap']:.4f}"],
+        ["gap prior - reconstruction, nats per token", with_error(likelihood.gap or 0.0, errors["gap"])],
     ]
     return Table(["the plan", ""], rows)
 
 
-@dataclass(frozen=True)
-class _Heading:
-    kind: ClassVar = "heading"
-    text: str
-    level: int
-
-
-@dataclass(frozen=True)
-class _Paragraph:
-    kind: Literal["paragraph", "warning"]
-    text: str
-
-
-@dataclass(frozen=True)
-class _TablePart:
-    kind: ClassVar = "table"
-    table: Table
-
-
-@dataclass(frozen=True)
-class _Samples:
-    kind: ClassVar = "samples"
-    titled: Sequence[tuple[str, str]]
-    single_lines: bool
-
-
-@dataclass(frozen=True)
-class _Figure:
-    kind: ClassVar = "figure"
-    svg: str
-    caption: str
-
-
 class Report:
-    """An HTML page. Its parts appear in the order in which they are added."""
+    """
+    An HTML page without scripts or outside references. Its parts appear in the order in which they are added.
 
-    def __init__(self, title: str):
-        self.title = title
-        self.parts: list[_Heading | _Paragraph | _TablePart | _Samples | _Figure] = []
+    Args:
+        facts: short texts under the title.
+    """
+
+    def __init__(self, title: str, facts: Sequence[str] = ()):
+        self.title, self.facts = title, facts
+        self.parts: list[Part] = []
 
     def heading(self, text: str, level: int = 2) -> None:
-        self.parts.append(_Heading(text, level))
+        self.parts.append(Heading(text, level))
 
     def paragraph(self, text: str) -> None:
-        self.parts.append(_Paragraph("paragraph", text))
+        self.parts.append(Paragraph(text))
 
-    def warning(self, text: str) -> None:
-        """A highlighted paragraph."""
-        self.parts.append(_Paragraph("warning", text))
+    def command(self, text: str, command: str) -> None:
+        """A paragraph that ends in a command."""
+        self.parts.append(Command(text, command))
+
+    def warning(self, text: str, when: str = "", over: bool = False) -> None:
+        """A highlighted paragraph. Args: when: it was raised, in words; over: whether it is no longer the case."""
+        self.parts.append(Warning_(text, when, over))
 
     def table(self, table: Table) -> None:
-        self.parts.append(_TablePart(table))
+        self.parts.append(TablePart(table))
 
     def samples(self, titled: Sequence[tuple[str, str]], lines: bool = False) -> None:
         """Texts side by side, each under its title. `lines` keeps long lines on one line."""
-        self.parts.append(_Samples(titled, lines))
+        self.parts.append(Samples(titled, lines))
 
-    def figure(self, figure: "Figure", caption: str) -> None:
-        """A matplotlib figure, embedded in the page as SVG."""
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        svg = buffer.getvalue()
-        self.parts.append(_Figure(svg[svg.index("<svg") :], caption))
+    def figure(self, figure: "Figure | Sequence[Figure]", caption: str, legend: Sequence[tuple[str, int]] = ()) -> None:
+        """
+        Matplotlib figures, embedded in the page as SVG; several of them side by side where there is room.
+
+        Args:
+            caption: what they show, also for people who do not see them.
+            legend: labels, each with the index of its color in the palette.
+        """
+        figures = list(figure) if isinstance(figure, Sequence) else [figure]
+        self.parts.append(FigurePart([_svg(each, caption) for each in figures], caption, legend))
+
+    def add(self, part: Part) -> None:
+        """Any other part of `reporting.parts`."""
+        self.parts.append(part)
+
+    @contextmanager
+    def folded(self, summary: str) -> Iterator[None]:
+        """What is added within is shown once the reader opens it."""
+        outside, self.parts = self.parts, []
+        try:
+            yield
+        finally:
+            outside.append(Folded(summary, self.parts))
+            self.parts = outside
 
     def write(self, path: Path) -> None:
         from jinja2 import Environment
 
         source = importlib.resources.files("free_transformer.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-        page = environment.from_string(source).render(title=self.title, parts=self.parts, generator=WRITTEN_BY)
-        write_text(path, page)
+        page = environment.from_string(source).render(
+            title=self.title,
+            facts=self.facts,
+            parts=self.parts,
+            generator=WRITTEN_BY,
+            light=variables(dark=False),
+            dark=variables(dark=True),
+            colors=len(SERIES),
+        )
+        write_text(path, page.lstrip())
+
+
+def _svg(figure: "Figure", caption: str) -> str:
+    """The SVG of a figure in the colors and the type of the page, with a label for people who do not see it."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "free-transformer"}):
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    svg = buffer.getvalue()
+    titles = ", ".join(title for axis in figure.axes if (title := axis.get_title(loc="left") or axis.get_title()))
+    width = figure.get_figwidth()
+    size = f"--most: {REM_PER_INCH * width:.0f}rem;" + (" --least: 40rem;" if width > MAX_NARROW else "")
+    label = html.escape(f"{titles}: {caption}" if titles else caption, quote=True)
+    return f'<svg role="img" aria-label="{label}" style="{size}"' + with_variables(svg[svg.index("<svg") + 4 :])

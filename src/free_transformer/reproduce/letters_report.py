@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from free_transformer.data.letters import NOISE, letters_entropy
+from free_transformer.reporting.palette import TEXT
+from free_transformer.reporting.plots import new_figure, styled
 from free_transformer.reporting.report import NO_PLOTS, Report
 from free_transformer.reporting.table import Table
 from free_transformer.reproduce.letters import GROUP_SIZE, SHOWN_STRINGS, VARIANTS, Result, Variant
@@ -190,24 +192,24 @@ def likelihood_table(results: Sequence[Result]) -> Table:
     return Table(["plan", *columns.values()], rows)
 
 
+@styled
 def _figure(results: Sequence[Result]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3), layout="constrained")
+    figure, axes = new_figure(11, 3, columns=4)
     panels = {
         "valid": "share of valid strings",
         "noise_rate": "rate of !",
         "place_std": "deviation of the place",
         "noise_overlap": "overlap of the !",
     }
-    for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
         for offset, kind in ((-0.2, "shared"), (0.2, "independent")):
             heights = [np.mean(_values(_of(results, variant), f"{kind}.{name}")) for variant in VARIANTS[:-1]]
             axis.bar(np.arange(len(heights)) + offset, heights, 0.4, label=f"{kind} plan")
-        baseline = np.mean(_values(_of(results, VARIANTS[-1]), f"independent.{name}"))
-        axis.axhline(baseline, color="black", linestyle=":", linewidth=1, label="no plan")
-        axis.set_title(title, fontsize=10)
+        baseline = float(np.mean(_values(_of(results, VARIANTS[-1]), f"independent.{name}")))
+        axis.axhline(baseline, color=TEXT, linestyle=":", linewidth=1, label="no plan")
+        axis.set_title(title)
+        axis.grid(axis="x", visible=False)
         axis.set_ylim(bottom=0, top=1 if name == "valid" else None)
         axis.set_xticks(range(len(VARIANTS) - 1), [variant.title.split(" ")[0] for variant in VARIANTS[:-1]])
-    axis.legend(fontsize=7)
+    axis.legend()
     return figure

@@ -1,4 +1,9 @@
-"""The figures to watch while a run trains (FAQ: is my model working?), each with its meaning or with advice."""
+"""
+The figures to watch while a run trains (FAQ: is my model working?), each with its meaning or with advice.
+
+Advice depends on the settings and on how far the run is: it never names a value that is set already, nor one that
+docs/plan.md and the FAQ advise against.
+"""
 
 from collections import deque
 from collections.abc import Mapping
@@ -8,6 +13,7 @@ from typing import Any
 
 from free_transformer.evaluation.usage import LIVE_BITS, SPENT_SHARE
 from free_transformer.settings import Settings
+from free_transformer.settings.curriculum import stage_at, stages_of
 
 WINDOW = 10  # lines of metrics that a diagnosis takes into account
 WATCHED_FROM = 0.1  # share of the steps: a plan is rarely used earlier
@@ -15,7 +21,9 @@ RISE = 1.02  # of the reconstruction, from one window to the next
 LEVEL = 0.998
 CUT = 10.0  # times training.grad_clip
 PATIENCE = 3  # evaluations without a better held-out loss
-MIN_FREE_BITS = 1.0  # below, runs collapse more often (FAQ: posterior collapse)
+# Below these free bits runs collapse more often (docs/plan.md, collapse). Plans that cover only part of a text need
+# fewer: at 1 bit per token, generated text breaks.
+MIN_FREE_BITS, MIN_FREE_BITS_PER_TEXT = 0.5, 1.0
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -66,9 +74,32 @@ class RunHistory:
     def has_plan(self) -> bool:
         return self.settings.model.kind == "free"
 
-    def is_early(self, step: int) -> bool:
+    @property
+    def free_bits(self) -> float:
+        """The free bits of the current step, in bits per plan; stages and schedules change them."""
+        last = max(self.step - 1, 0)
+        return stage_at(stages_of(self.settings), last).weights(self.settings, last)["free_bits"]
+
+    @property
+    def early_steps(self) -> int:
+        """The last step at which an unused plan is normal: the end of the warm-up, or a tenth of the run if later."""
         training = self.settings.training
-        return step <= max(training.warmup_steps, WATCHED_FROM * training.max_steps)
+        return max(training.warmup_steps, int(WATCHED_FROM * training.max_steps))
+
+    @property
+    def early_reason(self) -> str:
+        """`early_steps` in words, with the setting that it follows from."""
+        source = "a tenth of training.max_steps"
+        if self.early_steps == self.settings.training.warmup_steps:
+            source = "training.warmup_steps"
+        return f"normal up to step {self.early_steps} ({source})"
+
+    @property
+    def has_all_steps(self) -> bool:
+        return self.step >= self.settings.training.max_steps
+
+    def is_early(self, step: int) -> bool:
+        return step <= self.early_steps
 
     def last(self, name: str) -> float | None:
         return self.train[-1].get(name) if self.train else None
@@ -83,15 +114,19 @@ class RunHistory:
 def plan_advice(settings: Settings) -> str:
     """What to change if the plan is not used: the remedies of the FAQ that the settings do not have yet."""
     model, remedies = settings.model, []
-    if model.free_bits < MIN_FREE_BITS:
-        remedies.append("raise model.free_bits to 1 or 2 bits")
-    if not (model.min_bits and model.aggregate_weight):
-        remedies.append("set model.aggregate_weight=1 and model.min_bits slightly below model.free_bits")
+    per_text = model.plan_span == "sequence"
+    wanted = MIN_FREE_BITS_PER_TEXT if per_text else MIN_FREE_BITS
+    if model.free_bits < wanted:
+        remedies.append(f"raise model.free_bits to {'1 or 2 bits' if per_text else f'{wanted:g} bits'}")
+    if per_text and not model.aggregate_weight:
+        remedies.append("set model.aggregate_weight=1")
+    if per_text and not model.min_bits:  # forced on each of many plans, it fills them with noise
+        remedies.append("set model.min_bits slightly below model.free_bits")
     if (model.model_extra or {}).get("table_init", "bit_linear") != "bit_linear":
         remedies.append("use model.table_init=bit_linear")
     if settings.optimizer_name != "muon" and model.pretrained is None:
         remedies.append("use optimizer.name=muon")
-    if model.plan_span != "sequence":
+    if not per_text:
         remedies.append("let each plan cover more tokens (model.plan_span)")
     return ", ".join(remedies) or "every setting that helps is in use; train longer, or check the training text"
 
@@ -105,12 +140,13 @@ def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:
     if change > RISE:
         return Diagnostic(label, value, "rises: lower training.learning_rate, or check the newest text", alarm=True)
     if change > LEVEL:
-        return Diagnostic(label, value, "no longer falls: stop once the held-out loss has leveled off too")
+        advice = "has leveled off" if history.has_all_steps else "no longer falls: stop once the held-out loss does too"
+        return Diagnostic(label, value, advice)
     return Diagnostic(label, value, "falls, as it should; do not compare it with a baseline's loss")
 
 
 def _kl(history: RunHistory, early: bool) -> Diagnostic:
-    kl, free = history.last("kl"), history.settings.model.free_bits
+    kl, free = history.last("kl"), history.free_bits
     value = _with_unit(kl, "bits per plan", 2)
     if kl is not None and kl < SPENT_SHARE * free and not early:
         advice = f"far under the {free:g} free bits, the plan is collapsing: {plan_advice(history.settings)}"
@@ -130,15 +166,18 @@ def _hinge(history: RunHistory, early: bool) -> Diagnostic:
 def _gap(history: RunHistory, early: bool) -> Diagnostic:
     value = _with_unit(history.validation.get("gap"), "nats per token", 4)
     if history.collapse.get("collapsed"):
-        reason = str(history.collapse["warning"]).partition(". Try: ")[0]
-        return Diagnostic("prior gap", value, f"collapsed: {reason}: {plan_advice(history.settings)}", alarm=True)
+        advice = f"collapsed: {history.collapse['warning']}: {plan_advice(history.settings)}"
+        return Diagnostic("prior gap", value, advice, alarm=True)
     return Diagnostic("prior gap", value, "cost of a random plan: without a gap the plan is not used")
 
 
 def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
-    live, bits = history.last("live_bits"), history.settings.model.latent_dim
-    value = "-" if live is None else f"{live} of {bits}"
-    if live == 0 and not early:
+    live, model = history.last("live_bits"), history.settings.model
+    value = "-" if live is None else f"{live} of {model.latent_dim}"
+    if live == 0 and early:
+        return Diagnostic("live bits", value, f"no bit is used yet: {history.early_reason}")
+    enough = model.free_bits == 0 or model.free_bits > LIVE_BITS * model.latent_dim  # for at least one live bit
+    if live == 0 and enough:
         advice = f"no bit carries information: {plan_advice(history.settings)}"
         return Diagnostic("live bits", value, advice, alarm=True)
     return Diagnostic("live bits", value, f"bits with a KL above {LIVE_BITS:g} bits; the others do no harm")
@@ -154,7 +193,11 @@ def _held_out(history: RunHistory, early: bool) -> Diagnostic:
     value = _with_unit(history.validation["loss"], "nats per token", 4)
     best = f"best {history.best[0]:.4f} at step {history.best[1]}"
     if history.since_best >= PATIENCE:
-        stop = f"training stops after {patience}" if patience else "stop (evaluation.early_stopping), or add text"
+        kept = history.settings.keeps_best
+        stop = "model/ has the best weights" if kept else "train with checkpoint.keep_best=true, or add text"
+        if not history.has_all_steps:
+            stop = "stop, or add text" if kept else "stop (evaluation.early_stopping), or add text"
+        stop = f"training stops after {patience}" if patience and not history.has_all_steps else stop
         advice = f"{best}, no better for {history.since_best} validations: {stop}"
         return Diagnostic(label, value, advice, alarm=True)
     return Diagnostic(label, value, f"{best}; the number that counts: train on while it falls")
@@ -176,7 +219,8 @@ def _spikes(history: RunHistory, early: bool) -> Diagnostic:
     if count == 0:
         return Diagnostic("spikes", "0", f"steps with a far higher loss or gradient, in the last {WINDOW} lines")
     last = max(line["step"] for line in recent if line.get("spikes", 0))
-    advice = f"lower training.learning_rate, lengthen training.warmup_steps, or check the text of steps up to {last}"
+    longer = "lengthen training.warmup_steps, " if last <= 2 * history.early_steps else ""
+    advice = f"lower training.learning_rate, {longer}or check the text of steps up to {last}"
     return Diagnostic("spikes", str(count), advice, alarm=True)
 
 

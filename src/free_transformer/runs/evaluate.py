@@ -4,16 +4,35 @@ from dataclasses import dataclass, replace
 
 import torch
 from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from free_transformer.data import Rows, build_rows, read_labeled
 from free_transformer.distributed.parallelize import parallelize
 from free_transformer.distributed.processes import Processes, find_device
 from free_transformer.errors import InputError
-from free_transformer.evaluation import Comparison, Likelihood, compare, evaluate_likelihood
+from free_transformer.evaluation import (
+    Comparison,
+    Likelihood,
+    PlanExamples,
+    compare,
+    evaluate_likelihood,
+    make_plan_examples,
+)
+from free_transformer.model.modeling import FreeTransformer
 from free_transformer.reporting.console import stderr_console
 from free_transformer.runs.evaluation_options import EvaluationOptions
 from free_transformer.runs.run import Run
 
-__all__ = ["EvaluationOptions", "RunComparison", "RunEvaluation", "compare_runs", "evaluate_run"]
+__all__ = [
+    "EvaluationOptions",
+    "LoadedRun",
+    "RunComparison",
+    "RunEvaluation",
+    "compare_runs",
+    "evaluate_run",
+    "load_for_evaluation",
+    "plan_examples_of",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,16 @@ class RunEvaluation:
 
 
 @dataclass(frozen=True)
+class LoadedRun:
+    """The model of a run, its tokenizer, the rows to evaluate it on, and the processes that share the work."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    processes: Processes
+
+
+@dataclass(frozen=True)
 class RunComparison:
     """
     Attributes:
@@ -40,8 +69,24 @@ class RunComparison:
     bytes_per_token: float
 
 
+def load_for_evaluation(
+    run: Run, settings: EvaluationOptions | None = None, processes: Processes | None = None
+) -> LoadedRun:
+    """Loads what `evaluate_run` evaluates; arguments and errors as there."""
+    settings = settings or EvaluationOptions()
+    model, tokenizer = run.load_with_tokenizer()
+    processes = processes or Processes(find_device(run.settings.training.device))
+    parallelize(model, processes)
+    rows = run.held_out_rows(tokenizer, list(settings.data)).sample(settings.max_rows, settings.seed)
+    return LoadedRun(model, tokenizer, rows, processes)
+
+
 def evaluate_run(
-    run: Run, settings: EvaluationOptions | None = None, processes: Processes | None = None, quiet: bool = False
+    run: Run,
+    settings: EvaluationOptions | None = None,
+    processes: Processes | None = None,
+    quiet: bool = False,
+    loaded: LoadedRun | None = None,
 ) -> RunEvaluation:
     """
     Evaluates the likelihood of held-out text. It does not create any files: see `Run.write_evaluation`.
@@ -51,16 +96,15 @@ def evaluate_run(
         processes: processes that share the work, as `join_processes` returns them; all get the same result. Default:
             this process, on the device of the run's settings.
         quiet: no progress bar on standard error.
+        loaded: what `load_for_evaluation` returns for these arguments. Default: it is loaded here.
 
     Raises:
         SettingsError: for a folder that is not a run or has no model, and without held-out text.
         InputError: for text that cannot be read, an unknown method or prior, or too many plans for `"exact"`.
     """
     settings = settings or EvaluationOptions()
-    model, tokenizer = run.load_with_tokenizer()
-    processes = processes or Processes(find_device(run.settings.training.device))
-    parallelize(model, processes)
-    rows = run.held_out_rows(tokenizer, list(settings.data)).sample(settings.max_rows, settings.seed)
+    loaded = loaded or load_for_evaluation(run, settings, processes)
+    rows, processes = loaded.rows, loaded.processes
     torch.manual_seed(settings.seed)
     batches = track(
         rows.in_order(settings.batch_size),
@@ -69,9 +113,23 @@ def evaluate_run(
         console=stderr_console(quiet or not processes.main),
     )
     likelihood = evaluate_likelihood(
-        model, batches, settings.num_samples, settings.method, settings.prior, processes.data_group
+        loaded.model, batches, settings.num_samples, settings.method, settings.prior, processes.data_group
     )
     return RunEvaluation(likelihood, rows.bytes_per_token)
+
+
+def plan_examples_of(run: Run, loaded: LoadedRun, settings: EvaluationOptions) -> PlanExamples | None:
+    """
+    What the plans of a run do, in examples; see `Run.write_examples`. None for a baseline, and with several processes:
+    they may have a part of the model each.
+    """
+    if not isinstance(loaded.model, FreeTransformer) or loaded.processes.size > 1:
+        return None
+    data = run.settings.data
+    labeled = read_labeled(list(settings.data) or data.validation, data.column)
+    seq_len = run.settings.training.seq_len
+    by_source = {label: build_rows(texts, loaded.tokenizer, seq_len) for label, texts in labeled.items()}
+    return make_plan_examples(loaded.model, loaded.tokenizer, loaded.rows, by_source, settings.seed)
 
 
 def compare_runs(

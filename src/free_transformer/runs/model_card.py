@@ -134,12 +134,18 @@ def _what_it_is(config: JsonObject, pretrained: str | None) -> str:
     )
 
 
-def _shape(config: JsonObject, folder: Path) -> list[list[str]]:
+def count_parameters(folder: Path) -> int:
+    """The number of parameters of the model in a folder, read from the headers of its files."""
     parameters = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             names = [name for name in tensors.keys() if not name.startswith("plan_prior.")]  # noqa: SIM118
             parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return parameters
+
+
+def _shape(config: JsonObject, folder: Path) -> list[list[str]]:
+    parameters = count_parameters(folder)
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, {heads} heads"
     shape += f", {key_heads} of keys and values" * (key_heads != heads)
@@ -163,7 +169,7 @@ def _training(run: "Run") -> list[list[str]]:
 def _figures(run: "Run") -> HeldOutFigures:
     """From `metrics.json` if it was measured on these weights, otherwise from their validation during training."""
     data = run.settings.data.validation
-    if (found := _current(run, run.evaluation_file)) is not None:
+    if (found := run.current_results(run.evaluation_file)) is not None:
         return HeldOutFigures.of(found, data=data, method="exact", num_samples=1)
     step = _model_step(run)
     of_step = [line for line in run.read_metrics() if line["step"] == step and line["split"] == "validation"]
@@ -205,7 +211,7 @@ def _held_out(figures: HeldOutFigures) -> list[str]:
 
 
 def _compared(run: "Run") -> list[str]:
-    found = _current(run, run.comparison_file)
+    found = run.current_results(run.comparison_file)
     if found is None:
         return []
     difference = _number(found["difference"], found["standard_error"], sign="+")
@@ -217,7 +223,7 @@ def _compared(run: "Run") -> list[str]:
 
 
 def _steering(run: "Run") -> list[str]:
-    found = _current(run, run.control_file) or {}
+    found = run.current_results(run.control_file) or {}
     rows = []
     for name, meaning in CONTROL.items():
         if found.get(name) is not None:
@@ -290,12 +296,6 @@ def _eval_results(figures: HeldOutFigures) -> list[EvalResult]:
 def _model_step(run: "Run") -> int:
     """The step of the weights in `model/`."""
     return run.model.get("step") or Monitor(run.settings, run.read_metrics()).step
-
-
-def _current(run: "Run", file: Path) -> JsonObject | None:
-    """The contents of a file of results, None if it was measured on an earlier model."""
-    results = run.read_results(file)
-    return results if results is not None and run.is_current(file, results) else None
 
 
 def _is_on_the_hub(name: str | None) -> bool:

@@ -1,6 +1,7 @@
 """The monitor of a run: it keeps the best step, decides when to stop, raises alarms, and informs its subscribers."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 from free_transformer.runs.diagnostics import WINDOW, Diagnostic, Line, RunHistory
@@ -128,3 +129,33 @@ class Monitor:
     def close(self) -> None:
         for subscriber in self.subscribers:
             subscriber.close()
+
+
+@dataclass(frozen=True)
+class AlarmPeriod:
+    """
+    An alarm of a run and when it was raised.
+
+    Attributes:
+        label, advice: of its last diagnosis.
+        first, last: steps of the first and the last line of metrics with this alarm.
+        is_over: whether the newest line is without it.
+    """
+
+    label: str
+    advice: str
+    first: int
+    last: int
+    is_over: bool
+
+
+def alarm_periods(settings: Settings, lines: Iterable[Line]) -> list[AlarmPeriod]:
+    """The alarms that the lines of a run raised, one entry per label: current ones first, then by their first step."""
+    monitor, found = Monitor(settings), dict[str, AlarmPeriod]()
+    for line in lines:
+        monitor.add(line)
+        found = {label: replace(period, is_over=True) for label, period in found.items()}
+        for alarm in monitor.alarms():
+            first = found[alarm.label].first if alarm.label in found else monitor.step
+            found[alarm.label] = AlarmPeriod(alarm.label, alarm.advice, first, monitor.step, is_over=False)
+    return sorted(found.values(), key=lambda period: (period.is_over, period.first))

@@ -15,6 +15,7 @@ from free_transformer.data import Rows, build_rows, load_tokenizer, read_documen
 from free_transformer.evaluation.comparison import Comparison
 from free_transformer.evaluation.control import Control
 from free_transformer.evaluation.likelihood import Likelihood
+from free_transformer.evaluation.plan_examples import PlanExamples
 from free_transformer.evaluation.usage import usage_warning
 from free_transformer.files import (
     claimed_folder,
@@ -34,6 +35,8 @@ from free_transformer.runs.model_card import write_model_card
 from free_transformer.runtime.arrays import check_vocabulary
 from free_transformer.settings import Settings, SettingsError, load_settings
 
+RESULTS = {"nll", "transfer", "agreement", "texts"}  # keys that tell files of results from those of other programs
+
 
 def titles_of(runs: Sequence["Run"]) -> list[str]:
     """The names of the folders, or their paths if names are not unique."""
@@ -43,8 +46,9 @@ def titles_of(runs: Sequence["Run"]) -> list[str]:
 
 class Run:
     """
-    A folder with `config.yaml` as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`, `model/`,
-    `metrics.json` and `report.html`. `Run.open` opens an existing run; `Run(path)` also names a folder to train in.
+    A folder with `config.yaml` as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`, `model/`, results
+    (`metrics.json`, `comparison.json`, `control.json`, `plan_examples.json`) and `report.html`. `Run.open` opens an
+    existing run; `Run(path)` also names a folder to train in.
 
     A `config.yaml` that a person wrote or edited is not replaced: the settings as used are then in `config.used.yaml`.
 
@@ -59,6 +63,7 @@ class Run:
         self.evaluation_file = self.path / "metrics.json"
         self.comparison_file = self.path / "comparison.json"
         self.control_file = self.path / "control.json"
+        self.examples_file = self.path / "plan_examples.json"
         self.report_file = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.model_folder = self.path / "model"
@@ -102,7 +107,14 @@ class Run:
         """
         written = [
             *(self.metrics_file, self.history_file, self.evaluation_file, self.comparison_file, self.control_file),
-            *(self.report_file, self.checkpoints, self.model_folder, self.adapter_folder, self._used_config),
+            *(
+                self.examples_file,
+                self.report_file,
+                self.checkpoints,
+                self.model_folder,
+                self.adapter_folder,
+                self._used_config,
+            ),
         ]
         with claimed_folder(self.path, "run", [path.name for path in written]):
             yield
@@ -185,21 +197,26 @@ class Run:
 
     def read_results(self, file: Path) -> JsonObject | None:
         """
-        The contents of `metrics.json`, `comparison.json` or `control.json`; None if the file does not exist or was
-        written by another program.
+        The contents of one of the files of results; None if it does not exist or was written by another program.
         """
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return values if isinstance(values, dict) and values.keys() & {"nll", "transfer", "agreement"} else None
+        return values if isinstance(values, dict) and values.keys() & RESULTS else None
+
+    def current_results(self, file: Path) -> JsonObject | None:
+        """As `read_results`, but None too for results that were measured on an earlier model."""
+        results = self.read_results(file)
+        return results if results is not None and self.is_current(file, results) else None
 
     def is_current(self, file: Path, results: JsonObject) -> bool:
         """Whether results were measured on the current `model/`, not on an earlier one."""
         if results.get("model"):
             return results["model"].get("id") == self.model.get("id")
-        newer = file.stat().st_mtime >= (self.model_folder / "config.json").stat().st_mtime
-        return self.has_ended and newer  # files of another program have no id
+        if not self.has_ended:
+            return False
+        return file.stat().st_mtime >= (self.model_folder / "config.json").stat().st_mtime  # others write no id
 
     def append_history(self, step: int, **values: object) -> None:
         """Records a training that starts at `step`. Records from that step on left no checkpoint, and are dropped."""
@@ -220,7 +237,7 @@ class Run:
             data: sources of the text, default the run's held-out text.
 
         Returns:
-            a warning if the plan is not used.
+            the reason if the plan is not used.
         """
         values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
         warning = usage_warning(likelihood)
@@ -230,10 +247,18 @@ class Run:
         write_model_card(self)
         return warning
 
-    def write_comparison(self, comparison: Comparison, bytes_per_token: float) -> None:
-        """Writes `comparison.json` and the model card."""
-        values = {**asdict(comparison), "bytes_per_token": bytes_per_token, "model": self._measured_model}
-        write_json(self.comparison_file, values)
+    def write_comparison(
+        self, comparison: Comparison, bytes_per_token: float, baseline: str | None = None, method: str | None = None
+    ) -> None:
+        """
+        Writes `comparison.json` and the model card.
+
+        Args:
+            baseline: name of the baseline's run.
+            method: how the NLL of this run was computed, as in `Likelihood`.
+        """
+        values = {**asdict(comparison), "bytes_per_token": bytes_per_token, "baseline": baseline, "method": method}
+        write_json(self.comparison_file, {**values, "model": self._measured_model})
         write_model_card(self)
 
     def write_control(self, control: Control) -> None:
@@ -242,6 +267,10 @@ class Run:
         values = {name: value for name, value in vars(control).items() if name not in listed}
         write_json(self.control_file, {**values, "model": self._measured_model})
         write_model_card(self)
+
+    def write_examples(self, examples: PlanExamples) -> None:
+        """Writes `plan_examples.json`."""
+        write_json(self.examples_file, {**asdict(examples), "model": self._measured_model})
 
     def append_metrics(self, **values: object) -> None:
         append_line(self.metrics_file, values)

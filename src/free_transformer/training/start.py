@@ -64,6 +64,7 @@ class PreparedRun:
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             host=socket.gethostname(),
             version=__version__,
+            parameters=sum(parameter.numel() for parameter in self.state.model.parameters()),
             changes={change.name: [change.old, change.new] for change in self.checkpoints.changes},
         )
 

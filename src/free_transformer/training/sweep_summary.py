@@ -13,7 +13,7 @@ from free_transformer.runs.run import Run
 from free_transformer.settings import Settings
 
 SEED = "training.seed"
-MAX_CURVES = 10  # the number of matplotlib's colors
+MAX_CURVES = 10  # more would hide each other
 # If one of these varies, losses are measured on other text or tokens, and no group is the best.
 TEXT = {"data.validation", "data.column", "data.tokenizer", "training.seq_len"}
 
@@ -192,11 +192,12 @@ def write_sweep_report(sweep: Sweep) -> Path:
     metrics = {run.name: lines for run in sweep.runs if (lines := Run(run.settings.run_dir).read_metrics())}
     if 0 < len(metrics) <= MAX_CURVES:
         try:
-            from free_transformer.reporting.plots import curves
+            from free_transformer.reporting.plots import CURVES, curves
 
-            figure = curves(metrics)
+            figures = curves(metrics)
             report.heading("Curves")
-            report.figure(figure, "losses in nats per token, KL in bits per plan")
+            legend = [(name, index) for index, name in enumerate(metrics)]
+            report.figure(figures, CURVES, legend)
         except ImportError:
             report.warning(NO_PLOTS)
     report.heading("Runs")
