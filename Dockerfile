@@ -27,4 +27,4 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=2m \
 COPY --from=build /opt/venv /opt/venv
 COPY configs configs
 COPY examples examples
-CMD ["python", "examples/three_voices/demo.py"]
+CMD ["python", "examples/three_styles/demo.py"]

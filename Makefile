@@ -23,10 +23,10 @@ help: ## list the targets
 explore: $(VENV)/.explore ## a page to play with the plans of a small trained model
 	$(BIN)/free-transformer explore models/three-styles
 
-demo: $(VENV)/.demo ## train on three voices, judge honestly, steer: runs/three_voices/report.html
-	$(BIN)/python examples/three_voices/demo.py
+demo: $(VENV)/.demo ## train on three styles, evaluate, steer: runs/three_styles/report.html
+	$(BIN)/python examples/three_styles/demo.py
 
-demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on three voices, beside the same without: runs/pretrained/voices/report.html
+demo-pretrained: $(VENV)/.pretrained ## SmolLM2-135M learns a plan on three styles, beside the same without: runs/pretrained/styles/report.html
 	$(BIN)/python examples/pretrained/finetune.py
 
 tour: $(VENV)/.demo ## from text to steering in Python: docs/tour.md; five minutes
@@ -106,10 +106,10 @@ topics: $(VENV)/.topics ## whether plans find topics of news and sentiment of re
 	$(BIN)/python benchmarks/topics.py
 
 coherence: $(VENV)/.demo ## does a text keep its style beyond the window? runs/coherence/report.html; hours
-	$(BIN)/python examples/three_voices/coherence.py
+	$(BIN)/python examples/three_styles/coherence.py
 
 diversity: $(VENV)/.dev ## after `make demo`, what stratified plans are good for: docs/diversity.md; half an hour
-	$(BIN)/free-transformer train configs/three_voices.yaml run_dir=runs/three_voices/reference model.kind=baseline training.seed=7 training.max_steps=350
+	$(BIN)/free-transformer train configs/three_styles.yaml run_dir=runs/three_styles/reference model.kind=baseline training.seed=7 training.max_steps=350
 	$(BIN)/python benchmarks/diversity.py modes
 	$(BIN)/python benchmarks/diversity.py styles
 	$(BIN)/python benchmarks/diversity.py curves
@@ -148,7 +148,7 @@ bench-logging: $(VENV)/.dev ## memory foretold and measured, and what logging co
 	$(BIN)/python benchmarks/training_overhead.py
 
 bench-deployment: $(VENV)/.dev ## exports and 8-bit weights of the demo's model: docs/deployment.md; 15 minutes
-	@test -d runs/three_voices/free/model || $(MAKE) demo
+	@test -d runs/three_styles/free/model || $(MAKE) demo
 	$(BIN)/python benchmarks/deployment.py
 
 gpu: $(VENV)/.dev ## correctness, speed and learning on one GPU: docs/gpu.md; under 8 minutes
@@ -156,7 +156,7 @@ gpu: $(VENV)/.dev ## correctness, speed and learning on one GPU: docs/gpu.md; un
 	$(BIN)/python benchmarks/gpu/report.py runs/gpu
 
 bench-serving: $(VENV)/.dev ## 200 requests at once, latency, memory: docs/serving.md; 7 minutes
-	@test -d runs/three_voices/free/model || $(MAKE) demo
+	@test -d runs/three_styles/free/model || $(MAKE) demo
 	$(BIN)/python benchmarks/serving.py
 
 docker-build-cpu: ## the image without a GPU; TARGET=serve serves only, TARGET=onnx without PyTorch

@@ -18,7 +18,7 @@ import typer
 from rich.progress import track
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples" / "three_voices"
+EXAMPLES = ROOT / "examples" / "three_styles"
 CONFIG = ROOT / "configs" / "free_transformer.yaml"
 SHIPPED = "shipped"
 FREE_BITS = (0.125, 0.5, 1.0)
@@ -36,12 +36,12 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"max_steps": 500, "batch_size": 32, "seq_len": 68},
         "data": {"train": ["letters:20000:0"], "validation": ["letters:1000:1"]},
     },
-    "voices": {
+    "styles": {
         "model": {"plan_span": "sequence"},
         "training": {"max_steps": 400, "batch_size": 16, "seq_len": 128},
     },
 }
-BYTES_A_VOICE = {"train": 400_000, "validation": 30_000}
+BYTES_PER_STYLE = {"train": 400_000, "validation": 30_000}
 
 
 def main(
@@ -56,8 +56,8 @@ def main(
     if unknown:
         raise typer.BadParameter(f"tasks: {', '.join(unknown)}; known are {', '.join(TASKS)}")
     text = out / "text"
-    if "voices" in tasks and not (text / "validation.jsonl").exists():
-        write_text_of_voices(text)
+    if "styles" in tasks and not (text / "validation.jsonl").exists():
+        write_text_of_styles(text)
     cells = [
         (task, arm, free_bits, seed)
         for seed in range(seeds)
@@ -83,14 +83,14 @@ def main(
     figure(wanted).savefig(out / "figure.png", dpi=120)
 
 
-def write_text_of_voices(folder: Path) -> None:
-    """The beginning of the demo's text, as much of each voice."""
+def write_text_of_styles(folder: Path) -> None:
+    """The beginning of the demo's text, as much of each style."""
     sys.path.insert(0, str(EXAMPLES))
-    from voices import VOICES, write_corpus
+    from styles import STYLES, write_corpus
 
     write_corpus(folder / "whole")
-    for split, size in BYTES_A_VOICE.items():
-        left = dict.fromkeys(VOICES, size)
+    for split, size in BYTES_PER_STYLE.items():
+        left = dict.fromkeys(STYLES, size)
         lines = []
         for line in (folder / "whole" / f"{split}.jsonl").read_text().splitlines():
             document = json.loads(line)

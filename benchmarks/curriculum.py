@@ -1,8 +1,8 @@
 """
-Short texts first: rows of 64, 128, then 256 tokens against 256 from the start, at equal tokens, on the demo's voices.
+Short texts first: rows of 64, 128, then 256 tokens against 256 from the start, at equal tokens, on the demo's styles.
 
 Both are the demo's model and settings; each seed trains one after the other, so that times stand side by side, and both
-are judged on the same held-out rows of 256. `make bench-curriculum`: half an hour on 2 cores. Results are kept in
+are evaluated on the same held-out rows of 256. `make bench-curriculum`: half an hour on 2 cores. Results are kept in
 `--out`.
 """
 
@@ -16,9 +16,9 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from collapse import write_text_of_voices
+from collapse import write_text_of_styles
 
-CONFIG = Path(__file__).parents[1] / "configs" / "three_voices.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "three_styles.yaml"
 ARMS: dict[str, list[str]] = {
     "256": [],
     "64, 128, 256": ["curriculum.stages=[{seq_len: 64}, {seq_len: 128}, {}]"],
@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Trains what is missing and prints the table."""
     if not (out / "text" / "validation.jsonl").exists():
-        write_text_of_voices(out / "text")
+        write_text_of_styles(out / "text")
     results = [run_arm(arm, seed, out, steps) for seed in range(seeds) for arm in ARMS]
     print(table(results))
 

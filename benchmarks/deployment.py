@@ -32,8 +32,8 @@ from free_transformer.files import write_json
 from free_transformer.model.outputs import LowerOutput
 from free_transformer.training import Run
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "three_voices"))
-from demo import EXAMPLES_PER_VOICE, read_rows, train_judge
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "three_styles"))
+from demo import EXAMPLES_PER_STYLE, read_rows, train_classifier
 
 ROUNDS = 7
 PROMPT, NEW_TOKENS = 32, 96
@@ -43,7 +43,7 @@ LARGE = {"vocab_size": 8192, "hidden_dim": 512, "num_layers": 12, "num_heads": 8
 
 
 class ByOnnx(FreeTransformer):
-    """A model whose layers are run by onnxruntime, so that the library's own evaluation can judge an export."""
+    """A model whose layers are run by onnxruntime, so that the library's own evaluation can evaluate an export."""
 
     exported: OnnxFreeTransformer
     tokens: Tensor
@@ -119,14 +119,14 @@ def time_per_token(found: list[Variant], batch: int) -> dict[str, list[float]]:
     return times
 
 
-def judge(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
+def evaluate(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
     """Likelihood of the same held-out texts by the same draws, and control, as the demo measures it."""
     run = Run(run_folder / "free")
     tokenizer = run.load_tokenizer()
     text = run_folder / "text"
     held_out = read_rows(text / "validation.jsonl", tokenizer, run.settings.training.seq_len)
     rows = held_out.rows.sample(LIKELIHOOD_TEXTS)
-    classify, _ = train_judge(text / "train.jsonl", tokenizer, held_out)
+    classify, _ = train_classifier(text / "train.jsonl", tokenizer, held_out)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     results: dict[str, dict[str, Any]] = {}
     reference: Likelihood | None = None
@@ -138,7 +138,7 @@ def judge(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
         rise = compare(likelihood, reference)
         torch.manual_seed(0)
         control = measure_control(
-            variant.model, None, tokenizer, classify, tokens, held_out.voices, examples_per_label=EXAMPLES_PER_VOICE
+            variant.model, None, tokenizer, classify, tokens, held_out.styles, examples_per_label=EXAMPLES_PER_STYLE
         )
         results[variant.name] = {
             "nll": likelihood.nll,
@@ -152,12 +152,12 @@ def judge(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def measure(found: list[Variant], judged: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+def measure(found: list[Variant], evaluated: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     """Measures times, prints everything as a table, and returns it."""
     times = {batch: time_per_token(found, batch) for batch in BATCHES}
     first = found[0]
     header = ["", "MB", *(f"ms a token, batch {batch}" for batch in BATCHES)]
-    if judged is not None:
+    if evaluated is not None:
         header += ["nll", "rise", "agreement", "transfer", "mutual information"]
     lines, rows = [], {}
     for variant in found:
@@ -166,8 +166,8 @@ def measure(found: list[Variant], judged: dict[str, dict[str, Any]] | None) -> d
         cells = [variant.name, f"{variant.size / 1e6:.2f}"]
         cells += [f"{medians[batch]:.2f} ({against[batch]:.2f} x)" for batch in BATCHES]
         rows[variant.name] = {"bytes": variant.size, "milliseconds": {b: times[b][variant.name] for b in BATCHES}}
-        if judged is not None:
-            values = judged[variant.name]
+        if evaluated is not None:
+            values = evaluated[variant.name]
             rows[variant.name] |= values
             cells += [f"{values['nll']:.4f}", f"{values['rise']:+.4f} ± {values['rise_error']:.4f}"]
             cells += [f"{values[name][0]:.3f} ± {values[name][1]:.3f}" for name in ("agreement", "transfer")]
@@ -183,7 +183,7 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/three_voices"), help="what make demo has written")
+    parser.add_argument("--run", type=Path, default=Path("runs/three_styles"), help="what make demo has written")
     parser.add_argument("--out", type=Path, default=Path("runs/deployment.json"))
     parser.add_argument("parts", nargs="*", help="demo and large, default both")
     options = parser.parse_args()
@@ -198,7 +198,7 @@ def main() -> None:
         build, trained = builders[name]
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             found = variants(build(), Path(folder))
-            results[name] = measure(found, judge(found, options.run) if trained else None)
+            results[name] = measure(found, evaluate(found, options.run) if trained else None)
             write_json(options.out, results)
 
 

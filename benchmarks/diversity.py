@@ -1,5 +1,5 @@
 """
-What stratified plans are good for, measured on runs of the demo (`examples/three_voices`).
+What stratified plans are good for, measured on runs of the demo (`examples/three_styles`).
 
 - `modes`: texts that it takes to see all of eight equally common modes, by simulation.
 - `styles`: different sources among k texts, for k = 1 … 64, of stratified and independent plans and of the baseline.
@@ -21,10 +21,10 @@ import torch
 import typer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
+sys.path.insert(0, str(ROOT / "examples" / "three_styles"))
 
-from demo import read_rows, train_judge  # noqa: E402
-from judge import Judge  # noqa: E402
+from classifier import StyleClassifier  # noqa: E402
+from demo import read_rows, train_classifier  # noqa: E402
 
 from free_transformer.evaluation.diversity import distinct_n, label_entropy, reference_nll, self_bleu  # noqa: E402
 from free_transformer.files import write_text  # noqa: E402
@@ -71,9 +71,9 @@ def modes(out: Out = Path("runs/diversity"), repeats: int = 20_000, seed: int = 
 
 @app.command()
 def styles(
-    free: RunPath = Path("runs/three_voices/free"),
-    baseline: RunPath = Path("runs/three_voices/baseline"),
-    text: TextPath = Path("runs/three_voices/text"),
+    free: RunPath = Path("runs/three_styles/free"),
+    baseline: RunPath = Path("runs/three_styles/baseline"),
+    text: TextPath = Path("runs/three_styles/text"),
     out: Out = Path("runs/diversity"),
     texts: Annotated[int, typer.Option(help="Texts of each kind and k.")] = 192,
     length: Length = 160,
@@ -125,12 +125,12 @@ def styles(
 
 @app.command()
 def curves(
-    free: RunPath = Path("runs/three_voices/free"),
-    baseline: RunPath = Path("runs/three_voices/baseline"),
+    free: RunPath = Path("runs/three_styles/free"),
+    baseline: RunPath = Path("runs/three_styles/baseline"),
     reference: Annotated[Path, typer.Option(help="Folder of a baseline run with another seed.")] = Path(
-        "runs/three_voices/reference"
+        "runs/three_styles/reference"
     ),
-    text: TextPath = Path("runs/three_voices/text"),
+    text: TextPath = Path("runs/three_styles/text"),
     out: Out = Path("runs/diversity"),
     texts: Annotated[int, typer.Option(help="Texts of each kind and temperature, a multiple of 16.")] = 128,
     length: Length = 160,
@@ -227,10 +227,10 @@ def _generate(
     return found
 
 
-def _classifier(text: Path, tokenizer: Any) -> Judge:
+def _classifier(text: Path, tokenizer: Any) -> StyleClassifier:
     """The demo's classifier of sources."""
     held_out = read_rows(text / "validation.jsonl", tokenizer, 256)
-    return train_judge(text / "train.jsonl", tokenizer, held_out)[0]
+    return train_classifier(text / "train.jsonl", tokenizer, held_out)[0]
 
 
 def _distinct(labels: np.ndarray) -> np.ndarray:

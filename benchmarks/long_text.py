@@ -26,7 +26,7 @@ from free_transformer.model.modeling import FreeTransformer
 from free_transformer.reporting.table import Table
 from free_transformer.runs.run import Run
 
-CONFIG = Path(__file__).parents[1] / "configs" / "three_voices.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "three_styles.yaml"
 SINKS = 4
 SEAM = 16  # tokens after the context was read again
 
@@ -169,12 +169,12 @@ def main(
 def train_run(out: Path, steps: int) -> Path:
     """The demo's run, with fewer steps where asked."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from collapse import write_text_of_voices
+    from collapse import write_text_of_styles
 
     from free_transformer.training import load_settings, train
 
     if not (out / "text" / "validation.jsonl").exists():
-        write_text_of_voices(out / "text")
+        write_text_of_styles(out / "text")
     text = [f"data.{part}=[{out / 'text' / part}.jsonl]" for part in ("train", "validation")]
     options = [f"run_dir={out / 'run'}", f"training.max_steps={steps}", "logging.sample_every=0", *text]
     with torch.enable_grad():

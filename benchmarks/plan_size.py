@@ -1,9 +1,9 @@
 """
-Why a plan can spend its bits and know nothing of the voice: its size, its free bits, its objective, the optimizer.
+Why a plan can spend its bits and know nothing of the style: its size, its free bits, its objective, the optimizer.
 
 The suspicion was that with free_bits as large as the plan the KL term never acts, and nothing takes back bits spent
-early. Each cell trains the small models of `collapse.py` on the voices and says what the plan spends, how much of that
-differs from text to text at all, and what it knows of the voice. `make plan-size`: 17 minutes on 2 cores. Results are
+early. Each cell trains the small models of `collapse.py` on the styles and says what the plan spends, how much of that
+differs from text to text at all, and what it knows of the style. `make plan-size`: 17 minutes on 2 cores. Results are
 kept in `--out`.
 """
 
@@ -19,7 +19,7 @@ import typer
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parent))
-from collapse import EXAMPLES, HELD_OUT_TEXTS, SAMPLES, settings_of, write_text_of_voices
+from collapse import EXAMPLES, HELD_OUT_TEXTS, SAMPLES, settings_of, write_text_of_styles
 
 Cell = tuple[str, int]
 AGGREGATE = {"model": {"aggregate_weight": 1.0}}
@@ -56,7 +56,7 @@ def main(
 ) -> None:
     """Trains what is missing and prints the table."""
     if not (out / "text" / "validation.jsonl").exists():
-        write_text_of_voices(out / "text")
+        write_text_of_styles(out / "text")
     cells: list[Cell] = [(name, seed) for seed in range(seeds) for name in CELLS]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         pending = pool.map(run_cell, cells, [out] * len(cells), [steps] * len(cells))
@@ -68,7 +68,7 @@ def cell_settings(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
     """The settings of one run, as in a YAML file."""
     name, seed = cell
     latent_dim, free_bits, changes = CELLS[name]
-    values = settings_of("voices", "bit-linear", free_bits, seed, out, steps)
+    values = settings_of("styles", "bit-linear", free_bits, seed, out, steps)
     values["model"]["latent_dim"] = latent_dim
     for section, changed in changes.items():
         values[section].update(changed)
@@ -77,7 +77,7 @@ def cell_settings(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
 
 
 def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
-    """What the plan spends, what it knows of the voice, and what that is worth to the next token."""
+    """What the plan spends, what it knows of the style, and what that is worth to the next token."""
     import torch
 
     torch.set_num_threads(1)
@@ -104,8 +104,8 @@ def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
         "cell": cell,
         "kl": likelihood.kl,
         "gap": likelihood.gap,
-        "information": mutual_information(codes, held_out.voices),
-        "by_chance": mutual_information_bias(codes, held_out.voices),
+        "information": mutual_information(codes, held_out.styles),
+        "by_chance": mutual_information_bias(codes, held_out.styles),
         "tells": likelihood.usage.information,
     }
     write_text(kept, json.dumps(result))
@@ -115,7 +115,7 @@ def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Each cell's medians over seeds; of what the plan tells each seed, since what is asked is how much they differ."""
     lines = [
-        "| plan | KL, bits | of these, bits that tell texts apart, each seed | voice known, bits of 1.58, each seed "
+        "| plan | KL, bits | of these, bits that tell texts apart, each seed | style known, bits of 1.58, each seed "
         "(by chance) | gap, nats a token |",
         "|---" * 5 + "|",
     ]

@@ -1,5 +1,5 @@
 """
-The three voices by how many tokens share a plan: what the plan costs, whether it steers, what it does for diversity.
+The three styles by how many tokens share a plan: what the plan costs, whether it steers, what it does for diversity.
 
 Models of plan_span 1, 16, 64 and "sequence" and the baseline, three seeds, the same steps and the same text. Results
 are kept in `--out` and not measured again. `make plan-span`: about an hour and a half on 2 cores.
@@ -19,7 +19,7 @@ import typer
 from rich.progress import track
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "configs" / "three_voices.yaml"
+CONFIG = ROOT / "configs" / "three_styles.yaml"
 BITS_A_WINDOW, LEAST_BITS_A_WINDOW, WINDOW = 2.5, 2.0, 256
 SPANS: tuple[int | str, ...] = (1, 16, 64, "sequence")
 LIKELIHOOD_TEXTS, FILTERED_EVERY = 300, 2  # the particle filter reads every second of them
@@ -39,8 +39,8 @@ def main(
     overrides: Annotated[str, typer.Option(help="changes to the settings, by space")] = "",
 ) -> None:
     """Trains and measures what is missing, and prints the tables."""
-    sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
-    from voices import write_corpus
+    sys.path.insert(0, str(ROOT / "examples" / "three_styles"))
+    from styles import write_corpus
 
     if not (out / "text" / "train.jsonl").exists():
         write_corpus(out / "text")
@@ -87,8 +87,8 @@ def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
-    from demo import read_rows, train_judge
+    sys.path.insert(0, str(ROOT / "examples" / "three_styles"))
+    from demo import read_rows, train_classifier
 
     from free_transformer.data import Rows
     from free_transformer.evaluation import evaluate_likelihood, generate_texts, measure_control, measure_diversity
@@ -101,7 +101,7 @@ def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
     run = Run(_run(out, cell))
     model, tokenizer = run.load_model(), run.load_tokenizer()
     held_out = read_rows(out / "text" / "validation.jsonl", tokenizer, WINDOW)
-    judge, accuracy = train_judge(out / "text" / "train.jsonl", tokenizer, held_out)
+    classify, accuracy = train_classifier(out / "text" / "train.jsonl", tokenizer, held_out)
     torch.manual_seed(seed)
     part = held_out.rows.sample(LIKELIHOOD_TEXTS)
     method, samples = ("importance", SAMPLES) if plan in ("sequence", "baseline") else ("particle_filter", PARTICLES)
@@ -114,14 +114,14 @@ def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
         result[f"numbers_{prior}"] = [likelihood.reconstruction, likelihood.elbo, likelihood.gap, likelihood.kl]
         if plan != "baseline":
             tokens = torch.from_numpy(held_out.rows.tokens).long()
-            control = asdict(measure_control(model, None, tokenizer, judge, tokens, held_out.voices, prior=prior))
+            control = asdict(measure_control(model, None, tokenizer, classify, tokens, held_out.styles, prior=prior))
             kept_shares = ("plans", "verdicts", "transferred")
             result[f"control_{prior}"] = {name: value for name, value in control.items() if name not in kept_shares}
     # a model of another seed that wrote none of these texts says how good they are
     reference = Run(_run(out, ("baseline", (seed + 1) % seeds))).load_model()
     for temperature in TEMPERATURES:
         texts = generate_texts(model, tokenizer, WRITTEN, WINDOW, temperature)
-        result[f"diversity_{temperature}"] = asdict(measure_diversity(texts, judge, reference, tokenizer))
+        result[f"diversity_{temperature}"] = asdict(measure_diversity(texts, classify, reference, tokenizer))
     kept.write_text(json.dumps(result, default=float))
     return result
 

@@ -1,5 +1,5 @@
 """
-Does the sampled gradient of the plan train as well as the exact one? Letters and three voices, several seeds each.
+Does the sampled gradient of the plan train as well as the exact one? Letters and three styles, several seeds each.
 
 One process a core. Every run is a folder under --out, and a run that is there already is not repeated: stop and start
 as you like. The table of docs/plan-cost.md: make bench-plan-training
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "three_voices"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "three_styles"))
 
 import torch
 from demo import read_rows, sampled_codes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from voices import write_corpus
+from styles import write_corpus
 
 from free_transformer.evaluation import evaluate_likelihood, mutual_information
 from free_transformer.training import Run, load_settings, train
@@ -37,7 +37,7 @@ LETTERS = [
     *("training.save_every=0", "logging.sample_every=0", "logging.tensorboard=false"),
     *("model.min_bits=0", "model.aggregate_weight=0", "optimizer.name=adamw", "optimizer.min_lr_ratio=0.1"),
 ]
-VOICES = [
+STYLES = [
     *("model.hidden_dim=64", "training.seq_len=128", "training.max_steps=400", "training.eval_every=0"),
     *("training.save_every=0", "training.precision=fp32", "logging.sample_every=0", "logging.tensorboard=false"),
 ]
@@ -58,7 +58,7 @@ class Trial:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=["letters", "voices"], choices=["letters", "voices"])
+    parser.add_argument("--tasks", nargs="+", default=["letters", "styles"], choices=["letters", "styles"])
     parser.add_argument("--latent-dims", nargs="+", type=int, default=[8, 12, 16])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="gradient:table_optimizer")
@@ -75,7 +75,7 @@ def main() -> None:
         for seed in options.seeds
         if optimizer == "adamw" or 2**latent_dim > LARGE_TABLE
     ]
-    if "voices" in options.tasks:
+    if "styles" in options.tasks:
         write_corpus(options.out / "text")
     results: dict[str, dict[str, float]] = {}
     with Progress() as progress, ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -93,7 +93,7 @@ def _last_of_each(overrides: list[str]) -> list[str]:
 
 
 def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, float]:
-    """Trains and judges: losses in nats a row, for voices the information on the voice in bits too."""
+    """Trains and evaluates: losses in nats a row, for styles the information on the style in bits too."""
     torch.set_num_threads(1)
     run = Run(out / (f"{trial.name}-{steps}" if steps else trial.name))
     overrides = [
@@ -108,7 +108,7 @@ def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, fl
         settings = load_settings(CONFIGS / "free_transformer.yaml", _last_of_each(LETTERS + overrides))
     else:
         data = [f"data.train={out / 'text' / 'train.jsonl'}", f"data.validation={out / 'text' / 'validation.jsonl'}"]
-        settings = load_settings(CONFIGS / "three_voices.yaml", _last_of_each(VOICES + data + overrides))
+        settings = load_settings(CONFIGS / "three_styles.yaml", _last_of_each(STYLES + data + overrides))
     if not run.model_folder.is_dir():
         train(settings, quiet=True)
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, fl
     else:
         held_out = read_rows(out / "text" / "validation.jsonl", tokenizer, settings.training.seq_len)
         rows = held_out.rows
-        found["information"] = mutual_information(sampled_codes(model, rows), held_out.voices)
+        found["information"] = mutual_information(sampled_codes(model, rows), held_out.styles)
     rows = rows.sample(EVALUATED_ROWS)
     result = evaluate_likelihood(model, rows.in_order(32), num_samples=8)
     per_row = result.tokens / len(rows)
@@ -139,7 +139,7 @@ def step_seconds(run: Run) -> float:
 
 def show(trials: list[Trial], results: dict[str, dict[str, float]]) -> None:
     for task in dict.fromkeys(trial.task for trial in trials):
-        measured = ["reconstruction", "elbo", "nll", "kl", "gap", "step_ms"] + ["information"] * (task == "voices")
+        measured = ["reconstruction", "elbo", "nll", "kl", "gap", "step_ms"] + ["information"] * (task == "styles")
         table = Table(title=f"{task}: nats a row, kl in bits a plan; each seed")
         for column in ("H", "gradient", "table", *measured):
             table.add_column(column)

@@ -220,7 +220,7 @@ def beside(commit: str, served: dict[str, list[str]], requests: list[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/three_voices"), help="folder that make demo writes")
+    parser.add_argument("--run", type=Path, default=Path("runs/three_styles"), help="folder that make demo writes")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--long-run", type=int, default=LONG_RUN, help="requests over which memory is watched")

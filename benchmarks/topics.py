@@ -1,7 +1,7 @@
 """
 Whether the plan finds what people label, without labels: topics of BBC news, sentiment of film reviews.
 
-Each corpus trains a Free Transformer and its baseline on text alone; a judge of words, which never sees a
+Each corpus trains a Free Transformer and its baseline on text alone; a classifier of words, which never sees a
 plan, says what is written. `make topics`: about 25 minutes on 2 cores. Results are kept in `--out`.
 """
 
@@ -20,12 +20,12 @@ import torch
 import typer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "three_voices"))
+sys.path.insert(0, str(ROOT / "examples" / "three_styles"))
 sys.path.insert(0, str(ROOT / "examples" / "pretrained"))
 
 from demo import decode, read_rows, train_both  # noqa: E402
-from news import Documents, news, train_judge, write_corpus  # noqa: E402
-from voices import package_folder, read_label  # noqa: E402
+from news import Documents, news, train_classifier, write_corpus  # noqa: E402
+from styles import package_folder, read_label  # noqa: E402
 
 from free_transformer.data import train_tokenizer  # noqa: E402
 from free_transformer.evaluation import compare, evaluate_likelihood, measure_control  # noqa: E402
@@ -94,7 +94,7 @@ def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, 
             tokenizer_folder
         )
     free_run, baseline_run = train_both(
-        str(ROOT / "configs" / "three_voices.yaml"),
+        str(ROOT / "configs" / "three_styles.yaml"),
         out,
         [
             f"data.train={out / 'text/train.jsonl'}",
@@ -110,8 +110,8 @@ def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, 
     tokenizer = free_run.load_tokenizer()
     free, baseline = free_run.load_model(), baseline_run.load_model()
     held_out = read_rows(out / "text" / "validation.jsonl", tokenizer, corpus.seq_len, labels)
-    judge = train_judge(out / "text" / "train.jsonl", labels, CHARACTERS_A_TOKEN * corpus.seq_len)
-    accuracy = float((judge(decode(torch.from_numpy(held_out.rows.tokens), tokenizer)) == held_out.voices).mean())
+    classify = train_classifier(out / "text" / "train.jsonl", labels, CHARACTERS_A_TOKEN * corpus.seq_len)
+    accuracy = float((classify(decode(torch.from_numpy(held_out.rows.tokens), tokenizer)) == held_out.styles).mean())
     part = held_out.rows.sample(LIKELIHOOD_TEXTS)
     ours, theirs = (evaluate_likelihood(model, part.in_order(32), SAMPLES) for model in (free, baseline))
     comparison = compare(ours, theirs)
@@ -119,7 +119,7 @@ def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, 
         "corpus": name,
         "seed": seed,
         "accuracy": accuracy,
-        "commonest_label": float(np.bincount(held_out.voices).max() / len(held_out.voices)),
+        "commonest_label": float(np.bincount(held_out.styles).max() / len(held_out.styles)),
         "difference": [comparison.difference, comparison.standard_error],
         "kl": ours.kl,
         "tells": ours.usage.information if ours.usage else None,
@@ -127,7 +127,7 @@ def measure(name: str, seed: int, out: Path, overrides: list[str]) -> dict[str, 
     }
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     for prior in ("uniform", "aggregate"):
-        control = asdict(measure_control(free, baseline, tokenizer, judge, tokens, held_out.voices, prior=prior))
+        control = asdict(measure_control(free, baseline, tokenizer, classify, tokens, held_out.styles, prior=prior))
         result[prior] = {
             key: value for key, value in control.items() if key not in ("plans", "verdicts", "transferred")
         }
@@ -147,7 +147,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return f"{value[0]:.3f} ± {value[1]:.3f}"
 
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "accuracy of the judge (commonest label)": lambda r: f"{r['accuracy']:.3f} ({r['commonest_label']:.3f})",
+        "accuracy of the classifier (commonest label)": lambda r: f"{r['accuracy']:.3f} ({r['commonest_label']:.3f})",
         "NLL − baseline, nats a token": lambda r: f"{r['difference'][0]:+.4f} ± {r['difference'][1]:.4f}",
         "KL, bits a plan": lambda r: f"{r['kl']:.2f}",
         "of these, bits that tell texts apart": lambda r: f"{r['tells']:.2f}",

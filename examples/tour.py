@@ -3,14 +3,14 @@ From text to steering in five minutes on a CPU: whole, `make tour`, or a cell (`
 repository. Needs the extra `demo`. What it prints, and what that means: docs/tour.md.
 """
 
-# %% 1. Text in three voices. Each document has a label, which no model sees
+# %% 1. Text in three styles. Each document has a label, which no model sees
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from three_voices.judge import Judge
-from three_voices.voices import VOICES, read_label, write_corpus
+from three_styles.classifier import StyleClassifier
+from three_styles.styles import STYLES, read_label, write_corpus
 
 from free_transformer import quiet  # noqa: F401
 from free_transformer.data import build_rows, byte_tokenizer
@@ -35,19 +35,19 @@ runs = [
 ]
 free, baseline = (run.load_model() for run in runs)
 
-# %% 3. Held-out windows, as many of each voice
+# %% 3. Held-out windows, as many of each style
 tokenizer = byte_tokenizer()
 torch.manual_seed(0)
 
 
-def windows(split: str, voice: str, count: int) -> torch.Tensor:
-    rows = build_rows(read_label(RUNS / f"{split}.jsonl", voice), tokenizer, SEQ_LEN)
+def windows(split: str, style: str, count: int) -> torch.Tensor:
+    rows = build_rows(read_label(RUNS / f"{split}.jsonl", style), tokenizer, SEQ_LEN)
     whole = rows.tokens[(rows.positions == np.arange(SEQ_LEN)).all(1)]  # one document fills the row
     return torch.from_numpy(np.random.default_rng(0).permutation(whole)[:count]).long()
 
 
-held_out = torch.cat([windows("validation", voice, TEXTS) for voice in VOICES])
-voices = np.arange(len(VOICES)).repeat(TEXTS)
+held_out = torch.cat([windows("validation", style, TEXTS) for style in STYLES])
+styles = np.arange(len(STYLES)).repeat(TEXTS)
 batches = [{"input_ids": part} for part in held_out.split(50)]
 
 # %% 4. Is the plan used, and what does it cost? What may be compared is the NLL
@@ -57,36 +57,36 @@ print(f"NLL {with_plan.nll:.4f} nats a byte, the baseline's {without.nll:.4f}:",
 print(f"{compared.difference:+.4f} ± {compared.standard_error:.4f}")
 print(f"gap {with_plan.gap:.3f}: what a byte loses when a random plan takes the place of the text's own")
 
-# %% 5. What did it learn? The commonest plans of each voice, and what each bit does
+# %% 5. What did it learn? The commonest plans of each style, and what each bit does
 plans = free.infer_plan(held_out) > 0  # (texts, 1, bits)
 codes = bits_to_codes(plans[:, 0]).numpy()
 commonest = {}
-for number, voice in enumerate(VOICES):
-    ranked = Counter(codes[voices == number]).most_common(3)
+for number, style in enumerate(STYLES):
+    ranked = Counter(codes[styles == number]).most_common(3)
     firsts = [plans[codes == code][:1] for code, _ in ranked]
-    commonest[voice] = firsts[0]
+    commonest[style] = firsts[0]
     shown = (f"{format_plan(plan[0])} × {count}" for plan, (_, count) in zip(firsts, ranked, strict=True))
-    print(f"{voice}:", *shown)
+    print(f"{style}:", *shown)
 effects = bit_effects(free, batches)
 for bit in effects:
     print(f"bit {bit.bit} spends {bit.spent:.2f} bits; flipped, it moves a byte by {bit.effect:.4f} nats")
-plans_by_label(contingency(codes, voices)[1], VOICES).savefig(RUNS / "plans.png", dpi=120)
+plans_by_label(contingency(codes, styles)[1], STYLES).savefig(RUNS / "plans.png", dpi=120)
 
-# %% 6. Steer: under the commonest plan of each voice, with a bit flipped, and under a plan drawn at random
+# %% 6. Steer: under the commonest plan of each style, with a bit flipped, and under a plan drawn at random
 strongest = max(effects, key=lambda bit: bit.effect).bit
-wanted = {**commonest, f"{VOICES[0]}, bit {strongest} flipped": flip_bit(commonest[VOICES[0]], strongest)}
+wanted = {**commonest, f"{STYLES[0]}, bit {strongest} flipped": flip_bit(commonest[STYLES[0]], strongest)}
 for title, plan in {**wanted, "a random plan": free.sample_plan(1, 1)}.items():
     start = torch.full((1, 1), tokenizer.bos_token_id)
     written = free.generate(start, plan=plan, max_new_tokens=100, do_sample=True, temperature=0.7)
     print(f"{format_plan(plan[0])}, {title}: {' '.join(tokenizer.decode(written[0, 1:]).split())}")
 
-# %% 7. How far does it steer? By a judge of its own, beside chance and the baseline
-training = [windows("train", voice, 1000) for voice in VOICES]
-known = np.repeat(range(len(VOICES)), [len(part) for part in training])
-judge = Judge(tokenizer.batch_decode(torch.cat(training), skip_special_tokens=True), known)
-control = measure_control(free, baseline, tokenizer, judge, held_out, voices)
-print(f"texts under one random plan agree on a voice: {control.agreement[0]:.2f}", end=" ")
+# %% 7. How far does it steer? By an independent classifier, beside chance and the baseline
+training = [windows("train", style, 1000) for style in STYLES]
+known = np.repeat(range(len(STYLES)), [len(part) for part in training])
+classify = StyleClassifier(tokenizer.batch_decode(torch.cat(training), skip_special_tokens=True), known)
+control = measure_control(free, baseline, tokenizer, classify, held_out, styles)
+print(f"texts under one random plan agree on a style: {control.agreement[0]:.2f}", end=" ")
 print(f"(under a plan each {control.agreement_shuffled[0]:.2f}, the baseline's {control.agreement_baseline[0]:.2f})")
-print(f"texts under an example's plan have its voice: {control.transfer[0]:.2f}", end=" ")
+print(f"texts under an example's plan have its style: {control.transfer[0]:.2f}", end=" ")
 print(f"(under another example's {control.transfer_shuffled[0]:.2f})")
-print(f"the plan knows {control.mutual_information:.2f} of {control.label_entropy:.2f} bits of the voice")
+print(f"the plan knows {control.mutual_information:.2f} of {control.label_entropy:.2f} bits of the style")

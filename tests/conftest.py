@@ -98,7 +98,7 @@ def outside_references():
 def benchmark_module(monkeypatch):
     """A benchmark by its plain name; what it imports of its folder is forgotten again."""
     root = Path(__file__).parents[1]
-    folders = [root / "benchmarks", root / "examples" / "three_voices"]
+    folders = [root / "benchmarks", root / "examples" / "three_styles"]
     for folder in folders:
         monkeypatch.syspath_prepend(folder)
     yield importlib.import_module

@@ -30,7 +30,7 @@ download .gpu/peers/x-transformers "$(peer x-transformers)" einx==0.4.3 frozendi
   torch-einops-utils==0.2.0
 download .gpu/peers/free-transformer "$(peer free-transformer)"
 
-PYTHONPATH=src:examples/three_voices "$python" -c \
-  'from pathlib import Path; from voices import write_corpus; write_corpus(Path(".gpu/text"))'
+PYTHONPATH=src:examples/three_styles "$python" -c \
+  'from pathlib import Path; from styles import write_corpus; write_corpus(Path(".gpu/text"))'
 gzip --force --best --no-name .gpu/text/*.jsonl
 (cd .gpu && find . -type f -printf '%9s %P\n' | sort --key=2 && du --summarize --human-readable .)

@@ -21,9 +21,9 @@ from free_transformer.model.plan_text import format_plan
 from free_transformer.training import Run
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "examples/three_voices"))
+sys.path.insert(0, str(ROOT / "examples/three_styles"))
 import demo  # noqa: E402
-from voices import write_corpus  # noqa: E402
+from styles import write_corpus  # noqa: E402
 
 STEPS, SECONDS = 2000, 240  # with less time, fewer steps
 SIZES = {
@@ -75,7 +75,7 @@ class Learning:
         values |= {"data.train": self.text / "train.jsonl", "data.validation": self.text / "validation.jsonl"}
         started, running = time.perf_counter(), {}
         for kind in ("free", "baseline"):
-            command = [sys.executable, "-m", "free_transformer", "train", str(ROOT / "configs/three_voices.yaml")]
+            command = [sys.executable, "-m", "free_transformer", "train", str(ROOT / "configs/three_styles.yaml")]
             command += [f"run_dir={self.out / kind}", f"model.kind={kind}", *(f"{k}={v}" for k, v in values.items())]
             log = (self.out / f"{kind}.log").open("w")
             running[kind] = subprocess.Popen(command, stdout=log, stderr=log)
@@ -118,11 +118,11 @@ class Learning:
 
     def control(self) -> dict[str, Any]:
         """Shares with their standard errors, and bits; see `measure_control`."""
-        judge, accuracy = demo.train_judge(self.text / "train.jsonl", self.tokenizer, self.held_out)
+        classify, accuracy = demo.train_classifier(self.text / "train.jsonl", self.tokenizer, self.held_out)
         tokens = torch.from_numpy(self.held_out.rows.tokens).long()
         plans, texts, examples = self.numbers
         found = measure_control(
-            *(self.free, self.baseline, self.tokenizer, judge, tokens, self.held_out.voices, plans, texts),
+            *(self.free, self.baseline, self.tokenizer, classify, tokens, self.held_out.styles, plans, texts),
             examples_per_label=examples,
         )
         self.plans = found.plans

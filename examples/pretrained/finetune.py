@@ -1,8 +1,8 @@
 """
-A plan for a model that already writes: SmolLM2-135M learns one on three voices that nobody labels (or five topics of
+A plan for a model that already writes: SmolLM2-135M learns one on three styles that nobody labels (or five topics of
 news), beside the same fine-tuning without.
 
-`make demo-pretrained`, then open runs/pretrained/voices/report.html. The judge that knows the labels reads only
+`make demo-pretrained`, then open runs/pretrained/styles/report.html. The classifier that knows the labels reads only
 what was written.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from news import news, train_judge, write_corpus, write_smollm2
+from news import news, train_classifier, write_corpus, write_smollm2
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "three_styles"))
 
-import voices
+import styles
 from demo import decode, key_lines, read_rows, shown_share, train_both
 
 from free_transformer.cli.exit_status import as_command
@@ -44,7 +44,7 @@ RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES_PER_LABEL = 16, 8, 32
 SHOWN_PER_LABEL = 2
 LIKELIHOOD_TEXTS, LIKELIHOOD_SAMPLES = 160, 8
 CHARACTERS_A_TOKEN = 4
-KINDS = {"voices": "voice", "news": "topic"}
+KINDS = {"styles": "style", "news": "topic"}
 
 console = Console()
 
@@ -54,18 +54,18 @@ def main() -> None:
     parser.add_argument(
         "--llama", type=Path, help="folder of a pretrained model, default SmolLM2-135M from its package"
     )
-    parser.add_argument("--corpus", choices=("voices", "news"), default="voices", help="what it learns from")
+    parser.add_argument("--corpus", choices=("styles", "news"), default="styles", help="what it learns from")
     parser.add_argument("--config", default="configs/pretrained.yaml", help="settings of both runs")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/pretrained"), help="folder of the model, runs and report"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are judged, both runs alike")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are classified")
     parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all-layers", action="store_true", help="train the first half, too")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=50")
     options = parser.parse_args()
-    with claimed_folder(options.out, "demo", ["smollm2-135m", "voices", "news"]):
+    with claimed_folder(options.out, "demo", ["smollm2-135m", "styles", "news"]):
         run_demo(options)
 
 
@@ -91,11 +91,11 @@ def run_demo(options: argparse.Namespace) -> None:
     part = held_out.rows.sample(LIKELIHOOD_TEXTS)
     likelihoods = [evaluate_likelihood(model, part.in_order(16), LIKELIHOOD_SAMPLES) for model in (free, baseline)]
     console.print("writing under plans ...")
-    judge = train_judge(corpus / "train.jsonl", labels, CHARACTERS_A_TOKEN * seq_len)
+    classify = train_classifier(corpus / "train.jsonl", labels, CHARACTERS_A_TOKEN * seq_len)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
-    accuracy = float((judge(decode(tokens, tokenizer)) == held_out.voices).mean())
+    accuracy = float((classify(decode(tokens, tokenizer)) == held_out.styles).mean())
     control = measure_control(
-        *(free, baseline, tokenizer, judge, tokens, held_out.voices, RANDOM_PLANS, TEXTS_PER_PLAN),
+        *(free, baseline, tokenizer, classify, tokens, held_out.styles, RANDOM_PLANS, TEXTS_PER_PLAN),
         examples_per_label=EXAMPLES_PER_LABEL,
         temperature=options.temperature,
     )
@@ -108,17 +108,17 @@ def run_demo(options: argparse.Namespace) -> None:
     )
     write_text(out / "summary.txt", "\n".join(lines) + "\n")
     codes = sampled_codes(free, held_out.rows.in_order(16))[:, 0]
-    samples = samples_by_label(free, tokenizer, tokens, held_out.voices, labels, options.sample_temperature)
-    write_report(out, runs, likelihoods, control, (codes, held_out.voices), labels, samples, lines, part)
+    samples = samples_by_label(free, tokenizer, tokens, held_out.styles, labels, options.sample_temperature)
+    write_report(out, runs, likelihoods, control, (codes, held_out.styles), labels, samples, lines, part)
     console.print("\n" + "\n".join(lines), highlight=False)
     console.print(f"\nopen {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def write_text_of(corpus: str, folder: Path) -> list[str]:
-    """Writes train.jsonl and validation.jsonl; what its kinds of text are called, for the judge alone."""
-    if corpus == "voices":
-        voices.write_corpus(folder)
-        return list(voices.VOICES)
+    """Writes train.jsonl and validation.jsonl; what its kinds of text are called, for the classifier alone."""
+    if corpus == "styles":
+        styles.write_corpus(folder)
+        return list(styles.STYLES)
     documents = news()
     write_corpus(documents, folder)
     return list(documents)

@@ -1,4 +1,4 @@
-"""News of five topics and a small pretrained Llama, both from installed packages, and a judge of topics."""
+"""News of five topics and a small pretrained Llama, both from installed packages, and a classifier of topics."""
 
 import json
 import random
@@ -10,9 +10,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "three_voices"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "three_styles"))
 
-from voices import package_folder, read_label
+from styles import package_folder, read_label
 
 from free_transformer import quiet  # noqa: F401  # before what it quiets
 from free_transformer.evaluation.control import Classifier
@@ -47,7 +47,7 @@ def write_corpus(documents: Documents, folder: Path) -> None:
         write_text(folder / f"{split}.jsonl", "".join(written))
 
 
-def train_judge(path: Path, labels: list[str], characters: int) -> Classifier:
+def train_classifier(path: Path, labels: list[str], characters: int) -> Classifier:
     """A linear classifier of words and pairs of words, from labelled training text in pieces of a window's length."""
     pieces, kinds = [], []
     for kind, label in enumerate(labels):
@@ -56,8 +56,8 @@ def train_judge(path: Path, labels: list[str], characters: int) -> Classifier:
             pieces += here
             kinds += [kind] * len(here)
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    judge = make_pipeline(words, LogisticRegression(C=10, max_iter=500)).fit(pieces, np.array(kinds))
-    return judge.predict
+    classify = make_pipeline(words, LogisticRegression(C=10, max_iter=500)).fit(pieces, np.array(kinds))
+    return classify.predict
 
 
 def write_smollm2(folder: Path) -> None:

@@ -16,7 +16,7 @@ from free_transformer.runs.load_model import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "models" / "three-styles"
-EXAMPLES = ROOT / "examples" / "three_voices"
+EXAMPLES = ROOT / "examples" / "three_styles"
 ROWS = 6
 
 
@@ -26,7 +26,7 @@ def held_out(tmp_path_factory):
     sys.path.insert(0, str(EXAMPLES))
     try:
         from demo import read_rows
-        from voices import VOICES, write_corpus
+        from styles import STYLES, write_corpus
     finally:
         sys.path.remove(str(EXAMPLES))
     from free_transformer.data import load_tokenizer
@@ -35,9 +35,9 @@ def held_out(tmp_path_factory):
     write_corpus(folder)
     found = read_rows(folder / "validation.jsonl", load_tokenizer(str(FOLDER)), 256)
     places = np.concatenate(
-        [np.flatnonzero(found.voices == style)[:: max(1, 200 // ROWS)][:ROWS] for style in range(3)]
+        [np.flatnonzero(found.styles == style)[:: max(1, 200 // ROWS)][:ROWS] for style in range(3)]
     )
-    return torch.from_numpy(found.rows.tokens[places]).long(), [VOICES[style] for style in found.voices[places]]
+    return torch.from_numpy(found.rows.tokens[places]).long(), [STYLES[style] for style in found.styles[places]]
 
 
 @pytest.fixture(scope="module")

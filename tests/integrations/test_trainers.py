@@ -194,7 +194,7 @@ def test_metrics_are_computed_from_logits_that_have_not_read_the_answer(model, a
     assert after["eval_kl"] < 0.1 * before["eval_kl"]
 
 
-def test_rows_without_labels_are_predicted_and_not_judged(model, arguments):
+def test_rows_without_labels_are_predicted_and_not_evaluated(model, arguments):
     unlabelled = [{"input_ids": row["input_ids"]} for row in rows(4)]
     output = PlanTrainer(model(), arguments()).predict(unlabelled)
     assert output.predictions.shape == (4, LENGTH, 32)
@@ -236,7 +236,7 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_elbo(model, arguments)
     assert trainer.evaluate()["eval_loss"] == min(losses)
 
 
-def test_another_model_is_trained_and_judged_as_ever(tiny_config, arguments):
+def test_another_model_is_trained_and_evaluated_as_ever(tiny_config, arguments):
     histories = []
     for kind in (Trainer, PlanTrainer):
         torch.manual_seed(0)
@@ -258,7 +258,7 @@ def test_losses_that_know_no_kl_are_refused(texts, arguments, changes):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_sft_trains_the_plan_and_judges_it(texts, arguments, packing):
+def test_sft_trains_the_plan_and_evaluates_it(texts, arguments, packing):
     settings = arguments(
         trl.SFTConfig,
         max_steps=30,
@@ -357,7 +357,7 @@ def test_adapters_and_the_plan_change_and_nothing_else(adapted):
     assert lines_with(trainer, "kl")
 
 
-def test_adapters_are_judged_saved_merged_and_read_again(adapted, model, tmp_path):
+def test_adapters_are_evaluated_saved_merged_and_read_again(adapted, model, tmp_path):
     trainer, _ = adapted()
     peft_model, plan, tokens = trainer.model.eval(), torch.rand(8, 3, 4) < 0.5, batch(rows(8))["input_ids"]
     metrics = trainer.evaluate()

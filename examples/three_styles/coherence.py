@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo import read_rows, train_judge
+from demo import read_rows, train_classifier
 from rich.console import Console
-from voices import VOICES, write_corpus
+from styles import STYLES, write_corpus
 
 from free_transformer.cli.exit_status import as_command
 from free_transformer.evaluation import Coherence, measure_coherence
@@ -89,7 +89,7 @@ class Result:
             **asdict(self.setting),
             "share in the style of the beginning": {mark: self.coherence.share_at(mark)[0] for mark in marks},
             "switches per 1,000 tokens": self.coherence.switches_per_1000_tokens,
-            "texts that end in each style": self.coherence.counts_at_end(len(VOICES)),
+            "texts that end in each style": self.coherence.counts_at_end(len(STYLES)),
             "nll of segments, nats per token": float(nll.mean()),
             "nll of the last quarter": float(nll[:, -(nll.shape[1] // 4) :].mean()),
             "seconds": round(self.seconds, 1),
@@ -98,7 +98,7 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/three_voices.yaml", help="settings of all runs")
+    parser.add_argument("--config", default="configs/three_styles.yaml", help="settings of all runs")
     parser.add_argument("--out", type=Path, default=Path("runs/coherence"), help="folder of runs and report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -136,7 +136,7 @@ def _begin_worker(corpus: Path, scorer: Path) -> None:
     run = Run.open(scorer)
     tokenizer = run.load_tokenizer()
     held_out = read_rows(corpus / "validation.jsonl", tokenizer, SEGMENT)
-    classify, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
+    classify, accuracy = train_classifier(corpus / "train.jsonl", tokenizer, held_out)
     _worker.update(classify=classify, accuracy=accuracy, scorer=run.load_model(), tokenizer=tokenizer)
 
 
@@ -214,7 +214,7 @@ def table(results: list[Result], marks: list[int]) -> Table:
         coherence = each.coherence
         assert coherence.segment_nll is not None
         shares = [f"{coherence.share_at(mark)[0]:.2f}" for mark in marks]
-        ends = " / ".join(map(str, coherence.counts_at_end(len(VOICES))))
+        ends = " / ".join(map(str, coherence.counts_at_end(len(STYLES))))
         rows.append(
             [
                 *(str(each.seed), each.name, f"{each.setting.temperature:g}", *shares),
@@ -224,7 +224,7 @@ def table(results: list[Result], marks: list[int]) -> Table:
     caption = (
         "Share of texts still in the style of their segments 2 to 4 after so many tokens; changes of style from one "
         f"segment of {SEGMENT} tokens to the next, per 1,000 tokens; texts that end in each style "
-        f"({', '.join(VOICES)}); mean NLL of segments under an independent model, in nats per token."
+        f"({', '.join(STYLES)}); mean NLL of segments under an independent model, in nats per token."
     )
     return Table(header, rows, caption)
 
@@ -255,7 +255,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
             lines.setdefault(each.name, []).append(same.mean(0))
         means = {name: np.mean(shares, 0) for name, shares in lines.items()}
         report.figure(
-            shares_by_position(means, SEGMENT, chance=1 / len(VOICES)),
+            shares_by_position(means, SEGMENT, chance=1 / len(STYLES)),
             "share of texts in the style of their beginning, by position; mean over seeds",
         )
         report.table(table(some, marks))

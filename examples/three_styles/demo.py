@@ -1,6 +1,6 @@
 """
-The main job, end to end: train a Free Transformer and its baseline on three voices that nobody labels, judge both
-honestly, and show that the plan chooses what is written. `make demo`, then open runs/three_voices/report.html.
+The main job, end to end: train a Free Transformer and its baseline on three styles that nobody labels, evaluate both
+honestly, and show that the plan chooses what is written. `make demo`, then open runs/three_styles/report.html.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from judge import Judge
+from classifier import StyleClassifier
 from rich.console import Console
-from voices import VOICES, read_label, write_corpus
+from styles import STYLES, read_label, write_corpus
 
 from free_transformer.cli.exit_status import as_command
 from free_transformer.data import Rows, build_rows
@@ -42,8 +42,8 @@ from free_transformer.training import Run
 
 RANDOM_PLANS, TEXTS_PER_PLAN = 16, 8
 SHOWN_PLANS, SHOWN_TEXTS = 9, 2
-EXAMPLES_PER_VOICE = 48
-JUDGE_TEXTS = 6000
+EXAMPLES_PER_STYLE = 48
+CLASSIFIER_TEXTS = 6000
 LIKELIHOOD_TEXTS = 600
 LIKELIHOOD_SAMPLES = 16
 
@@ -52,17 +52,19 @@ console = Console()
 
 @dataclass
 class HeldOut:
-    """Held-out rows of all voices and the voice of each, which only the judge may know."""
+    """Held-out rows of all styles and the style of each, which only the classifier may know."""
 
     rows: Rows
-    voices: np.ndarray
+    styles: np.ndarray
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/three_voices.yaml", help="settings of both runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/three_voices"), help="folder of runs and report")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are judged, all runs alike")
+    parser.add_argument("--config", default="configs/three_styles.yaml", help="settings of both runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/three_styles"), help="folder of runs and report")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of the texts that are classified, all runs alike"
+    )
     parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
     parser.add_argument("--prior", default="uniform", help="what random plans are drawn from: uniform or aggregate")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,11 +92,11 @@ def run_demo(options: argparse.Namespace) -> None:
     console.print("reading the plans of held-out text ...")
     codes = sampled_codes(free, held_out.rows.in_order(64))[:, 0]
     console.print("writing under plans ...")
-    judge, accuracy = train_judge(corpus / "train.jsonl", tokenizer, held_out)
+    classify, accuracy = train_classifier(corpus / "train.jsonl", tokenizer, held_out)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     control = measure_control(
-        *(free, baseline, tokenizer, judge, tokens, held_out.voices, RANDOM_PLANS, TEXTS_PER_PLAN),
-        examples_per_label=EXAMPLES_PER_VOICE,
+        *(free, baseline, tokenizer, classify, tokens, held_out.styles, RANDOM_PLANS, TEXTS_PER_PLAN),
+        examples_per_label=EXAMPLES_PER_STYLE,
         temperature=options.temperature,
         prior=options.prior,
     )
@@ -132,24 +134,26 @@ def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:
     return processes["free"][0], processes["baseline"][0]
 
 
-def read_rows(path: Path, tokenizer: Any, seq_len: int, labels: Sequence[str] = VOICES) -> HeldOut:
-    """Whole windows only, one document each, so that every row has one voice."""
+def read_rows(path: Path, tokenizer: Any, seq_len: int, labels: Sequence[str] = STYLES) -> HeldOut:
+    """Whole windows only, one document each, so that every row has one style."""
     parts = [build_rows(read_label(path, label), tokenizer, seq_len) for label in labels]
     whole = [(part.positions == np.arange(seq_len)).all(1) for part in parts]
     tokens = np.concatenate([part.tokens[full] for part, full in zip(parts, whole, strict=True)])
     positions = np.concatenate([part.positions[full] for part, full in zip(parts, whole, strict=True)])
-    voices = np.concatenate([np.full(full.sum(), index) for index, full in enumerate(whole)])
+    styles = np.concatenate([np.full(full.sum(), index) for index, full in enumerate(whole)])
     rows = Rows(tokens, positions, text_bytes=0)
     rows.text_bytes = sum(len(text.encode()) for text in decode(torch.from_numpy(tokens), tokenizer))
-    return HeldOut(rows, voices)
+    return HeldOut(rows, styles)
 
 
-def train_judge(path: Path, tokenizer: Any, held_out: HeldOut) -> tuple[Judge, float]:
-    """The judge, from training text, and its accuracy on held-out text."""
+def train_classifier(path: Path, tokenizer: Any, held_out: HeldOut) -> tuple[StyleClassifier, float]:
+    """A classifier trained on training text, and its accuracy on held-out text."""
     training = read_rows(path, tokenizer, held_out.rows.tokens.shape[1])
-    chosen = np.random.default_rng(0).permutation(len(training.rows))[:JUDGE_TEXTS]
-    judge = Judge(decode(torch.from_numpy(training.rows.tokens[chosen]), tokenizer), training.voices[chosen])
-    return judge, judge.accuracy(decode(torch.from_numpy(held_out.rows.tokens), tokenizer), held_out.voices)
+    chosen = np.random.default_rng(0).permutation(len(training.rows))[:CLASSIFIER_TEXTS]
+    classify = StyleClassifier(
+        decode(torch.from_numpy(training.rows.tokens[chosen]), tokenizer), training.styles[chosen]
+    )
+    return classify, classify.accuracy(decode(torch.from_numpy(held_out.rows.tokens), tokenizer), held_out.styles)
 
 
 def decode(tokens: torch.Tensor, tokenizer: Any) -> list[str]:
@@ -170,7 +174,7 @@ def key_lines(
     control: Control,
     accuracy: float,
     bytes_per_token: float,
-    label: str = "voice",
+    label: str = "style",
 ) -> list[str]:
     """What a person should know, on the terminal and on top of the report."""
     result = compare(free, baseline)
@@ -188,7 +192,7 @@ def key_lines(
         f"{control.agreement_shuffled[0]:.3f}, baseline {control.agreement_baseline[0]:.3f}",
         f"transfer from an example: {control.transfer[0]:.3f} ± {control.transfer[1]:.3f}, shuffled plans "
         f"{control.transfer_shuffled[0]:.3f}",
-        f"accuracy of the judge on held-out text: {accuracy:.3f}",
+        f"accuracy of the classifier on held-out text: {accuracy:.3f}",
     ]
     warning = usage_warning(free)
     return [*lines, f"warning: {warning}"] if warning else lines
@@ -207,29 +211,29 @@ def write_report(
     bytes_per_token: float,
 ) -> None:
     free, baseline = likelihoods
-    report = Report("Three voices, one plan")
+    report = Report("Three styles, one plan")
     report.paragraph(
         "A byte-level Free Transformer was trained on an unlabelled mixture of Shakespeare's plays, State of the "
         "Union addresses and Python source. Before it writes a window of text it draws one plan of "
-        f"{free_run.settings.model.latent_dim} bits. Nothing told it that there are three voices."
+        f"{free_run.settings.model.latent_dim} bits. Nothing told it that there are three styles."
     )
     report.table(Table(["in short", ""], [line.split(": ", 1) for line in lines]))
 
-    report.heading("One plan, one voice: texts written from nothing")
+    report.heading("One plan, one style: texts written from nothing")
     report.paragraph(
-        f"Each box is one random plan and {SHOWN_TEXTS} texts written under it (temperature "
-        f"{options.sample_temperature}). The title counts what the judge took {TEXTS_PER_PLAN} other texts of that "
-        f"plan for (temperature {options.temperature})."
+        f"Each box is one random plan and {SHOWN_TEXTS} texts generated under it (temperature "
+        f"{options.sample_temperature}). The title counts the styles of {TEXTS_PER_PLAN} other texts of that "
+        f"plan, by the classifier (temperature {options.temperature})."
     )
     report.samples(
         [
-            (f"plan {format_plan(plan)}: {count_voices(verdicts)}", "\n\n———\n\n".join(texts))
+            (f"plan {format_plan(plan)}: {count_styles(verdicts)}", "\n\n———\n\n".join(texts))
             for plan, texts, verdicts in zip(control.plans, shown, control.verdicts, strict=False)
         ]
     )
     report.heading("Control")
-    wanted, seen_voices = control.transferred.T
-    by_voice = [float((seen_voices == voice)[wanted == voice].mean()) for voice in range(len(VOICES))]
+    wanted, seen_styles = control.transferred.T
+    by_style = [float((seen_styles == style)[wanted == style].mean()) for style in range(len(STYLES))]
     report.table(
         Table(
             ["", "share", "what it is"],
@@ -238,7 +242,7 @@ def write_report(
                 ["… under shuffled plans", *shown_share(control.agreement_shuffled, "the same, a plan for each text")],
                 ["the baseline's", *shown_share(control.agreement_baseline, GROUPS)],
                 ["transfer", *shown_share(control.transfer, TRANSFER)],
-                *[[f"… {voice}", f"{share:.3f}", ""] for voice, share in zip(VOICES, by_voice, strict=True)],
+                *[[f"… {style}", f"{share:.3f}", ""] for style, share in zip(STYLES, by_style, strict=True)],
                 [
                     "… under shuffled plans",
                     *shown_share(control.transfer_shuffled, "the same, plans of other examples"),
@@ -247,15 +251,15 @@ def write_report(
         )
     )
     report.heading("What the plan learned")
-    seen, table = contingency(codes, held_out.voices)
-    figure = plans_by_label(table, VOICES)
+    seen, table = contingency(codes, held_out.styles)
+    figure = plans_by_label(table, STYLES)
     figure.savefig(options.out / "plans.png", dpi=120)
-    report.figure(figure, "plan × voice: share of each voice among the texts of each plan")
+    report.figure(figure, "plan × style: share of each style among the texts of each plan")
     order = np.argsort(-table.sum(1))[:12]
     latent_dim = free_run.settings.model.latent_dim
     report.table(
         Table(
-            ["the 12 commonest plans", *VOICES],
+            ["the 12 commonest plans", *STYLES],
             [[format_plan(codes_to_bits(torch.tensor(seen[i]), latent_dim)), *map(str, table[i])] for i in order],
         )
     )
@@ -272,23 +276,23 @@ def write_report(
     metrics = {"free": free_run.read_metrics(), "baseline": baseline_run.read_metrics()}
     report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
     report.heading("How this was made")
-    command = "make demo   # python examples/three_voices/demo.py --seed " + str(options.seed)
+    command = "make demo   # python examples/three_styles/demo.py --seed " + str(options.seed)
     report.samples([("command", command), ("settings", free_run.settings.to_yaml())])
     report.write(options.out / "report.html")
 
 
-AGREEMENT = f"{RANDOM_PLANS} plans from the prior, {TEXTS_PER_PLAN} texts each: share in the plan's commonest voice"
+AGREEMENT = f"{RANDOM_PLANS} plans from the prior, {TEXTS_PER_PLAN} texts each: share in the plan's commonest style"
 GROUPS = f"its texts in groups of {TEXTS_PER_PLAN}: what agreement comes to without a plan"
-TRANSFER = f"plans read from {EXAMPLES_PER_VOICE} held-out examples of each voice: share that comes out in that voice"
+TRANSFER = f"plans read from {EXAMPLES_PER_STYLE} held-out examples of each style: share that comes out in that style"
 
 
 def shown_share(share: tuple[float, float] | None, meaning: str) -> list[str]:
     return ["-" if share is None else f"{share[0]:.3f} ± {share[1]:.3f}", meaning]
 
 
-def count_voices(verdicts: np.ndarray) -> str:
-    counts = np.bincount(verdicts, minlength=len(VOICES))
-    return ", ".join(f"{count} {voice}" for count, voice in zip(counts, VOICES, strict=True) if count)
+def count_styles(verdicts: np.ndarray) -> str:
+    counts = np.bincount(verdicts, minlength=len(STYLES))
+    return ", ".join(f"{count} {style}" for count, style in zip(counts, STYLES, strict=True) if count)
 
 
 if __name__ == "__main__":
