@@ -43,7 +43,7 @@ def test_evaluate_says_when_the_plan_is_not_used(command, run):
     outcome = command("evaluate", run, "--num-plans", 1, "--max-rows", 8)
     verdict = " ".join(outcome.out.split("saved to")[-1].split())
     assert "The plan is not used: a random plan predicts as well" in verdict
-    assert "Next: train again: " in verdict and "kl_weight" not in verdict and "plan_span" not in verdict
+    assert "Next: train longer, " in verdict and "kl_weight" not in verdict and "plan_span" not in verdict
     assert "not used" in json.loads((run / "metrics.json").read_text())["warning"]
 
 

@@ -75,7 +75,7 @@ def test_usage_is_what_was_measured(tmp_path, changes, words, used):
     one = {"usage": {"live_bits": 1, "bits_per_position": [0.5], "information": 0.5}}
     verdict = verdict_of(run_of(tmp_path, lines_of(), True, {**EVALUATION, **one, **changes}))
     assert words in verdict.sentences[0] and (verdict.tone == "good") == used
-    assert ("compare" in str(verdict.command)) == used and ("train again" in str(verdict.next_step)) != used
+    assert ("compare" in str(verdict.command)) == used and ("train longer" in str(verdict.next_step)) != used
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,14 @@ def test_a_plan_that_is_not_used_early_is_normal(tmp_path, warmup, step, sentenc
 
 def test_a_plan_that_is_not_used_later_is_a_problem_whose_remedy_depends_on_progress(tmp_path):
     lines = [*lines_of(live_bits=0, kl=0.0), {**VALIDATION, "gap": 0.0}, {"step": 490, **UNUSED}]
-    verdict = verdict_of(run_of(tmp_path / "running", lines))
+    adamw = {"optimizer": {"name": "adamw"}}
+    verdict = verdict_of(run_of(tmp_path / "running", lines, **adamw))
     assert verdict.tone == "problem" and verdict.sentences[0].startswith("At step 490 the plan is not used")
     assert str(verdict.next_step).startswith("if this stays so at the next validation")
-    ended = verdict_of(run_of(tmp_path / "ended", lines, ended=True))
-    assert str(ended.next_step).startswith("train again: ")
+    ended = verdict_of(run_of(tmp_path / "ended", lines, ended=True, **adamw))
+    assert ended.next_step == "train again with other settings: use optimizer.name=muon."
+    all_set = verdict_of(run_of(tmp_path / "all", lines, ended=True)), verdict_of(run_of(tmp_path / "on", lines))
+    assert [str(each.next_step).partition(",")[0] for each in all_set] == ["train longer", "train on"]
     only_bits = verdict_of(run_of(tmp_path / "bits", lines[:-2]))
     assert only_bits.sentences == ("The plan is not used: no of 4 bits is live at step 490, and its KL is 0.00 bits "
                                    "per plan.",)  # fmt: skip

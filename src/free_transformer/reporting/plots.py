@@ -22,16 +22,16 @@ Result = TypeVar("Result")
 class Panel(NamedTuple):
     title: str
     unit: str
-    from_zero: bool  # where the distance from zero is what matters, and noise would look like a signal
+    least: float = 0.0  # the axis reaches from zero to at least this value: else noise would look like a signal
 
 
 PANELS = {
-    "reconstruction": Panel("Reconstruction", "nats per token", False),
-    "elbo": Panel("Held-out ELBO", "nats per token", False),
-    "gap": Panel("Prior gap, held out", "nats per token", True),
-    "kl": Panel("KL", "bits per plan", True),
-    "live_bits": Panel("Live bits", "bits of a plan", True),
-    "grad_norm": Panel("Gradient norm", "", True),
+    "reconstruction": Panel("Reconstruction", "nats per token"),
+    "elbo": Panel("Held-out ELBO", "nats per token"),
+    "gap": Panel("Prior gap, held out", "nats per token", 0.01),
+    "kl": Panel("KL", "bits per plan", 0.1),
+    "live_bits": Panel("Live bits", "bits of a plan", 1.0),
+    "grad_norm": Panel("Gradient norm", "", 0.1),
 }
 OF_BASELINES = {"reconstruction": "Training loss", "elbo": "Held-out NLL"}
 TRAIN, VALIDATION = {"alpha": 0.75, "linewidth": 1}, {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
@@ -133,10 +133,10 @@ def _curve(
 
 def _set_range(axis: "Axes", panel: Panel, lines: Sequence[list[tuple[int, float]]]) -> None:
     """From zero where noise would look like a signal, else the settled part of the curves, with a least width."""
-    if panel.from_zero:
+    if panel.least:
         axis.axhline(0, color=FAINT, linewidth=0.8)
         values = [value for points in lines for _, value in points]
-        axis.set_ylim(min(0.0, 1.05 * min(values)), max(1e-3, 1.05 * max(values)))
+        axis.set_ylim(min(0.0, 1.05 * min(values)), max(panel.least, 1.05 * max(values)))
         return
     last = max(points[-1][0] for points in lines)
     settled = [value for points in lines for step, value in points if step >= SETTLED * last]

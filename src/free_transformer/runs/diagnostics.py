@@ -24,6 +24,7 @@ PATIENCE = 3  # evaluations without a better held-out loss
 # Below these free bits runs collapse more often (docs/plan.md, collapse). Plans that cover only part of a text need
 # fewer: at 1 bit per token, generated text breaks.
 MIN_FREE_BITS, MIN_FREE_BITS_PER_TEXT = 0.5, 1.0
+NO_REMEDY_LEFT = "every setting that helps is in use"
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -112,7 +113,13 @@ class RunHistory:
 
 
 def plan_advice(settings: Settings) -> str:
-    """What to change if the plan is not used: the remedies of the FAQ that the settings do not have yet."""
+    """What to change if the plan is not used."""
+    remedies = ", ".join(plan_remedies(settings))
+    return remedies or f"{NO_REMEDY_LEFT}; train longer, or check the training text"
+
+
+def plan_remedies(settings: Settings) -> list[str]:
+    """The remedies of the FAQ against an unused plan that the settings do not have yet."""
     model, remedies = settings.model, []
     per_text = model.plan_span == "sequence"
     wanted = MIN_FREE_BITS_PER_TEXT if per_text else MIN_FREE_BITS
@@ -128,7 +135,7 @@ def plan_advice(settings: Settings) -> str:
         remedies.append("use optimizer.name=muon")
     if not per_text:
         remedies.append("let each plan cover more tokens (model.plan_span)")
-    return ", ".join(remedies) or "every setting that helps is in use; train longer, or check the training text"
+    return remedies
 
 
 def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:

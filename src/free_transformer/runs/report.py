@@ -225,7 +225,7 @@ def _add_history(report: Report, run: Run) -> None:
     if len(history) == 1:
         start = history[0]
         where = f" on {start['host']}" if start.get("host") else ""
-        report.paragraph(f"Started {_time(start)}{where}, without interruption.")
+        report.paragraph(f"Started {_time(start)}{where}; not resumed since.")
         return
     rows = []
     for line in history:

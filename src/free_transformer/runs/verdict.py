@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from free_transformer.evaluation.usage import LIVE_BITS
-from free_transformer.runs.diagnostics import plan_advice
+from free_transformer.runs.diagnostics import NO_REMEDY_LEFT, plan_remedies
 from free_transformer.runs.lines import JsonObject
 from free_transformer.runs.monitor import Monitor
 from free_transformer.runs.run import Run
@@ -122,10 +122,7 @@ def _next_step(
 ) -> tuple[str | None, str | None]:
     folder = shlex.quote(str(run.path))
     if used is False:
-        advice = plan_advice(run.settings)
-        if run.has_ended:
-            return f"train again: {advice}.", None
-        return f"if this stays so at the next validation, stop and train again: {advice}.", None
+        return _remedy(run), None
     if not run.has_ended:
         return _next_in_training(run, monitor)
     if evaluation is None:
@@ -141,6 +138,15 @@ def _next_step(
             f"free-transformer compare {folder} BASELINE_RUN --method particle_filter"
         )
     return "see what each bit changes:", f"free-transformer plan {folder}"
+
+
+def _remedy(run: Run) -> str:
+    """What to do if the plan is not used."""
+    remedies = ", ".join(plan_remedies(run.settings))
+    if not remedies:
+        return f"train {'longer' if run.has_ended else 'on'}, or check the training text; {NO_REMEDY_LEFT}."
+    again = f"train again with other settings: {remedies}."
+    return again if run.has_ended else f"if this stays so at the next validation, stop and {again}"
 
 
 def _next_in_training(run: Run, monitor: Monitor) -> tuple[str | None, str | None]:
