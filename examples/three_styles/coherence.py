@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help=f"length of each text, in windows of {WINDOW} tokens")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
-    with claimed_folder(options.out, "long text", ["text", "results.json", "results.md", "report.html"]):
+    with claimed_folder(options.out, "long text", ["text", "measured", "results.json", "results.md", "report.html"]):
         run(options)
 
 
@@ -118,12 +118,13 @@ def run(options: argparse.Namespace) -> None:
     runs = train_all(options, {**wanted, ("baseline", SCORER_SEED): MODELS["baseline"]}, data)
     scorer = runs.pop(("baseline", SCORER_SEED))
     jobs = [(name, seed, setting) for name, seed in runs for setting in Setting.of(name)]
+    jobs.sort(key=lambda job: (job[2].temperature != 0.7, job[2].prior == "uniform"))  # the hardest first
     results = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker, (corpus, scorer.path)) as pool:
         futures = [pool.submit(_measure, runs[name, seed].path, options, name, seed, how) for name, seed, how in jobs]
         for future in futures:
             results.append(future.result())
-            console.print(table([results[-1]], marks_of(options.windows)).to_rich())
+            console.print(results[-1].to_json(marks_of(options.windows)))
         accuracy = pool.submit(_accuracy).result()
     write_results(options, results, accuracy)
 
@@ -145,13 +146,25 @@ def _accuracy() -> float:
 
 
 def _measure(path: Path, options: argparse.Namespace, name: str, seed: int, setting: Setting) -> Result:
-    """Generates texts and classifies them."""
+    """Generates texts and classifies them, unless that has been done before."""
+    kept = options.out / "measured" / f"{name} {seed} {setting.temperature:g} {setting.name('')} {options.windows}.pt"
+    size = {"texts": options.texts, "windows": options.windows}
+    if kept.is_file():
+        stored = torch.load(kept, weights_only=True)
+        if stored["size"] == size:
+            coherence = Coherence(stored["labels"].numpy(), SEGMENT, stored["nll"].numpy())
+            return Result(seed, name, setting, coherence, stored["seconds"], stored["texts"])
     model, tokenizer = Run.open(path).load_model(), _worker["tokenizer"]
     started = time.perf_counter()
     tokens = generate(model, tokenizer, options, seed, setting)
     seconds = time.perf_counter() - started
     coherence = measure_coherence(tokens, tokenizer, _worker["classify"], SEGMENT, _worker["scorer"])
-    return Result(seed, name, setting, coherence, seconds, tokenizer.batch_decode(tokens[:6], skip_special_tokens=True))
+    texts = tokenizer.batch_decode(tokens[:6], skip_special_tokens=True)
+    assert coherence.segment_nll is not None
+    kept.parent.mkdir(exist_ok=True)
+    labels, nll = torch.from_numpy(coherence.labels), torch.from_numpy(coherence.segment_nll)
+    torch.save({"size": size, "labels": labels, "nll": nll, "seconds": seconds, "texts": texts}, kept)
+    return Result(seed, name, setting, coherence, seconds, texts)
 
 
 def train_all(options: argparse.Namespace, wanted: dict[tuple[str, int], list[str]], data: list[str]) -> dict[Any, Run]:

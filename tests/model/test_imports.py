@@ -38,26 +38,37 @@ def test_the_package_imports_where_torch_is_not_installed():
     run_python(code + "import free_transformer.serving.app, free_transformer.serving.onnx_batch")
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        "import free_transformer",
-        "import transformers\nimport free_transformer",
-        "import free_transformer.deploy",
-        "from free_transformer.model.configuration import FreeTransformerConfig",
-        "from free_transformer.model.plan import bits_to_codes",
-        "import free_transformer\nfrom trl import SFTTrainer",
-    ],
-)
-def test_the_auto_classes_know_a_free_transformer(before, folder):
-    assert "FreeTransformer'" in run_python(before + "\n" + LOAD.format(folder=folder))
+BEFORE = [
+    "import free_transformer",
+    "import transformers\nimport free_transformer",
+    "import free_transformer.deploy",
+    "from free_transformer.model.configuration import FreeTransformerConfig",
+    "from free_transformer.model.plan import bits_to_codes",
+    "import free_transformer\nfrom trl import SFTTrainer",
+]
 
 
-def test_the_auto_configuration_knows_it(folder):
-    code = (
-        f"import free_transformer\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained({folder!r}))"
+@pytest.fixture(scope="module")
+def loaded(folder):
+    """What each way of importing prints, each in a process of its own that only torch has been imported in."""
+    configuration = "from transformers import AutoConfig\nprint(AutoConfig.from_pretrained({folder!r}))"
+    codes = [f"{before}\n{LOAD.format(folder=folder)}" for before in BEFORE]
+    codes.append(f"import free_transformer\n{configuration.format(folder=folder)}")
+    output = run_python(
+        f"import os, sys, torch\nassert 'transformers' not in sys.modules\nfor code in {codes!r}:\n"
+        "    if not (child := os.fork()):\n        exec(code, {})\n        sys.stdout.flush()\n        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, code\n    print('-----', flush=True)\n"
     )
-    assert "FreeTransformerConfig" in run_python(code)
+    return output.split("-----\n")
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_the_auto_classes_know_a_free_transformer(before, loaded):
+    assert "FreeTransformer'" in loaded[BEFORE.index(before)]
+
+
+def test_the_auto_configuration_knows_it(loaded):
+    assert "FreeTransformerConfig" in loaded[len(BEFORE)]
 
 
 def test_unknown_names_are_told():
