@@ -207,7 +207,7 @@ def test_help_does_not_import_torch():
 
 def test_every_option_and_every_command_is_explained():
     for name, command in COMMANDS.items():
-        sentence, title, examples = inspect.cleandoc(command.callback.__doc__).split("\n\n")
+        sentence, *_, title, examples = inspect.cleandoc(command.callback.__doc__).split("\n\n")
         assert sentence[0].isupper() and sentence.endswith(".") and title == "Examples:"
         assert all(line.startswith(f"- `free-transformer {name} ") for line in examples.splitlines())
         for parameter in command.params:

@@ -1,5 +1,6 @@
 """Exports beside the model in PyTorch: an export compares itself before it is written, here others compare again."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,6 +20,9 @@ from free_transformer import FreeTransformer, FreeTransformerConfig
 from free_transformer.data import byte_tokenizer
 from free_transformer.deploy import OnnxFreeTransformer
 from free_transformer.evaluation.plan_ops import plan_of_text
+from free_transformer.explorer import markup
+from free_transformer.explorer.app import create_explorer
+from free_transformer.explorer.sources import open_model
 from free_transformer.export import onnx as exporting
 from free_transformer.export.files import SCHEMES, TOLERANCE
 from free_transformer.export.onnx import check_static, export_onnx
@@ -390,3 +395,20 @@ def test_bad_exports_are_told(models, exports, tmp_path):
     with pytest.raises(ValueError, match="Linear has no plan"):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_page_of_plans_shows_an_export(exports):
+    app = create_explorer(open_model(exports["dynamic"].folder))
+    explored = app.state.explored
+    choices = replace(explored.start(), prompt="ab", length=6, temperature=0.0)
+
+    async def texts() -> str:
+        return [grid async for grid in explored.grid(choices, False, {})][-1]
+
+    grid = asyncio.run(texts())
+    explored.engine.stop()
+    assert grid.count("<div class=ft-cell>") == 16 and "ft-failure" not in grid
+    model = OnnxFreeTransformer(exports["dynamic"].folder)
+    plan = choices.bits(explored.batch)[: model.num_plans(3 + 6)]
+    (tokens,) = model.generate([[256, *b"ab"]], plan=plan, max_new_tokens=6)
+    assert markup.escape(byte_tokenizer().decode(tokens[3:], skip_special_tokens=True)) in grid

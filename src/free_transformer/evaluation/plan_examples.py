@@ -14,7 +14,6 @@ from free_transformer.data import Rows, begin_token, encode
 from free_transformer.evaluation.bits import BitEffect, bit_effects
 from free_transformer.evaluation.inputs import run_lower_layers
 from free_transformer.evaluation.plan_ops import flip_bit
-from free_transformer.evaluation.usage import LIVE_BITS
 from free_transformer.model.layout import num_plans
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.model.plan_text import format_plan
@@ -52,6 +51,7 @@ class FlippedBit:
     spent: float
     effect: float
     standard_error: float
+    dead: str | None
     text: str | None
 
 
@@ -112,7 +112,7 @@ def make_plan_examples(
     """
     measured = rows.sample(max(1, FLIPPED_ROWS // model.config.latent_dim), seed)
     effects = sorted(bit_effects(model, measured.in_order(ROWS_PER_BATCH)), key=lambda each: -each.effect)
-    live = sorted(each.bit for each in effects if each.spent > LIVE_BITS)
+    live = sorted(each.bit for each in effects if each.dead is None)
     sources, shares = None, dict[str, float]()
     if model.config.plan_span == "sequence":
         parts = {label: each.sample(ROWS_PER_SOURCE, seed) for label, each in (by_source or {}).items()}
