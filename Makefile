@@ -14,7 +14,7 @@ IMAGE := free-transformer:gpu
 AS_CALLER := $(if $(filter-out 0,$(shell id -u)),--user $(shell id -u):$(shell id -g))
 PACKAGE := pyproject.toml constraints.txt
 
-.PHONY: help explore demo demo-pretrained tour test test-browser test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity coherence warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
+.PHONY: help explore test-all demo demo-pretrained tour test test-browser test-newest test-oldest test-docs quality docs hooks format train-free train-baseline train-free-fsdp reproduce letters-settings collapse plan-size plan-span topics diversity coherence warm-start bench bench-counts profile bench-plan bench-plan-training bench-scaling bench-curriculum bench-long-text bench-logging bench-deployment bench-serving gpu docker-build docker-build-cpu docker-run-cpu docker-check hub-check release-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ tour: $(VENV)/.demo ## from text to steering in Python: docs/tour.md; five minut
 test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+test-all: $(VENV)/.dev ## the tests, and those of whole benchmarks and compilers too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not docs"
+
 test-browser: $(VENV)/.dev ## test that page in Chromium, which must be installed
 	$(PIP) playwright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/explorer/test_browser.py
@@ -53,7 +56,7 @@ test-oldest: $(VENV)/bin/pip ## the same with the oldest release that pyproject.
 # The tests in another environment, after a line that names its releases.
 define test_in
 $(VENV)/$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-PATH=$(CURDIR)/$(VENV)/$(1)/bin:$$PATH OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -n 2 --dist worksteal
+PATH=$(CURDIR)/$(VENV)/$(1)/bin:$$PATH OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -n 2 --dist worksteal -m "not docs"
 endef
 
 test-docs: $(VENV)/.dev docs ## build the site, run every command and block of README and docs as written, on short runs; 15 minutes

@@ -140,6 +140,7 @@ def test_weights_of_another_model_are_refused(tiny_model, tmp_path):
         load_quantized(tmp_path / "quantized")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 def test_compiled_packages_continue_from_their_cache(tiny_model, tmp_path):
     model = tiny_model(torch.float32, num_layers=2, plan_span=3, sliding_window=4)

@@ -464,6 +464,7 @@ def test_what_is_wrong_is_one_line(llama_folder, task_folder, command, monkeypat
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_command_line_of_lm_eval_knows_the_model(free, task_folder, tmp_path):
     """In a process of its own, on the folder of a run."""
     model = free().float()

