@@ -29,7 +29,6 @@ ELSEWHERE = {  # what no test runs as written, and what shows it
     r"make demo +# seed 0|.*demo.py --seed 1": "the README's command",
     r"make (test|test-docs|quality|hooks)\b": "before every commit",
     r"make (docker|bench|demo-pretrained|warm-start)|docker ": "make docker-check; hours: the pages they write",
-    r"make explore|free-transformer explore ": "tests/explorer: the page stays open",
     r"make diversity": "tests/project/test_diversity_benchmarks.py: half an hour",
     r"hf upload": "tests/model/test_hub.py: no hub here",
     r"torchrun --nnodes": "tests/distributed/test_distributed.py: several machines",
@@ -65,7 +64,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def copy_repository(folder: Path) -> None:
-    """What commands read of it, the settings shortened, and this environment, in which nothing is left to install."""
+    """Files that commands read, shortened settings, and this environment with everything installed."""
     for name in ("configs", "examples", "benchmarks", "models"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
