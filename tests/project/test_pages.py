@@ -54,6 +54,7 @@ def prepared(tmp_path_factory) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(folder / "LLAMA")
     byte_tokenizer().save_pretrained(folder / "LLAMA")
+    shutil.copytree(ROOT / "models", folder / "models")
     text = [f"data.train={folder / 'texts'}", f"data.validation={folder / 'held_out'}", "training.seq_len=256"]
     for name, kind in (("mine", "free"), ("baseline", "baseline")):
         overrides = [f"run_dir={folder / 'runs' / name}", f"model.kind={kind}", *text]
@@ -64,8 +65,8 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def copy_repository(folder: Path) -> None:
-    """Files that commands read, shortened settings, and this environment with everything installed."""
-    for name in ("configs", "examples", "benchmarks", "models"):
+    """What commands read of it, the settings shortened, and this environment, in which nothing is left to install."""
+    for name in ("configs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         shutil.copy2(ROOT / name, folder)
