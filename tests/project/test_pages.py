@@ -54,6 +54,7 @@ def prepared(tmp_path_factory) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(folder / "LLAMA")
     byte_tokenizer().save_pretrained(folder / "LLAMA")
+    shutil.copytree(ROOT / "models", folder / "models")
     text = [f"data.train={folder / 'texts'}", f"data.validation={folder / 'held_out'}", "training.seq_len=256"]
     for name, kind in (("mine", "free"), ("baseline", "baseline")):
         overrides = [f"run_dir={folder / 'runs' / name}", f"model.kind={kind}", *text]

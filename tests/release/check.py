@@ -4,7 +4,7 @@ Builds what would be published and uses it as whoever installs it does: the whee
     python tests/release/check.py
 
 Once with the versions of `constraints.txt` and once with the newest that the wheel allows, as `pip install` takes them.
-The commands are those of the documentation's first page, with fewer steps of training.
+The commands are those of the first run in docs/install.md, with fewer steps of training.
 """
 
 import os
@@ -52,8 +52,8 @@ def use(folder: Path, wheel: Path, constrained: bool) -> None:
 
 
 def quick_start() -> list[list[str]]:
-    lines = blocks_in("docs/index.md", "")[0].splitlines()
-    commands = [shlex.split(line) for line in lines if line.startswith("free-transformer")]
+    first_run = next(block for block in blocks_in("docs/install.md", "") if block.startswith("free-transformer train"))
+    commands = [shlex.split(line) for line in first_run.splitlines()]
     assert [command[1] for command in commands] == ["train", "evaluate", "generate", "plan"], commands
     return [[*command, STEPS] if command[1] == "train" else command for command in commands]
 

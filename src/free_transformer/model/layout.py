@@ -29,7 +29,7 @@ class Boundaries:
 @dataclass
 class PlanLayout:
     """
-    The plans of a batch of B rows of T tokens, P plans a row (rows with fewer have unused plans at their end).
+    The plans of a batch of B rows of T tokens, P plans per row (rows with fewer have unused plans at their end).
 
     Positions count from the first real token of a document, so that padding on either side changes nothing.
     """
