@@ -29,6 +29,7 @@ ELSEWHERE = {  # what no test runs as written, and what shows it
     r"make demo +# seed 0|.*demo.py --seed 1": "the README's command",
     r"make (test|test-docs|quality|hooks)\b": "before every commit",
     r"make (docker|bench|demo-pretrained|warm-start)|docker ": "make docker-check; hours: the pages they write",
+    r"(make|free-transformer) explore": "tests/explorer: it serves a page until it is stopped",
     r"make diversity": "tests/project/test_diversity_benchmarks.py: half an hour",
     r"hf upload": "tests/model/test_hub.py: no hub here",
     r"torchrun --nnodes": "tests/distributed/test_distributed.py: several machines",
@@ -71,7 +72,7 @@ def copy_repository(folder: Path) -> None:
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         shutil.copy2(ROOT / name, folder)
     for config in (folder / "configs").iterdir():
-        shorter = re.sub(r"max_steps: \d+", "max_steps: 4", config.read_text(encoding="utf-8"))
+        shorter = with_few_steps(config.read_text(encoding="utf-8"))
         config.write_text(re.sub(r"letters:(\d+)00:", r"letters:\1:", shorter), encoding="utf-8")
     shutil.copy(folder / "configs" / "free_transformer.yaml", folder / "my.yaml")
     (folder / ".venv").mkdir()
@@ -80,6 +81,10 @@ def copy_repository(folder: Path) -> None:
             (folder / ".venv" / part.name).symlink_to(part)
     for extra in ("train", "demo", "dev"):
         (folder / ".venv" / f".{extra}").touch()
+
+
+def with_few_steps(settings: str) -> str:
+    return re.sub(r"max_steps: \d+", "max_steps: 4", settings)
 
 
 def write_texts(folder: Path) -> None:
@@ -136,7 +141,7 @@ def run_line(line: str, running: contextlib.ExitStack) -> None:
         wait_for(8000)
     elif not any(re.match(pattern, line) for pattern in ELSEWHERE):
         if " train " in line and (run := re.search(r"run_dir=(\S+)", line)):  # of a reader who has not trained it yet
-            shutil.rmtree(run[1], ignore_errors=True)
+            shutil.rmtree(f"{run[1]}-baseline" if "--baseline" in line else run[1], ignore_errors=True)
         subprocess.run(["bash", "-c", line], check=True, timeout=1200)
 
 
@@ -159,8 +164,10 @@ def run_page(page: Path, languages: tuple[str, ...]) -> None:
                 shorter = block.replace("max_steps=1000", "max_steps=100")
                 exec(compile(shorter, f"{page.name}[{number}]", "exec"), known)
             elif language == "yaml":
-                Path("block.yaml").write_text(block, encoding="utf-8")
-                load_settings("block.yaml")
+                named = re.match(r"# (\w+\.yaml)\n", block)  # a file that the commands below it read
+                file = Path(named[1] if named else "block.yaml")
+                file.write_text(with_few_steps(block), encoding="utf-8")
+                load_settings(str(file))
             for line in lines_of_shell(block) if language == "" else ():
                 run_line(line, running)
 
