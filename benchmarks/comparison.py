@@ -83,7 +83,7 @@ class Worker:
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], limit)[0]:
             self.close()
-            raise Failed(f"no answer in {limit:.0f} s")
+            raise Failed(f"no response within {limit:.0f} s")
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
@@ -149,8 +149,8 @@ def spec(shape: dict[str, int], bits: int, length: int = 256, **more: Any) -> di
 def everyone(base: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "Llama": ("Llama", base),
-        "Free Transformer, a plan a token": ("Free", base),
-        "Free Transformer, a plan a sequence": ("Free", {**base, "span": "sequence"}),
+        "Free Transformer, one plan per token": ("Free", base),
+        "Free Transformer, one plan per sequence": ("Free", {**base, "span": "sequence"}),
         "x-transformers": ("XTransformers", base),
         "free-transformer 0.1.2": ("FreeTransformer012", base),
     }
@@ -182,7 +182,7 @@ def generation(quick: bool) -> list[Group]:
     for shape in (SMALL, LARGE)[: 1 if quick else None]:
         for bits in BITS[: 1 if quick else None]:
             contestants = everyone(spec(shape, bits))
-            contestants.pop("Free Transformer, a plan a sequence")
+            contestants.pop("Free Transformer, one plan per sequence")
             for batch in BATCHES[: 1 if quick else None]:
                 title = f"{name_of(shape)}, H = {bits}, batch {batch}"
                 rounds = 1 if quick else (7 if (shape, bits) == (SMALL, 8) else 3 if shape is SMALL else 1)
@@ -190,14 +190,15 @@ def generation(quick: bool) -> list[Group]:
                 groups.append(Group(title, contestants, request, rounds))
             title = f"{name_of(shape)}, H = {bits}, first token after 1,024"
             request = {"do": "generate", "batch": 1, "new": 1, "prompt": 64 if quick else 1024}
-            by_prior = {"Free Transformer, prompt's plans drawn": ("Free", spec(shape, bits, prompt_plan="prior"))}
-            groups.append(Group(title, contestants | by_prior, request, 1 if quick else 9))
+            without_encoder = ("Free", spec(shape, bits, prompt_plan="prior"))
+            contestants["Free Transformer, prompt plans from the prior"] = without_encoder
+            groups.append(Group(title, contestants, request, 1 if quick else 9))
     return groups
 
 
 def compiled(quick: bool) -> list[Group]:
     base = {**spec(SMALL, 8), "compiled": True}
-    names = {"Llama": ("Llama", base), "Free Transformer, a plan a token": ("Free", base)}
+    names = {"Llama": ("Llama", base), "Free Transformer, one plan per token": ("Free", base)}
     request = {"do": "generate", "new": 16 if quick else NEW}
     return [
         Group(f"{name_of(SMALL)}, H = 8, batch {batch}", names, {**request, "batch": batch}, 1 if quick else 5)
@@ -238,8 +239,8 @@ def memory(quick: bool) -> list[tuple[str, dict[str, tuple[str, dict[str, Any]]]
         cases.append((title, everyone(spec(shape, bits, length, allocator="exact")), [{"do": "train"}] * MEMORY_STEPS))
     for batch in (1, 32)[: 0 if quick else None]:
         contestants = everyone(spec(SMALL, 8, allocator="exact"))
-        contestants.pop("Free Transformer, a plan a sequence")
-        title = f"{name_of(SMALL)}, H = 8, writing {NEW} tokens at batch {batch}"
+        contestants.pop("Free Transformer, one plan per sequence")
+        title = f"{name_of(SMALL)}, H = 8, generating {NEW} tokens at batch {batch}"
         cases.append((title, contestants, [{"do": "generate", "batch": batch, "new": NEW}]))
     return cases
 

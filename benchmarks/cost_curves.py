@@ -76,14 +76,14 @@ def curves() -> list[dict[str, Any]]:
     title = "6 layers of width 256, 1 x {} tokens"
     return [
         {
-            "title": "training step, by tokens of a text",
+            "title": "training step, by tokens per text",
             "x": LENGTHS,
             "turn": step_of_length,
             "operations": lambda length: operations(title.format(length), True, length),
         },
         *(
             {
-                "title": f"plan part, {method}, by {'rows of its table' if method == 'exact' else 'bits'}",
+                "title": f"plan part, {method}, by {'rows of its codebook' if method == 'exact' else 'bits'}",
                 "x": bits,
                 "turn": lambda each, m=method: plan_part(Variant("", each, "exact" if m == "grouped" else m)),
                 "operations": lambda each, m=method: plan_operations(each, m),
@@ -92,7 +92,7 @@ def curves() -> list[dict[str, Any]]:
             for method, bits in (("exact", EXACT_BITS), ("sampled", SAMPLED_BITS), ("grouped", GROUPED_BITS))
         ),
         {
-            "title": "encoder, forward and backward, by plans of a text",
+            "title": "encoder, forward and backward, by plans per text",
             "x": SPANS,
             "turn": encoder_of_span,
             "operations": encoder_operations,
