@@ -332,7 +332,7 @@ def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_confi
         assert equal.split(" of ")[0] == equal.split(" of ")[1]
 
 
-def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_module, tmp_path, monkeypatch, capsys):
+def test_warm_start_compares_initializations_of_a_pretrained_model(benchmark_module, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     bench = benchmark_module("warm_start")
     llama = LlamaForCausalLM(
@@ -346,8 +346,8 @@ def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_mod
     bench.main(tmp_path / "runs", steps=2, every=1, llama=tmp_path / "llama", seed=0)
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("| ")]
-    assert table[0] == "| start | gap at step 1 | gap at step 2 | KL, bits | R, of X |"
-    assert len(table) == 1 + len(bench.STARTS)
+    assert table[0] == "| initialization | gap at step 1 | gap at step 2 | KL, bits | RMS of R, relative to X |"
+    assert len(table) == 1 + len(bench.INITIALIZATIONS)
     assert "nan" not in "".join(table)
 
 
