@@ -55,7 +55,8 @@ def main(
         ]
         rows = [row(title, each.result()) for title, each in zip(INITIALIZATIONS, pending, strict=True)]
     evaluations = range(every, steps + 1, every)
-    header = "| initialization | " + " | ".join(f"gap at step {step}" for step in evaluations) + " | KL, bits | RMS of R, relative to X |"
+    gaps = " | ".join(f"gap at step {step}" for step in evaluations)
+    header = f"| initialization | {gaps} | KL, bits | RMS of R, relative to X |"
     print("\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows]))
 
 
