@@ -124,9 +124,9 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     tried = bench.variants(900)
     assert len({variant.name for variant in tried}) == len({variant.title for variant in tried}) == len(tried)
     by_title = {variant.title: variant for variant in tried}
-    assert by_title["1/8 bit a token, twice the steps"].steps(900) == 1800
-    assert by_title["1 bit a token, a plan of 8 tokens"].model["free_bits"] == 8
-    assert by_title["1/8 bit a token, free bits annealed"].training["free_bits_start"] == 1.0
+    assert by_title["1/8 bit per token, twice the steps"].steps(900) == 1800
+    assert by_title["1 bit per token, a plan of 8 tokens"].model["free_bits"] == 8
+    assert by_title["1/8 bit per token, free bits annealed"].training["free_bits_start"] == 1.0
     for variant in tried:
         build_variant(variant)
         Settings.model_validate({"training": variant.training})
@@ -234,8 +234,8 @@ def test_scaling_on_paper_adds_up(benchmark_module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scaling_on_paper.py"])
     benchmark_module("scaling_on_paper").main()
     shown = " ".join(capsys.readouterr().out.split())
-    assert "8.52 B weights, 0.27 B of them the plan's table" in shown
-    assert "memory of a GPU, GB" in shown
+    assert "8.52 B weights, 0.27 B of them the codebook" in shown
+    assert "memory per GPU, GB" in shown
 
 
 @pytest.fixture
