@@ -2,8 +2,8 @@
 Training steps of the paper's 1.5B shape on one GPU: the Free Transformer and the Llama of its shape.
 
 The step is that of `free-transformer train`: bf16 by autocast, weights and optimizer state in fp32, compiled blocks,
-gradient clipping, AdamW. The Llama also runs with its loss computed in chunks, as in this library, so that the remaining difference
-is the plan. It is measured first and last, to show how much the card drifts.
+gradient clipping, AdamW. The Llama also runs with its loss computed in chunks, as in this library, so that the
+remaining difference is the plan. It is measured first and last, to show how much the card drifts.
 """
 
 from collections.abc import Callable

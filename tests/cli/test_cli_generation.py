@@ -15,7 +15,7 @@ from free_transformer.training import Run
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_seed_writes_the_same_text(command, runs, kind):
+def test_the_same_seed_generates_the_same_text(command, runs, kind):
     first, again, other = (
         texts_of(command("generate", runs[kind], "--num-samples", 2, "--max-new-tokens", 12, "--seed", seed))
         for seed in (1, 1, 2)
@@ -64,7 +64,7 @@ def test_text_is_written_under_the_plan_of_an_example(command, runs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stream_writes_the_same_text_as_at_once(command, runs, kind):
+def test_stream_generates_the_same_text(command, runs, kind):
     options = ["generate", runs[kind], "--prompt", "a dog", "--max-new-tokens", 10, "--seed", 4]
     streamed = command(*options, "--stream")
     assert streamed.status == 0

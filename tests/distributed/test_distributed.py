@@ -161,7 +161,7 @@ def test_muon_of_shards_is_muon(tmp_path):
     processes.run(2, muon_of_shards, log=tmp_path / "log")
 
 
-def test_a_checkpoint_of_two_goes_on_with_one_three_and_four(tmp_path):
+def test_a_checkpoint_of_two_processes_resumes_with_one_three_and_four(tmp_path):
     sections = {"distributed": {"fsdp": True}}
     whole = tiny_values(tmp_path, "alone")
     processes.run(1, train_tiny, whole, log=tmp_path / "alone.log")

@@ -136,7 +136,7 @@ def test_elbo_is_reconstruction_and_kl_and_lies_above_the_nll(model, span):
     assert truth < value.nll + 0.01 < value.elbo
 
 
-def test_prior_is_the_loss_under_a_plan_that_knows_nothing(model):
+def test_prior_is_the_loss_under_an_independent_plan(model):
     model, tokens = model(plan_span="sequence"), random_tokens(2, 6)
     with torch.no_grad():
         plans = codes_to_bits(torch.arange(4), 2)[:, None]
@@ -200,7 +200,7 @@ def test_evaluation_runs_without_dropout_and_leaves_the_mode_as_it_was(model, tr
 @pytest.mark.parametrize("kind", ["free", "baseline"])
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("length", [13, 16])
-def test_documents_in_a_packed_row_have_the_numbers_that_they_have_alone(model, llama, kind, length, labels):
+def test_documents_in_a_packed_row_are_evaluated_as_alone(model, llama, kind, length, labels):
     documents = [random_tokens(size) for size in (5, 2, 6)]
     each = model(plan_span="sequence") if kind == "free" else llama
     value = evaluate_likelihood(each, [packed_row(documents, length, labels)], 1, method="exact")

@@ -68,7 +68,7 @@ def test_nothing_gathered_is_told_and_unknown_names_too():
         prior.gather([])
 
 
-def test_the_aggregate_is_the_mean_posterior_and_a_share_of_fair_coins():
+def test_the_aggregate_is_the_mean_posterior_mixed_with_the_uniform_prior():
     prior, logits = PlanPrior(3), torch.randn(5, 3)
     prior.gather([logits[:2], logits[2:]])
     p = logits.double().sigmoid()[:, None]

@@ -261,7 +261,7 @@ def test_the_standard_error_is_that_of_other_seeds(free):
     assert torch.tensor(values).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.35)
 
 
-def test_the_encoder_reads_prompts_alone(free, tiny_config):
+def test_the_encoder_reads_only_prompts(free, tiny_config):
     class Spy(nn.Module):
         def forward(self, hidden_states, mask):
             seen.append((mask[:, 0] * torch.arange(1, mask.shape[2] + 1)).amax(1).tolist())

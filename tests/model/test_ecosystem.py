@@ -540,7 +540,7 @@ def test_a_loop_that_leaves_the_encoder_without_a_gradient_is_told(model, tokens
 
 
 @pytest.mark.parametrize("span", [2, "sequence"])
-def test_predictions_of_a_trainer_are_logits_alone(tiny_model, tokens_like, trainer_of, span):
+def test_predictions_of_a_trainer_are_only_logits(tiny_model, tokens_like, trainer_of, span):
     rows = [{"input_ids": row, "labels": row} for row in tokens_like(5, 8)]
     found = trainer_of(tiny_model(torch.float32, plan_span=span), rows).predict(rows).predictions
     assert isinstance(found, np.ndarray)

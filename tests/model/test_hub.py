@@ -141,7 +141,7 @@ def test_who_has_not_the_package_loads_the_same_model(trained, tmp_path):
 
 
 @pytest.mark.parametrize("trust", [None, True, False])
-def test_who_has_the_package_is_not_asked_and_gets_its_class(trained, trust):
+def test_an_imported_package_provides_the_class_without_trust_remote_code(trained, trust):
     folder = trained.model_folder
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
     assert type(model) is FreeTransformer
@@ -151,7 +151,7 @@ def test_who_has_the_package_is_not_asked_and_gets_its_class(trained, trust):
     assert type(write.model) is FreeTransformer
 
 
-def test_what_a_run_writes(trained):
+def test_files_of_a_run_folder(trained):
     assert names(trained.model_folder) == MODEL | TOKENIZER | CODE | {CARD}
     assert auto_map(trained.model_folder) == AUTO_MAP
     assert not list(trained.checkpoints.rglob("*.py"))
@@ -202,7 +202,7 @@ def test_an_export_names_no_code(trained, tmp_path):
     assert auto_map(tmp_path) is None and not names(tmp_path) & CODE
 
 
-def test_files_of_somebody_else_are_not_overwritten(tiny_model, tmp_path, caplog):
+def test_foreign_files_are_not_overwritten(tiny_model, tmp_path, caplog):
     (tmp_path / "plan.py").write_text("mine = True\n")
     tiny_model().save_pretrained(tmp_path)
     assert (tmp_path / "plan.py").read_text() == "mine = True\n"

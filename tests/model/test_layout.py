@@ -198,7 +198,7 @@ def test_generated_text_is_that_of_each_row_alone(span):
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_drawn_plans_of_a_generated_text_give_it_again(span):
+def test_plans_of_a_generated_text_reproduce_it(span):
     model = small(span)
     tokens = torch.randint(3, 32, (3, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 1, 0, 1]])
@@ -244,7 +244,7 @@ def test_a_packed_row_cannot_be_continued(tokens_like):
 
 
 @pytest.mark.parametrize("span", [2, "sequence"])
-def test_a_static_cache_of_the_callers_takes_any_positions(span, tokens_like):
+def test_a_static_cache_of_the_caller_accepts_any_positions(span, tokens_like):
     model, tokens = small(span), tokens_like(2, 6)
     plan = model.sample_plan(2, num_plans(span, 6))
     expected = model(tokens, plan=plan).logits

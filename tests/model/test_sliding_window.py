@@ -264,7 +264,7 @@ def test_a_returned_cache_is_continued_and_its_rows_move(tiny_model, tokens_like
 
 
 @torch.no_grad()
-def test_static_caches_and_masks_of_one_s_own(pair, tiny_model, tokens_like):
+def test_static_caches_and_custom_masks(pair, tiny_model, tokens_like):
     model, mistral = pair(5)
     tokens, plan = tokens_like(2, 30), model.sample_plan(2, 30)
     expected = mistral(tokens).logits
@@ -359,7 +359,7 @@ def test_the_particle_filter_reads_within_the_window(tiny_model, tokens_like, ro
 
 
 @pytest.mark.parametrize("length", [20, LONG])
-def test_a_compiler_takes_it_in_one_graph(tiny_model, tokens_like, length):
+def test_it_compiles_to_one_graph(tiny_model, tokens_like, length):
     model, tokens = tiny_model(sliding_window=5, plan_span="sequence"), tokens_like(2, length)
     plan, compiled = model.sample_plan(2), torch.compile(model, fullgraph=True, backend="eager")
     mask = torch.ones_like(tokens)

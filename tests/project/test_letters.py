@@ -114,7 +114,7 @@ def run_command(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
-def test_the_command_trains_measures_and_writes_the_report_and_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+def test_the_command_trains_measures_reports_and_resumes(monkeypatch, tmp_path, capsys):
     arguments = ("reproduce", "letters", "--out", tmp_path, "--steps", 2, "--groups", 2)
     assert run_command(monkeypatch, *arguments) == 0
     page = (tmp_path / "report.html").read_text()

@@ -137,7 +137,7 @@ def test_resuming_in_and_between_stages_is_the_same_as_not_stopping(staged, monk
     assert untimed(resumed.path) == untimed(whole.path)
 
 
-def test_a_stage_of_other_weights_alone_reads_on_in_the_same_text(tiny_settings, monkeypatch):  # noqa: F811
+def test_a_stage_with_only_other_weights_continues_in_the_same_text(tiny_settings, monkeypatch):  # noqa: F811
     read, original = [], training_step.training_forward
 
     def forward(model, batch, *others):
@@ -162,7 +162,7 @@ def letters_in(batch) -> np.ndarray:
     return batch["input_ids"][:, 1].numpy() - 97
 
 
-def test_a_mixture_is_drawn_in_its_shares():
+def test_a_mixture_is_sampled_in_its_shares():
     batches = islice(mixture(1, 3).shuffled(16, seed=0), 200)
     share = np.concatenate([letters_in(batch) for batch in batches]).mean()
     assert abs(share - 0.75) < 3 * np.sqrt(0.75 * 0.25 / 3200)
@@ -220,7 +220,7 @@ def test_every_row_of_a_source_is_read_before_one_is_read_again():
         assert max(times.values()) - min(times.values()) <= 1
 
 
-def test_sources_are_drawn_row_by_row_and_not_in_turn():
+def test_sources_are_sampled_per_row_and_not_in_turn():
     """How often a source occurs among 64 rows varies like a sum of 64 independent draws."""
     order = SourceOrder([0.25, 0.75], seed=0)
     counts = np.diff([order.taken_before(place)[0] for place in range(0, 64 * 3000, 64)])
@@ -329,7 +329,7 @@ def test_the_best_weights_are_those_of_its_step(tiny_settings, monkeypatch):  # 
         assert_close(found[name], value, atol=0, rtol=0)
 
 
-def test_a_stopped_run_that_keeps_its_best_goes_on_as_if_it_had_not(tiny_settings, monkeypatch):  # noqa: F811
+def test_a_stopped_run_that_keeps_its_best_resumes_as_if_uninterrupted(tiny_settings, monkeypatch):  # noqa: F811
     training = {"eval_every": 1, "early_stopping": 3, "save_every": 1, "save_total": 1}
     losses = [5, 2, 3, 3, 1, 2]
     with monkeypatch.context() as patch:

@@ -61,7 +61,7 @@ def test_forward_takes_the_weights_of_a_step(tiny_model, tokens_like):
     torch.testing.assert_close(output.loss, expected.loss)
 
 
-def test_training_gives_each_step_its_weights_and_a_resumed_run_goes_on(tiny_settings, monkeypatch):  # noqa: F811
+def test_training_gives_each_step_its_weights_and_a_resumed_run_continues(tiny_settings, monkeypatch):  # noqa: F811
     seen = []
     original = step.training_forward
 
