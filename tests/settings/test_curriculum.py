@@ -60,7 +60,7 @@ def test_a_run_without_stages_has_one():
 def test_stages_follow_one_another_and_fill_the_run(steps, max_steps):
     steps[-1] = 0
     if sum(steps) + steps.count(0) > max_steps:
-        with pytest.raises(SettingsError, match="steps come to"):
+        with pytest.raises(SettingsError, match="steps add up to"):
             stages(max_steps, *({"steps": each} for each in steps))
         return
     found = stages(max_steps, *({"steps": each} for each in steps))
@@ -84,9 +84,9 @@ def test_tokens_of_a_step_stay_the_same(seq_len):
     ("training", "message"),
     [
         ({"stages": [{"seq_len": 64}]}, r"curriculum.stages.0.seq_len=64: at most training.seq_len=32"),
-        ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps come to 12, training.max_steps is 10"),
+        ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps add up to 12, training.max_steps is 10"),
         ({"stages": [{"steps": 3}, {"steps": 4}]}, "let the last stage leave out steps"),
-        ({"stages": [{"steps": 10}, {}]}, "steps come to 10 and 1 without"),
+        ({"stages": [{"steps": 10}, {}]}, "steps add up to 10 and 1 without"),
         ({"stages": [{"kl_weight": 1}], "kl_schedule": "linear"}, "stages.0.kl_weight: with curriculum.kl_schedule"),
         ({"stages": [{"sequence": 8}]}, r"unknown setting 'curriculum.stages.0.sequence': did you mean 'seq_len'"),
         ({"stages": [{"data": {"a.txt": 0}}]}, r"greater than 0"),
