@@ -11,7 +11,7 @@ from free_transformer.data.letters import LENGTH, LETTERS, NOISE, PLACES, TARGET
 
 @pytest.fixture
 def small_task(monkeypatch):
-    """A task whose strings can be counted out, `small_task(LENGTH=7, ...)`."""
+    """A task whose strings can be enumerated, `small_task(LENGTH=7, ...)`."""
     letters_entropy.cache_clear()
 
     def change(**values) -> None:

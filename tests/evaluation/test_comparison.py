@@ -1,4 +1,4 @@
-"""The benchmark beside a Llama and the public implementations: what it counts, and what it makes of answers."""
+"""The comparison with a Llama and the public implementations: counts, and handling of responses."""
 
 import json
 import sys

@@ -19,7 +19,7 @@ def tokenizer():
 
 @pytest.fixture
 def steered(tiny_model, tokenizer, monkeypatch):
-    """Writes `a` where the plan's bit 0 is set and `b` elsewhere; reads the bit from the text."""
+    """Generates `a` where the plan's bit 0 is set and `b` elsewhere; reads the bit from the text."""
     model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), plan_span="sequence", bos_token_id=256)
 
     codes = torch.arange(len(model.plan_table.weight))

@@ -19,7 +19,7 @@ LN2 = math.log(2)
 
 @pytest.fixture
 def model():
-    """Plans that matter, posteriors far from flat, and an aggregate prior of texts of its own."""
+    """Plans with an effect, posteriors far from uniform, and an aggregate prior of separate texts."""
 
     def build(**changes) -> FreeTransformer:
         model = FreeTransformer(FreeTransformerConfig(**{**SIZES, **changes})).eval()
@@ -177,7 +177,7 @@ def test_the_particle_filter_has_no_bias(model, span, particles, prior):
     ratio = np.exp(-value.per_document["nll"]).reshape(copies, 2) / truth
     error = ratio.std(0, ddof=1) / copies**0.5
     assert (np.abs(ratio.mean(0) - 1) < 4 * error).all()
-    assert (error < 0.1).all()  # so that the check says something
+    assert (error < 0.1).all()  # so that the check is not trivial
 
 
 def test_the_particle_filter_is_tighter_than_weights_of_whole_texts(model):

@@ -1,4 +1,4 @@
-"""Exports beside the model in PyTorch: an export compares itself before it is written, here others compare again."""
+"""Exports compared with the PyTorch model, in addition to the comparison during export."""
 
 import json
 import re

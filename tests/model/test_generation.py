@@ -43,7 +43,7 @@ def spied_plans(model: FreeTransformer) -> SpiedPlans:
 
 
 def certain(model: FreeTransformer) -> FreeTransformer:
-    """Takes the likeliest plan where one would be drawn: zeros from the prior."""
+    """Uses the most likely plan instead of a sample: zeros from the prior."""
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0
     bits = model.config.latent_dim
     model.plan_prior.sample = lambda rows, plans, *_, **__: torch.zeros(rows, plans, bits, dtype=torch.bool)
@@ -51,7 +51,7 @@ def certain(model: FreeTransformer) -> FreeTransformer:
 
 
 def with_posterior_of_ones(model: FreeTransformer) -> FreeTransformer:
-    """Whatever the encoder reads, each bit of its plan is 1; the prior is as fair as ever."""
+    """Whatever the encoder reads, each bit of its plan is 1; the prior stays uniform."""
     model.encoder.readout.weight.data.zero_()
     model.encoder.readout.bias.data.fill_(80.0)
     return model

@@ -83,7 +83,7 @@ def run(trained, tmp_path) -> Run:
 
 @pytest.fixture
 def evaluated(run):
-    """Writes `metrics.json`, and returns what it holds."""
+    """Saves `metrics.json`, and returns its content."""
 
     def evaluate() -> dict:
         model, rows = run.load_model(), run.held_out_rows(run.load_tokenizer())
@@ -116,7 +116,7 @@ def test_the_model_needs_its_neighbours_and_what_transformers_installs():
 
 
 def test_who_has_not_the_package_loads_the_same_model(trained, tmp_path):
-    """From a folder, from a hub's cache and from what was saved again, to the last bit; and the card's own code."""
+    """From a folder, from a hub's cache and from a saved copy, bit-for-bit; and the card's code."""
     torch.save(computed(trained.load_model(), torch.randint(3, 250, (2, 20))), tmp_path / "computed.pt")
     shutil.copytree(trained.model_folder, tmp_path / "cats")
     commit = "0123456789abcdef" * 2 + "01234567"
@@ -182,7 +182,7 @@ class OwnModel(FreeTransformer):
 
 
 def test_a_model_with_a_part_of_your_own_names_no_code(tiny_model, tiny_config, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "encoder")  # the code of the one before is not its own
+    tiny_model().save_pretrained(tmp_path / "encoder")  # the code of the previous one does not belong to it
     FreeTransformer(tiny_config(), encoder=OwnEncoder(tiny_config())).save_pretrained(tmp_path / "encoder")
     OwnModel(tiny_config()).save_pretrained(tmp_path / "model")
     for name in ("encoder", "model"):
@@ -269,7 +269,7 @@ def pushed(monkeypatch) -> dict[str, str]:
         HfApi, "create_repo", lambda self, repo_id, **_: huggingface_hub.RepoUrl(f"https://hf.co/{repo_id}")
     )
     monkeypatch.setattr(HfApi, "create_commit", commit)
-    monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)  # which asks the hub
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)  # which contacts the hub
     monkeypatch.setattr(transformers_hub.ModelCard, "load", nothing_there)
     monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False)
     return files

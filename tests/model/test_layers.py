@@ -1,4 +1,4 @@
-"""Layers and cache of our own, each against the one of `transformers` that it replaces."""
+"""Our layers and cache, each compared with the one of `transformers` that it replaces."""
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_a_head_with_an_adapter_computes_logits_and_then_the_loss(tiny_model, to
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the values that Python asks of tensors: on a GPU it would wait for each."""
+    """Counts the tensor values that Python reads: on a GPU it would wait for each."""
 
     count = 0
 

@@ -19,7 +19,7 @@ DTYPES = {"sdpa": torch.float64, "eager": torch.float32}
 
 
 class CountingEncoder(nn.Module):
-    """An encoder of a user's own: the mean of the tokens that a plan may read, and a buffer that no file holds."""
+    """A custom encoder: the mean of the tokens that a plan may read, and a buffer that no file holds."""
 
     def __init__(self, config):
         super().__init__()
@@ -36,7 +36,7 @@ def random_plan(model: FreeTransformer, batch: int, tokens: int) -> torch.Tensor
 
 
 def certain(model: FreeTransformer) -> FreeTransformer:
-    """Takes the likeliest plan where one would be drawn."""
+    """Uses the most likely plan instead of a sample."""
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0
     return model
 
@@ -481,7 +481,7 @@ def flash_reference(module, query, key, value, attention_mask, scaling, cu_seq_l
         allowed &= attention_mask.bool()[:, None]
     if module.is_causal:
         allowed &= torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results nobody reads
+    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results are not read
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, allowed[:, None], scale=scaling, enable_gqa=True
     )

@@ -158,7 +158,7 @@ def test_packed_rows_are_separate_documents(tiny_model, tokens_like, attention):
 
 @pytest.mark.parametrize("span", [16, "sequence"])
 def test_the_encoder_reads_the_whole_text(tiny_model, tokens_like, span):
-    """X of each token changes within reach of the window alone, but the posterior of every plan depends on all of X."""
+    """X of each token changes only within reach of the window, but the posterior of every plan depends on all of X."""
     model, tokens = tiny_model(sliding_window=4, plan_span=span), tokens_like(1, LONG)
     lower = model.lower_layers(tokens)
     states = lower.hidden_states.detach().requires_grad_()
@@ -301,7 +301,7 @@ def windowed_flash(module, query, key, value, attention_mask, scaling, sliding_w
         allowed &= document[:, :, None] == document[:, None]
     elif attention_mask is not None:
         allowed &= attention_mask.bool()[:, None]
-    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results nobody reads
+    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results are not read
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, allowed[:, None], scale=scaling, enable_gqa=True
     )

@@ -1,4 +1,4 @@
-"""What a run's folder keeps, what a resumed run may change, and how a run ends."""
+"""Contents of a run's folder, permitted changes of a resumed run, and the end of a run."""
 
 import contextlib
 import io
@@ -554,7 +554,7 @@ def test_second_interrupt_while_saving_waits_for_the_checkpoint(monkeypatch):
     monkeypatch.setattr(checkpoint.dcp, "save", interrupted_save)
     with pytest.raises(TrainingStopped):
         train_with("training.save_every=2")
-    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"step-2", "step-3"}  # none is half written
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"step-2", "step-3"}  # none is half saved
 
 
 def test_second_interrupt_outside_a_save_ends_the_step_in_one_line(project):

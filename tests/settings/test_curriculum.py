@@ -152,7 +152,7 @@ def test_a_stage_with_only_other_weights_continues_in_the_same_text(tiny_setting
 
 
 def mixture(*shares: float) -> MixedRows:
-    """Rows of different letters, so that a batch says what it is made of."""
+    """Rows of different letters, so that a batch shows its sources."""
     texts = [chr(97 + i) * 39 for i in range(len(shares))]
     total = sum(shares)
     return MixedRows([build_rows([text], byte_tokenizer(), 9) for text in texts], [share / total for share in shares])

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or run out of disk, as processes of their own."""
+"""Runs that are killed, stopped or run out of disk, in separate processes."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Runs that start from a pretrained model: what learns and how fast, what stays, adapters, and what the run writes."""
+"""Runs from a pretrained model: learning rates, frozen layers, adapters, and saved files."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_the_run_saves_the_shape_it_found_and_resumes_from_it(settings_of, llama
     assert (model.config.latent_dim, model.config.plan_span, model.config.free_bits) == (3, "sequence", 1.0)
     assert model.config.max_position_embeddings == 64
     llama.rename(llama.with_name("gone"))
-    assert Run(run.path).settings.model.hidden_dim == 16  # a run can be read without what it started from
+    assert Run(run.path).settings.model.hidden_dim == 16  # a run can be read without its pretrained model
     with pytest.raises(SettingsError, match=r"model.pretrained=.*llama"):
         load_settings(run.config_file)
 

@@ -68,7 +68,7 @@ def shared_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Sweep:
-    """A sweep of two groups of two seeds that nothing has interrupted; for reading alone."""
+    """An uninterrupted sweep of two groups of two seeds, for reading only."""
     finished = load_sweep(write_config(tmp_path_factory.mktemp("finished")), GRID)
     run_sweep(finished, quiet=True)
     return finished
@@ -281,7 +281,7 @@ def test_a_finished_sweep_is_not_trained_again(finished, trained):
     assert trained == []
     after = everything_below(finished.folder)
     changed = {path.name for path in before if before[path] != after[path]}
-    assert before.keys() == after.keys() and changed <= {"report.html"}  # matplotlib draws its own names into it
+    assert before.keys() == after.keys() and changed <= {"report.html"}  # matplotlib adds its own names
 
 
 def stop_training(monkeypatch) -> None:

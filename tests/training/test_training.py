@@ -97,7 +97,7 @@ def everything_below(folder) -> dict:
 
 
 def certain_plans(monkeypatch) -> None:
-    """The likeliest plan where one would be drawn, so that batches cut differently see the same plans."""
+    """The most likely plan instead of a sample, so that batches cut differently see the same plans."""
     monkeypatch.setattr(BinaryMapper, "forward", lambda self, plan_logits, generator=None: plan_logits > 0)
 
 
@@ -351,7 +351,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints_and_leaves_it(tiny_setti
 
 
 def full_disk(monkeypatch, after: int = 0) -> None:
-    """Each checkpoint after so many is written by half."""
+    """Each checkpoint after so many is only half saved."""
     write, calls = HuggingFaceStorageWriter.write_data, []
 
     def write_data(self, plan, planner):
@@ -793,7 +793,7 @@ def test_a_step_updates_only_the_rows_of_sampled_plans(tiny_settings, monkeypatc
     drawn_rows = torch.zeros_like(moved)
     drawn_rows[torch.cat(drawn)] = True
     assert not (moved & ~drawn_rows).any()
-    assert 0.5 * drawn_rows.sum() < moved.sum() < len(moved)  # those drawn for padding alone have no gradient
+    assert 0.5 * drawn_rows.sum() < moved.sum() < len(moved)  # plans sampled only for padding have no gradient
 
 
 def test_a_run_with_a_sparse_table_resumes_as_if_never_stopped(tiny_settings, monkeypatch):
