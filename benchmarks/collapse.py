@@ -1,9 +1,9 @@
 """
-How many runs end with a plan that nobody uses: starts, optimizers and schedules × free bits × seeds, on two tasks.
+How many runs end with an unused plan: initializations, optimizers and schedules × free bits × seeds, on two tasks.
 
-A run counts as collapsed when the watcher of the training loop would say so of the trained model, on more texts.
-The settings of `configs/free_transformer.yaml`, one plan per sequence, stand beside them as they are. Runs that are
-finished are kept in `--out` and not trained again. `make collapse` runs it all: an hour on 2 cores.
+A run counts as collapsed by the criterion of the training loop, applied to the trained model on more texts. The
+settings of `configs/free_transformer.yaml` with one plan per sequence are included for comparison. Finished runs are
+kept in `--out` and not trained again. `make collapse` runs everything: an hour on 2 cores.
 """
 
 import json
@@ -46,15 +46,15 @@ BYTES_PER_STYLE = {"train": 400_000, "validation": 30_000}
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/collapse"),
-    tasks: Annotated[str, typer.Option(help="tasks, by comma")] = ",".join(TASKS),
-    seeds: Annotated[int, typer.Option(help="runs of each kind")] = 5,
-    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
-    steps: Annotated[int, typer.Option(help="steps of a run instead of its task's; 0 for those")] = 0,
+    tasks: Annotated[str, typer.Option(help="tasks, separated by commas")] = ",".join(TASKS),
+    seeds: Annotated[int, typer.Option(help="number of runs of each kind")] = 5,
+    processes: Annotated[int, typer.Option(help="number of runs at a time, one thread each")] = 2,
+    steps: Annotated[int, typer.Option(help="steps of a run; 0 for the number of its task")] = 0,
 ) -> None:
-    """Trains what is missing and prints the table."""
+    """Trains the missing runs and prints the table."""
     unknown = set(tasks.split(",")) - set(TASKS)
     if unknown:
-        raise typer.BadParameter(f"tasks: {', '.join(unknown)}; known are {', '.join(TASKS)}")
+        raise typer.BadParameter(f"tasks: {', '.join(unknown)}; available: {', '.join(TASKS)}")
     text = out / "text"
     if "styles" in tasks and not (text / "validation.jsonl").exists():
         write_text_of_styles(text)
@@ -84,7 +84,7 @@ def main(
 
 
 def write_text_of_styles(folder: Path) -> None:
-    """The beginning of the demo's text, as much of each style."""
+    """The beginning of the demo's text, the same amount of each style."""
     sys.path.insert(0, str(EXAMPLES))
     from styles import STYLES, write_corpus
 
@@ -102,7 +102,7 @@ def write_text_of_styles(folder: Path) -> None:
 
 
 def shipped() -> dict[str, dict[str, Any]]:
-    """What the shipped configuration says of model and optimizer; how long to train is the task's own."""
+    """Model and optimizer of the shipped configuration. The task determines the length of training."""
     from free_transformer.settings.yaml_text import load_yaml
 
     sections = load_yaml(CONFIG.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def run_cell(cell: tuple[str, str, float, int], out: Path, steps: int) -> dict[s
     from free_transformer.training import train
 
     settings = parse_settings(settings_of(*cell, out, steps))
-    run = train(settings, quiet=True)  # nothing to do where it is trained
+    run = train(settings, quiet=True)  # a finished run is not trained again
     rows = run.held_out_rows(run.load_tokenizer()).sample(HELD_OUT_TEXTS)
     torch.manual_seed(0)
     likelihood = evaluate_likelihood(run.load_model(), rows.in_order(64), SAMPLES)
@@ -162,8 +162,8 @@ def run_cell(cell: tuple[str, str, float, int], out: Path, steps: int) -> dict[s
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Collapsed runs of all, and the median of the gap in nats a token."""
-    lines = ["| task | start | " + " | ".join(f"κ = {bits:g}" for bits in FREE_BITS) + " |", "|---" * 5 + "|"]
+    """Number of collapsed runs, and the median gap in nats per token."""
+    lines = ["| task | initialization | " + " | ".join(f"κ = {bits:g}" for bits in FREE_BITS) + " |", "|---" * 5 + "|"]
     for task in TASKS:
         for arm in ARMS:
             row = []
@@ -175,7 +175,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def shipped_lines(results: list[dict[str, Any]]) -> str:
-    """Collapsed runs of the shipped settings."""
+    """Number of collapsed runs of the shipped settings."""
     lines = []
     for task in TASKS:
         here = [each for each in results if list(each["cell"])[:2] == [task, SHIPPED]]
@@ -189,7 +189,7 @@ def _counted(results: list[dict[str, Any]]) -> str:
 
 
 def figure(results: list[dict[str, Any]]) -> Any:
-    """The gap of every run; those that count as collapsed are crosses."""
+    """The gap of every run. Crosses are collapsed runs."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(11, 3.2), layout="constrained")
@@ -204,7 +204,7 @@ def figure(results: list[dict[str, Any]]) -> Any:
             axis.scatter([], [], color=f"C{index}", label=arm)
         axis.set_yscale("symlog", linthresh=1e-3)
         axis.set_xticks(range(len(FREE_BITS)), [f"κ = {bits:g}" for bits in FREE_BITS])
-        axis.set_title(f"{task}: gap prior − reconstruction, nats a token")
+        axis.set_title(f"{task}: gap prior − reconstruction, nats per token")
     axis.legend(fontsize=7)
     return drawn
 

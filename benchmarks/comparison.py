@@ -1,10 +1,10 @@
 """
-This library, `LlamaForCausalLM` and the public implementations, at the same shapes, in the same rounds.
+Compares this library with `LlamaForCausalLM` and the public implementations, at the same shapes, in the same rounds.
 
-Every contestant is a process in an environment of its own (`make bench` prepares them) and takes one turn a round;
-ratios are of turns of the same round, and the tables show their medians and quartiles. Memory is the peak growth of a
-fresh process. Results are kept part by part in benchmarks/results/comparison.json, and docs/performance.md is written
-from them.
+Every contestant is a process in its own environment (`make bench` prepares them) and takes one turn per round. Ratios
+compare turns of the same round, and the tables show their medians and quartiles. Memory is the peak growth of a fresh
+process. Results are saved part by part in benchmarks/results/comparison.json, and docs/performance.md is updated from
+them.
 """
 
 import argparse
@@ -30,16 +30,16 @@ ROOT = FOLDER.parent
 PEERS = {"XTransformers": "x-transformers", "FreeTransformer012": "free-transformer"}
 SMALL = {"width": 256, "layers": 6, "heads": 4, "ffn": 688}
 LARGE = {"width": 512, "layers": 12, "heads": 8, "ffn": 1376}
-LENGTHS = {256: 8, 1024: 2}  # of rows, and how many: 2,048 tokens a step
+LENGTHS = {256: 8, 1024: 2}  # row length: number of rows, 2,048 tokens per step
 BITS = (8, 16)
 BATCHES = (1, 8, 32)
 NEW = 256
-TURN_LIMIT = 90.0  # seconds, after which a contestant is given up
-LONG_TURN = 10.0  # seconds, of a turn that needs no warming up; of one four times as long there is no other
+TURN_LIMIT = 90.0  # seconds after which a contestant counts as failed
+LONG_TURN = 10.0  # seconds of a turn without warm-up; a turn four times as long is not repeated
 MEMORY_STEPS = 2
-ALLOCATORS: dict[str | None, dict[str, str]] = {  # settings of glibc's
+ALLOCATORS: dict[str | None, dict[str, str]] = {  # settings of glibc's allocator
     None: {},
-    "exact": {"MALLOC_MMAP_THRESHOLD_": "65536"},  # gives all that is freed back at once
+    "exact": {"MALLOC_MMAP_THRESHOLD_": "65536"},  # returns freed memory at once
     "keeps": {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"},
 }
 PARTS = ("training", "allocator", "memory", "generation", "compiled", "bf16", "machine")
@@ -47,11 +47,11 @@ CONSOLE = Console(width=120)
 
 
 class Failed(Exception):
-    """A contestant that gave no answer; the message says why."""
+    """A contestant that gave no response, with the reason."""
 
 
 class Worker:
-    """One contestant in its process; see `contestants.py` for what it answers."""
+    """One contestant in its process. `contestants.py` documents its requests and responses."""
 
     def __init__(self, name: str, spec: dict[str, Any]):
         self.name, self.spec = name, spec
@@ -83,14 +83,14 @@ class Worker:
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], limit)[0]:
             self.close()
-            raise Failed(f"no answer in {limit:.0f} s")
+            raise Failed(f"no response within {limit:.0f} s")
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
             self.log.seek(0)
             said = [each.strip() for each in self.log if each.strip()]
             killed = self.process.returncode == -9
-            raise Failed("killed: out of memory" if killed else said[-1][:160] if said else "ended without a word")
+            raise Failed("killed: out of memory" if killed else said[-1][:160] if said else "ended without output")
         return json.loads(line)
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Worker:
 
 @dataclass
 class Group:
-    """Contestants that take turns together."""
+    """Contestants that take turns."""
 
     title: str
     specs: dict[str, tuple[str, dict[str, Any]]]  # by label: contestant, spec
@@ -119,7 +119,7 @@ class Group:
             except Failed as failure:
                 self.failed[label] = str(failure)
         self.seconds = {label: [] for label in workers}
-        for turn in range(self.rounds + 1):  # the first warms up
+        for turn in range(self.rounds + 1):  # the first is a warm-up
             for label in list(workers):
                 self._take_turn(workers, label, turn)
                 progress.advance(task)
@@ -149,8 +149,8 @@ def spec(shape: dict[str, int], bits: int, length: int = 256, **more: Any) -> di
 def everyone(base: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "Llama": ("Llama", base),
-        "Free Transformer, a plan a token": ("Free", base),
-        "Free Transformer, a plan a sequence": ("Free", {**base, "span": "sequence"}),
+        "Free Transformer, one plan per token": ("Free", base),
+        "Free Transformer, one plan per sequence": ("Free", {**base, "span": "sequence"}),
         "x-transformers": ("XTransformers", base),
         "free-transformer 0.1.2": ("FreeTransformer012", base),
     }
@@ -182,7 +182,7 @@ def generation(quick: bool) -> list[Group]:
     for shape in (SMALL, LARGE)[: 1 if quick else None]:
         for bits in BITS[: 1 if quick else None]:
             contestants = everyone(spec(shape, bits))
-            contestants.pop("Free Transformer, a plan a sequence")
+            contestants.pop("Free Transformer, one plan per sequence")
             for batch in BATCHES[: 1 if quick else None]:
                 title = f"{name_of(shape)}, H = {bits}, batch {batch}"
                 rounds = 1 if quick else (7 if (shape, bits) == (SMALL, 8) else 3 if shape is SMALL else 1)
@@ -190,14 +190,15 @@ def generation(quick: bool) -> list[Group]:
                 groups.append(Group(title, contestants, request, rounds))
             title = f"{name_of(shape)}, H = {bits}, first token after 1,024"
             request = {"do": "generate", "batch": 1, "new": 1, "prompt": 64 if quick else 1024}
-            by_prior = {"Free Transformer, prompt's plans drawn": ("Free", spec(shape, bits, prompt_plan="prior"))}
-            groups.append(Group(title, contestants | by_prior, request, 1 if quick else 9))
+            without_encoder = ("Free", spec(shape, bits, prompt_plan="prior"))
+            contestants["Free Transformer, prompt plans from the prior"] = without_encoder
+            groups.append(Group(title, contestants, request, 1 if quick else 9))
     return groups
 
 
 def compiled(quick: bool) -> list[Group]:
     base = {**spec(SMALL, 8), "compiled": True}
-    names = {"Llama": ("Llama", base), "Free Transformer, a plan a token": ("Free", base)}
+    names = {"Llama": ("Llama", base), "Free Transformer, one plan per token": ("Free", base)}
     request = {"do": "generate", "new": 16 if quick else NEW}
     return [
         Group(f"{name_of(SMALL)}, H = 8, batch {batch}", names, {**request, "batch": batch}, 1 if quick else 5)
@@ -217,7 +218,7 @@ def bf16(quick: bool) -> list[Group]:
 
 
 def allocator(quick: bool) -> list[Group]:
-    """The step where no memory is ever given back, so that none is touched for the first time."""
+    """A step with an allocator that never returns memory, so that no page is touched for the first time."""
     if quick:
         return [step_at(SMALL, 2, allocator="keeps")]
     return [
@@ -231,15 +232,15 @@ MAKERS = {"training": training, "allocator": allocator, "generation": generation
 
 
 def memory(quick: bool) -> list[tuple[str, dict[str, tuple[str, dict[str, Any]]], list[dict[str, Any]]]]:
-    """Titles, contestants, and what is asked of each before its peak: training at every shape, writing at two."""
+    """Titles, contestants and requests: training at every shape, generation at two batch sizes."""
     cases = []
     for shape, length, bits in shapes()[: 1 if quick else None]:
         title = title_of_step(shape, bits, length)
         cases.append((title, everyone(spec(shape, bits, length, allocator="exact")), [{"do": "train"}] * MEMORY_STEPS))
     for batch in (1, 32)[: 0 if quick else None]:
         contestants = everyone(spec(SMALL, 8, allocator="exact"))
-        contestants.pop("Free Transformer, a plan a sequence")
-        title = f"{name_of(SMALL)}, H = 8, writing {NEW} tokens at batch {batch}"
+        contestants.pop("Free Transformer, one plan per sequence")
+        title = f"{name_of(SMALL)}, H = 8, generating {NEW} tokens at batch {batch}"
         cases.append((title, contestants, [{"do": "generate", "batch": batch, "new": NEW}]))
     return cases
 
@@ -253,7 +254,7 @@ def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dic
             for request in requests:
                 worker.ask(**request)
             counted = worker.ask(do="count")
-            kept = 4 * (3 if requests[0]["do"] == "train" else 1)  # a weight, and in training what Adam keeps of it
+            kept = 4 * (3 if requests[0]["do"] == "train" else 1)  # a weight, and in training Adam's state of it
             bytes_of[label] = {"peak": worker.ask(do="peak")["bytes"], "table": kept * counted["table"]}
             worker.close()
         except Failed as failure:
@@ -263,7 +264,7 @@ def peaks(contestants: dict[str, tuple[str, dict[str, Any]]], requests: list[dic
 
 
 def merged(before: list[dict[str, Any]], found: dict[str, Any], titles: list[str]) -> list[dict[str, Any]]:
-    """With what was found, in the place of what has its title, and in the order of the titles."""
+    """Adds a result, or replaces that of the same title, and sorts by `titles`."""
     groups = {group["title"]: group for group in [*before, found]}
     return [groups[title] for title in titles if title in groups]
 
@@ -273,8 +274,8 @@ def keep(results: dict[str, Any], quick: bool) -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def bare_rates() -> dict[str, float]:
-    """Operations a second of a bare product, the rows of a step times a matrix of the shape, median of 15."""
+def matmul_rates() -> dict[str, float]:
+    """FLOP/s of a raw matmul, median of 15."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
@@ -288,7 +289,7 @@ def bare_rates() -> dict[str, float]:
 
 
 def beside(commit: str, parts: list[str], only: str) -> None:
-    """Ratios to Llama of this checkout and of another commit, in the same rounds. Prints them and writes nothing."""
+    """Ratios to Llama of this checkout and of another commit, in the same rounds. Prints them and creates no files."""
     with tempfile.TemporaryDirectory() as folder:
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", folder, commit], check=True)
@@ -311,7 +312,7 @@ def beside(commit: str, parts: list[str], only: str) -> None:
 
 
 def show_ratios(group: Group) -> None:
-    """Median and quartiles over the rounds of the time of each contestant over Llama's."""
+    """Prints median and quartiles over rounds of each contestant's time relative to Llama's."""
     CONSOLE.print(f"{group.title}; {machine()['cpu']}, {torch.get_num_threads()} threads")
     for label, seconds in group.seconds.items():
         pairs = zip(seconds, group.seconds["Llama"], strict=True)
@@ -324,9 +325,15 @@ def show_ratios(group: Group) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure, default all")
-    parser.add_argument("--quick", action="store_true", help="one shape, few rounds: does it run? writes no report")
-    parser.add_argument("--only", default="", help="groups whose title has this in it; the others keep their results")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="check that the script works, with one shape and few rounds; does not update the report",
+    )
+    parser.add_argument("--only", default="", help="measure only groups whose title contains this")
     parser.add_argument("--beside", metavar="COMMIT", help="print ratios to Llama of this checkout and of COMMIT")
     options = parser.parse_args()
     if options.beside:
@@ -348,7 +355,7 @@ def main() -> None:
             groups = MAKERS[part](options.quick)
             titles = [group.title for group in groups]
             rates = results.setdefault("rates", {})
-            rates[part] = [bare_rates()]
+            rates[part] = [matmul_rates()]
             with Progress(console=CONSOLE) as progress:
                 for group in groups:
                     if options.only not in group.title:
@@ -357,7 +364,7 @@ def main() -> None:
                     found = {key: value for key, value in asdict(group).items() if key != "specs"}
                     results[part] = merged(results.get(part, []), found, titles)
                     keep(results, options.quick)
-            rates[part].append(bare_rates())
+            rates[part].append(matmul_rates())
         keep(results, options.quick)
     if options.quick:
         json.dump(results, sys.stdout, indent=1)

@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_report(results: dict[str, Any]) -> None:
-    """Replaces what stands between `<!-- bench NAME -->` and `<!-- end -->` on the page, and draws the plots."""
+    """Replaces the text between `<!-- bench NAME -->` and `<!-- end -->` on the page, and draws the plots."""
     sections = {
         "machine": _machine,
         "training": _training,
@@ -69,12 +69,12 @@ def write_report(results: dict[str, Any]) -> None:
 
 
 def ratios(group: dict[str, Any], label: str, faster_is_more: bool = False) -> list[float]:
-    """Of turns of the same round to Llama's, times, or where asked speeds."""
+    """Times relative to Llama's turn of the same round, or speeds if `faster_is_more`."""
     found = []
     for own, llama in zip(group["seconds"][label], group["seconds"][LLAMA], strict=True):
         if own is not None and llama is not None:
             found.append(llama / own if faster_is_more else own / llama)
-    if not found:  # one of them took a single turn, too long for more
+    if not found:  # one of them took a single turn because it exceeded the time limit
         own, llama = (median_of(group["seconds"][each]) for each in (label, LLAMA))
         found = [llama / own if faster_is_more else own / llama]
     return found
@@ -85,7 +85,7 @@ def median_of(seconds: list[float | None]) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Median and, of several, quartiles."""
+    """Median, with quartiles of four or more values and the range of two or three."""
     median = f"**{statistics.median(values):.2f}**"
     if len(values) < 4:
         return median + ("" if len(values) == 1 else f" ({min(values):.2f}–{max(values):.2f})")
@@ -94,12 +94,12 @@ def spread(values: list[float]) -> str:
 
 
 def operations(title: str, free: bool, plans: int) -> float:
-    """Of a training step: products of weights and of attention; the table's are left out, whoever has one."""
+    """FLOPs of the matmuls of weights and attention in a training step, without those of a codebook."""
     layers, width, rows, length = (int(each) for each in re.findall(r"\d+", title)[:4])
     ffn, vocabulary, tokens = {256: 688, 512: 1376}[width], 4096, rows * length
     block = 4 * width**2 + 3 * width * ffn
     total = 6 * tokens * (layers * block + width * vocabulary) + 7 * layers * rows * length**2 * width
-    if free:  # keys and values of all tokens, the rest for each plan
+    if free:  # the encoder: keys and values for each token, the rest for each plan
         total += 6 * (tokens * 2 * width**2 + plans * (width**2 + 3 * width * ffn)) + 14 * plans * length * width
     return float(total)
 
@@ -107,6 +107,29 @@ def operations(title: str, free: bool, plans: int) -> float:
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def table_by_shape(groups: list[dict[str, Any]], cells: list[dict[str, str]]) -> str:
+    """A row for each group and a column for each contestant, with `cells[group][contestant]`."""
+    labels = dict.fromkeys(
+        label for group, row in zip(groups, cells, strict=True) for label in [*row, *group["failed"]]
+    )
+    rows = []
+    for group, row in zip(groups, cells, strict=True):
+        shown = ["failed" if label in group["failed"] else row.get(label, "") for label in labels]
+        rows.append([group["title"], *shown])
+    return table(["shape", *(label.removeprefix("Free Transformer, ") for label in labels)], rows)
+
+
+def failures(groups: list[dict[str, Any]]) -> list[str]:
+    """A line for each contestant that failed, with the reason."""
+    found = (f"{label} failed: {reason}." for group in groups for label, reason in group["failed"].items())
+    return list(dict.fromkeys(found))
+
+
+def folded(title: str, text: str) -> str:
+    """A section that a reader opens."""
+    return f"<details markdown>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def _machine(results: dict[str, Any], name: str) -> str:
@@ -119,25 +142,32 @@ def _machine(results: dict[str, Any], name: str) -> str:
 
 def _training(results: dict[str, Any], name: str) -> str:
     rates = results["rates"][name]
-    rows = []
+    relative, absolute = [], []
     for group in results[name]:
-        dtype = dtype_of(group)
-        rate = statistics.mean(each[dtype] for each in rates)
-        rows.append([f"*{group['title']}*", "", "", ""])
+        rate = statistics.mean(each[dtype_of(group)] for each in rates)
+        tokens = _tokens(group["title"])
+        shown = {}
         for label, seconds in group["seconds"].items():
-            own, tokens = median_of(seconds), _tokens(group["title"])
-            free, plans = label != LLAMA, 8 if "sequence" in label else tokens
-            share = operations(group["title"], free, plans) / own / rate
-            ratio = "1" if label == LLAMA else spread(ratios(group, label))
-            rows.append([label, ratio, f"{tokens / own:,.0f}", f"{100 * share:.0f} %"])
-        rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
+            own, plans = median_of(seconds), 8 if "sequence" in label else tokens
+            share = operations(group["title"], label != LLAMA, plans) / own / rate
+            shown[label] = f"{tokens / own:,.0f} ({100 * share:.0f} %)"
+        absolute.append(shown)
+        relative.append({label: spread(ratios(group, label)) for label in group["seconds"] if label != LLAMA})
     _plot(results[name], f"{name}.png", "time of a training step, Llama = 1", faster_is_more=False)
-    text = table(["", "step time, Llama = 1", "tokens/s", "share of a bare product"], rows)
-    bare = "; ".join(
+    rate_text = "; ".join(
         f"{dtype} {' and '.join(f'{each[dtype] / 1e9:.0f}' for each in rates)}"
         for dtype in sorted({dtype_of(group) for group in results[name]}, reverse=True)
     )
-    return f"{text}\n\nThe bare product, GFLOP a second before and after: {bare}.\n\n![](plots/{name}.png)"
+    details = table_by_shape(results[name], absolute)
+    details += f"\n\nRate of the raw matmul before and after, GFLOP/s: {rate_text}."
+    return "\n\n".join(
+        [
+            table_by_shape(results[name], relative),
+            *failures(results[name]),
+            folded("Tokens per second, and share of the matmul rate", details),
+            f"![Time of a training step relative to Llama](plots/{name}.png)",
+        ]
+    )
 
 
 def dtype_of(group: dict[str, Any]) -> str:
@@ -150,30 +180,42 @@ def _tokens(title: str) -> int:
 
 
 def _memory(results: dict[str, Any], name: str) -> str:
-    rows = []
+    relative, absolute = [], []
     for group in results[name]:
-        rows.append([f"*{group['title']}*", "", "", ""])
         llama = group["bytes"][LLAMA]["peak"]
-        for label, found in group["bytes"].items():
-            peak, kept = found["peak"], found["table"]
-            without = f"{(peak - kept) / llama:.2f}" if label != LLAMA else "1"
-            rows.append([label, f"{peak / 1e6:,.0f}", f"{peak / llama:.2f}", f"**{without}**"])
-        rows += [[label, f"failed: {reason}", "", ""] for label, reason in group["failed"].items()]
-    return table(["", "peak MB", "Llama = 1", "without the table"], rows)
+        found = group["bytes"].items()
+        relative.append(
+            {key: f"**{(each['peak'] - each['table']) / llama:.2f}**" for key, each in found if key != LLAMA}
+        )
+        absolute.append({key: f"{each['peak'] / 1e6:,.0f} ({each['peak'] / llama:.2f})" for key, each in found})
+    return "\n\n".join(
+        [
+            table_by_shape(results[name], relative),
+            *failures(results[name]),
+            folded("Peak MB, and ratio to Llama with codebook", table_by_shape(results[name], absolute)),
+        ]
+    )
 
 
 def _generation(results: dict[str, Any], name: str) -> str:
-    rows = []
+    relative, absolute = [], []
     for group in results[name]:
-        rows.append([f"*{group['title']}*", "", ""])
         batch = re.search(r"batch (\d+)", group["title"])
+        shown = {}
         for label, seconds in group["seconds"].items():
             own = median_of(seconds)
-            speed = f"{int(batch[1]) * 256 / own:,.0f} tokens/s" if batch else f"{own * 1e3:.0f} ms"
-            rows.append([label, speed, "1" if label == LLAMA else spread(ratios(group, label, True))])
-        rows += [[label, f"failed: {reason}", ""] for label, reason in group["failed"].items()]
+            shown[label] = f"{int(batch[1]) * 256 / own:,.0f} tokens/s" if batch else f"{own * 1e3:.0f} ms"
+        absolute.append(shown)
+        relative.append({label: spread(ratios(group, label, True)) for label in group["seconds"] if label != LLAMA})
     _plot(results[name], f"{name}.png", "speed of generation, Llama = 1", faster_is_more=True)
-    return table(["", "", "speed, Llama = 1"], rows) + f"\n\n![](plots/{name}.png)"
+    return "\n\n".join(
+        [
+            table_by_shape(results[name], relative),
+            *failures(results[name]),
+            folded("Tokens per second, or time to the first token", table_by_shape(results[name], absolute)),
+            f"![Speed of generation relative to Llama](plots/{name}.png)",
+        ]
+    )
 
 
 def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bool) -> None:
@@ -184,7 +226,7 @@ def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bo
         for place, label in enumerate(others):
             values = ratios(group, label, faster_is_more)
             median = statistics.median(values)
-            color = COLORS.get(label, OURS["a plan a token" not in label])
+            color = COLORS.get(label, OURS["per token" not in label])
             bar = axes.barh(row + 0.2 * (place - len(others) / 2 + 0.5), median, 0.18, color=color)
             error = [[median - min(values)], [max(values) - median]]
             axes.errorbar(median, bar[0].get_y() + 0.09, xerr=error, color="#333333", linewidth=0.8)
@@ -192,7 +234,7 @@ def _plot(groups: list[dict[str, Any]], file: str, what: str, faster_is_more: bo
     axes.axvline(1, color=COLORS[LLAMA], linestyle="--", linewidth=1)
     axes.set_yticks(range(len(groups)), [group["title"] for group in groups], fontsize=7)
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlabel(f"{what} (medians, least to most)")
+    axes.set_xlabel(f"{what} (medians and ranges)")
     if not faster_is_more:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -214,15 +256,22 @@ def _curves(results: dict[str, Any], name: str) -> str:
     panels[0].set_ylabel("seconds", fontsize=8)
     panels[0].legend(fontsize=7, frameon=False)
     _save(figure, "curves.png")
-    head = ["", "exponent", "of operations", "at the end", "of operations", "ms"]
-    return table(head, rows) + "\n\n![](plots/curves.png)"
+    head = ["part, by size", "exponent", "exponent of FLOPs", "exponent at the end", "exponent of FLOPs at the end"]
+    measured = table(["part, by size", "size: milliseconds"], [[row[0], row[-1]] for row in rows])
+    return "\n\n".join(
+        [
+            table(head, [row[:-1] for row in rows]),
+            folded("Milliseconds at each point", measured),
+            "![Measured times and counted FLOPs](plots/curves.png)",
+        ]
+    )
 
 
 def _draw_curve(panel: Any, title: str, points: list[dict[str, float]]) -> None:
-    """Seconds, and the operations on a scale on which they end at the same point."""
+    """Seconds, and the FLOPs scaled to end at the same point."""
     x, seconds, counted = ([point[name] for point in points] for name in ("x", "seconds", "operations"))
     panel.loglog(x, seconds, "o-", color=OURS[0], label="measured")
-    panel.loglog(x, [each * seconds[-1] / counted[-1] for each in counted], "--", color="#888888", label="operations")
+    panel.loglog(x, [each * seconds[-1] / counted[-1] for each in counted], "--", color="#888888", label="FLOPs")
     what, by = title.split(", by ")
     panel.set_title(what.replace(", ", ",\n"), fontsize=8)
     panel.set_xlabel(by, fontsize=8)

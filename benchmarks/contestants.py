@@ -1,8 +1,8 @@
 """
-A process that builds one implementation and takes turns when asked: a line of JSON in, a line of JSON out.
+A process that builds one implementation and takes a turn per request: one line of JSON in, one line of JSON out.
 
-Each runs in an environment of its own, with its own dependencies; `comparison.py` starts them and asks in rounds, so
-that whatever slows the machine down slows all of them. Nothing here imports more than its contestant needs.
+Each process runs in its own environment with its own dependencies. `comparison.py` starts them and sends requests in
+rounds, so that load on the machine affects all of them. A process imports only what its contestant needs.
 
     {"do": "train"}                                -> {"seconds": ...} of a step: forward, loss, backward, AdamW
     {"do": "generate", "batch": 8, "new": 256}     -> {"seconds": ...}
@@ -28,8 +28,8 @@ PROMPT = 32
 
 class Contestant:
     """
-    What every implementation is asked for; `spec` has width, layers, heads, ffn, length, batch, bits and more, and may
-    have a device and a vocabulary.
+    Interface of every implementation. `spec` contains width, layers, heads, ffn, length, batch, bits and more, and
+    optionally device and vocabulary.
     """
 
     def __init__(self, spec: dict[str, Any]):
@@ -42,7 +42,7 @@ class Contestant:
 
     @staticmethod
     def load() -> None:
-        """Imports the implementation, which memory is counted without."""
+        """Imports the implementation, before memory is measured."""
         raise NotImplementedError
 
     def build(self) -> Any:
@@ -77,7 +77,7 @@ class Contestant:
 
 
 class Llama(Contestant):
-    """`LlamaForCausalLM` of transformers, as it comes."""
+    """`LlamaForCausalLM` of transformers, unchanged."""
 
     @staticmethod
     def load() -> None:
@@ -119,12 +119,12 @@ class Llama(Contestant):
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
     def options(self) -> dict[str, Any]:
-        """More of them, for `generate`."""
+        """Additional options of `generate`."""
         return {}
 
 
 class Free(Llama):
-    """This library; large tables are trained as its loop trains them."""
+    """This library. Large codebooks use the optimizer of its training loop."""
 
     def build(self) -> Any:
         from free_transformer import FreeTransformer
@@ -189,7 +189,7 @@ class XTransformers(Contestant):
 
 
 class FreeTransformer012(Contestant):
-    """`free-transformer` 0.1.2; its `generate` keeps no cache."""
+    """`free-transformer` 0.1.2; its `generate` has no cache."""
 
     @staticmethod
     def load() -> None:
@@ -231,7 +231,7 @@ CONTESTANTS = {each.__name__: each for each in (Llama, Free, XTransformers, Free
 
 
 def status(name: str) -> int:
-    """Bytes that Linux tells of this process, such as `VmRSS`, or `VmHWM`, its peak."""
+    """Memory of this process in bytes: `VmRSS`, or `VmHWM` for the peak."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -257,12 +257,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     name, spec = sys.argv[1], json.loads(sys.argv[2])
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # the answers alone go out
+    with contextlib.redirect_stdout(sys.stderr):  # only responses go to standard output
         CONTESTANTS[name].load()
         torch.nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # loads libraries, starts threads
         before = status("VmRSS")
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         contestant = CONTESTANTS[name](spec)
         print(json.dumps({"ready": True}), file=out, flush=True)
         for line in sys.stdin:

@@ -1,8 +1,8 @@
 """
-How the cost grows: a training step with the length of its text, the plan with its bits, the encoder with its plans.
+How the cost grows: a training step by text length, the plan by bits, the encoder by number of plans.
 
-Each curve's exponent is the slope of a straight line through the logarithms; beside it that of the counted operations
-over the same points. Turns are interleaved, times are medians. A section of docs/performance.md: make bench
+A curve's exponent is the slope of a straight line through the logarithms of times or counted FLOPs. Turns are
+interleaved, times are medians. `make bench` updates the section of docs/performance.md.
 """
 
 import argparse
@@ -60,13 +60,13 @@ def encoder_of_span(span: int) -> Callable[[], None]:
 
 
 def encoder_operations(span: int) -> float:
-    """Keys and values of all tokens; output, inner width and attention of the plans alone; forward and backward."""
+    """FLOPs: keys and values of all tokens; attention, output and MLP of the plans only; forward and backward."""
     tokens, plans = ROWS * LENGTH, ROWS * LENGTH // span
     return 6.0 * (tokens * 2 * WIDTH**2 + plans * (WIDTH**2 + 3 * WIDTH * 688)) + 14.0 * plans * LENGTH * WIDTH
 
 
 def plan_operations(bits: int, method: str) -> float:
-    """Of the straight-through gradient: all rows of each table, or those drawn and those one bit away."""
+    """FLOPs of the straight-through gradient: all rows of each codebook, or the sampled rows and those one bit away."""
     groups = Variant("", bits).config.group_bits if method == "grouped" else [bits]
     rows = bits + len(groups) if method == "sampled" else sum(2**each for each in groups)
     return 2.0 * PLANS * WIDTH * rows
@@ -76,14 +76,14 @@ def curves() -> list[dict[str, Any]]:
     title = "6 layers of width 256, 1 x {} tokens"
     return [
         {
-            "title": "training step, by tokens of a text",
+            "title": "training step, by tokens per text",
             "x": LENGTHS,
             "turn": step_of_length,
             "operations": lambda length: operations(title.format(length), True, length),
         },
         *(
             {
-                "title": f"plan part, {method}, by {'rows of its table' if method == 'exact' else 'bits'}",
+                "title": f"plan part, {method}, by {'rows of its codebook' if method == 'exact' else 'bits'}",
                 "x": bits,
                 "turn": lambda each, m=method: plan_part(Variant("", each, "exact" if m == "grouped" else m)),
                 "operations": lambda each, m=method: plan_operations(each, m),
@@ -92,7 +92,7 @@ def curves() -> list[dict[str, Any]]:
             for method, bits in (("exact", EXACT_BITS), ("sampled", SAMPLED_BITS), ("grouped", GROUPED_BITS))
         ),
         {
-            "title": "encoder, forward and backward, by plans of a text",
+            "title": "encoder, forward and backward, by plans per text",
             "x": SPANS,
             "turn": encoder_of_span,
             "operations": encoder_operations,
@@ -121,7 +121,7 @@ def measure(curve: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each point, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each point, after one warm-up turn")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["curves"] = [measure(curve, options.rounds) for curve in curves()]
@@ -130,7 +130,7 @@ def main() -> None:
     write_report(results)
     for curve in results["curves"]:
         found, counted = (exponent(curve["points"], of) for of in ("seconds", "operations"))
-        Console().print(f"{curve['title']}: exponent {found:.2f}, of operations {counted:.2f}")
+        Console().print(f"{curve['title']}: exponent {found:.2f}, of FLOPs {counted:.2f}")
 
 
 if __name__ == "__main__":

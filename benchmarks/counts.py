@@ -1,5 +1,5 @@
 """
-Counts what does not depend on the machine: operations of a decoding step, and memory kept for the backward pass.
+Counts operations of a decoding step and memory kept for the backward pass, which do not depend on the machine.
 
     python benchmarks/counts.py
 
@@ -24,7 +24,7 @@ from free_transformer.model.compat import LlamaMLP, LlamaRMSNorm
 from free_transformer.model.layers import MLP, RMSNorm
 
 SHAPE = {"vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_heads": 4, "ffn_hidden_dim": 688}
-SHORT, LONG = 20, 40  # new tokens; the difference of two texts is that of the steps between them
+SHORT, LONG = 20, 40  # new tokens; the difference between two lengths is the cost of the steps between them
 VIEWS = {
     *("view", "_unsafe_view", "transpose", "t", "permute", "reshape", "unsqueeze", "squeeze", "expand", "slice"),
     *("select", "narrow", "split", "unbind", "alias", "detach", "as_strided", "lift_fresh"),
@@ -56,7 +56,7 @@ def models() -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def decoding_step(model: Any, batch: int = 1) -> Counter[str]:
-    """Operations of one step of `generate`, the mean of 20 steps."""
+    """Operator calls of one step of `generate`, mean of 20 steps."""
     prompt, found = torch.randint(3, SHAPE["vocab_size"], (batch, 16)), []
     for new in (SHORT, LONG):
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "pad_token_id": 0}
@@ -67,7 +67,7 @@ def decoding_step(model: Any, batch: int = 1) -> Counter[str]:
 
 
 def kept_for_backward(model: Any, skip_logits: bool) -> int:
-    """Bytes that a training step of 8 x 256 tokens keeps for its backward pass, besides the weights."""
+    """Bytes that a training step of 8 x 256 tokens keeps for its backward pass, without the weights."""
     tokens = torch.randint(3, SHAPE["vocab_size"], (8, 256))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -89,7 +89,7 @@ def main() -> None:
     console, found = Console(width=120), {name: decoding_step(model) for name, model in models().items()}
     table = Table("operations of a decoding step", *found, title="6 layers of width 256, batch 1")
     moving = {name: sum(n for op, n in calls.items() if op not in VIEWS) for name, calls in found.items()}
-    table.add_row("that compute or copy", *(f"{value:.0f}" for value in moving.values()))
+    table.add_row("that compute or copy data", *(f"{value:.0f}" for value in moving.values()))
     for operator in ("mm", "mul", "add", "cat", "copy_", "_scaled_dot_product_flash_attention_for_cpu"):
         per_operator = [calls[operator] + (calls["add_"] if operator == "add" else 0) for calls in found.values()]
         table.add_row(f"  {operator.replace('_for_cpu', '')}", *(f"{value:.0f}" for value in per_operator))

@@ -1,9 +1,9 @@
 """
-Short texts first: rows of 64, 128, then 256 tokens against 256 from the start, at equal tokens, on the demo's styles.
+Does a curriculum help? Rows of 64, 128, then 256 tokens compared with 256 throughout, at equal numbers of tokens.
 
-Both are the demo's model and settings; each seed trains one after the other, so that times stand side by side, and both
-are evaluated on the same held-out rows of 256. `make bench-curriculum`: half an hour on 2 cores. Results are kept in
-`--out`.
+Both use the demo's model, text and settings. Each seed trains one after the other, so that times are comparable, and
+both are evaluated on the same held-out rows of 256. `make bench-curriculum`: half an hour on 2 cores. Results are kept
+in `--out`.
 """
 
 import json
@@ -29,10 +29,10 @@ FIGURES = ("nll", "elbo", "gap", "seconds")
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/curriculum"),
-    seeds: Annotated[int, typer.Option(help="runs of each")] = 3,
-    steps: Annotated[int, typer.Option(help="steps of a run; 0 for the demo's")] = 0,
+    seeds: Annotated[int, typer.Option(help="number of runs of each")] = 3,
+    steps: Annotated[int, typer.Option(help="steps of a run; 0 for the demo's number")] = 0,
 ) -> None:
-    """Trains what is missing and prints the table."""
+    """Trains the missing runs and prints the table."""
     if not (out / "text" / "validation.jsonl").exists():
         write_text_of_styles(out / "text")
     results = [run_arm(arm, seed, out, steps) for seed in range(seeds) for arm in ARMS]
@@ -40,7 +40,7 @@ def main(
 
 
 def run_arm(arm: str, seed: int, out: Path, steps: int) -> dict[str, Any]:
-    """One run: its time without validations, and what it finds of the held-out text."""
+    """One run: training time without validation, and likelihood of held-out text."""
     from free_transformer.evaluation import evaluate_likelihood
     from free_transformer.files import write_json
     from free_transformer.training import load_settings, train
@@ -66,7 +66,7 @@ def run_arm(arm: str, seed: int, out: Path, steps: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Every seed, and the curriculum against the constant length of the same seed."""
+    """Every seed, and the difference of the curriculum to constant length with the same seed."""
     lines = ["| seed | rows of | nll | elbo | gap | time, s |", "|---" * 6 + "|"]
     for result in results:
         values = " | ".join(f"{result[name]:.4f}" for name in ("nll", "elbo", "gap"))
@@ -74,7 +74,7 @@ def table(results: list[dict[str, Any]]) -> str:
     constant, staged = ([each for each in results if each["arm"] == arm] for arm in ARMS)
     for one, other in zip(constant, staged, strict=True):
         lines.append(
-            f"\nseed {one['seed']}: nll {other['nll'] - one['nll']:+.4f} nats a byte, "
+            f"\nseed {one['seed']}: nll {other['nll'] - one['nll']:+.4f} nats per byte, "
             f"time x {other['seconds'] / one['seconds']:.2f}"
         )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """
-What exports and 8-bit weights cost and save: bytes, time per token, likelihood and control, side by side in one run.
+Compares exports and 8-bit weights in one run: bytes, time per token, likelihood and control.
 
-The first table is of the model that `make demo` has trained, the second of a larger one with random weights, of which
-only bytes and time mean anything. `make bench-deployment`; docs/deployment.md.
+The first table is for the model of `make demo`. The second is for a larger model with random weights, so that only
+bytes and time are meaningful. `make bench-deployment`; docs/performance.md.
 """
 
 import argparse
@@ -43,14 +43,14 @@ LARGE = {"vocab_size": 8192, "hidden_dim": 512, "num_layers": 12, "num_heads": 8
 
 
 class ByOnnx(FreeTransformer):
-    """A model whose layers are run by onnxruntime, so that the library's own evaluation can evaluate an export."""
+    """A model whose layers run in onnxruntime, so that the library's evaluation can be applied to an export."""
 
     exported: OnnxFreeTransformer
     tokens: Tensor
 
     def lower_layers(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> LowerOutput:  # type: ignore[override]
         self.tokens = input_ids
-        return super().lower_layers(input_ids, *args, **kwargs)  # for the layout of plans alone
+        return super().lower_layers(input_ids, *args, **kwargs)  # only for the layout of plans
 
     def encode(self, lower: LowerOutput) -> Tensor:
         return torch.from_numpy(self.exported.infer_plan(self.tokens.numpy()))
@@ -70,7 +70,7 @@ class ByOnnx(FreeTransformer):
 
 @dataclass
 class Variant:
-    """One way to run the same model, and the bytes of its weights: of an export, of what generation needs."""
+    """One way to run the model, and the bytes of the weights that generation needs."""
 
     name: str
     model: FreeTransformer
@@ -97,7 +97,7 @@ def variants(model: FreeTransformer, folder: Path) -> list[Variant]:
 
 
 def time_per_token(found: list[Variant], batch: int) -> dict[str, list[float]]:
-    """Milliseconds for a token of every text of a batch, the variants in turn, round by round."""
+    """Milliseconds per token of a batch, with the variants in turns."""
     torch.manual_seed(0)
     prompt = torch.randint(3, 250, (batch, PROMPT))
     plan = found[0].model.sample_plan(batch, 1)
@@ -114,13 +114,13 @@ def time_per_token(found: list[Variant], batch: int) -> dict[str, list[float]]:
                 eos_token_id=(),
                 pad_token_id=0,
             )
-            if turn:  # the first warms up
+            if turn:  # the first is a warm-up
                 times[variant.name].append(1000 * (time.perf_counter() - started) / NEW_TOKENS)
     return times
 
 
 def evaluate(found: list[Variant], run_folder: Path) -> dict[str, dict[str, Any]]:
-    """Likelihood of the same held-out texts by the same draws, and control, as the demo measures it."""
+    """Likelihood of the same held-out texts with the same samples, and control as in the demo."""
     run = Run(run_folder / "free")
     tokenizer = run.load_tokenizer()
     text = run_folder / "text"
@@ -156,7 +156,7 @@ def measure(found: list[Variant], evaluated: dict[str, dict[str, Any]] | None) -
     """Measures times, prints everything as a table, and returns it."""
     times = {batch: time_per_token(found, batch) for batch in BATCHES}
     first = found[0]
-    header = ["", "MB", *(f"ms a token, batch {batch}" for batch in BATCHES)]
+    header = ["", "MB", *(f"ms per token, batch {batch}" for batch in BATCHES)]
     if evaluated is not None:
         header += ["nll", "rise", "agreement", "transfer", "mutual information"]
     lines, rows = [], {}
@@ -183,9 +183,9 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/three_styles"), help="what make demo has written")
+    parser.add_argument("--run", type=Path, default=Path("runs/three_styles"), help="folder of `make demo`")
     parser.add_argument("--out", type=Path, default=Path("runs/deployment.json"))
-    parser.add_argument("parts", nargs="*", help="demo and large, default both")
+    parser.add_argument("parts", nargs="*", help="demo, large, or both (default)")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

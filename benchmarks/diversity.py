@@ -1,12 +1,12 @@
 """
-What stratified plans are good for, measured on runs of the demo (`examples/three_styles`).
+What stratified plans add, measured on runs of the demo (`examples/three_styles`).
 
-- `modes`: texts that it takes to see all of eight equally common modes, by simulation.
+- `modes`: number of texts until all of eight equally common modes appear, by simulation.
 - `styles`: different sources among k texts, for k = 1 … 64, of stratified and independent plans and of the baseline.
 - `curves`: diversity and negative log-likelihood (NLL) under an independent model for several temperatures, and the
   diversity of both models at equal NLL.
 
-Each writes a JSON and a Markdown file into `--out`. `styles` and `curves` need the runs of `make demo`, and `curves` a
+Each saves a JSON and a Markdown file in `--out`. `styles` and `curves` need the runs of `make demo`, and `curves` a
 third one (`make diversity`).
 """
 
@@ -35,7 +35,7 @@ from free_transformer.training import Run  # noqa: E402
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-PART = 16  # texts that a measure of diversity compares with each other
+PART = 16  # texts per group, whose diversity is measured
 BATCH = 128
 
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
@@ -63,7 +63,7 @@ def modes(out: Out = Path("runs/diversity"), repeats: int = 20_000, seed: int = 
     rows.append(["independent", "any", f"{found.mean():.2f}", f"{(found == 8).mean():.3f}"])
     caption = (
         f"Eight modes that three bits of the plan tell apart, in 8 texts. Independent plans need {needed.mean():.1f} "
-        "texts on average to see all modes."
+        "texts on average to reach all modes."
     )
     header = ["plans", "bits that tell the modes apart", "modes in 8 texts", "share of sets with all 8"]
     _write(out / "modes", {"needed_by_independent": float(needed.mean()), "rows": rows}, Table(header, rows, caption))
@@ -148,7 +148,7 @@ def curves(
         kinds[f"{plans} plans"] = (Run(free).load_model().eval(), {"plans": plans})
     found: dict[str, list[dict[str, float]]] = {}
     for name, (model, options) in kinds.items():
-        # greedy texts of the baseline are all the same
+        # greedy texts of the baseline are identical
         grid = temperatures if name == "baseline" else (0.0, *temperatures)
         found[name] = []
         for temperature in grid:
@@ -188,7 +188,7 @@ def _diversity(groups: Sequence[list[str]], classify: Callable[[Sequence[str]], 
 
 
 def _at_equal_nll(found: dict[str, list[dict[str, float]]]) -> list[tuple[float, str, list[float]]]:
-    """Each measure of each kind of texts at NLLs that all kinds reach."""
+    """Each measure at NLLs that all kinds of texts reach."""
     lowest = max(min(point["nll"] for point in points) for points in found.values())
     highest = min(max(point["nll"] for point in points) for points in found.values())
     equal = []

@@ -1,6 +1,7 @@
 """
-A Llama by the harness's own `hf`, and the same weights as a Free Transformer whose plan has no effect (R = 0), on four
-kinds of local tasks: every log-likelihood, text and metric of the two. docs/lm-eval.md.
+Compares a Llama in the harness's own `hf` with its weights in a Free Transformer whose plan has no effect (R = 0).
+
+Four kinds of local tasks; every log-likelihood, text and metric is compared. docs/results-pretrained.md.
 
     python benchmarks/harness_agreement.py LLAMA        a folder with a Llama and its tokenizer; minutes on one core
 """
@@ -62,7 +63,7 @@ def items(name: str) -> list[dict[str, Any]]:
 
 
 def write_tasks(folder: Path) -> None:
-    """A YAML file over JSONL for each task."""
+    """A YAML file with JSONL data for each task."""
     for name, body in TASKS.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in items(name)))
@@ -71,7 +72,7 @@ def write_tasks(folder: Path) -> None:
 
 
 class _Kept:
-    """Answers of a model to every request, beside the metrics that the harness makes of them."""
+    """Keeps a model's answers to every request, in addition to the harness's metrics."""
 
     def __init__(self, lm: HFLM):
         self.answers: list[Any] = []
@@ -88,7 +89,7 @@ class _Kept:
 
 
 def compare(llama: Path, dtype: torch.dtype, num_plans: int, batch_size: int) -> list[list[str]]:
-    """A row for each metric: task, metric, both values, and how many answers to requests are the same to the bit."""
+    """A row for each metric: task, metric, both values, and how many answers are bit-for-bit equal."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
     shared = {"tokenizer": tokenizer, "batch_size": batch_size}
     theirs = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(llama, dtype=dtype), **shared)
@@ -118,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     rows = compare(options.llama, getattr(torch, options.dtype), options.num_plans, options.batch_size)
-    print(table(["task", "metric", "hf", "R = 0", "answers equal to the bit"], rows))
+    print(table(["task", "metric", "hf", "R = 0", "answers equal bit-for-bit"], rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
-The letters task at other settings: does the paper's picture come out cleanly at 1/8 and at 1 bit a token?
+The letters task with other settings: are the paper's results reproduced at 1/8 and at 1 bit per token?
 
-Each line changes one thing of what `free-transformer reproduce letters` trains: size, steps, start of the encoder's
+Each line changes one setting of `free-transformer reproduce letters`: size, steps, initialization of the encoder's
 readout, schedule, span, bits of a plan, aggregate term. `make letters-settings`: 50 minutes on 2 cores for one seed.
 Results are kept in `--out`. A plan of 8 tokens has the bits of its 8 tokens.
 """
@@ -16,11 +16,11 @@ from free_transformer.data.letters import NOISE
 from free_transformer.reproduce.letters import Result, Variant, reproduce_letters
 
 FREE_BITS = (1 / 8, 1.0)
-BITS = " bit a token, "
+BITS = " bit per token, "
 
 
 def changes(steps: int, other_free_bits: float) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """What is changed: its name, then model and training settings."""
+    """Name of each change, with its model and training settings."""
     return {
         "as reproduced": ({}, {}),
         "twice the steps": ({}, {"max_steps": 2 * steps}),
@@ -48,23 +48,23 @@ def variants(steps: int) -> list[Variant]:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the models and the results")] = Path("runs/letters_settings"),
-    only: Annotated[str, typer.Option(help="parts of the titles to try, by semicolon; all without")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each")] = 1,
+    only: Annotated[str, typer.Option(help="parts of the titles to run, separated by semicolons (default: all)")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="number of runs of each")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 900,
-    processes: Annotated[int, typer.Option(min=1, help="models at a time, one thread each")] = 2,
-    groups: Annotated[int, typer.Option(min=1, help="groups of 16 strings that each model writes")] = 64,
+    processes: Annotated[int, typer.Option(min=1, help="number of models at a time, one thread each")] = 2,
+    groups: Annotated[int, typer.Option(min=1, help="groups of 16 strings that each model generates")] = 64,
 ) -> None:
-    """Trains what is missing and prints the table."""
+    """Trains the missing runs and prints the table."""
     known = variants(steps)
     tried = [each for each in known if any(part in each.title for part in only.split(";"))]
     if not tried:
         titles = "; ".join(each.title for each in known)
-        raise typer.BadParameter(f"only={only!r}: no title holds it; titles are {titles}")
+        raise typer.BadParameter(f"only={only!r}: no title contains it; titles are {titles}")
     print(table(reproduce_letters(out, seeds, steps, processes, groups, tried), tried))
 
 
 def table(results: Sequence[Result], tried: Sequence[Variant]) -> str:
-    """A value for each seed; what is shared against independent plans as a ratio, the noise against the task's."""
+    """A value for each seed. Place and noise with a shared plan are relative to independent plans."""
     lines = ["| plan | changed | place, shared / independent | noise, shared / independent | valid | rate of `!` |"]
     lines.append("|---" * 6 + "|")
     for variant in tried:

@@ -1,13 +1,14 @@
 """
-Texts longer than the model was trained for: ways to keep the context short, by how well they predict text.
+Texts longer than the context: compares methods to shorten the context by how well they predict text.
 
     re-read    when the context is full, drop the cache and read the last half again (`free_transformer.model.context`)
-    sliding    read the last full context anew for every token: the reference, one context of work per token
+    sliding    read the last full context anew for every token (the reference; one context of FLOPs per token)
     sinks      keep the first 4 tokens and a rolling cache of the others, with keys rotated to their places in the cache
     all        nothing is dropped: positions beyond the trained length
 
-All predict the same tokens, under the plan that the encoder reads in the beginning of the text. Tokens are counted from
-the point where the context was read again; the first ones have the shortest context. `make bench-long-text`.
+All methods predict the same tokens, under the plan that the encoder reads from the beginning of the text. Tokens are
+counted from the point where the context was read again; the first ones have the shortest context.
+`make bench-long-text`.
 """
 
 import json
@@ -52,7 +53,7 @@ class RollingCache:
         return key, value
 
     def make_room(self) -> None:
-        """Drops the oldest token but the sinks, and rotates the keys behind it back by one position."""
+        """Drops the oldest token after the sinks, and rotates the keys of later tokens back by one position."""
         angles = torch.cat([-self.inverse_frequencies] * 2)
         cos, sin = angles.cos(), angles.sin()
         for layer, (key, value) in self.states.items():
@@ -66,12 +67,12 @@ class RollingCache:
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each token, of logits (..., V)."""
+    """NLL of each token in nats, from logits (..., V)."""
     return -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
 def reread(model: FreeTransformer, texts: Tensor, plan: Tensor, limit: int, starts: list[int]) -> Tensor:
-    """NLL of the tokens that are predicted from contexts that begin at `starts`, (B, starts, tokens)."""
+    """NLL of the tokens predicted from contexts that begin at `starts`, (B, starts, tokens)."""
     half, found = limit // 2, []
     for start in starts:
         logits = model(texts[:, start : start + limit], plan=plan, use_cache=False).logits[:, half - 1 :]
@@ -93,7 +94,7 @@ def sliding(model: FreeTransformer, texts: Tensor, plan: Tensor, limit: int, sta
 
 
 def step_by_step(model: FreeTransformer, texts: Tensor, plan: Tensor, cache: RollingCache) -> Tensor:
-    """NLL of tokens 1, 2, ..., each read once, (B, T - 1); the cache makes room where it is full."""
+    """NLL of tokens 1, 2, ..., each read once, (B, T - 1); a full cache drops a token."""
     state, found = PlanState(plan=plan, columns=0, padded=False), []
     for place in range(texts.shape[1] - 1):
         if cache.get_seq_length() == cache.limit:
@@ -116,9 +117,9 @@ def held_out_texts(run: Run, length: int, count: int) -> Tensor:
 
 
 def compare(model: FreeTransformer, texts: Tensor, limit: int, windows: int) -> dict[str, Tensor]:
-    """NLL of the same tokens by each way, (B, contexts, tokens)."""
+    """NLL of the same tokens by each method, (B, contexts, tokens)."""
     period, half = limit - limit // 2 + 1, limit // 2
-    # beginnings of contexts that were read again, spread over the text, but for the first
+    # beginnings of re-read contexts, spread over the text, without the first
     every = [limit + 1 - half + index * period for index in range((windows - 1) * limit // period)]
     starts = every[:: max(1, len(every) // 3)]
     plan = model.infer_plan(texts[:, :limit]) > 0
@@ -148,18 +149,20 @@ def table(found: dict[str, Tensor]) -> Table:
         end = difference(values[:, :, last:], reference[:, :, last:])
         rows.append([name, f"{values.mean():.4f}", difference(values, reference), seam, end])
     header = ["way", "NLL, nats per token", "minus sliding", f"first {SEAM} after re-reading", f"last {SEAM} before it"]
-    return Table(header, rows, f"{reference.numel():,} held-out tokens beyond the trained length, all ways on the same")
+    return Table(
+        header, rows, f"{reference.numel():,} held-out tokens beyond the trained length, the same for all methods"
+    )
 
 
 @torch.no_grad()
 def main(
     run: Annotated[Path | None, typer.Argument(help="run with one plan per text; default: trained in --out")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run that is trained")] = Path("runs/long_text"),
-    steps: Annotated[int, typer.Option(help="steps of that run")] = 1150,
+    steps: Annotated[int, typer.Option(help="training steps of that run")] = 1150,
     texts: Annotated[int, typer.Option(help="held-out texts")] = 48,
-    windows: Annotated[int, typer.Option(help="length of a text, in trained lengths")] = 8,
+    windows: Annotated[int, typer.Option(help="length of a text, in contexts")] = 8,
 ) -> None:
-    """Trains the demo's model where no run is given, and prints the table."""
+    """Trains the demo's model if no run is given, and prints the table."""
     opened = Run.open(train_run(out, steps) if run is None else run)
     model = opened.load_model().float().eval()
     limit = model.config.max_position_embeddings
@@ -167,7 +170,7 @@ def main(
 
 
 def train_run(out: Path, steps: int) -> Path:
-    """The demo's run, with fewer steps where asked."""
+    """The demo's run, optionally with fewer steps."""
     sys.path.insert(0, str(Path(__file__).parent))
     from collapse import write_text_of_styles
 

@@ -1,5 +1,5 @@
 """
-What the plan costs: time and memory of a training step beside `LlamaForCausalLM` of the same shape, in one run.
+Cost of the plan: time and memory of a training step relative to `LlamaForCausalLM` of the same shape, in one run.
 
 Times are medians over rounds, in each of which every contestant takes one turn. Memory is the peak growth of a fresh
 process over three steps (Linux, glibc), each larger tensor mapped by itself: what the heap's fragments add differs by a
@@ -38,14 +38,14 @@ from free_transformer.training.step import training_forward
 WIDTH, LAYERS, HEADS = 256, 6, 4
 BATCH, LENGTH = 8, 256
 PLANS = BATCH * LENGTH
-BLOCK = 4096  # rows of the bare product: its fastest way, the whole result at once is slower
+BLOCK = 4096  # rows per block of the raw matmul; computing the whole result at once is slower
 MEMORY_STEPS = 3
 MEMORY_PROCESSES = 3
 
 
 @dataclass
 class Variant:
-    """A model of the comparison; without bits it is the Llama."""
+    """A model of the comparison. Without bits it is the Llama."""
 
     name: str
     latent_dim: int = 0
@@ -78,7 +78,7 @@ FREE = [
     Variant("H = 12, sampled", 12, "sampled"),
     Variant("H = 16, exact", 16, "exact"),
     Variant("H = 16, sampled", 16, "sampled"),
-    Variant("H = 16, sampled, table by AdamW", 16, "sampled", "adamw"),
+    Variant("H = 16, sampled, codebook by AdamW", 16, "sampled", "adamw"),
     Variant("64 bits in groups of 8, exact", 64, "exact"),
     Variant("64 bits in groups of 8, sampled", 64, "sampled"),
 ]
@@ -86,9 +86,9 @@ FREE = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant, after one to warm up")
-    parser.add_argument("--threads", type=int, help="threads of torch, default all cores")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a fresh process is asked for
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant, after one warm-up turn")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: all cores)")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # used by a fresh process
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -97,7 +97,7 @@ def main() -> None:
         return
     console = Console(width=150)
     console.print(
-        f"{LAYERS} layers of width {WIDTH}, {BATCH} x {LENGTH} tokens, a plan a token, vocabulary "
+        f"{LAYERS} layers of width {WIDTH}, {BATCH} x {LENGTH} tokens, one plan per token, vocabulary "
         f"{LLAMA.config.vocab_size}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     memory = {v.name: memory_in_fresh_process(v.name, options) for v in track([LLAMA, *FREE], "memory")}
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def measure_times(rounds: int) -> dict[str, float]:
-    """Median seconds of every turn; memory is given back between them."""
+    """Median seconds of a turn. Memory is freed between turns."""
     turns: dict[str, Callable[[], object]] = {"bare": bare_product(), "product": exact_product()}
     for variant in [LLAMA, *FREE]:
         turns[f"step {variant.name}"] = training_step(variant)
@@ -134,7 +134,7 @@ def training_step(variant: Variant) -> Callable[[], None]:
 
 
 def step_on(model: Any, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> Callable[[], None]:
-    """Forward, backward and optimizers, as the training loop does it."""
+    """Forward, backward and optimizers, as in the training loop."""
     batch = {"input_ids": tokens, "labels": tokens}
 
     def step() -> None:
@@ -147,7 +147,7 @@ def step_on(model: Any, optimizers: list[torch.optim.Optimizer], tokens: Tensor)
 
 
 def plan_part(variant: Variant) -> Callable[[], None]:
-    """Mapper, table, straight-through gradient and KL, forward and backward: the step without encoder and layers."""
+    """Mapper, codebook, straight-through gradient and KL, forward and backward: the step without encoder and layers."""
     torch.manual_seed(0)
     config = variant.config
     mapper = BinaryMapper()
@@ -166,7 +166,7 @@ def plan_part(variant: Variant) -> Callable[[], None]:
 
 
 def bare_product() -> Callable[[], None]:
-    """2 N D 2^16 operations and nothing else: what the exact gradient cannot go below."""
+    """A raw matmul of 2 N D 2^16 FLOPs, the lower bound of the exact gradient."""
     grad, table, out = torch.randn(PLANS, WIDTH), torch.randn(2**16, WIDTH), torch.empty(PLANS, BLOCK)
 
     def run() -> None:
@@ -182,7 +182,7 @@ def exact_product() -> Callable[[], Tensor]:
 
 
 def table_step(optimizer: str) -> Callable[[], None]:
-    """The lookup's gradient and the optimizer's step for a table of 2^16 rows alone."""
+    """The lookup's gradient and the optimizer step of a codebook of 2^16 rows."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(2**16, WIDTH))
     sparse = optimizer == "sparse_adam"
@@ -198,17 +198,17 @@ def table_step(optimizer: str) -> Callable[[], None]:
 
 
 def measure_memory(variant: Variant) -> dict[str, int]:
-    """Bytes: peak growth from before the model was built, and the part of the table's weights and optimizer state."""
+    """Bytes: peak growth since before the model was built, and the codebook's weights and optimizer state."""
     gc.collect()
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step = training_step(variant)
     for _ in range(MEMORY_STEPS):
         step()
     table = 0
     if variant.latent_dim:
         weights = sum(2**bits for bits in variant.config.group_bits) * WIDTH * 4
-        table = 3 * weights  # Adam, sparse or not, keeps two values a weight
+        table = 3 * weights  # Adam, sparse or not, keeps two values per weight
     return {"peak": status("VmHWM") - before, "table": table}
 
 
@@ -223,8 +223,15 @@ def memory_in_fresh_process(name: str, options: argparse.Namespace) -> dict[str,
 
 
 def step_table(times: dict[str, float], memory: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="training step; plan part: mapper, table, straight-through, KL, forward and backward")
-    for column in ("", "time, Llama = 1", "plan part of its step", "memory without table, Llama = 1", "MB", "table MB"):
+    table = Table(title="training step; plan part: mapper, codebook, straight-through, KL, forward and backward")
+    for column in (
+        "",
+        "time, Llama = 1",
+        "plan part of its step",
+        "memory without codebook, Llama = 1",
+        "MB",
+        "table MB",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     llama, least = times["step Llama"], memory["Llama"]["peak"]
     for variant in [LLAMA, *FREE]:
@@ -243,13 +250,15 @@ def step_table(times: dict[str, float], memory: dict[str, dict[str, float]]) -> 
 
 
 def count_table() -> Table:
-    """Operations and bytes by arithmetic: products with all rows, or with the rows drawn and flipped alone."""
-    table = Table(title=f"counted, {PLANS} plans: products of the straight-through gradient, rows that they read")
+    """Counted FLOPs and bytes: products with all rows, or with the sampled and flipped rows only."""
+    table = Table(
+        title=f"counted, {PLANS} plans: FLOPs of the straight-through gradient, and bytes of the rows that it reads"
+    )
     for column in ("", "GFLOP", "share of the Llama's", "MB"):
         table.add_column(column, justify="left" if not column else "right")
     llama = LLAMA.build()[0]
     of_step = 6 * PLANS * sum(p.numel() for n, p in llama.named_parameters() if "embed_tokens" not in n)
-    of_step += 12 * LAYERS * BATCH * LENGTH**2 * WIDTH  # attention: two products, forward and twice backward
+    of_step += 12 * LAYERS * BATCH * LENGTH**2 * WIDTH  # attention: two matmuls, forward and twice backward
     for variant in FREE:
         if variant.table_optimizer != "auto":
             continue
@@ -267,9 +276,9 @@ def count_table() -> Table:
 def product_table(times: dict[str, float]) -> Table:
     operations = 2 * PLANS * WIDTH * 2**16
     table = Table(title=f"exact gradient, H = 16: {operations / 1e9:.1f} GFLOP")
-    for column in ("", "bare product = 1", "Llama's step = 1", "GFLOP a second"):
+    for column in ("", "raw matmul = 1", "Llama's step = 1", "GFLOP/s"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, label in (("bare", "bare matrix product"), ("product", "exact gradient")):
+    for name, label in (("bare", "raw matmul"), ("product", "exact gradient")):
         seconds = times[name]
         table.add_row(
             label,
@@ -281,8 +290,8 @@ def product_table(times: dict[str, float]) -> Table:
 
 
 def optimizer_table(times: dict[str, float]) -> Table:
-    table = Table(title="the table's own step, H = 16: gradient of the lookup and optimizer")
-    for column in ("", "of Llama's step", "gradient MB", "state MB"):
+    table = Table(title="codebook, H = 16: gradient of the lookup and optimizer step")
+    for column in ("", "share of Llama's step", "gradient MB", "state MB"):
         table.add_column(column, justify="left" if not column else "right")
     size = 2**16 * WIDTH * 4
     for name, gradient in (("adamw", size), ("sparse_adam", PLANS * (WIDTH * 4 + 8))):

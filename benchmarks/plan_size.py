@@ -1,10 +1,10 @@
 """
-Why a plan can spend its bits and know nothing of the style: its size, its free bits, its objective, the optimizer.
+Why a plan can use its bits without information about the style: plan size, free bits, objective and optimizer.
 
-The suspicion was that with free_bits as large as the plan the KL term never acts, and nothing takes back bits spent
-early. Each cell trains the small models of `collapse.py` on the styles and says what the plan spends, how much of that
-differs from text to text at all, and what it knows of the style. `make plan-size`: 17 minutes on 2 cores. Results are
-kept in `--out`.
+The hypothesis was that with free_bits as large as the plan the KL term is never active, so that bits used early are
+never freed. Each cell trains the small models of `collapse.py` on the styles and reports the bits that the plan uses,
+how many of them differ between texts, and its mutual information with the style. `make plan-size`: 17 minutes on 2
+cores. Results are kept in `--out`.
 """
 
 import json
@@ -26,7 +26,7 @@ AGGREGATE = {"model": {"aggregate_weight": 1.0}}
 BAND = {"model": {"min_bits": 2.0}}
 BOTH = {"model": BAND["model"] | AGGREGATE["model"]}
 MUON = {"training": {"optimizer": "muon"}}
-# name: bits of a plan, free bits, what else differs
+# name: bits of a plan, free bits, other differences
 CELLS: dict[str, tuple[int, float, dict[str, dict[str, Any]]]] = {
     "H = 4, 4 free bits": (4, 4.0, {}),
     "H = 4, 2 free bits": (4, 2.0, {}),
@@ -50,11 +50,11 @@ CELLS: dict[str, tuple[int, float, dict[str, dict[str, Any]]]] = {
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/plan_size"),
-    seeds: Annotated[int, typer.Option(help="runs of each")] = 3,
-    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
-    steps: Annotated[int, typer.Option(help="steps of a run; 0 for those of collapse.py")] = 0,
+    seeds: Annotated[int, typer.Option(help="number of runs of each")] = 3,
+    processes: Annotated[int, typer.Option(help="number of runs at a time, one thread each")] = 2,
+    steps: Annotated[int, typer.Option(help="steps of a run; 0 for the number of collapse.py")] = 0,
 ) -> None:
-    """Trains what is missing and prints the table."""
+    """Trains the missing runs and prints the table."""
     if not (out / "text" / "validation.jsonl").exists():
         write_text_of_styles(out / "text")
     cells: list[Cell] = [(name, seed) for seed in range(seeds) for name in CELLS]
@@ -77,7 +77,7 @@ def cell_settings(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
 
 
 def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
-    """What the plan spends, what it knows of the style, and what that is worth to the next token."""
+    """Bits that the plan uses, its mutual information with the style, and the gap."""
     import torch
 
     torch.set_num_threads(1)
@@ -113,10 +113,10 @@ def run_cell(cell: Cell, out: Path, steps: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Each cell's medians over seeds; of what the plan tells each seed, since what is asked is how much they differ."""
+    """Medians over seeds of each cell. Information is shown for each seed, to show how much seeds differ."""
     lines = [
-        "| plan | KL, bits | of these, bits that tell texts apart, each seed | style known, bits of 1.58, each seed "
-        "(by chance) | gap, nats a token |",
+        "| plan | KL, bits | of these, bits that differ between texts, each seed "
+        "| information on the style, bits of 1.58, each seed (by chance) | gap, nats per token |",
         "|---" * 5 + "|",
     ]
     for name in CELLS:

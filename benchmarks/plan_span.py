@@ -1,5 +1,5 @@
 """
-The three styles by how many tokens share a plan: what the plan costs, whether it steers, what it does for diversity.
+Cost, control and diversity of the plan by how many tokens share it, on the three styles.
 
 Models of plan_span 1, 16, 64 and "sequence" and the baseline, three seeds, the same steps and the same text. Results
 are kept in `--out` and not measured again. `make plan-span`: about an hour and a half on 2 cores.
@@ -33,12 +33,12 @@ Cell = tuple[str, int]
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/plan_span"),
-    plans: Annotated[str, typer.Option(help="models, by comma")] = "baseline,sequence,64,16,1",
-    seeds: Annotated[int, typer.Option(min=2, help="runs of each")] = 3,
-    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
-    overrides: Annotated[str, typer.Option(help="changes to the settings, by space")] = "",
+    plans: Annotated[str, typer.Option(help="models, separated by commas")] = "baseline,sequence,64,16,1",
+    seeds: Annotated[int, typer.Option(min=2, help="number of runs of each")] = 3,
+    processes: Annotated[int, typer.Option(help="number of runs at a time, one thread each")] = 2,
+    overrides: Annotated[str, typer.Option(help="changes to the settings, separated by spaces")] = "",
 ) -> None:
-    """Trains and measures what is missing, and prints the tables."""
+    """Trains and measures missing runs, and prints the tables."""
     sys.path.insert(0, str(ROOT / "examples" / "three_styles"))
     from styles import write_corpus
 
@@ -57,7 +57,7 @@ def main(
 
 
 def train_cell(cell: Cell, out: Path, changes: list[str]) -> None:
-    """A run of the demo's settings, its bits spread over the plans of a window."""
+    """A run with the demo's settings, with the bits spread over the plans of a window."""
     import torch
 
     torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def train_cell(cell: Cell, out: Path, changes: list[str]) -> None:
         share = 1.0 if plan == "sequence" else int(plan) / WINDOW
         model = [f"model.plan_span={plan}", f"model.free_bits={BITS_A_WINDOW * share}"]
         model += [f"model.min_bits={LEAST_BITS_A_WINDOW * share}"]
-        if plan != "sequence":  # plans of fractions of a bit cannot be spread over all codes
+        if plan != "sequence":  # plans with less than a bit cannot be uniform over all codes
             model += ["model.aggregate_weight=0"]
     text = [f"data.train={out / 'text/train.jsonl'}", f"data.validation={out / 'text/validation.jsonl'}"]
     logging = ["logging.sample_every=0", "logging.tensorboard=false", f"training.seed={seed}"]
@@ -117,7 +117,7 @@ def measure_cell(cell: Cell, out: Path, seeds: int) -> dict[str, Any]:
             control = asdict(measure_control(model, None, tokenizer, classify, tokens, held_out.styles, prior=prior))
             kept_shares = ("plans", "verdicts", "transferred")
             result[f"control_{prior}"] = {name: value for name, value in control.items() if name not in kept_shares}
-    # a model of another seed that wrote none of these texts says how good they are
+    # NLL under a model of another seed, which generated none of these texts
     reference = Run(_run(out, ("baseline", (seed + 1) % seeds))).load_model()
     for temperature in TEMPERATURES:
         texts = generate_texts(model, tokenizer, WRITTEN, WINDOW, temperature)
@@ -141,7 +141,7 @@ def _over_seeds(values: Sequence[float], sign: str = "+") -> str:
 
 
 def _cost(ours: dict[str, Any], theirs: dict[str, Any], prior: str) -> float:
-    """On the texts that both have."""
+    """Difference on the texts that both have."""
     nll = np.array(ours[f"nll_{prior}"])
     return float(np.mean(nll - np.array(theirs["nll_uniform"])[:: len(theirs["nll_uniform"]) // len(nll)]))
 
@@ -149,7 +149,7 @@ def _cost(ours: dict[str, Any], theirs: dict[str, Any], prior: str) -> float:
 def cost_table(results: Sequence[dict[str, Any]]) -> str:
     """NLL minus the baseline's of the same seed, nats per token."""
     lines = [
-        "| plan_span | bound | NLL - baseline | aggregate prior | reconstruction | KL, bits a plan |",
+        "| plan_span | bound | NLL - baseline | aggregate prior | reconstruction | KL, bits per plan |",
         "|---" * 6 + "|",
     ]
     baselines = of_plan(results, "baseline")
@@ -183,7 +183,7 @@ def control_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def diversity_table(results: Sequence[dict[str, Any]]) -> str:
-    """Diversity and coherence beside quality, mean over seeds and half the 95 % interval."""
+    """Quality, diversity and coherence, mean over seeds and half the 95 % interval."""
     names = ("quality", *DIVERSITY)
     lines = ["| model | temperature | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for plan in ("baseline", *map(str, SPANS)):
@@ -197,7 +197,7 @@ def diversity_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def equal_quality_table(results: Sequence[dict[str, Any]]) -> str:
-    """What the plan changes where the texts are as good as the baseline's at the middle temperature, by seed."""
+    """Differences to the baseline at its quality at the middle temperature, by seed."""
     lines = ["| plan_span | " + " | ".join(DIVERSITY) + " |", "|---" * (1 + len(DIVERSITY)) + "|"]
     baselines = of_plan(results, "baseline")
     for plan in map(str, SPANS):
@@ -209,7 +209,7 @@ def equal_quality_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _at_equal_quality(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float:
-    """Between the temperatures, linearly; NaN where none of ours is as good."""
+    """Interpolates linearly between temperatures. NaN where the quality is not reached."""
     middle = theirs[f"diversity_{TEMPERATURES[1]}"]
     quality = [ours[f"diversity_{temperature}"]["quality"][0] for temperature in TEMPERATURES]
     values = [ours[f"diversity_{temperature}"][name][0] for temperature in TEMPERATURES]
@@ -218,7 +218,7 @@ def _at_equal_quality(ours: dict[str, Any], theirs: dict[str, Any], name: str) -
 
 
 def figure(results: Sequence[dict[str, Any]]) -> Any:
-    """Left: the cost by plan_span, each seed. Right: label entropy and self-BLEU against quality, one line a model."""
+    """Left: cost by plan_span, each seed. Right: label entropy and self-BLEU against quality, a line per model."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(11, 3.2), layout="constrained")
@@ -233,7 +233,7 @@ def figure(results: Sequence[dict[str, Any]]) -> Any:
             cost.scatter([index] * len(costs), costs, marker=marker, color=f"C{prior == 'aggregate':d}", label=label)
     cost.axhline(0, color="black", linestyle=":", linewidth=1)
     cost.set_xticks(range(len(plans)), plans)
-    cost.set(xlabel="plan_span", title="NLL − baseline, nats a token")
+    cost.set(xlabel="plan_span", title="NLL − baseline, nats per token")
     cost.legend(fontsize=7)
     for axis, name in ((entropy, "label_entropy"), (overlap, "self_bleu")):
         for plan in ("baseline", *plans):

@@ -1,8 +1,8 @@
 """
 Does the sampled gradient of the plan train as well as the exact one? Letters and three styles, several seeds each.
 
-One process a core. Every run is a folder under --out, and a run that is there already is not repeated: stop and start
-as you like. The table of docs/plan-cost.md: make bench-plan-training
+One process per core. Every run is a folder under --out, and existing runs are not repeated, so the script can be
+interrupted. The table of docs/plan-cost.md: make bench-plan-training
 """
 
 import argparse
@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--latent-dims", nargs="+", type=int, default=[8, 12, 16])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="gradient:table_optimizer")
-    parser.add_argument("--steps", type=int, help="another number of steps, in a folder of its own")
+    parser.add_argument("--steps", type=int, help="another number of steps, in a separate folder")
     parser.add_argument("--out", type=Path, default=Path("runs/plan_training"))
     options = parser.parse_args()
 
-    # The estimator is compared under one optimizer, and the table's optimizers under one estimator.
+    # gradients are compared with one optimizer, and optimizers of the codebook with one gradient
     trials = [
         Trial(task, latent_dim, gradient, optimizer, seed)
         for task in options.tasks
@@ -88,12 +88,12 @@ def main() -> None:
 
 
 def _last_of_each(overrides: list[str]) -> list[str]:
-    """Of overrides of one setting the last: `load_settings` refuses a setting that is given twice."""
+    """The last override of each setting, because `load_settings` rejects repeated settings."""
     return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
 def run_trial(trial: Trial, out: Path, steps: int | None = None) -> dict[str, float]:
-    """Trains and evaluates: losses in nats a row, for styles the information on the style in bits too."""
+    """Trains and evaluates: losses in nats per row and, for styles, the information on the style in bits."""
     torch.set_num_threads(1)
     run = Run(out / (f"{trial.name}-{steps}" if steps else trial.name))
     overrides = [
@@ -140,7 +140,7 @@ def step_seconds(run: Run) -> float:
 def show(trials: list[Trial], results: dict[str, dict[str, float]]) -> None:
     for task in dict.fromkeys(trial.task for trial in trials):
         measured = ["reconstruction", "elbo", "nll", "kl", "gap", "step_ms"] + ["information"] * (task == "styles")
-        table = Table(title=f"{task}: nats a row, kl in bits a plan; each seed")
+        table = Table(title=f"{task}: nats per row, KL in bits per plan; one value per seed")
         for column in ("H", "gradient", "table", *measured):
             table.add_column(column)
         groups: dict[tuple[int, str, str], list[dict[str, float]]] = {}

@@ -1,8 +1,8 @@
 """
-Where the time of a training step goes: in `LlamaForCausalLM`, in a Free Transformer with its layers, and in ours.
+Profiles a training step of `LlamaForCausalLM`, of a Free Transformer with its layers, and of this library.
 
-6 layers of width 256, 8 x 256 tokens, H = 8, fp32; milliseconds a step by kind of operation, medians of profiled steps
-in turns. The table of docs/performance.md: make profile
+6 layers of width 256, 8 x 256 tokens, H = 8, fp32; milliseconds per step by kind of operation, medians of profiled
+steps in turns. The table of docs/performance.md: make profile
 """
 
 import argparse
@@ -25,30 +25,30 @@ from free_transformer.model.layers import MLP, RMSNorm
 
 SPEC = spec(SMALL, 8)
 KINDS = {
-    "matrix products": ("mm", "addmm", "addmm_", "bmm", "linear"),
+    "matmuls": ("mm", "addmm", "addmm_", "bmm", "linear"),
     "attention": (
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
     "loss": ("_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "exp_", "amax"),
-    "products and sums by element": ("mul", "mul_", "add", "add_", "sub_", "div", "neg", "addcmul", "addcmul_"),
+    "elementwise products and sums": ("mul", "mul_", "add", "add_", "sub_", "div", "neg", "addcmul", "addcmul_"),
     "powers and gates": ("pow", "rsqrt", "rsqrt_", "silu", "silu_backward", "sigmoid"),
-    "sums of rows": ("sum", "mean", "linalg_vector_norm", "addmv_", "mv"),
+    "row sums": ("sum", "mean", "linalg_vector_norm", "addmv_", "mv"),
     "copies": ("copy_", "cat", "fill_", "zero_", "roll", "index_select", "clone"),
     "AdamW": ("_fused_adamw_",),
 }
 
 
-class Spelled(Free):
-    """Ours with norm, rotation, gate and loss spelled out as `transformers` does: what it was before."""
+class LikeTransformers(Free):
+    """This library with norms, rotations, gates and loss computed as in `transformers` ("before")."""
 
     def loss(self, tokens: Tensor) -> Tensor:
-        with as_transformers_spells_them():
+        with as_in_transformers():
             return self.model(tokens, labels=tokens, mode="training").loss
 
 
 @contextlib.contextmanager
-def as_transformers_spells_them() -> Iterator[None]:
+def as_in_transformers() -> Iterator[None]:
     def rotate(states: Tensor, rotation: attention.Rotation) -> Tensor:
         cos, sin = rotation
         half = sin.shape[-1] // 2
@@ -74,17 +74,17 @@ def milliseconds(step: Callable[[], None]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="profiled steps of each")
+    parser.add_argument("--rounds", type=int, default=5, help="number of profiled steps of each")
     options = parser.parse_args()
-    contestants = {"Llama": Llama(SPEC), "before": Spelled(SPEC), "now": Free(SPEC)}
-    contestants["a plan a sequence"] = Free({**SPEC, "span": "sequence"})
+    contestants = {"Llama": Llama(SPEC), "before": LikeTransformers(SPEC), "now": Free(SPEC)}
+    contestants["one plan per sequence"] = Free({**SPEC, "span": "sequence"})
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for turn in range(options.rounds + 1):
         for name, contestant in contestants.items():
             found = milliseconds(contestant.train_step)
             if turn:
                 taken[name].append(found)
-    table = Table(title=f"ms a step, {torch.get_num_threads()} threads, medians of {options.rounds}")
+    table = Table(title=f"ms per step, {torch.get_num_threads()} threads, medians of {options.rounds}")
     for column in ("", *contestants):
         table.add_column(column, justify="right" if column else "left")
     for kind in [*KINDS, "other", "all"]:

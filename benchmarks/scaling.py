@@ -1,8 +1,8 @@
 """
-One process against several: the same losses, memory of each, speed and communication, on processes of one CPU.
+Compares one process with several on one CPU: losses, memory per process, speed and communication.
 
-Every process has one thread. Times are medians over rounds, in each of which every contestant takes one turn; bytes
-sent are those that the loopback device of Linux has counted. The tables of docs/scaling.md: make bench-scaling
+Every process has one thread. Times are medians over rounds with one turn of every contestant. Bytes sent are counted by
+the loopback device of Linux. The tables of docs/scaling.md: make bench-scaling
 """
 
 import argparse
@@ -43,8 +43,8 @@ KINDS = ("weights", "gradients", "optimizer")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant, after one to warm up")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps over which losses are compared")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant, after one warm-up turn")
+    parser.add_argument("--steps", type=int, default=STEPS, help="number of steps whose losses are compared")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def torchrun(count: int, *arguments: str) -> None:
-    """A program in so many processes of one thread; its errors end this one too."""
+    """Runs a program in several processes of one thread. Raises its errors."""
     launcher = [sys.executable] if count == 1 else [sys.executable, "-m", "torch.distributed.run"]
     launcher += [] if count == 1 else [f"--nproc_per_node={count}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,16 +74,20 @@ def torchrun(count: int, *arguments: str) -> None:
 
 
 def ask(count: int, what: str, work: Path, options: argparse.Namespace) -> Any:
-    """What a measurement in so many processes has found."""
+    """Result of a measurement in several processes."""
     out = work / "result.json"
     torchrun(count, __file__, "--worker", what, "--out", str(out), "--rounds", str(options.rounds))
     return json.loads(out.read_text())
 
 
 def agreement_table(work: Path, steps: int) -> Table:
-    """Losses of the shipped configuration, step by step, against those of one process."""
+    """Difference of losses of the shipped configuration to one process, step by step."""
     table = Table("optimizer", "processes", f"largest difference of the loss in {steps} steps", title="agreement")
-    ways = {"2, fsdp": (2, "--use-fsdp"), "2, each the whole model": (2,), "2, tensor": (2, "distributed.tensor=2")}
+    ways = {
+        "2, fsdp": (2, "--use-fsdp"),
+        "2, each with the whole model": (2,),
+        "2, tensor": (2, "distributed.tensor=2"),
+    }
     ways["4, 2 replicas sharded over 2"] = (4, "--use-fsdp", "distributed.replicas=2")
     ways["4, data x tensor"] = (4, "--use-fsdp", "distributed.tensor=2")
     for optimizer in ("adamw", "muon"):
@@ -135,7 +139,7 @@ def random_tokens(processes: Processes) -> Tensor:
 
 
 def measure_memory(_: int) -> dict[str, float]:
-    """Bytes that this process holds of weights, gradients and optimizer state, after a step and a backward."""
+    """Bytes of weights, gradients and optimizer state that this process holds after a step and a backward."""
     torch.set_num_threads(1)
     with join_processes(DistributedSettings(fsdp=True), "cpu") as processes:
         model, optimizers = build(processes)
@@ -156,7 +160,9 @@ def local_bytes(tensor: Tensor) -> int:
 
 
 def memory_table(found: list[dict[str, float]]) -> Table:
-    table = Table("processes", *(f"{kind}, MB" for kind in KINDS), "together, of one process'", title="memory of each")
+    table = Table(
+        "processes", *(f"{kind}, MB" for kind in KINDS), "total relative to one process", title="memory per process"
+    )
     whole = sum(found[0][kind] for kind in KINDS)
     for each in found:
         share = sum(each[kind] for kind in KINDS) / whole
@@ -165,7 +171,7 @@ def memory_table(found: list[dict[str, float]]) -> Table:
 
 
 def measure_speed(rounds: int) -> dict[str, Any]:
-    """Seconds of a step, and bytes sent in it: alone, apart (each its half, nothing said), sharded and copied."""
+    """Seconds per step and bytes sent: alone, apart (each process half, without communication), sharded, replicated."""
     torch.set_num_threads(1)
     with join_processes(DistributedSettings(fsdp=True), "cpu") as sharded:
         copied = replace(sharded, mesh=torch.distributed.init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=MESH))
@@ -210,16 +216,14 @@ def loopback_bytes() -> int:
 def speed_tables(found: dict[str, Any]) -> Iterator[Table]:
     """The first round is warm-up."""
     seconds = {name: times[1:] for name, times in found["seconds"].items()}
-    table = Table(
-        "2 processes", "tokens/s, one process = 1 (range)", "share of the step in communication", title="speed"
-    )
+    table = Table("2 processes", "tokens/s, one process = 1 (range)", "communication, share of the step", title="speed")
     for name in ("apart", "fsdp", "ddp"):
         gains = [a / b for a, b in zip(seconds["alone"], seconds[name], strict=True)]
         waits = [1 - a / b for a, b in zip(seconds["apart"], seconds[name], strict=True)]
         gain = f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
         table.add_row(name, gain, "-" if name == "apart" else f"{statistics.median(waits):.0%}")
     yield table
-    table = Table("2 processes", "MB sent in a step", "bytes a weight", title=f"{found['weights'] / 1e6:.2f} M weights")
+    table = Table("2 processes", "MB sent per step", "bytes a weight", title=f"{found['weights'] / 1e6:.2f} M weights")
     for name in ("fsdp", "ddp"):
         sent = statistics.median(found["sent"][name][1:])
         table.add_row(name, f"{sent / 1e6:.1f}", f"{sent / found['weights']:.1f}")

@@ -1,8 +1,8 @@
 """
-What a run of many GPUs would need, from sizes alone: memory of each, and what each sends in a step.
+Estimates memory and communication of a run on many GPUs from sizes.
 
-A Llama of 8B with a plan of 16 bits, trained with `fully_shard`, bf16, activation checkpointing and AdamW. Bytes a
-weight are those that `make bench-scaling` measures; rates are the assumptions of the options. make bench-scaling
+A Llama of 8B with a plan of 16 bits, trained with `fully_shard`, bf16, activation checkpointing and AdamW. Bytes per
+weight are measured by `make bench-scaling`. Rates are assumptions, set by options. make bench-scaling
 """
 
 import argparse
@@ -26,10 +26,10 @@ LLAMA_8B = {
     "latent_dim": 16,
     "tie_embeddings": False,
 }
-STATE = 16  # bytes a weight: fp32 weight, gradient and AdamW's two moments
-GATHERED, REDUCED = 2, 4  # bytes a weight: bf16 before it is used, fp32 when gradients are summed
-INSIDE_BLOCK = 34  # bytes a token and unit of width, of the one block that is recomputed (Korthikanti et al. 2022)
-LOGITS = 10  # bytes a logit: bf16, fp32, and the fp32 gradient
+STATE = 16  # bytes per weight: fp32 weight, gradient and AdamW's two moments
+GATHERED, REDUCED = 2, 4  # bytes per weight: gathered in bf16, gradients summed in fp32
+INSIDE_BLOCK = 34  # bytes per token and unit of width, of the one recomputed block (Korthikanti et al. 2022)
+LOGITS = 10  # bytes per logit: bf16, fp32, and the fp32 gradient
 GB = 1e9
 
 
@@ -46,11 +46,11 @@ class Sizes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=16384, help="of each GPU in a step")
-    parser.add_argument("--row", type=int, default=4096, help="tokens that a GPU works on at a time")
-    parser.add_argument("--network", type=float, default=50, help="GB/s of a GPU between machines")
-    parser.add_argument("--link", type=float, default=450, help="GB/s of a GPU inside a machine of 8")
-    parser.add_argument("--rate", type=float, default=989 * 0.45, help="TFLOP/s that a GPU makes use of")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens per GPU and step")
+    parser.add_argument("--row", type=int, default=4096, help="tokens that a GPU processes at a time")
+    parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines")
+    parser.add_argument("--link", type=float, default=450, help="GB/s per GPU inside a machine of 8")
+    parser.add_argument("--rate", type=float, default=989 * 0.45, help="TFLOP/s that a GPU reaches")
     options = parser.parse_args()
     with torch.device("meta"):
         config = FreeTransformerConfig(**LLAMA_8B)
@@ -58,7 +58,7 @@ def main() -> None:
     sizes = Sizes(*map(count, (model, model.model.layers[0], model.lm_head, model.plan_table)))
     console = Console(width=120)
     console.print(
-        f"{sizes.all / GB:.2f} B weights, {sizes.table / GB:.2f} B of them the plan's table; {options.tokens} tokens a "
+        f"{sizes.all / GB:.2f} B weights, {sizes.table / GB:.2f} B of them the codebook; {options.tokens} tokens per "
         f"GPU and step, {options.row} at a time; assumed: {options.network:g} GB/s between machines of 8, "
         f"{options.link:g} GB/s inside, {options.rate:.0f} TFLOP/s used"
     )
@@ -74,10 +74,10 @@ def count(module: nn.Module) -> int:
 
 
 def needs(sizes: Sizes, config: FreeTransformerConfig, options: argparse.Namespace, shards: int) -> dict[str, str]:
-    """One column: the model sharded over so many GPUs, copied as often as that leaves."""
+    """One column: the model sharded over a number of GPUs, with a copy for each such group."""
     state = STATE * sizes.all / shards
     units = GATHERED * (2 * sizes.block + sizes.head)  # a block and the next, and the head, which stays
-    reducing = (GATHERED + REDUCED) * sizes.head  # gradients of the largest unit, before they are cut up
+    reducing = (GATHERED + REDUCED) * sizes.head  # gradients of the largest unit, before they are scattered
     kept = 2 * config.num_hidden_layers * options.row * config.hidden_size
     inside = INSIDE_BLOCK * options.row * config.hidden_size + LOGITS * options.row * config.vocab_size
     replicas, times = options.gpus // shards, options.tokens // options.row
@@ -85,19 +85,19 @@ def needs(sizes: Sizes, config: FreeTransformerConfig, options: argparse.Namespa
     copying = 2 * REDUCED * sizes.all / shards * (replicas - 1) / replicas
     inside_machine = shards <= 8
     seconds = sharding / GB / (options.link if inside_machine else options.network) + copying / GB / options.network
-    matrices = sizes.all - sizes.table - sizes.head  # tables are looked up
+    matrices = sizes.all - sizes.table - sizes.head  # embedding and codebook are looked up
     work = 8 * matrices * options.tokens / (options.rate * 1e12)
     return {
         "weights, gradients, AdamW, GB": f"{state / GB:.1f}",
         "gathered at a time, bf16, GB": f"{units / GB:.1f}",
-        "gradients on their way, GB": f"{reducing / GB:.1f}",
+        "gradients in transit, GB": f"{reducing / GB:.1f}",
         "activations kept, GB": f"{kept / GB:.1f}",
         "inside a block, and logits, GB": f"{inside / GB:.1f}",
-        "memory of a GPU, GB": f"{(state + units + reducing + kept + inside) / GB:.0f}",
-        "sent in a step by the sharding, GB": f"{sharding / GB:.0f}",
-        "sent in a step between copies, GB": f"{copying / GB:.1f}",
-        "seconds of that": f"{seconds:.2f}",
-        "seconds of work (6 + 2 operations a weight and token)": f"{work:.2f}",
+        "memory per GPU, GB": f"{(state + units + reducing + kept + inside) / GB:.0f}",
+        "sent for sharding per step, GB": f"{sharding / GB:.0f}",
+        "sent between copies per step, GB": f"{copying / GB:.1f}",
+        "seconds of communication": f"{seconds:.2f}",
+        "seconds of computation (6 + 2 FLOPs per weight and token)": f"{work:.2f}",
     }
 
 

@@ -1,9 +1,9 @@
 """
-A server under load: 200 requests at once against one by one, whether each answer is the one that the request gets
-alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/serving.md.
+A server under load: 200 requests at once compared with one by one, whether each response equals that of the request
+alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/performance.md.
 
-With `--beside COMMIT` the servers of this checkout and of a commit answer the same requests in turn; the ratios of
-their times are printed.
+With `--beside COMMIT`, the servers of this checkout and of a commit receive the same requests in turn, and the ratios
+of their times are printed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PROMPT_CHARACTERS, NEW_TOKENS = (10, 60), (16, 96)
 
 @dataclass
 class Load:
-    """One round of requests: seconds for all, for each, and the answers."""
+    """One round of requests: seconds for all, for each, and the responses."""
 
     seconds: float
     latencies: list[float]
@@ -73,10 +73,10 @@ def build_requests(run_folder: Path, count: int) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def server(arguments: list[str], source: Path | None = None) -> Iterator[str]:
-    """The address of a server in a process of its own, of this checkout or of another folder of sources."""
+    """Starts a server in its own process, of this checkout or another source folder, and yields its address."""
     environment = os.environ if source is None else {**os.environ, "PYTHONPATH": str(source)}
     command = [sys.executable, "-u", "-m", "free_transformer", "serve", "--port", "0", *arguments]
-    with tempfile.TemporaryFile("a+") as log:  # not a pipe, which fills up if nobody reads it
+    with tempfile.TemporaryFile("a+") as log:  # not a pipe, which would fill up
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             yield _address(process, log)
@@ -115,7 +115,7 @@ async def send(client: AsyncOpenAI, requests: list[dict[str, Any]], at_a_time: i
 
 
 def memory(address: str) -> float:
-    """Of the server's process, in MB."""
+    """Memory of the server's process in MB."""
     page = urllib.request.urlopen(address.replace("/v1", "/metrics")).read().decode()
     return float(re.findall(r"^process_resident_memory_bytes (\S+)", page, re.M)[0]) / 1e6
 
@@ -123,7 +123,7 @@ def memory(address: str) -> float:
 async def measure(address: str, requests: list[dict[str, Any]], rounds: int, long_run: int) -> dict[str, Any]:
     async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
         await client.models.list()
-        await send(client, requests[:8], 1)  # warms up
+        await send(client, requests[:8], 1)  # warm-up
         alone, together = [], []
         for _ in range(rounds):
             alone.append(await send(client, requests, 1))
@@ -153,7 +153,7 @@ async def measure(address: str, requests: list[dict[str, Any]], rounds: int, lon
 
 
 def time_generate(run_folder: Path, requests: list[dict[str, Any]]) -> float:
-    """Seconds that `generate` takes for the same requests, one after the other, with no server."""
+    """Seconds that `generate` takes for the same requests one by one, without a server."""
     run = Run(run_folder / "free")
     model, tokenizer = run.load_model(), run.load_tokenizer()
     started = time.perf_counter()
@@ -170,7 +170,7 @@ def time_generate(run_folder: Path, requests: list[dict[str, Any]]) -> float:
 
 
 async def measure_beside(addresses: list[str], requests: list[dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Times of the first server over those of the second: medians of the ratios of each round."""
+    """Times of the first server relative to the second: medians of the ratios of each round."""
     async with contextlib.AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(AsyncOpenAI(base_url=each, api_key="none", max_retries=0, timeout=600))
@@ -195,7 +195,7 @@ async def measure_beside(addresses: list[str], requests: list[dict[str, Any]], r
         "latency alone, p50": ratio(alone, lambda load: statistics.median(load.latencies)),
         "latency, p50": ratio(together, lambda load: statistics.median(load.latencies)),
         "latency, p99": ratio(together, lambda load: sorted(load.latencies)[int(0.99 * len(load.latencies))]),
-        "answers that differ": sum(
+        "responses that differ": sum(
             one != other
             for new, old in [*alone, *together]
             for one, other in zip(new.answers, old.answers, strict=True)
@@ -220,12 +220,14 @@ def beside(commit: str, served: dict[str, list[str]], requests: list[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/three_styles"), help="folder that make demo writes")
+    parser.add_argument("--run", type=Path, default=Path("runs/three_styles"), help="folder of `make demo`")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--long-run", type=int, default=LONG_RUN, help="requests over which memory is watched")
+    parser.add_argument(
+        "--long-run", type=int, default=LONG_RUN, help="number of requests during which memory is measured"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/serving.json"))
-    parser.add_argument("--beside", metavar="COMMIT", help="print times over those of COMMIT, and write nothing")
+    parser.add_argument("--beside", metavar="COMMIT", help="print times relative to COMMIT, and create no files")
     options = parser.parse_args()
     requests = build_requests(options.run, options.requests)
     export = options.run / "free" / "onnx"
@@ -248,7 +250,7 @@ def main() -> None:
         latency = f"{found['latency_alone_p50']:.2f}", f"{found['latency_p50']:.2f}", f"{found['latency_p99']:.2f}"
         grown = f"{found['memory_mb'][0]:.0f} to {found['memory_mb'][-1]:.0f}"
         rows.append([name, str(found["answers_that_differ"]), f"{found['ratio']:.1f} x", *latency, grown])
-    header = ["", "answers that differ", "throughput", "p50 alone, s", "p50, s", "p99, s", "memory, MB"]
+    header = ["", "responses that differ", "throughput", "p50 alone, s", "p50, s", "p99, s", "memory, MB"]
     print(table(header, rows))
 
 

@@ -1,5 +1,5 @@
 """
-Attention within a sliding window: blocks against a mask of all tokens, and against full attention.
+Attention within a sliding window: blocks compared with a mask of all tokens and with full attention.
 
 Milliseconds of one layer's attention and of a training step of the demo's model (forward and backward, fp32), medians
 of rounds in turns: python benchmarks/sliding_window.py [--length 1024] [--windows 32 64 128]
@@ -21,12 +21,12 @@ from free_transformer.model import masks
 from free_transformer.model.attention import SplitAttention, rotary
 
 DEMO = {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "latent_dim": 8}
-TOKENS = 4096  # of a batch
+TOKENS = 4096  # tokens per batch
 
 
 def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first is a warm-up
         for name, step in steps.items():
             start = time.perf_counter()
             step()
@@ -35,7 +35,7 @@ def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def measure(window: int, length: int, rounds: int) -> list[dict[str, float]]:
-    """Of one layer's attention, and of a training step."""
+    """Times of one layer's attention and of a training step."""
     tokens = torch.randint(256, (max(1, TOKENS // length), length))
     models = {
         name: FreeTransformer(FreeTransformerConfig(**DEMO, sliding_window=value, max_seq_len=length)).train()
@@ -61,7 +61,7 @@ def measure(window: int, length: int, rounds: int) -> list[dict[str, float]]:
 
 
 def no_blocks(*_: object) -> None:
-    """In the place of `window_blocks`: a mask of T x T values."""
+    """Replaces `window_blocks` by a mask of T x T values."""
 
 
 def main() -> None:

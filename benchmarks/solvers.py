@@ -1,15 +1,15 @@
 """
-pass@k on a task with a hidden mixture of solvers: does the plan separate them, and do stratified plans find the one?
+pass@k on a task with a hidden mixture of solvers: does the plan separate them, and do stratified plans help?
 
 A problem is a full binary tree of 15 letters, level by level, and the letter to find. A solution is the letters that a
 solver visits until it finds that one, or gives up after 8 visits. Half of the training texts are solved by depth-first
-and half by breadth-first search (`--solvers 4`: or by their mirror images, within 5 visits). No label says by which.
+and half by breadth-first search (`--solvers 4`: or by their mirror images, within 5 visits). There are no labels.
 Each solver finds letters that the others do not reach in time, so that a sample solves such a problem only if it uses
-the right solver. With `--notation own`, each solver writes a sign of its own between the letters, as sources of
+the right solver. With `--notation own`, each solver has its own sign between the letters, as sources of
 solutions differ in style; with `--notation same`, only the order of the letters tells the solvers apart.
 
 The first plan of a text covers the problem, the second its solution. `python benchmarks/solvers.py --out runs/solvers`
-writes the texts, trains a Free Transformer and its baseline with `free-transformer train`, and measures pass@k.
+creates the texts, trains a Free Transformer and its baseline with `free-transformer train`, and measures pass@k.
 """
 
 import json
@@ -93,7 +93,7 @@ VISITS = [_visits(solver) for solver in range(len(SOLVERS))]
 
 
 def write_data(folder: Path, count: int, task: Task) -> None:
-    """Writes `train.jsonl` and `validation.jsonl`."""
+    """Saves `train.jsonl` and `validation.jsonl`."""
     for seed, (name, size) in enumerate({"train": count, "validation": HELD_OUT}.items()):
         rng = random.Random(seed)
         texts = [each.prompt + each.solution(rng.randrange(task.solvers)) for each in task.problems(size, seed + 10)]
@@ -135,7 +135,7 @@ class Sampler:
         `samples` solutions of each problem.
 
         Args:
-            plans: how the plans of the samples are drawn; None for a baseline or a given plan.
+            plans: how the plans of the samples are sampled; None for a baseline or a given plan.
             plan: (problems, P, H).
         """
         found = []
@@ -184,7 +184,7 @@ def pass_at_k(passed: np.ndarray, k: int) -> tuple[float, float]:
 
 
 def pass_of_sets(passed: np.ndarray, k: int) -> tuple[float, float]:
-    """The same for samples that were drawn in sets of k."""
+    """The same for samples in sets of k."""
     return _estimate(passed.reshape(len(passed), -1, k).any(-1).mean(1))
 
 
@@ -215,13 +215,13 @@ def solvers_of_plans(free: Sampler, task: Task, samples: int, seed: int) -> tupl
 
 
 def _with_plan(free: Sampler, wanted: Sequence[Problem], bits: Tensor) -> Tensor:
-    """The likeliest plan of each problem, and a plan of its solution, (H,) or (problems, H): (problems, 2, H)."""
+    """The most likely plan of each problem, and a plan of its solution, (H,) or (problems, H): (problems, 2, H)."""
     read = free.model.infer_plan(torch.tensor([free.tokens(each) for each in wanted])) > 0
     return torch.cat([read[:, :1], bits.expand(len(wanted), -1)[:, None]], 1)
 
 
 def measure(free: Sampler, baseline: Sampler, task: Task, count: int, samples: int) -> dict[str, object]:
-    """pass@k, and which plans mean which solver."""
+    """pass@k, and which plan stands for which solver."""
     counts, codes = solvers_of_plans(free, task, samples, seed=1)
     used = np.repeat(np.indices(counts.shape).reshape(2, -1), counts.ravel(), axis=1)
     pool = [each for each in task.problems(20 * count, 2) if len(each.solved_by()) == 1][:count]
@@ -272,9 +272,9 @@ def main(
     quick: Annotated[
         bool, typer.Option(help="Check that the script works: two steps of training, few samples.")
     ] = False,
-    overrides: Annotated[str, typer.Option(help="Changes to the settings of training, separated by spaces.")] = "",
+    overrides: Annotated[str, typer.Option(help="Changes to the training settings, separated by spaces.")] = "",
 ) -> None:
-    """Trains both models unless they exist, measures pass@k, and writes `pass_at_k.json` and `pass_at_k.md`."""
+    """Trains both models unless they exist, measures pass@k, and saves `pass_at_k.json` and `pass_at_k.md`."""
     task, changes = Task(solvers, notation), overrides.split()
     if quick:
         texts, count, samples = 200, 4, 4

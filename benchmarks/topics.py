@@ -1,8 +1,8 @@
 """
-Whether the plan finds what people label, without labels: topics of BBC news, sentiment of film reviews.
+Does the plan find labels without seeing them? Topics of BBC news, and sentiment of film reviews.
 
-Each corpus trains a Free Transformer and its baseline on text alone; a classifier of words, which never sees a
-plan, says what is written. `make topics`: about 25 minutes on 2 cores. Results are kept in `--out`.
+For each corpus, trains a Free Transformer and its baseline on text only. A word classifier, which never sees a plan,
+labels the generated texts. `make topics`: about 25 minutes on 2 cores. Results are kept in `--out`.
 """
 
 import bz2
@@ -49,7 +49,7 @@ def films() -> Documents:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Labelled text, and what differs from the settings of the demo."""
+    """Labeled text, and differences to the settings of the demo."""
 
     read: Callable[[], Documents]
     seq_len: int
@@ -67,11 +67,11 @@ CORPORA = {
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of the runs and the results")] = Path("runs/topics"),
-    corpora: Annotated[str, typer.Option(help="corpora, by comma")] = ",".join(CORPORA),
-    seeds: Annotated[int, typer.Option(help="runs of each")] = 1,
-    overrides: Annotated[str, typer.Option(help="changes to the settings, by space")] = "",
+    corpora: Annotated[str, typer.Option(help="corpora, separated by commas")] = ",".join(CORPORA),
+    seeds: Annotated[int, typer.Option(help="number of runs of each")] = 1,
+    overrides: Annotated[str, typer.Option(help="changes to the settings, separated by spaces")] = "",
 ) -> None:
-    """Trains and measures what is missing, and prints the table."""
+    """Trains and measures missing runs, and prints the table."""
     results = [
         measure(name, seed, out / f"{name}-{seed}", overrides.split())
         for name in corpora.split(",")
@@ -141,17 +141,17 @@ def _texts(path: Path, labels: list[str]) -> Iterator[str]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """What was measured, a column for each run."""
+    """The results, one column per run."""
 
     def share(value: Any) -> str:
         return f"{value[0]:.3f} ± {value[1]:.3f}"
 
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "accuracy of the classifier (commonest label)": lambda r: f"{r['accuracy']:.3f} ({r['commonest_label']:.3f})",
-        "NLL − baseline, nats a token": lambda r: f"{r['difference'][0]:+.4f} ± {r['difference'][1]:.4f}",
-        "KL, bits a plan": lambda r: f"{r['kl']:.2f}",
-        "of these, bits that tell texts apart": lambda r: f"{r['tells']:.2f}",
-        "gap prior − reconstruction, nats a token": lambda r: f"{r['gap']:.4f}",
+        "accuracy of the classifier (most common label)": lambda r: f"{r['accuracy']:.3f} ({r['commonest_label']:.3f})",
+        "NLL − baseline, nats per token": lambda r: f"{r['difference'][0]:+.4f} ± {r['difference'][1]:.4f}",
+        "KL, bits per plan": lambda r: f"{r['kl']:.2f}",
+        "of these, bits that differ between texts": lambda r: f"{r['tells']:.2f}",
+        "gap prior − reconstruction, nats per token": lambda r: f"{r['gap']:.4f}",
         "mutual information of plan and label, bits (by chance)": lambda r: (
             f"{r['uniform']['mutual_information']:.3f} of {r['uniform']['label_entropy']:.3f} "
             f"({r['uniform']['mutual_information_shuffled']:.3f})"

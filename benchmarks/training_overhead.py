@@ -1,10 +1,10 @@
 """
-Two promises of the training loop: the memory that a dry run foretells, and what it costs to log everything.
+Overhead of the training loop: the memory that a dry run predicts, and the cost of logging.
 
-Memory: four configurations, each foretold by one process and trained by another, whose peak is read. Logging: one run
-with TensorBoard, Weights & Biases (offline) and trackio that logs in every other block of its steps, so that what else
-the machine does meets both; and rounds of whole runs, with each tracker and with a single line of metrics.
-`make bench-logging`: 35 minutes on 2 cores.
+Memory: for each of four configurations, one process predicts the memory and another trains and measures its peak.
+Logging: one run with TensorBoard, Weights & Biases (offline) and trackio that logs in every other block of steps, so
+that other load affects both; and rounds of whole runs, with each tracker and with a single line of metrics. `make
+bench-logging`: 35 minutes on 2 cores.
 """
 
 import json
@@ -22,9 +22,9 @@ import typer
 CONFIGS = Path(__file__).parents[1] / "configs"
 LONG_TEXT = ["data.train=[letters:4000:0]", "data.validation=[letters:200:1]", "training.seq_len=256"]
 QUIET = ["logging.tensorboard=false", "training.device=cpu", "evaluation.prior_rows=0", "evaluation.rows=32"]
-MEMORY = {  # what differs from configs/free_transformer.yaml
+MEMORY = {  # differences to configs/free_transformer.yaml
     "the shipped configuration, 64 x 68": [],
-    "width 256, 6 layers, a plan a token, 8 x 256": [
+    "width 256, 6 layers, one plan per token, 8 x 256": [
         *("model.hidden_dim=256", "model.num_layers=6", "model.plan_span=1", "training.batch_size=8", *LONG_TEXT)
     ],
     "baseline of width 256, AdamW, 16 x 256": [
@@ -41,16 +41,18 @@ SILENT = "one line"
 LOGGED = {SILENT: (), "metrics.jsonl alone": (), **{name: (name,) for name in TRACKERS}, "everything": TRACKERS}
 BLOCK = 50  # steps; the first two blocks are not counted
 EVERY = 10  # steps between the lines of a run that logs
-RESULT = "result:"  # trackers write to standard output too
+RESULT = "result:"  # trackers print to standard output too
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="of blocks with and without logging in a run, from 2 on; 0: none")] = 30,
-    rounds: Annotated[int, typer.Option(help="of whole runs with and without logging; 0 for none")] = 5,
-    steps: Annotated[int, typer.Option(help="of such a run")] = 300,
-    memory: Annotated[bool, typer.Option(help="the four configurations too")] = True,
+    pairs: Annotated[
+        int, typer.Option(help="number of blocks with and without logging in a run, at least 2; 0 for none")
+    ] = 30,
+    rounds: Annotated[int, typer.Option(help="number of whole runs with and without logging; 0 for none")] = 5,
+    steps: Annotated[int, typer.Option(help="steps of such a run")] = 300,
+    memory: Annotated[bool, typer.Option(help="measure memory of the four configurations as well")] = True,
 ) -> None:
-    """Prints what was measured."""
+    """Prints the results."""
     with tempfile.TemporaryDirectory() as folder:
         if memory:
             print(memory_table(Path(folder)), flush=True)
@@ -61,8 +63,8 @@ def main(
 
 
 def memory_table(folder: Path) -> str:
-    """Foretold and measured peak of a process, with validation, samples and a checkpoint, in MiB."""
-    lines = ["| configuration | foretold, MiB | measured, MiB | foretold / measured |", "|---" * 4 + "|"]
+    """Predicted and measured peak of a process, with validation, samples and a checkpoint, in MiB."""
+    lines = ["| configuration | predicted, MiB | measured, MiB | predicted / measured |", "|---" * 4 + "|"]
     for index, (name, changes) in enumerate(MEMORY.items()):
         overrides = [f"run_dir={folder / str(index)}", "training.max_steps=4", *QUIET, *changes]
         foretold, measured = (in_a_process(what, overrides) / 2**20 for what in ("foretell", "train"))
@@ -71,9 +73,9 @@ def memory_table(folder: Path) -> str:
 
 
 def blocks_table(folder: Path, pairs: int) -> str:
-    """Time of the blocks of one run in which everything is logged over that of their neighbours, and of the rest."""
+    """Time of blocks with logging relative to their neighbors without, in one run, and of the rest."""
     logged = [f"logging.{each}=true" for each in TRACKERS]
-    steps = BLOCK * 2 * (pairs + 1) + 1  # the last one ends the last block
+    steps = BLOCK * 2 * (pairs + 1) + 1  # the last step ends the last block
     found = in_a_process("blocks", [*common_settings(steps), f"run_dir={folder / 'blocks'}", *logged], str(folder))
     ratios = [one / other for one, other in zip(found["logging"], found["silent"], strict=True)]
     low, high = statistics.quantiles(ratios, n=4)[::2]
@@ -81,7 +83,7 @@ def blocks_table(folder: Path, pairs: int) -> str:
     middle, step = statistics.median(ratios), statistics.median(found["silent"]) / BLOCK
     return (
         f"blocks of {BLOCK} steps of {step:.3f} s, a line every {EVERY}: logging / silent, {pairs} pairs in one run: "
-        f"median {middle:.3f} (quartiles {low:.3f} and {high:.3f}); {1000 * found['line']:.1f} ms a line; {seconds}\n"
+        f"median {middle:.3f} (quartiles {low:.3f} and {high:.3f}); {1000 * found['line']:.1f} ms per line; {seconds}\n"
     )
 
 
@@ -93,7 +95,7 @@ def common_settings(steps: int) -> list[str]:
 
 
 def logging_table(folder: Path, rounds: int, steps: int) -> str:
-    """Time of the loop with a line every ten steps over that with one line at its end, round by round."""
+    """Time of the loop with a line every ten steps relative to one line at its end, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in LOGGED}
     for number in range(rounds):
         for name, trackers in list(LOGGED.items())[:: 1 if number % 2 == 0 else -1]:
@@ -109,7 +111,7 @@ def logging_table(folder: Path, rounds: int, steps: int) -> str:
 
 
 def in_a_process(what: str, overrides: list[str], folder: str = ".") -> Any:
-    """What a fresh process finds."""
+    """Result of a fresh process."""
     environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": f"{folder}/trackio", "WANDB_SILENT": "true"}
     command = [sys.executable, __file__, what, json.dumps(overrides)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -136,7 +138,7 @@ def child(what: str, overrides: list[str]) -> Any:
 
 
 def time_loop(settings: Any) -> float:
-    """Seconds of all steps, without what comes before them."""
+    """Seconds of all steps, without startup."""
     from free_transformer.training import loop, train
 
     seconds, train_steps = [], loop._Trainer.train
@@ -150,7 +152,7 @@ def time_loop(settings: Any) -> float:
 
 
 def time_blocks(settings: Any) -> dict[str, Any]:
-    """Seconds of the blocks that log and of those that do not, of a line, and of opening and closing the trackers."""
+    """Seconds of blocks with and without logging, of a line, and of opening and closing the trackers."""
     from free_transformer.runs.monitor import Monitor
     from free_transformer.training import loop, start, train
 

@@ -1,9 +1,9 @@
 """
-From text to steering in five minutes on a CPU: whole, `make tour`, or a cell (`# %%`) at a time, from the root of the
-repository. Needs the extra `demo`. What it prints, and what that means: docs/tour.md.
+From text to controlled generation in five minutes on a CPU. Run it as a whole (`make tour`) or cell by cell (`# %%`)
+from the root of the repository. It needs the extra `demo`. docs/tour.md explains what it prints.
 """
 
-# %% 1. Text in three styles. Each document has a label, which no model sees
+# %% 1. Text in three styles. Each document has a label that the models never see
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from free_transformer.training import load_settings, train
 RUNS, SEQ_LEN, STEPS, TEXTS = Path("runs/tour"), 128, 1200, 150
 write_corpus(RUNS)
 
-# %% 2. Train a model with one plan of 8 bits for each window of text, and the same Llama without
+# %% 2. Train a model with one plan of 8 bits for each window of text, and the same Llama without a plan
 overrides = [f"data.train={RUNS}/train.jsonl", f"data.validation={RUNS}/validation.jsonl", "logging.sample_every=0"]
 overrides += [f"training.seq_len={SEQ_LEN}", f"training.max_steps={STEPS}", "training.batch_size=16"]
 overrides += ["training.eval_every=300", "training.log_every=100"]
@@ -35,7 +35,7 @@ runs = [
 ]
 free, baseline = (run.load_model() for run in runs)
 
-# %% 3. Held-out windows, as many of each style
+# %% 3. Held-out windows, the same number of each style
 tokenizer = byte_tokenizer()
 torch.manual_seed(0)
 
@@ -50,43 +50,43 @@ held_out = torch.cat([windows("validation", style, TEXTS) for style in STYLES])
 styles = np.arange(len(STYLES)).repeat(TEXTS)
 batches = [{"input_ids": part} for part in held_out.split(50)]
 
-# %% 4. Is the plan used, and what does it cost? What may be compared is the NLL
+# %% 4. Is the plan used, and what does it cost? Only the NLL is comparable with the baseline's
 with_plan, without = (evaluate_likelihood(model, batches, num_samples=16) for model in (free, baseline))
 compared = compare(with_plan, without)
-print(f"NLL {with_plan.nll:.4f} nats a byte, the baseline's {without.nll:.4f}:", end=" ")
+print(f"NLL {with_plan.nll:.4f} nats per byte, baseline {without.nll:.4f}:", end=" ")
 print(f"{compared.difference:+.4f} ± {compared.standard_error:.4f}")
-print(f"gap {with_plan.gap:.3f}: what a byte loses when a random plan takes the place of the text's own")
+print(f"gap {with_plan.gap:.3f}: nats per byte that a random plan costs compared with the text's own")
 
-# %% 5. What did it learn? The commonest plans of each style, and what each bit does
+# %% 5. What did it learn? The most common plans of each style, and what each bit does
 plans = free.infer_plan(held_out) > 0  # (texts, 1, bits)
 codes = bits_to_codes(plans[:, 0]).numpy()
-commonest = {}
+most_common_plan = {}
 for number, style in enumerate(STYLES):
     ranked = Counter(codes[styles == number]).most_common(3)
     firsts = [plans[codes == code][:1] for code, _ in ranked]
-    commonest[style] = firsts[0]
+    most_common_plan[style] = firsts[0]
     shown = (f"{format_plan(plan[0])} × {count}" for plan, (_, count) in zip(firsts, ranked, strict=True))
     print(f"{style}:", *shown)
 effects = bit_effects(free, batches)
 for bit in effects:
-    print(f"bit {bit.bit} spends {bit.spent:.2f} bits; flipped, it moves a byte by {bit.effect:.4f} nats")
+    print(f"bit {bit.bit} uses {bit.spent:.2f} bits, flipping it changes the NLL by {bit.effect:.4f} nats per byte")
 plans_by_label(contingency(codes, styles)[1], STYLES).savefig(RUNS / "plans.png", dpi=120)
 
-# %% 6. Steer: under the commonest plan of each style, with a bit flipped, and under a plan drawn at random
+# %% 6. Control: the most common plan of each style, one of them with a flipped bit, and a random plan
 strongest = max(effects, key=lambda bit: bit.effect).bit
-wanted = {**commonest, f"{STYLES[0]}, bit {strongest} flipped": flip_bit(commonest[STYLES[0]], strongest)}
+wanted = {**most_common_plan, f"{STYLES[0]}, bit {strongest} flipped": flip_bit(most_common_plan[STYLES[0]], strongest)}
 for title, plan in {**wanted, "a random plan": free.sample_plan(1, 1)}.items():
     start = torch.full((1, 1), tokenizer.bos_token_id)
-    written = free.generate(start, plan=plan, max_new_tokens=100, do_sample=True, temperature=0.7)
-    print(f"{format_plan(plan[0])}, {title}: {' '.join(tokenizer.decode(written[0, 1:]).split())}")
+    generated = free.generate(start, plan=plan, max_new_tokens=100, do_sample=True, temperature=0.7)
+    print(f"{format_plan(plan[0])}, {title}: {' '.join(tokenizer.decode(generated[0, 1:]).split())}")
 
-# %% 7. How far does it steer? By an independent classifier, beside chance and the baseline
+# %% 7. How strong is the control? By an independent classifier, compared with chance and the baseline
 training = [windows("train", style, 1000) for style in STYLES]
 known = np.repeat(range(len(STYLES)), [len(part) for part in training])
 classify = StyleClassifier(tokenizer.batch_decode(torch.cat(training), skip_special_tokens=True), known)
 control = measure_control(free, baseline, tokenizer, classify, held_out, styles)
-print(f"texts under one random plan agree on a style: {control.agreement[0]:.2f}", end=" ")
-print(f"(under a plan each {control.agreement_shuffled[0]:.2f}, the baseline's {control.agreement_baseline[0]:.2f})")
-print(f"texts under an example's plan have its style: {control.transfer[0]:.2f}", end=" ")
-print(f"(under another example's {control.transfer_shuffled[0]:.2f})")
-print(f"the plan knows {control.mutual_information:.2f} of {control.label_entropy:.2f} bits of the style")
+print(f"agreement of texts under one random plan: {control.agreement[0]:.2f}", end=" ")
+print(f"(shuffled plans {control.agreement_shuffled[0]:.2f}, baseline {control.agreement_baseline[0]:.2f})")
+print(f"transfer from an example: {control.transfer[0]:.2f}", end=" ")
+print(f"(shuffled plans {control.transfer_shuffled[0]:.2f})")
+print(f"mutual information of plan and style: {control.mutual_information:.2f} of {control.label_entropy:.2f} bits")

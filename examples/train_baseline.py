@@ -1,4 +1,4 @@
-"""Train the baseline, the same Llama without a plan: the same code, another file of settings."""
+"""Train the baseline, the same Llama without a plan: the same code with other settings."""
 
 from train_free import main
 

@@ -1,4 +1,4 @@
-"""Train a Free Transformer from a YAML file, in Python: what `free-transformer train` does."""
+"""Train a Free Transformer from a YAML file, in Python, as `free-transformer train` does."""
 
 import argparse
 
@@ -9,8 +9,8 @@ from free_transformer.training import load_settings, train
 def main(default_config: str = "configs/free_transformer.yaml") -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=default_config)
-    parser.add_argument("--use-fsdp", action="store_true", help="shard over the processes that torchrun has started")
-    parser.add_argument("overrides", nargs="*", help="changes, as in training.max_steps=100")
+    parser.add_argument("--use-fsdp", action="store_true", help="shard over the processes that torchrun starts")
+    parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_intermixed_args()
     fsdp = ["distributed.fsdp=true", "distributed.data=auto"] if options.use_fsdp else []
     with as_command():

@@ -1,4 +1,4 @@
-"""Environments without this checkout, for checks of what others install."""
+"""Environments without this checkout, for checks of installed packages."""
 
 import os
 import subprocess

@@ -83,7 +83,7 @@ def tokens_like():
 
 @pytest.fixture
 def outside_references():
-    """What a page of HTML would ask the network or the disk for: none, where it is self-contained."""
+    """What an HTML page would load from the network or the disk. Empty for a self-contained page."""
 
     def find(page: str) -> list[str]:
         parts = re.findall(r"<[^<>]*>", page) + re.findall(r"<style[^>]*>(.*?)</style>", page, flags=re.S)
@@ -96,7 +96,7 @@ def outside_references():
 
 @pytest.fixture
 def benchmark_module(monkeypatch):
-    """A benchmark by its plain name; what it imports of its folder is forgotten again."""
+    """Imports a benchmark by name, and removes modules of its folder afterwards."""
     root = Path(__file__).parents[1]
     folders = [root / "benchmarks", root / "examples" / "three_styles"]
     for folder in folders:

@@ -1,4 +1,4 @@
-"""What tests compare with: sums over all plans, in float64."""
+"""References for tests: sums over all plans, in float64."""
 
 import torch
 

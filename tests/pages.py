@@ -1,4 +1,4 @@
-"""What README and documentation hold, for whoever checks it."""
+"""Blocks of README and documentation, for tests."""
 
 import re
 from pathlib import Path

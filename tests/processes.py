@@ -43,7 +43,7 @@ def tiny_values(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str
 
 
 def untimed(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without what depends on the machine."""
+    """The lines of a run's metrics, without machine-dependent values."""
     from free_transformer.training import Run
 
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in Run(run_dir).read_metrics()]
@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def start(count: int, target: Callable[..., None], *arguments: Any, log: Path) -> list[Any]:
-    """`target(*arguments)` in `count` processes that find each other; what they print goes to `log`, `log.1`, ..."""
+    """`target(*arguments)` in `count` connected processes; their output goes to `log`, `log.1`, ..."""
     port = free_port()
     processes = []
     for rank in range(count):
@@ -69,7 +69,7 @@ def start(count: int, target: Callable[..., None], *arguments: Any, log: Path) -
 
 
 def finish(processes: list[Any]) -> list[int | None]:
-    """Their exit codes; whoever has not ended in time is killed."""
+    """Their exit codes. A process that does not end in time is killed."""
     for process in processes:
         process.join(SECONDS)
     codes = [process.exitcode for process in processes]

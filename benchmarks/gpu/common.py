@@ -27,7 +27,7 @@ class Results:
     """
     Measurements by name, kept in a JSON file.
 
-    The file is replaced after each measurement, so that an interrupted run keeps what it has.
+    The file is replaced after each measurement, so that an interrupted run keeps its results.
 
     Attributes:
         ends: value of `time.monotonic()` after which no measurement starts.
@@ -69,7 +69,7 @@ def failed(value: Any) -> bool:
 
 
 def _short(value: Any) -> Any:
-    """A value without its lists, for one line on the screen."""
+    """A value without its lists, for one line on the terminal."""
     if isinstance(value, dict):
         return {name: _short(each) for name, each in value.items() if not isinstance(each, list) or name == "frames"}
     return float(f"{value:.5g}") if isinstance(value, float) else value
@@ -185,7 +185,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def forget(device: torch.device) -> None:
-    """Frees what earlier measurements left: compiled code, cached memory, and the peak so far."""
+    """Frees the remains of earlier measurements: compiled code, cached memory, and the peak so far."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     gc.collect()
@@ -195,7 +195,7 @@ def forget(device: torch.device) -> None:
 
 
 def compilations() -> dict[str, int]:
-    """What `torch.compile` has done since `forget`."""
+    """Statistics of `torch.compile` since `forget`."""
     counters = torch._dynamo.utils.counters
     return {
         "graphs": counters["stats"]["unique_graphs"],

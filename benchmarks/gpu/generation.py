@@ -63,7 +63,7 @@ def build(name: str, options: Any) -> Any:
 
 
 def measure(results: Results, models: dict[str, Any], cache: str, batch: int, options: Any) -> dict[str, Any]:
-    """Of each model tokens per second, or its error. The models take turns after each has been compiled."""
+    """Tokens per second of each model, or its error. The models take turns after each has been compiled."""
     new = 8 if options.small else NEW
     found: dict[str, Any] = {}
     calls: dict[str, Callable[[int], float]] = {}
@@ -88,7 +88,7 @@ def measure(results: Results, models: dict[str, Any], cache: str, batch: int, op
 
 
 def generation(model: Any, cache: str, batch: int, options: Any) -> Callable[[int], float]:
-    """A function that generates so many tokens after the prompt and returns the seconds that it took."""
+    """A function that generates a number of tokens after the prompt and returns the seconds it takes."""
     prompt = torch.randint(3, model.config.vocab_size, (batch, PROMPT), device=options.device)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": True, "pad_token_id": 0}
     if cache == "static":
@@ -107,7 +107,7 @@ def generation(model: Any, cache: str, batch: int, options: Any) -> Callable[[in
 
 
 def warm_up(call: Callable[[int], float], model: Any, cache: str, new: int) -> dict[str, Any]:
-    """What the first call, which may compile, took and compiled; the second records CUDA graphs."""
+    """Seconds and compilations of the first call, which may compile. The second call records CUDA graphs."""
     vars(model).pop("_compiled_call", None)  # of another batch size
     torch._dynamo.utils.counters.clear()
     first = call(new if cache == "static" else WARM_UP_TOKENS)

@@ -1,6 +1,6 @@
 """
 Learning at a size that a CPU does not reach: the demo's three sources of text, a model of 26 M parameters with one plan
-of 8 bits per sequence, and its baseline, trained at the same time on one GPU and evaluated as the demo is.
+of 8 bits per sequence, and its baseline, trained at the same time on one GPU and evaluated like the demo.
 
 The windows stay at 256 bytes, for which the demo's classifier was chosen, so that its figures compare with those of
 docs/demo.md.
@@ -45,7 +45,7 @@ LIKELIHOOD_ROWS, LIKELIHOOD_SAMPLES = 1000, 16
 
 
 class Learning:
-    """The stages of the measurement; each goes on from what the ones before have left."""
+    """The stages of the measurement. Each uses the results of the previous ones."""
 
     def __init__(self, options: Any):
         self.options = options
@@ -54,7 +54,7 @@ class Learning:
         self.numbers = (2, 2, 2) if options.small else (RANDOM_PLANS, TEXTS_PER_PLAN, EXAMPLES)
 
     def unpack(self) -> None:
-        """The text of `bundle.sh`, or where there is none, as the demo makes it."""
+        """The text of `bundle.sh`, or the demo's if there is none."""
         self.text.mkdir(parents=True, exist_ok=True)
         bundled = ROOT / ".gpu" / "text"
         if not bundled.is_dir():
@@ -65,7 +65,7 @@ class Learning:
             (self.text / f"{name}.jsonl").write_bytes(content)
 
     def train(self) -> dict[str, Any]:
-        """Both runs as processes of their own, side by side."""
+        """Trains both runs at the same time, each in its own process."""
         steps = 4 if self.options.small else round(STEPS * self.options.seconds / SECONDS)
         values = {**SIZES, **(SMALL if self.options.small else {}), "training.max_steps": steps}
         values |= {
@@ -101,7 +101,7 @@ class Learning:
         return {kind: model.num_parameters() for kind, model in (("free", self.free), ("baseline", self.baseline))}
 
     def likelihood(self) -> dict[str, Any]:
-        """In nats per byte, the difference paired by window."""
+        """Likelihoods in nats per byte, with the difference paired by window."""
         part = self.held_out.rows.sample(8 if self.options.small else LIKELIHOOD_ROWS)
         samples = 2 if self.options.small else LIKELIHOOD_SAMPLES
         free, base = (evaluate_likelihood(each, part.in_order(64), samples) for each in (self.free, self.baseline))

@@ -71,7 +71,7 @@ def folder_of(name: str, options: argparse.Namespace) -> Path | None:
 
 
 def start(name: str, spec: dict[str, Any], options: argparse.Namespace) -> subprocess.Popen[str]:
-    """The process of a contestant. It imports at once and measures when it is told to."""
+    """Starts the process of a contestant. It imports at once and measures on request."""
     folder = folder_of(name, options)
     ours = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     # A peer does not see this library, whose name one of them has.
@@ -84,7 +84,7 @@ def start(name: str, spec: dict[str, Any], options: argparse.Namespace) -> subpr
 
 
 def answer(process: subprocess.Popen[str] | None) -> dict[str, Any]:
-    """Lets a process measure, and returns what it found. `RuntimeError` where it failed."""
+    """Lets a process measure, and returns the result. Raises `RuntimeError` if it failed."""
     if process is None:
         raise RuntimeError("this implementation is not installed: give its folder")
     output, errors = process.communicate("go\n", timeout=LIMIT)

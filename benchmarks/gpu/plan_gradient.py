@@ -1,7 +1,7 @@
 """
 The straight-through gradient over the 2^16 codes of the paper's shape, exact and sampled, and the codebook's optimizer.
 
-Times are those of the operators alone. The share of a training step needs the results of `training.py` beside `--out`.
+Times are those of the operators only. The share of a training step needs the results of `training.py` beside `--out`.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def step_seconds(options: Any) -> float | None:
 
 
 def random_inputs(plans: int, width: int, bits: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Gradient at the plans' vectors, logits, codebook, and the plans drawn."""
+    """Gradient at the plans' vectors, logits, codebook, and the sampled plans."""
     torch.manual_seed(0)
     with device:
         grad, logits, weight = torch.randn(plans, width), torch.randn(plans, bits), torch.randn(2**bits, width)

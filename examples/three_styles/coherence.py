@@ -257,7 +257,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
     report.paragraph(
         f"Each model generated {options.texts} texts of {options.windows * WINDOW:,} tokens from an empty prompt. A "
         f"token can look back on {WINDOW} tokens. A classifier that sees one segment of {SEGMENT} tokens at a time "
-        f"says its style (accuracy on held-out segments: {accuracy:.3f})."
+        f"assigns its style (accuracy on held-out segments: {accuracy:.3f})."
     )
     for temperature in TEMPERATURES:
         some = [each for each in results if each.setting.temperature == temperature]

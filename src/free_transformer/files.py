@@ -313,7 +313,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
     """Gives a folder that is filled, in the same parent folder, the name `path`, an older one's if need be."""
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
-            file.chmod(0o644)  # safetensors lets nobody else read, as a server of another user has to
+            file.chmod(0o644)  # safetensors denies access to others, but a server of another user must read it
             _fsync(file)
     temporary.chmod(0o755)
     old = None

@@ -44,7 +44,7 @@ def assert_refused(outcome: Outcome, status: int, message: str) -> None:
 
 
 def texts_of(outcome: Outcome) -> list[str]:
-    """What stands under each sample's title."""
+    """The text under each sample's title."""
     assert outcome.status == 0, outcome
     return [part.split("\n", 1)[1] for part in re.split(r"^(?=sample \d+)", outcome.out, flags=re.M)[1:]]
 

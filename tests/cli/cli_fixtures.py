@@ -21,7 +21,7 @@ def wide_terminal(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """`free-transformer ...` in this process, its exit status and what it wrote."""
+    """Runs `free-transformer ...` in this process: exit status and output."""
 
     def run(*arguments: object) -> Outcome:
         capsys.readouterr()
@@ -43,7 +43,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(runs, tmp_path) -> Path:
-    """A copy of the free run, for a test that writes into it."""
+    """A copy of the free run, for a test that changes it."""
     return Path(shutil.copytree(runs["free"], tmp_path / "copy", ignore=shutil.ignore_patterns("metrics.json")))
 
 

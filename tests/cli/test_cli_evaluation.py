@@ -169,7 +169,7 @@ def test_a_full_disk_is_status_1(command, run, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--num-plans", "--num-samples"])  # the second one is its old name
-def test_evaluation_draws_as_many_plans_as_asked(command, run, monkeypatch, option):
+def test_evaluation_samples_the_given_number_of_plans(command, run, monkeypatch, option):
     seen = []
     original = likelihood._evaluate_batch
 

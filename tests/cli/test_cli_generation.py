@@ -15,7 +15,7 @@ from free_transformer.training import Run
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_seed_writes_the_same_text(command, runs, kind):
+def test_the_same_seed_generates_the_same_text(command, runs, kind):
     first, again, other = (
         texts_of(command("generate", runs[kind], "--num-samples", 2, "--max-new-tokens", 12, "--seed", seed))
         for seed in (1, 1, 2)
@@ -26,7 +26,7 @@ def test_the_same_seed_writes_the_same_text(command, runs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_temperature_is_the_likeliest_text_whatever_the_seed(command, runs, kind):
+def test_temperature_0_gives_the_most_likely_text_with_any_seed(command, runs, kind):
     options = ["--temperature", 0, "--max-new-tokens", 8, "--prompt", "the c", *(["--plan", "010"] * (kind == "free"))]
     one, other = (texts_of(command("generate", runs[kind], *options, "--seed", seed)) for seed in (1, 2))
     assert one == other
@@ -64,7 +64,7 @@ def test_text_is_written_under_the_plan_of_an_example(command, runs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stream_writes_the_same_text_as_at_once(command, runs, kind):
+def test_stream_generates_the_same_text(command, runs, kind):
     options = ["generate", runs[kind], "--prompt", "a dog", "--max-new-tokens", 10, "--seed", 4]
     streamed = command(*options, "--stream")
     assert streamed.status == 0

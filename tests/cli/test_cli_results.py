@@ -41,7 +41,7 @@ def test_watch_and_report_of_runs(command, runs, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight", "int8-dynamic"])
-def test_export_quantizes_and_generate_writes_with_it(command, run, scheme):
+def test_export_quantizes_and_generate_uses_it(command, run, scheme):
     done = command("export", run, "--to", "torch", "--quantize", scheme)
     folder = run / f"torch-{scheme}"
     assert done.status == 0 and f"MB, saved to {folder}" in done.out

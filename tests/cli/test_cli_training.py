@@ -23,7 +23,7 @@ def test_train_writes_a_run_and_its_report(command, config, tmp_path):
     assert (settings.training.max_steps, settings.model.latent_dim) == (3, 2)
 
 
-def test_train_goes_on_with_a_run_and_says_so(command, config, tmp_path):
+def test_train_resumes_a_run_with_a_message(command, config, tmp_path):
     command("train", config, "training.max_steps=2")
     outcome = command("train", config, "training.max_steps=4")
     assert "resumed at step 2" in outcome.err
@@ -166,7 +166,7 @@ def test_a_run_that_fails_is_status_1(command, config, monkeypatch):
     assert "Traceback" not in outcome.err
 
 
-def test_stopping_by_hand_says_how_to_go_on(command, config, monkeypatch):
+def test_stopping_by_hand_says_how_to_resume(command, config, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 

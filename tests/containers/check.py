@@ -65,7 +65,7 @@ def build_base(folder: Path) -> None:
 
 
 def write_models(folder: Path) -> dict[str, Path]:
-    """A small model as a folder of its own, and as an ONNX export."""
+    """A small model as a folder and as an ONNX export."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 259, "hidden_dim": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64}
     config = FreeTransformerConfig(**sizes, latent_dim=4, plan_span="sequence", eos_token_id=None)
@@ -79,7 +79,7 @@ def write_models(folder: Path) -> dict[str, Path]:
 
 
 def check_server(target: str, model: Path) -> None:
-    """Asks the server of an image, as `make docker-run-cpu` starts it, for a text under a plan."""
+    """Requests a text under a plan from an image's server, started like `make docker-run-cpu`."""
     assert run(f"free-transformer:cpu-{target}", "id", "-u").strip() == "1000"
     if target == "onnx":
         find = "import importlib.util; print(importlib.util.find_spec('torch'))"
@@ -101,7 +101,7 @@ def server(*arguments: str) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        # the server itself, as an engine would: buildah makes a long story of its own end
+        # the server itself, as an engine would: buildah prints a long message when it ends
         subprocess.run(["pkill", "-TERM", "-f", rf"^/opt/venv/bin/python\S* .*serve .*--port {PORT}"])
         process.wait()
 

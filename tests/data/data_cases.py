@@ -31,7 +31,7 @@ def pieces_of(rows: Rows) -> list[list[int]]:
     for tokens, positions in zip(rows.tokens.tolist(), rows.positions.tolist(), strict=True):
         for index, (token, position) in enumerate(zip(tokens, positions, strict=True)):
             if position == -1:
-                assert positions[index:] == [-1] * (len(positions) - index)  # padding at the end alone
+                assert positions[index:] == [-1] * (len(positions) - index)  # padding only at the end
                 assert token == PADDING
             elif position == 0:
                 assert token == BEGIN
@@ -113,7 +113,7 @@ COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".XZ": lz
 
 
 class Hub:
-    """Stands in for `datasets.load_dataset`: data sets by name and configuration, then by split."""
+    """Replaces `datasets.load_dataset`: data sets by name and configuration, then by split."""
 
     def __init__(self, **data_sets):
         self.data_sets, self.asked = data_sets, []

@@ -1,4 +1,4 @@
-"""Documents from files and folders, and how sources are told apart."""
+"""Documents from files and folders, and how sources are distinguished."""
 
 import codecs
 import gzip
@@ -201,7 +201,7 @@ def test_no_source_at_all_is_refused():
 
 
 def test_a_source_without_a_name_is_refused():
-    """`Path("")` is the current folder, which nobody named."""
+    """`Path("")` is the current folder, which was not named."""
     assert not is_path_source("")
     assert source_files([""]) == []
     with pytest.raises(ValueError, match="a source has no name"):

@@ -30,7 +30,7 @@ def test_several_files_are_sources_and_one_is_none(tmp_path):
 
 
 def test_a_column_that_is_no_source_is_left_out(tmp_path):
-    """One label, or a different one for each document, tells nothing about sources."""
+    """One label, or a different one for each document, carries no information about sources."""
     for name, labels in {"same": ["x"] * 20, "ids": list(range(20))}.items():
         lines = [json.dumps({"text": "words", "label": label}) for label in labels]
         write_text(tmp_path / f"{name}.jsonl", "\n".join(lines))

@@ -25,7 +25,7 @@ def test_the_order_of_rows_is_a_permutation_in_each_epoch(count, seed, index, st
 
 
 @pytest.mark.parametrize("rows", [255, 256, 70_000])
-def test_an_order_is_kept_in_few_bytes_and_drawn_once_an_epoch(monkeypatch, rows):
+def test_an_order_takes_few_bytes_and_is_sampled_once_per_epoch(monkeypatch, rows):
     drawn, original = [], np.random.default_rng
 
     def default_rng(seed):
@@ -59,7 +59,7 @@ def test_no_row_is_dropped_where_batches_do_not_fill_an_epoch():
 
 
 @given(st.integers(0, 60), st.integers(1, 11), st.integers(1, 11))
-def test_a_run_may_go_on_at_any_row_with_another_batch_size(start, first_size, second_size):
+def test_a_run_may_resume_at_any_row_with_another_batch_size(start, first_size, second_size):
     """Which rows are read does not depend on the size of the batches that they are read in."""
     rows = build_rows(numbered(11), TOKENIZER, 9)
     order = EpochOrder(len(rows), [5]).take(0, 200)

@@ -11,7 +11,7 @@ from free_transformer.data.letters import LENGTH, LETTERS, NOISE, PLACES, TARGET
 
 @pytest.fixture
 def small_task(monkeypatch):
-    """A task whose strings can be counted out, `small_task(LENGTH=7, ...)`."""
+    """A task whose strings can be enumerated, `small_task(LENGTH=7, ...)`."""
     letters_entropy.cache_clear()
 
     def change(**values) -> None:
@@ -76,7 +76,7 @@ def test_noise_does_not_look_at_what_it_hides():
     assert np.abs(by_index - NOISE).max() < 5 * (NOISE * (1 - NOISE) / 4000) ** 0.5
 
 
-def test_the_same_seed_gives_the_same_strings_and_a_longer_list_goes_on():
+def test_the_same_seed_gives_the_same_strings_and_a_longer_list_continues():
     assert list(letters(20, 3)) == list(letters(20, 3)) == list(letters(30, 3))[:20]
     assert list(letters(20, 3)) != list(letters(20, 4))
     assert list(letters(0)) == []
@@ -100,7 +100,7 @@ def test_the_entropy_of_the_task_itself():
     assert letters_entropy() == pytest.approx(19.000, abs=5e-4)
 
 
-def test_the_entropy_is_the_mean_surprise_of_strings_drawn():
+def test_the_entropy_is_the_mean_surprisal_of_sampled_strings():
     """Given its letter and place a string has the probability of its noise; each place that it allows adds as much."""
     surprises = []
     for text in letters(3000, seed=5):

@@ -43,7 +43,7 @@ WAYS = {
 
 
 def train_and_tell(values: dict, of_each: str) -> None:
-    """A run whose processes write down how much of each parameter they hold."""
+    """A run whose processes record their share of each parameter."""
     finish = _Trainer._finish
 
     def tell(self) -> None:
@@ -161,7 +161,7 @@ def test_muon_of_shards_is_muon(tmp_path):
     processes.run(2, muon_of_shards, log=tmp_path / "log")
 
 
-def test_a_checkpoint_of_two_goes_on_with_one_three_and_four(tmp_path):
+def test_a_checkpoint_of_two_processes_resumes_with_one_three_and_four(tmp_path):
     sections = {"distributed": {"fsdp": True}}
     whole = tiny_values(tmp_path, "alone")
     processes.run(1, train_tiny, whole, log=tmp_path / "alone.log")
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_two_goes_on_with_one_three_and_four(tmp_path):
 
 
 def stop_after(values: dict, step: int) -> None:
-    """A run that is asked to stop, in the last of its processes alone, while it takes a step."""
+    """A run that is stopped by a signal to its last process during a step."""
     optimizer_step = _Trainer._optimizer_step
 
     def optimizer_step_that_stops(self, *arguments):
@@ -326,7 +326,7 @@ def torchrun(*arguments: str) -> subprocess.Popen:
 
 
 def of_the_faq(run_dir: Path) -> list[str]:
-    """The FAQ's words after `torchrun`'s own, and what makes it short."""
+    """The FAQ's command after `torchrun`'s arguments, shortened."""
     words = ["examples/train_free.py", "--config", "configs/free_transformer.yaml", "--use-fsdp", f"run_dir={run_dir}"]
     words += ["training.max_steps=2", "training.batch_size=4", "training.device=cpu", "logging.sample_tokens=2"]
     return [*words, "data.train=[letters:20:0]", "data.validation=[letters:4:1]", "logging.tensorboard=false"]

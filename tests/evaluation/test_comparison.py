@@ -1,4 +1,4 @@
-"""The benchmark beside a Llama and the public implementations: what it counts, and what it makes of answers."""
+"""The comparison with a Llama and the public implementations: counts, and handling of responses."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ def test_ratios_are_of_turns_of_one_round_after_one_to_warm_up(bench, report, mo
     assert report.spread([0.5, 0.5, 2.0]) == "**0.50** (0.50–2.00)"
 
 
-def test_a_contestant_that_fails_is_listed_and_one_that_takes_long_is_asked_once(bench, report, monkeypatch):
+def test_a_failed_contestant_is_listed_and_a_slow_one_takes_one_turn(bench, report, monkeypatch):
     monkeypatch.setattr(bench, "Worker", Answers)
     found = group(bench, Llama=[1.0] * 4, Slow=[50.0], Broken=[1.0, bench.Failed("RuntimeError: no")])
     found.run(Progress(disable=True))
@@ -65,7 +65,7 @@ def test_a_contestant_that_fails_is_listed_and_one_that_takes_long_is_asked_once
     assert report.ratios({"seconds": found.seconds}, "Slow") == [50.0]
 
 
-def test_a_worker_answers_and_says_why_it_cannot(bench, monkeypatch, tmp_path):
+def test_a_worker_responds_or_gives_the_reason(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     with pytest.raises(bench.Failed, match="no environment: make bench prepares it"):
         bench.Worker("Llama", TINY)
@@ -92,7 +92,7 @@ def test_a_part_that_is_measured_again_takes_its_place_in_order(bench):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Free"])
-def test_a_contestant_trains_writes_and_counts(contestants, name):
+def test_a_contestant_trains_generates_and_counts(contestants, name):
     contestant = contestants.CONTESTANTS[name](TINY)
     for request in ({"do": "train"}, {"do": "generate", "batch": 2, "new": 3, "prompt": 4}):
         assert contestants.answer(contestant, request, 0)["seconds"] > 0

@@ -19,7 +19,7 @@ def tokenizer():
 
 @pytest.fixture
 def steered(tiny_model, tokenizer, monkeypatch):
-    """Writes `a` where the plan's bit 0 is set and `b` elsewhere; reads the bit from the text."""
+    """Generates `a` where the plan's bit 0 is set and `b` elsewhere; reads the bit from the text."""
     model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), plan_span="sequence", bos_token_id=256)
 
     codes = torch.arange(len(model.plan_table.weight))
@@ -84,7 +84,7 @@ def test_texts_are_written_in_batches_under_their_plans(steered, tokenizer):
     assert texts == ["bbbbb", "aaaaa", "bbbbb", "bbbbb", "aaaaa"]
 
 
-def test_codes_are_drawn_from_the_posterior(tiny_model, tokens_like):
+def test_codes_are_sampled_from_the_posterior(tiny_model, tokens_like):
     model, tokens = tiny_model(plan_span=2), tokens_like(3, 4)
     batches = [{"input_ids": tokens.repeat(500, 1)}] * 2
     codes = sampled_codes(model, batches)

@@ -40,7 +40,7 @@ def test_label_entropy_is_in_bits():
     assert label_entropy(np.array([2, 2])) == 0
 
 
-def test_halves_are_classified_apart():
+def test_halves_are_classified_separately():
     assert halves_agree(["aabb", "aaaa", "bbbb"], classify).tolist() == [False, True, True]
 
 

@@ -97,7 +97,7 @@ def padded(tokens: torch.Tensor, length: int, side: str) -> dict[str, torch.Tens
 
 
 def result(**changes) -> Likelihood:
-    """A likelihood of 100 plans, 10 tokens each, that gain 0.5 nats a token, in numbers alone."""
+    """A likelihood of 100 plans, 10 tokens each, that gain 0.5 nats per token, as numbers."""
     values = {"reconstruction": 1.0, "kl": 3.0, "kl_per_token": 0.3, "prior": 1.5, "gap": 0.5}
     values.update(
         standard_errors={"gap": 0.01}, tokens=1000, documents=100, method="importance", num_samples=4, nll=1.2
@@ -136,7 +136,7 @@ def test_elbo_is_reconstruction_and_kl_and_lies_above_the_nll(model, span):
     assert truth < value.nll + 0.01 < value.elbo
 
 
-def test_prior_is_the_loss_under_a_plan_that_knows_nothing(model):
+def test_prior_is_the_loss_under_an_independent_plan(model):
     model, tokens = model(plan_span="sequence"), random_tokens(2, 6)
     with torch.no_grad():
         plans = codes_to_bits(torch.arange(4), 2)[:, None]
@@ -200,7 +200,7 @@ def test_evaluation_runs_without_dropout_and_leaves_the_mode_as_it_was(model, tr
 @pytest.mark.parametrize("kind", ["free", "baseline"])
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("length", [13, 16])
-def test_documents_in_a_packed_row_have_the_numbers_that_they_have_alone(model, llama, kind, length, labels):
+def test_documents_in_a_packed_row_are_evaluated_as_alone(model, llama, kind, length, labels):
     documents = [random_tokens(size) for size in (5, 2, 6)]
     each = model(plan_span="sequence") if kind == "free" else llama
     value = evaluate_likelihood(each, [packed_row(documents, length, labels)], 1, method="exact")
@@ -320,7 +320,7 @@ def test_usage_counts_bits_by_position_live_ones_and_plans_at_the_floor():
 
 
 def test_bits_that_all_texts_share_are_no_information():
-    sure = torch.tensor([[80.0, 80.0, 80.0, 0.0], [80.0, 80.0, -80.0, 0.0]])  # two bits shared, one that tells
+    sure = torch.tensor([[80.0, 80.0, 80.0, 0.0], [80.0, 80.0, -80.0, 0.0]])  # two shared bits, one informative bit
     usage = plan_usage(sure.repeat(8, 1), free_bits=4.0)
     assert_close(usage.bits_used, 3.0, atol=1e-4, rtol=0)
     assert_close(usage.information, 1.0, atol=1e-4, rtol=0)
@@ -330,7 +330,7 @@ def test_bits_that_all_texts_share_are_no_information():
 def test_the_information_of_a_bit_is_that_of_bit_and_text():
     logits = torch.randn(50, 3)
     p = logits.double().sigmoid().numpy()
-    joint = np.stack([p, 1 - p]) / len(p)  # of a bit and a text drawn at random, (2, texts, bits)
+    joint = np.stack([p, 1 - p]) / len(p)  # of a random bit and text, (2, texts, bits)
     independent = joint.sum(1, keepdims=True) / len(p)
     expected = (joint * np.log2(joint / independent)).sum()
     assert_close(plan_usage(logits, 1.0).information, expected, atol=1e-5, rtol=0)
@@ -360,7 +360,7 @@ def test_a_plan_that_the_decoder_ignores_gives_a_warning_whatever_its_kl(model):
 
 
 def test_a_plan_that_all_texts_share_gives_a_warning_whatever_its_gap(model):
-    """The decoder knows one plan alone: any other disturbs it, and yet the plan tells nothing."""
+    """The decoder depends on a single plan: any other disturbs it, although the plan carries no information."""
     model = model(plan_span="sequence")
     with torch.no_grad():
         model.encoder.readout.bias.fill_(20)
@@ -467,7 +467,7 @@ def test_mutual_information_by_hand():
     assert_close(mutual_information(codes, labels), entropy)
 
 
-def test_agreement_is_the_share_of_the_commonest_label_of_each_plan():
+def test_agreement_is_the_share_of_the_most_common_label_of_each_plan():
     share, error = agreement(np.array([[0, 0, 0, 0], [1, 2, 1, 0], [2, 1, 1, 1]]))
     assert_close(share, (1 + 0.5 + 0.75) / 3)
     assert_close(error, 0.25 / 3**0.5)

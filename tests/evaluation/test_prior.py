@@ -19,7 +19,7 @@ LN2 = math.log(2)
 
 @pytest.fixture
 def model():
-    """Plans that matter, posteriors far from flat, and an aggregate prior of texts of its own."""
+    """Plans with an effect, posteriors far from uniform, and an aggregate prior of separate texts."""
 
     def build(**changes) -> FreeTransformer:
         model = FreeTransformer(FreeTransformerConfig(**{**SIZES, **changes})).eval()
@@ -68,7 +68,7 @@ def test_nothing_gathered_is_told_and_unknown_names_too():
         prior.gather([])
 
 
-def test_the_aggregate_is_the_mean_posterior_and_a_share_of_fair_coins():
+def test_the_aggregate_is_the_mean_posterior_mixed_with_the_uniform_prior():
     prior, logits = PlanPrior(3), torch.randn(5, 3)
     prior.gather([logits[:2], logits[2:]])
     p = logits.double().sigmoid()[:, None]
@@ -177,7 +177,7 @@ def test_the_particle_filter_has_no_bias(model, span, particles, prior):
     ratio = np.exp(-value.per_document["nll"]).reshape(copies, 2) / truth
     error = ratio.std(0, ddof=1) / copies**0.5
     assert (np.abs(ratio.mean(0) - 1) < 4 * error).all()
-    assert (error < 0.1).all()  # so that the check says something
+    assert (error < 0.1).all()  # so that the check is not trivial
 
 
 def test_the_particle_filter_is_tighter_than_weights_of_whole_texts(model):

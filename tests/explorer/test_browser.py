@@ -51,7 +51,7 @@ def browser():
 
 @pytest.fixture
 def visit(address, browser):
-    """Opens the page, and at the end checks that it asked no other host for anything and raised no error."""
+    """Opens the page, and at the end checks that it contacted no other host and raised no error."""
     contexts = []
 
     def open_page(query: str = "", width: int = 1300, scheme: str = "light") -> Page:

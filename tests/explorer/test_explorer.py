@@ -1,4 +1,4 @@
-"""The page to play with plans, without a browser: texts, links, the survey of plans, and what is written as HTML."""
+"""The page to play with plans, without a browser: texts, links, the survey of plans, and HTML output."""
 
 import asyncio
 import itertools
@@ -207,8 +207,8 @@ def test_the_effect_on_tokens_is_that_of_the_model(explored):
     before = torch.nn.functional.pad(own.cumsum(1)[:, :-1], (1, 0))
     average = (own + before).logsumexp(0) - before.logsumexp(0)
     np.testing.assert_allclose([each.gain for each in effects], own[6] - average, atol=1e-4)
-    likeliest = log_probs[9].exp()[:-1].max(-1)
-    np.testing.assert_allclose([each.likely[1][0][1] for each in effects], likeliest.values, atol=1e-5)
+    most_likely = log_probs[9].exp()[:-1].max(-1)
+    np.testing.assert_allclose([each.likely[1][0][1] for each in effects], most_likely.values, atol=1e-5)
 
 
 def test_a_pasted_text_is_continued_under_its_plan_and_then_under_another(explored, choices):

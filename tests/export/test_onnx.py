@@ -1,4 +1,4 @@
-"""Exports beside the model in PyTorch: an export compares itself before it is written, here others compare again."""
+"""Exports compared with the PyTorch model, in addition to the comparison during export."""
 
 import asyncio
 import json
@@ -181,7 +181,7 @@ print(len(model.write("abc", 2, max_new_tokens=5, do_sample=True, seed=1)))
     assert done.stdout.splitlines() == [str(ours.tolist()), "2"]
 
 
-def test_a_server_writes_texts_that_come_and_go_as_each_alone(exports):
+def test_a_server_generates_each_text_as_alone(exports):
     exported = OnnxFreeTransformer(exports["dynamic"].folder)
     batch = OnnxBatch(exported, max_rows=3)
     lengths, counts = (5, 12, 3, 17, 1), (20, 6, 30, 4, 12)
@@ -246,7 +246,7 @@ main()
     assert text == byte_tokenizer().decode(ours[0, 4:], skip_special_tokens=True)
 
 
-def test_shapes_are_named_and_large_weights_lie_beside_their_graph(exports):
+def test_shapes_are_named_and_large_weights_are_stored_beside_their_graph(exports):
     folder = exports["dynamic"].folder
     graph = onnx.load(folder / "decode.onnx", load_external_data=False)
     shapes = {
@@ -267,7 +267,7 @@ def test_shapes_are_named_and_large_weights_lie_beside_their_graph(exports):
     assert not list(exports["static"].folder.glob("*.data"))
 
 
-def test_static_graphs_have_every_shape_and_operators_that_tensorrt_knows(exports, tmp_path, monkeypatch):
+def test_static_graphs_have_fixed_shapes_and_operators_of_tensorrt(exports, tmp_path, monkeypatch):
     folder = exports["static"].folder
     for name in ("training", "encode", "prefill", "decode"):
         check_static(folder / f"{name}.onnx")
@@ -315,7 +315,7 @@ def test_sampling_follows_the_seed_and_the_options(exports):
     assert np.array_equal(ended, greedy[:, : greedy[0].tolist().index(ends, 2) + 1])
 
 
-def test_draws_have_the_chances_of_what_is_left():
+def test_samples_follow_the_filtered_distribution():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]])).repeat(20000, 0)
     rng = np.random.default_rng(0)
 

@@ -103,7 +103,7 @@ def test_unsupported_quantization_is_refused(tiny_model, tmp_path, monkeypatch):
         quantize(model, "int4", tmp_path / "x")
     with pytest.raises(ValueError, match="Linear has no plan"):
         quantize(torch.nn.Linear(2, 2), "int8-weight", tmp_path / "x")
-    with pytest.raises(ValueError, match="int8-dynamic runs on a CPU alone, this model is on meta: use int8-weight"):
+    with pytest.raises(ValueError, match="int8-dynamic runs only on a CPU, but this model is on meta: use int8-weight"):
         quantize(model.to("meta"), "int8-dynamic", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -1,5 +1,5 @@
 """
-Loads a model in an environment of its own, with torch and `transformers` and without this package.
+Loads a model in a separate environment, with torch and `transformers` and without this package.
 
     python tests/hub/check.py            a model trained for this, of seconds
     python tests/hub/check.py RUN        the model of a run

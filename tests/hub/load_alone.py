@@ -23,7 +23,7 @@ def main(folder: str, file: str, out: str, *names_on_the_hub: str) -> None:
     model = load(folder)
     compare(model, expected)
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(Path(out) / "again")
-    model.save_pretrained(Path(out) / "again")  # by the copies, which bring their own copies along
+    model.save_pretrained(Path(out) / "again")  # by the copies, which copy themselves along
     again = load(str(Path(out) / "again"))
     compare(again, expected)
     for name in names_on_the_hub:
@@ -51,7 +51,7 @@ def compare(model: Any, expected: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def computed(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What must be the same to the last bit, whoever computes it: plans read, logits under them, text."""
+    """Results that must be bit-for-bit equal: plans read, logits under them, text."""
     mask, plan_logits = torch.ones_like(tokens), model.infer_plan(tokens)
     plan = plan_logits > 0
     values = {"tokens": tokens, "plan_logits": plan_logits, "logits": model(tokens, plan=plan).logits}
@@ -62,7 +62,7 @@ def computed(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def run_card(folder: str) -> None:
-    """What the model card tells people to run."""
+    """Runs the example of the model card."""
     scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", (Path(folder) / "README.md").read_text(encoding="utf-8"), flags=re.S)
     assert len(blocks) == 2

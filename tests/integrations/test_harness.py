@@ -62,7 +62,7 @@ def free(tiny_model):
 
 @pytest.fixture
 def task_folder(tmp_path, monkeypatch):
-    """YAML files of tasks over JSONL."""
+    """YAML files of tasks with JSONL data."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -123,7 +123,7 @@ def pairs_of_questions() -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def under_each_plan(model: FreeTransformer, tokens: list[int], start: int, plans: torch.Tensor) -> torch.Tensor:
-    """Logarithms of the next token's probabilities from `start` on, (plans, N, V), each by a call of its own."""
+    """Logarithms of the next token's probabilities from `start` on, (plans, N, V), each by a separate call."""
     row = torch.tensor([tokens])
     logits = torch.cat(
         [model(row, mode="inference", plan=plan.view(-1, model.config.latent_dim)).logits for plan in plans]
@@ -192,18 +192,18 @@ def test_a_plan_a_token_follows_the_prior_behind_the_prompt(free):
         assert abs(value - exact) < 4 * error
 
 
-def test_greedy_is_the_likeliest_token_of_the_mean_over_plans(free):
+def test_greedy_is_the_most_likely_token_of_the_mean_over_plans(free):
     model = free()
     lm = adapter(model, num_plans=400, prompt_plan="prior")
     plans, prompt, written = all_plans(4)[:, None], TOKENIZER("The c")["input_ids"], []
-    for _ in range(3):  # weights of plans by what they have written, in float64
+    for _ in range(3):  # weights of plans by the text so far, in float64
         log_probs = under_each_plan(model, prompt + written, len(prompt), plans)
         past = log_probs[:, range(len(written)), written].sum(1)
         written.append(int((log_probs[:, -1] + past[:, None]).logsumexp(0).argmax()))
     singles = {
         tuple(each.argmax(-1).tolist()) for each in under_each_plan(model, prompt + written[:-1], len(prompt), plans)
     }
-    assert singles != {tuple(written)}  # not what every plan would write by itself
+    assert singles != {tuple(written)}  # not what every plan would generate by itself
     made = [(("", ""), prompt, written), (("", ""), prompt, [*written[:-1], (written[-1] + 1) % 256])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(made, disable_tqdm=True)] == [True, False]
 
@@ -261,7 +261,7 @@ def test_the_standard_error_is_that_of_other_seeds(free):
     assert torch.tensor(values).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.35)
 
 
-def test_the_encoder_reads_prompts_alone(free, tiny_config):
+def test_the_encoder_reads_only_prompts(free, tiny_config):
     class Spy(nn.Module):
         def forward(self, hidden_states, mask):
             seen.append((mask[:, 0] * torch.arange(1, mask.shape[2] + 1)).amax(1).tolist())
@@ -466,7 +466,7 @@ def test_what_is_wrong_is_one_line(llama_folder, task_folder, command, monkeypat
 
 @pytest.mark.slow
 def test_the_command_line_of_lm_eval_knows_the_model(free, task_folder, tmp_path):
-    """In a process of its own, on the folder of a run."""
+    """In a separate process, on the folder of a run."""
     model = free().float()
     model.save_pretrained(tmp_path / "run" / "model")
     TOKENIZER.save_pretrained(tmp_path / "run" / "model")

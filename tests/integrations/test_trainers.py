@@ -67,7 +67,7 @@ def batch(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def certain_plans(monkeypatch) -> None:
-    """The likeliest plan where one would be drawn, so that batches cut differently see the same plans."""
+    """The most likely plan instead of a sample, so that batches cut differently see the same plans."""
     monkeypatch.setattr(BinaryMapper, "forward", lambda self, plan_logits, generator=None: plan_logits > 0)
 
 

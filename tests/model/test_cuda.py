@@ -168,7 +168,7 @@ def test_sdpa_kernel_matches_eager_attention(tiny_model, same_plans, monkeypatch
     if kernel == "any":
         assert_same_results(results_of(model, inputs, WATCHED), expected, dtype)
         return
-    if kernel != "flash":  # the documents of packed rows are told apart by a mask then
+    if kernel != "flash":  # a mask separates the documents of packed rows then
         for module in (attention, encoder):
             monkeypatch.setattr(module, "has_varlen_kernel", lambda config, states: False)
     try:
@@ -422,7 +422,7 @@ def test_automatic_batch_size_fits(tiny_settings):
 
 
 def take_step(state: TrainState, batch: dict[str, Tensor], training: TrainingSettings, processes: Processes) -> Tensor:
-    """An optimizer step as the training loop takes it, and its loss. Only here do tests call the parts of a step."""
+    """An optimizer step as in the training loop, and its loss. Only here do tests call the parts of a step."""
     inputs = [with_layout(state.model, batch)]
     shared = agree_on_step(processes, state.model, inputs, 0)
     weights = {name: torch.full((), 1.0, device=processes.device) for name in ("kl_weight", "free_bits")}
@@ -479,7 +479,7 @@ def test_training_step_does_not_wait_for_the_gpu(tiny_settings, rows, model, opt
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Processes]:
-    """This process alone as a group, by NCCL on a GPU, and its mesh."""
+    """Only this process as a group, by NCCL on a GPU, and its mesh."""
     backend, device = ("cpu:gloo,cuda:nccl", torch.device("cuda", 0)) if GPU else ("gloo", torch.device("cpu"))
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -56,7 +56,7 @@ def plan(model) -> Tensor:
 
 
 def identities(model: nn.Module) -> list[tuple]:
-    """What other software knows a parameter by."""
+    """Names that other software uses for a parameter."""
     return [
         (
             *(name, id(parameter), parameter.data_ptr(), parameter.untyped_storage().data_ptr()),
@@ -317,7 +317,7 @@ def test_gradients_of_single_examples_and_along_a_direction(model, tokens, plan)
     assert_close(slope, expected, atol=1e-4, rtol=1e-3)
 
 
-# 3. Which plan generates which token: tests/model/test_layout.py; and masks of one's own
+# 3. Which plan generates which token: tests/model/test_layout.py; and custom masks
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -540,7 +540,7 @@ def test_a_loop_that_leaves_the_encoder_without_a_gradient_is_told(model, tokens
 
 
 @pytest.mark.parametrize("span", [2, "sequence"])
-def test_predictions_of_a_trainer_are_logits_alone(tiny_model, tokens_like, trainer_of, span):
+def test_predictions_of_a_trainer_are_only_logits(tiny_model, tokens_like, trainer_of, span):
     rows = [{"input_ids": row, "labels": row} for row in tokens_like(5, 8)]
     found = trainer_of(tiny_model(torch.float32, plan_span=span), rows).predict(rows).predictions
     assert isinstance(found, np.ndarray)

@@ -43,7 +43,7 @@ def spied_plans(model: FreeTransformer) -> SpiedPlans:
 
 
 def certain(model: FreeTransformer) -> FreeTransformer:
-    """Takes the likeliest plan where one would be drawn: zeros from the prior."""
+    """Uses the most likely plan instead of a sample: zeros from the prior."""
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0
     bits = model.config.latent_dim
     model.plan_prior.sample = lambda rows, plans, *_, **__: torch.zeros(rows, plans, bits, dtype=torch.bool)
@@ -51,7 +51,7 @@ def certain(model: FreeTransformer) -> FreeTransformer:
 
 
 def with_posterior_of_ones(model: FreeTransformer) -> FreeTransformer:
-    """Whatever the encoder reads, each bit of its plan is 1; the prior is as fair as ever."""
+    """Whatever the encoder reads, each bit of its plan is 1; the prior stays uniform."""
     model.encoder.readout.weight.data.zero_()
     model.encoder.readout.bias.data.fill_(80.0)
     return model
@@ -114,7 +114,7 @@ def test_logits_of_each_step_are_those_of_the_whole_text_under_its_plan(tiny_mod
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_same_seed_writes_the_same_text_and_another_seed_another(tiny_model, tokens_like, span):
+def test_same_seed_generates_the_same_text_and_another_seed_another(tiny_model, tokens_like, span):
     model, tokens = tiny_model(plan_span=span), tokens_like(2, 5)
     first = seeded(model, tokens, **SAMPLED)
     assert torch.equal(seeded(model, tokens, **SAMPLED), first)
@@ -132,7 +132,7 @@ def test_longer_text_starts_with_the_shorter_one(tiny_model, tokens_like, span):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("source", ["given", "posterior", "prior"])
 @pytest.mark.parametrize("span", SPANS)
-def test_batch_with_left_padding_writes_as_each_prompt_alone(tiny_model, tokens_like, span, source, use_cache):
+def test_left_padded_batch_generates_as_each_prompt_alone(tiny_model, tokens_like, span, source, use_cache):
     model = certain(tiny_model(plan_span=span))
     prompts = [tokens_like(7), tokens_like(2), tokens_like(5)]
     tokens, mask = left_padded(prompts)
@@ -158,7 +158,7 @@ def test_prompt_of_bos_alone_is_empty_in_a_left_padded_batch_too(tiny_model, tok
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_prompt_of_bos_alone_takes_its_plan_from_the_prior(tiny_model, span):
+def test_prompt_of_only_bos_samples_its_plan_from_the_prior(tiny_model, span):
     model = with_posterior_of_ones(tiny_model(plan_span=span, latent_dim=8))
     plans = spied_plans(model)
     model.generate(torch.full((64, 1), BOS), max_new_tokens=1, do_sample=True)
@@ -211,7 +211,7 @@ def test_plans_of_the_prompt_come_from_where_they_should_and_of_new_text_from_th
 
 
 @pytest.mark.parametrize(("span", "given"), [(1, 3), (1, 14), (4, 1), (4, 3), ("sequence", 1)])
-def test_given_plan_is_used_and_missing_plans_are_drawn(tiny_model, tokens_like, span, given):
+def test_given_plan_is_used_and_missing_plans_are_sampled(tiny_model, tokens_like, span, given):
     model, tokens = tiny_model(plan_span=span, latent_dim=16), tokens_like(2, 6)
     plan = model.sample_plan(2, given)
     plans = spied_plans(model)
@@ -366,7 +366,7 @@ def test_text_within_the_trained_length_gives_no_warning(tiny_model, tokens_like
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_text_goes_on_from_a_cache_under_the_plan_that_wrote_it(tiny_model, tokens_like, span):
+def test_text_continues_from_a_cache_under_its_plan(tiny_model, tokens_like, span):
     model, tokens = tiny_model(plan_span=span), tokens_like(2, 6)
     plan = model.sample_plan(2, num_plans(span, 6 + NEW))
     expected = model.generate(tokens, plan=plan, **GREEDY)

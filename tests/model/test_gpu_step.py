@@ -47,7 +47,7 @@ def fake(mode: FakeTensorMode, value: Any) -> Any:
 
 
 def step_without_numbers(config: Any, inputs: dict[str, Any], steps: int = 2) -> None:
-    """Training steps on tensors that have no values: whatever asks for one raises an error."""
+    """Training steps on tensors that have no values: reading one raises an error."""
     with torch.device("meta"):
         net = FreeTransformer(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -83,7 +83,7 @@ def run(trained, tmp_path) -> Run:
 
 @pytest.fixture
 def evaluated(run):
-    """Writes `metrics.json`, and returns what it holds."""
+    """Saves `metrics.json`, and returns its content."""
 
     def evaluate() -> dict:
         model, rows = run.load_model(), run.held_out_rows(run.load_tokenizer())
@@ -116,7 +116,7 @@ def test_the_model_needs_its_neighbours_and_what_transformers_installs():
 
 
 def test_who_has_not_the_package_loads_the_same_model(trained, tmp_path):
-    """From a folder, from a hub's cache and from what was saved again, to the last bit; and the card's own code."""
+    """From a folder, from a hub's cache and from a saved copy, bit-for-bit; and the card's code."""
     torch.save(computed(trained.load_model(), torch.randint(3, 250, (2, 20))), tmp_path / "computed.pt")
     shutil.copytree(trained.model_folder, tmp_path / "cats")
     commit = "0123456789abcdef" * 2 + "01234567"
@@ -141,7 +141,7 @@ def test_who_has_not_the_package_loads_the_same_model(trained, tmp_path):
 
 
 @pytest.mark.parametrize("trust", [None, True, False])
-def test_who_has_the_package_is_not_asked_and_gets_its_class(trained, trust):
+def test_an_imported_package_provides_the_class_without_trust_remote_code(trained, trust):
     folder = trained.model_folder
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
     assert type(model) is FreeTransformer
@@ -151,7 +151,7 @@ def test_who_has_the_package_is_not_asked_and_gets_its_class(trained, trust):
     assert type(write.model) is FreeTransformer
 
 
-def test_what_a_run_writes(trained):
+def test_files_of_a_run_folder(trained):
     assert names(trained.model_folder) == MODEL | TOKENIZER | CODE | {CARD}
     assert auto_map(trained.model_folder) == AUTO_MAP
     assert not list(trained.checkpoints.rglob("*.py"))
@@ -182,7 +182,7 @@ class OwnModel(FreeTransformer):
 
 
 def test_a_model_with_a_part_of_your_own_names_no_code(tiny_model, tiny_config, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "encoder")  # the code of the one before is not its own
+    tiny_model().save_pretrained(tmp_path / "encoder")  # the code of the previous one does not belong to it
     FreeTransformer(tiny_config(), encoder=OwnEncoder(tiny_config())).save_pretrained(tmp_path / "encoder")
     OwnModel(tiny_config()).save_pretrained(tmp_path / "model")
     for name in ("encoder", "model"):
@@ -202,7 +202,7 @@ def test_an_export_names_no_code(trained, tmp_path):
     assert auto_map(tmp_path) is None and not names(tmp_path) & CODE
 
 
-def test_files_of_somebody_else_are_not_overwritten(tiny_model, tmp_path, caplog):
+def test_foreign_files_are_not_overwritten(tiny_model, tmp_path, caplog):
     (tmp_path / "plan.py").write_text("mine = True\n")
     tiny_model().save_pretrained(tmp_path)
     assert (tmp_path / "plan.py").read_text() == "mine = True\n"
@@ -269,7 +269,7 @@ def pushed(monkeypatch) -> dict[str, str]:
         HfApi, "create_repo", lambda self, repo_id, **_: huggingface_hub.RepoUrl(f"https://hf.co/{repo_id}")
     )
     monkeypatch.setattr(HfApi, "create_commit", commit)
-    monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)  # which asks the hub
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)  # which contacts the hub
     monkeypatch.setattr(transformers_hub.ModelCard, "load", nothing_there)
     monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False)
     return files

@@ -157,7 +157,7 @@ def imported_modules(name: str, path: Path) -> set[str]:
 
 
 def test_the_model_is_closed():
-    """Its files import each other alone, and are what a saved model carries; `modeling` reaches each of them."""
+    """Its files import only each other, and a saved model carries them; `modeling` reaches each of them."""
     folder = PACKAGE / "model"
     names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     reached, todo = set(), ["modeling"]

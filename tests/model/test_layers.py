@@ -1,4 +1,4 @@
-"""Layers and cache of our own, each against the one of `transformers` that it replaces."""
+"""Our layers and cache, each compared with the one of `transformers` that it replaces."""
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_a_head_with_an_adapter_computes_logits_and_then_the_loss(tiny_model, to
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the values that Python asks of tensors: on a GPU it would wait for each."""
+    """Counts the tensor values that Python reads: on a GPU it would wait for each."""
 
     count = 0
 
@@ -160,7 +160,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("span", [1, 4, "sequence"])
-def test_a_training_step_asks_no_tensor_for_its_value(tiny_config, tokens_like, span):
+def test_a_training_step_reads_no_tensor_value(tiny_config, tokens_like, span):
     model = FreeTransformer(tiny_config(plan_span=span))
     (optimizer,) = build_optimizers(model, Settings.model_validate({"optimizer": {"name": "adamw"}}))
     tokens = tokens_like(2, 12)
@@ -173,7 +173,7 @@ def test_a_training_step_asks_no_tensor_for_its_value(tiny_config, tokens_like, 
 
 
 @pytest.mark.parametrize("span", [1, 4, "sequence"])
-def test_a_step_of_generation_asks_no_tensor_for_its_value(tiny_model, tokens_like, span):
+def test_a_generation_step_reads_no_tensor_value(tiny_model, tokens_like, span):
     model, cache = tiny_model(plan_span=span), PlanCache(tiny_model().config)
     state = PlanState(plan=model.sample_plan(2, 1 if span == "sequence" else 4), columns=0)
     with torch.no_grad(), HostReads() as reads:
@@ -186,9 +186,7 @@ def test_a_step_of_generation_asks_no_tensor_for_its_value(tiny_model, tokens_li
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", [2, 4])  # of two the last one receives the plan
 @pytest.mark.parametrize("text", ["whole", "padded", "packed"])
-def test_where_one_token_is_asked_for_the_last_layer_works_on_one(
-    tiny_model, tokens_like, monkeypatch, attention, layers, text
-):
+def test_the_last_layer_computes_only_the_needed_token(tiny_model, tokens_like, monkeypatch, attention, layers, text):
     model = tiny_model(torch.float32, num_layers=layers, attn_implementation=attention)
     given = {"input_ids": tokens_like(3, 9), "plan": model.sample_plan(3, 9)}
     if text == "padded":
@@ -265,7 +263,7 @@ def test_growing_cache_lets_gradients_through(tiny_config):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("span", [1, 4, "sequence"])
-def test_a_compiled_step_with_a_static_cache_writes_the_same_text(tiny_model, tokens_like, span, padded):
+def test_a_compiled_step_with_a_static_cache_generates_the_same_text(tiny_model, tokens_like, span, padded):
     model, tokens = tiny_model(plan_span=span), tokens_like(2, 6)
     mask = torch.ones_like(tokens)
     if padded:

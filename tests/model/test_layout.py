@@ -20,7 +20,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # of rotary positions, which are computed 
 
 @dataclass
 class Token:
-    """What the reference says of a real token."""
+    """The reference's result for a real token."""
 
     document: int
     plan: int
@@ -151,7 +151,7 @@ def test_padding_positions_embeddings_and_caches_change_nothing(span, attention)
         if cut > 0:
             first = PlanCache(model.config)
             parts = [read(0, cut, plan=plan, prompt_plan="prior", cache=first), read(cut, columns, cache=first)]
-            logits.append(torch.cat(parts, 1))  # the cache knows the plan
+            logits.append(torch.cat(parts, 1))  # the cache stores the plan
             foreign = DynamicCache(config=model.config)
             options = {"plan": plan, "prompt_plan": "prior", "past_key_values": foreign}
             logits.append(torch.cat([read(0, cut, **options), read(cut, columns, **options)], 1))
@@ -186,7 +186,7 @@ def test_generated_text_is_that_of_each_row_alone(span):
         if as_embeddings:
             prompt = {"inputs_embeds": model.get_input_embeddings()(tokens)}
             if cache == "none":
-                return  # `transformers` itself continues from tokens alone there
+                return  # `transformers` itself continues only from tokens there
         output = model.generate(**prompt, attention_mask=mask.long(), plan=plan, **options, **kind)
         assert torch.equal(output.plan[:, : plan.shape[1]], plan)
         for row in range(len(mask)):
@@ -198,7 +198,7 @@ def test_generated_text_is_that_of_each_row_alone(span):
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_drawn_plans_of_a_generated_text_give_it_again(span):
+def test_plans_of_a_generated_text_reproduce_it(span):
     model = small(span)
     tokens = torch.randint(3, 32, (3, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 1, 0, 1]])
@@ -244,7 +244,7 @@ def test_a_packed_row_cannot_be_continued(tokens_like):
 
 
 @pytest.mark.parametrize("span", [2, "sequence"])
-def test_a_static_cache_of_the_callers_takes_any_positions(span, tokens_like):
+def test_a_static_cache_of_the_caller_accepts_any_positions(span, tokens_like):
     model, tokens = small(span), tokens_like(2, 6)
     plan = model.sample_plan(2, num_plans(span, 6))
     expected = model(tokens, plan=plan).logits

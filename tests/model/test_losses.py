@@ -30,7 +30,7 @@ def random_case(batch: int = 2, tokens: int = 5, vocab: int = 7):
     return logits, torch.randint(vocab, (batch, tokens))
 
 
-def test_kl_is_the_divergence_from_fair_coins_in_bits():
+def test_kl_is_the_divergence_from_the_uniform_prior_in_bits():
     p = torch.tensor([0.5, 0.25, 0.9, 0.001], dtype=torch.float64)
     by_hand = sum(q * math.log2(q / 0.5) + (1 - q) * math.log2((1 - q) / 0.5) for q in p.tolist())
     assert_close(kl_bits(p.logit()).item(), by_hand)
@@ -96,7 +96,7 @@ def test_hinge_is_divided_by_the_predicted_tokens_and_weighted():
     assert_close(result.kl, kl_bits(plan_logits).mean())
 
 
-def test_plans_that_are_masked_out_count_for_nothing():
+def test_masked_plans_do_not_count():
     logits, labels = random_case()
     plan_logits = torch.randn(2, 3, 4, dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, False, False]])

@@ -19,7 +19,7 @@ DTYPES = {"sdpa": torch.float64, "eager": torch.float32}
 
 
 class CountingEncoder(nn.Module):
-    """An encoder of a user's own: the mean of the tokens that a plan may read, and a buffer that no file holds."""
+    """A custom encoder: the mean of the tokens that a plan may read, and a buffer that no file holds."""
 
     def __init__(self, config):
         super().__init__()
@@ -36,7 +36,7 @@ def random_plan(model: FreeTransformer, batch: int, tokens: int) -> torch.Tensor
 
 
 def certain(model: FreeTransformer) -> FreeTransformer:
-    """Takes the likeliest plan where one would be drawn."""
+    """Uses the most likely plan instead of a sample."""
     model.plan_mapper.forward = lambda plan_logits, generator=None: plan_logits > 0
     return model
 
@@ -67,7 +67,7 @@ def padding_mask(side: str, lengths: list[int], total: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 1}, {"num_layers": 3, "injection_layers": [1, 2]}])
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_a_plan_of_zeros_is_the_plain_llama(tiny_model, tokens_like, padding, changes):
+def test_zero_plan_vector_matches_llama(tiny_model, tokens_like, padding, changes):
     model = tiny_model(torch.float32, table_init="zero", **changes)
     tokens, mask = tokens_like(3, 9), torch.ones(3, 9, dtype=torch.long)
     if padding:
@@ -227,7 +227,7 @@ def test_custom_encoder_is_saved_and_restored(tiny_config, tokens_like, tmp_path
 
 
 @pytest.mark.parametrize("loader", [FreeTransformer, AutoModelForCausalLM])
-def test_custom_encoder_is_asked_for_where_it_is_missing(tiny_config, tmp_path, loader):
+def test_missing_custom_encoder_is_an_error(tiny_config, tmp_path, loader):
     config = tiny_config()
     FreeTransformer(config, encoder=CountingEncoder(config)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"encoder=CountingEncoder\(\.\.\.\)"):
@@ -343,7 +343,7 @@ def test_packed_rows_of_a_plain_llama_agree(tiny_model, tokens_like):
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_plan_mask_tells_the_plans_that_cover_text(tiny_model, tokens_like, span):
+def test_plan_mask_marks_the_plans_that_cover_text(tiny_model, tokens_like, span):
     model, mask = tiny_model(plan_span=span), padding_mask("left", [9, 4], 9)
     out = model(tokens_like(2, 9), attention_mask=mask)
     assert out.plan_mask.sum(1).tolist() == [num_plans(span, 9), num_plans(span, 4)]
@@ -481,7 +481,7 @@ def flash_reference(module, query, key, value, attention_mask, scaling, cu_seq_l
         allowed &= attention_mask.bool()[:, None]
     if module.is_causal:
         allowed &= torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results nobody reads
+    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results are not read
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, allowed[:, None], scale=scaling, enable_gqa=True
     )
@@ -584,7 +584,7 @@ def test_number_of_plans_follows_the_span(tiny_model, tokens_like, span):
     assert model.infer_plan(tokens_like(2, 10)).shape == (2, plans, 4)
 
 
-def test_drawn_plans_follow_the_posterior_in_training_and_fair_coins_in_inference(tiny_model, tokens_like):
+def test_plans_follow_the_posterior_in_training_and_the_uniform_prior_in_inference(tiny_model, tokens_like):
     model, tokens = tiny_model(torch.float32, plan_span="sequence"), tokens_like(1, 5)
     p = model.infer_plan(tokens).sigmoid()[0, 0].double()
     assert (p - 0.5).abs().max() > 0.1
@@ -594,7 +594,7 @@ def test_drawn_plans_follow_the_posterior_in_training_and_fair_coins_in_inferenc
         assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
 
 
-def test_sampled_plans_are_fair_coins_that_repeat_under_a_generator(tiny_model):
+def test_sampled_plans_are_uniform_and_repeat_under_a_generator(tiny_model):
     model = tiny_model()
     first, second = (model.sample_plan(500, 3, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert first.shape == (500, 3, 4)

@@ -49,7 +49,7 @@ def test_more_bits_than_an_integer_holds_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_bits_are_drawn_with_the_probabilities_of_their_logits(dtype):
+def test_bits_are_sampled_with_the_probabilities_of_their_logits(dtype):
     draws = 20_000
     logits = torch.tensor([-80.0, -3.0, -0.5, 0.0, 1.0, 4.0, 80.0], dtype=dtype)
     bits = BinaryMapper()(logits.expand(draws, -1))
@@ -58,7 +58,7 @@ def test_bits_are_drawn_with_the_probabilities_of_their_logits(dtype):
     assert ((bits.double().mean(0) - p).abs() <= 5 * (p * (1 - p) / draws).sqrt() + 1e-12).all()
 
 
-def test_bits_are_drawn_independently_of_each_other():
+def test_bits_are_sampled_independently():
     signs = BinaryMapper()(torch.zeros(20_000, 6)).double() * 2 - 1
     covariance = signs.T @ signs / len(signs)
     assert_close(covariance, torch.eye(6, dtype=torch.float64), atol=5 / len(signs) ** 0.5, rtol=0)

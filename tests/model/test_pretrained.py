@@ -209,7 +209,7 @@ def command(capsys, monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["free-transformer", *map(str, arguments)])
-        capsys.readouterr()  # what was said before
+        capsys.readouterr()  # earlier output
         with pytest.raises(SystemExit) as ending:
             cli.main()
         return ending.value.code, capsys.readouterr()

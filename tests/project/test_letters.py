@@ -97,9 +97,9 @@ def test_the_optimum_of_the_noise_is_that_of_a_grid_where_the_plan_has_one_bit(f
 
 def test_without_free_bits_the_noise_is_not_worth_a_plan_and_with_one_it_is_worth_all_of_it():
     nothing, everything = noise_optimum(0.0, latent_dim=2), noise_optimum(1.0, latent_dim=2)
-    assert nothing.saved == pytest.approx(0, abs=1e-3)  # what a plan tells never exceeds what it spends
+    assert nothing.saved == pytest.approx(0, abs=1e-3)  # the information of a plan never exceeds its KL
     assert everything.saved == pytest.approx(LENGTH * 0.2338, abs=0.05)  # the entropy of the noise, in nats
-    assert everything.rate > 3 * NOISE  # which fair coins then overdo
+    assert everything.rate > 3 * NOISE  # which the uniform prior then produces too often
     assert everything.overlap_shared > 0.95
 
 
@@ -116,7 +116,7 @@ def run_command(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
-def test_the_command_trains_measures_and_writes_the_report_and_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+def test_the_command_trains_measures_reports_and_resumes(monkeypatch, tmp_path, capsys):
     few = [variant for variant in VARIANTS if variant.name in ("1_8", "sequence", "baseline")]
     defaults = experiment.reproduce_letters.__defaults__
     monkeypatch.setattr(experiment.reproduce_letters, "__defaults__", (*defaults[:-1], few))

@@ -1,6 +1,6 @@
 """
-README and documentation as written: their blocks, in order, each page in a folder of its own where runs take a few
-steps. Always the Python and YAML that needs no command before it; all of it by `make test-docs`.
+README and documentation as written: their blocks, in order, each page in its own folder with runs of a few steps.
+Always the Python and YAML that needs no command before it; everything with `make test-docs`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from free_transformer.training import Run, load_settings, train
 from pages import PAGES, ROOT, blocks, lines_of_shell
 
 ALONE = ["README", "index", "contributing", "evaluation", "faq", "hub", "long-text", "pretrained", "steering"]
-ELSEWHERE = {  # what no test runs as written, and what shows it
+ELSEWHERE = {  # commands that no test runs as written, and what covers them
     r"git clone|python3 -m venv|source |\S*pip install": "make release-check",
     r"make demo +# seed 0|.*demo.py --seed 1": "the README's command",
     r"make (test|test-docs|quality|hooks)\b": "before every commit",
@@ -48,7 +48,7 @@ doc_to_target: gold
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """The repository as a reader has it after some days: texts, two short runs, a Llama, a task."""
+    """A repository in use: texts, two short runs, a Llama, a task."""
     folder = tmp_path_factory.mktemp("pages") / "prepared"
     copy_repository(folder)
     write_texts(folder)
@@ -66,7 +66,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def copy_repository(folder: Path) -> None:
-    """What commands read of it, the settings shortened, and this environment, in which nothing is left to install."""
+    """Files that commands read, shortened settings, and this environment with everything installed."""
     for name in ("configs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
@@ -103,7 +103,7 @@ def write_texts(folder: Path) -> None:
 
 @pytest.fixture
 def workspace(prepared, tmp_path, monkeypatch) -> Path:
-    """A copy of what is prepared, as the current folder, where the commands of this environment come first."""
+    """A copy of `prepared` as the current folder, with the commands of this environment first in PATH."""
     folder = shutil.copytree(prepared, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -111,7 +111,7 @@ def workspace(prepared, tmp_path, monkeypatch) -> Path:
 
 
 def names() -> dict[str, object]:
-    """What pages speak of without saying how it came to be."""
+    """Names that pages use without defining them."""
     model, baseline, tokenizer = Run("runs/mine").load_model(), Run("runs/baseline").load_model(), byte_tokenizer()
     tokens = torch.randint(0, 256, (4, 64))
     texts = [f"{number} times to be or not" for number in range(24)]

@@ -1,5 +1,5 @@
 """
-Builds what would be published and uses it as whoever installs it does: the wheel alone, in an environment of its own.
+Builds the release and uses it as a user does: only the wheel, in a separate environment.
 
     python tests/release/check.py
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def use(folder: Path, wheel: Path, constrained: bool) -> None:
-    """Installs the wheel in a folder of its own and runs the commands there."""
+    """Installs the wheel in a separate folder and runs the commands there."""
     python = install_alone(folder / "venv", f"{wheel}[train]", constrained=constrained)
     (folder / "work" / "configs").mkdir(parents=True)
     (folder / "work" / CONFIG).write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")

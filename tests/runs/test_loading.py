@@ -81,7 +81,7 @@ def as_pickle(folder, contents: bytes | None = None) -> None:
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 NOT_FINITE = torch.full((32,), torch.nan)
-# what happens to the files, and what the message names
+# what happens to the files, and the names in the message
 DAMAGE = {
     "missing": (lambda folder: changed(folder, lambda t: t.pop(LAYER)), LAYER),
     "missing of the plan": (lambda folder: changed(folder, lambda t: t.pop("encoder.query")), "encoder.query"),

@@ -1,4 +1,4 @@
-"""What a run's folder keeps, what a resumed run may change, and how a run ends."""
+"""Contents of a run's folder, permitted changes of a resumed run, and the end of a run."""
 
 import contextlib
 import io
@@ -381,7 +381,7 @@ def test_finished_run_without_its_model_writes_it_again():
     assert run.config_file.read_bytes() == config
 
 
-def test_attempts_that_left_nothing_are_not_in_the_history(monkeypatch):
+def test_attempts_without_results_are_not_in_the_history(monkeypatch):
     from free_transformer.training import loop
 
     train_with()
@@ -554,10 +554,10 @@ def test_second_interrupt_while_saving_waits_for_the_checkpoint(monkeypatch):
     monkeypatch.setattr(checkpoint.dcp, "save", interrupted_save)
     with pytest.raises(TrainingStopped):
         train_with("training.save_every=2")
-    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"step-2", "step-3"}  # none is half written
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"step-2", "step-3"}  # none is half saved
 
 
-def test_second_interrupt_elsewhere_ends_the_step_in_one_line(project):
+def test_second_interrupt_outside_a_save_ends_the_step_in_one_line(project):
     (process,) = processes.start(
         *(1, command_in, project, "train", "config.yaml", "training.gradient_accumulation_steps=100000"),
         log=project / "log",

@@ -1,4 +1,4 @@
-"""The verdict on a run, from what its folder holds."""
+"""The verdict on a run, from the files in its folder."""
 
 import json
 

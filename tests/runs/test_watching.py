@@ -1,4 +1,4 @@
-"""What is said of a run while it trains, and where the numbers go."""
+"""Messages about a run during training, and trackers."""
 
 import io
 import json
@@ -254,7 +254,7 @@ def test_a_report_of_several_runs_overlays_them(tiny_settings, tmp_path, outside
     path = write_run_report(*(run.path for run in runs))
     assert path == tmp_path / "report.html"
     page = path.read_text()
-    assert page.count("<svg") == 4 and "Held-out" not in page  # training metrics alone, a figure each
+    assert page.count("<svg") == 4 and "Held-out" not in page  # only training metrics, one figure each
     assert page.index(">free</span>") < page.index(">baseline</span>")  # the legend
     assert "A baseline, which has no plan." in page and "model.kind" in page and "training.max_steps" not in page
     assert not outside_references(page)

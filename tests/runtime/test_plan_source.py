@@ -87,7 +87,7 @@ def test_numpy_rule_matches_generate(saturated_model, tokens_like, span, given, 
     assert expected.shape[1] == torch_num_plans(span, tokens.shape[1] + NEW)
     assert np.array_equal(found[:, : expected.shape[1]], expected)
     if given == 0 and prompt_plan == "posterior":
-        assert (found[2] == [False, False, True, True]).all()  # from the prior alone
+        assert (found[2] == [False, False, True, True]).all()  # only from the prior
         assert (found[0, 0] == (model.infer_plan(tokens, mask)[0, 0] > 0).numpy()).all()
 
 

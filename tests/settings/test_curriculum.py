@@ -60,7 +60,7 @@ def test_a_run_without_stages_has_one():
 def test_stages_follow_one_another_and_fill_the_run(steps, max_steps):
     steps[-1] = 0
     if sum(steps) + steps.count(0) > max_steps:
-        with pytest.raises(SettingsError, match="steps come to"):
+        with pytest.raises(SettingsError, match="steps add up to"):
             stages(max_steps, *({"steps": each} for each in steps))
         return
     found = stages(max_steps, *({"steps": each} for each in steps))
@@ -84,9 +84,9 @@ def test_tokens_of_a_step_stay_the_same(seq_len):
     ("training", "message"),
     [
         ({"stages": [{"seq_len": 64}]}, r"curriculum.stages.0.seq_len=64: at most training.seq_len=32"),
-        ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps come to 12, training.max_steps is 10"),
+        ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps add up to 12, training.max_steps is 10"),
         ({"stages": [{"steps": 3}, {"steps": 4}]}, "let the last stage leave out steps"),
-        ({"stages": [{"steps": 10}, {}]}, "steps come to 10 and 1 without"),
+        ({"stages": [{"steps": 10}, {}]}, "steps add up to 10 and 1 without"),
         ({"stages": [{"kl_weight": 1}], "kl_schedule": "linear"}, "stages.0.kl_weight: with curriculum.kl_schedule"),
         ({"stages": [{"sequence": 8}]}, r"unknown setting 'curriculum.stages.0.sequence': did you mean 'seq_len'"),
         ({"stages": [{"data": {"a.txt": 0}}]}, r"greater than 0"),
@@ -137,7 +137,7 @@ def test_resuming_in_and_between_stages_is_the_same_as_not_stopping(staged, monk
     assert untimed(resumed.path) == untimed(whole.path)
 
 
-def test_a_stage_of_other_weights_alone_reads_on_in_the_same_text(tiny_settings, monkeypatch):  # noqa: F811
+def test_a_stage_with_only_other_weights_continues_in_the_same_text(tiny_settings, monkeypatch):  # noqa: F811
     read, original = [], training_step.training_forward
 
     def forward(model, batch, *others):
@@ -152,7 +152,7 @@ def test_a_stage_of_other_weights_alone_reads_on_in_the_same_text(tiny_settings,
 
 
 def mixture(*shares: float) -> MixedRows:
-    """Rows of different letters, so that a batch says what it is made of."""
+    """Rows of different letters, so that a batch shows its sources."""
     texts = [chr(97 + i) * 39 for i in range(len(shares))]
     total = sum(shares)
     return MixedRows([build_rows([text], byte_tokenizer(), 9) for text in texts], [share / total for share in shares])
@@ -162,7 +162,7 @@ def letters_in(batch) -> np.ndarray:
     return batch["input_ids"][:, 1].numpy() - 97
 
 
-def test_a_mixture_is_drawn_in_its_shares():
+def test_a_mixture_is_sampled_in_its_shares():
     batches = islice(mixture(1, 3).shuffled(16, seed=0), 200)
     share = np.concatenate([letters_in(batch) for batch in batches]).mean()
     assert abs(share - 0.75) < 3 * np.sqrt(0.75 * 0.25 / 3200)
@@ -220,7 +220,7 @@ def test_every_row_of_a_source_is_read_before_one_is_read_again():
         assert max(times.values()) - min(times.values()) <= 1
 
 
-def test_sources_are_drawn_row_by_row_and_not_in_turn():
+def test_sources_are_sampled_per_row_and_not_in_turn():
     """How often a source occurs among 64 rows varies like a sum of 64 independent draws."""
     order = SourceOrder([0.25, 0.75], seed=0)
     counts = np.diff([order.taken_before(place)[0] for place in range(0, 64 * 3000, 64)])
@@ -329,7 +329,7 @@ def test_the_best_weights_are_those_of_its_step(tiny_settings, monkeypatch):  # 
         assert_close(found[name], value, atol=0, rtol=0)
 
 
-def test_a_stopped_run_that_keeps_its_best_goes_on_as_if_it_had_not(tiny_settings, monkeypatch):  # noqa: F811
+def test_a_stopped_run_that_keeps_its_best_resumes_as_if_uninterrupted(tiny_settings, monkeypatch):  # noqa: F811
     training = {"eval_every": 1, "early_stopping": 3, "save_every": 1, "save_total": 1}
     losses = [5, 2, 3, 3, 1, 2]
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Annealing and the watcher: what they say of a step, and what a run does with it."""
+"""Annealing and the monitor: results for a step, and the reaction of a run."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_forward_takes_the_weights_of_a_step(tiny_model, tokens_like):
     torch.testing.assert_close(output.loss, expected.loss)
 
 
-def test_training_gives_each_step_its_weights_and_a_resumed_run_goes_on(tiny_settings, monkeypatch):  # noqa: F811
+def test_training_gives_each_step_its_weights_and_a_resumed_run_continues(tiny_settings, monkeypatch):  # noqa: F811
     seen = []
     original = step.training_forward
 
@@ -101,7 +101,7 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert "the plan carries no information: all texts have the same one, only 0.170 of its 1.80 bits" in constant
     assert collapse_warning(result(usage=usage([0.9, 0.9], information=0.19)), free_bits=2.0) is None
     alone = result(usage=usage([0.9, 0.9], information=0.0), documents=1, standard_errors={"gap": float("nan")})
-    assert collapse_warning(alone, free_bits=2.0) is None  # of one text nobody can say
+    assert collapse_warning(alone, free_bits=2.0) is None  # undefined for a single text
 
 
 @pytest.mark.parametrize("validation", [True, False])

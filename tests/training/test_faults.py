@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or run out of disk, as processes of their own."""
+"""Runs that are killed, stopped or run out of disk, in separate processes."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def has_step_after(folder: Path, step: int) -> bool:
 
 
 @pytest.mark.parametrize(("kills", "background"), [(30, False), (10, True)])
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path, kills, background):
+def test_a_repeatedly_killed_run_ends_as_an_uninterrupted_one(tmp_path, kills, background):
     """Every other time while a checkpoint is being written, else at any moment."""
     sections = {"model": {"dropout": 0.2}, "logging": {"sample_every": 0}}
     training = {"max_steps": 6 * kills, "save_every": 1, "eval_every": 40, "async_save": background}

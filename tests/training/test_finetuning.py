@@ -1,4 +1,4 @@
-"""Runs that start from a pretrained model: what learns and how fast, what stays, adapters, and what the run writes."""
+"""Runs from a pretrained model: learning rates, frozen layers, adapters, and saved files."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_everything_learns_or_all_but_the_first_half(settings_of, llama, kind):
         assert (half.keys() - start.keys()) == {name for name in half if name.startswith(("plan_", "encoder."))}
 
 
-def test_the_run_writes_the_shape_it_found_and_goes_on_from_what_it_wrote(settings_of, llama):
+def test_the_run_saves_the_shape_it_found_and_resumes_from_it(settings_of, llama):
     run = train(settings_of(save_every=2), quiet=True)
     written = yaml.safe_load(run.config_file.read_text())
     assert (written["model"]["hidden_dim"], written["model"]["num_layers"]) == (16, 4)
@@ -82,7 +82,7 @@ def test_the_run_writes_the_shape_it_found_and_goes_on_from_what_it_wrote(settin
     assert (model.config.latent_dim, model.config.plan_span, model.config.free_bits) == (3, "sequence", 1.0)
     assert model.config.max_position_embeddings == 64
     llama.rename(llama.with_name("gone"))
-    assert Run(run.path).settings.model.hidden_dim == 16  # a run can be read without what it started from
+    assert Run(run.path).settings.model.hidden_dim == 16  # a run can be read without its pretrained model
     with pytest.raises(SettingsError, match=r"model.pretrained=.*llama"):
         load_settings(run.config_file)
 
@@ -145,7 +145,7 @@ def test_adapters_of_a_baseline(settings_of, llama):
 
 
 @pytest.mark.parametrize("training", [{}, {"lora_rank": 2}, {"freeze_first_half": True}])
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(settings_of, training):
+def test_a_stopped_run_resumes_as_if_uninterrupted(settings_of, training):
     whole = train(settings_of(run="whole", max_steps=4, **training), quiet=True)
     settings = settings_of(run="parts", max_steps=4, **training)
     train(settings_of(run="parts", max_steps=4, save_every=2, **training), quiet=True)

@@ -1,4 +1,4 @@
-"""What is found out before a run: how many rows fit, what it will take; and the precisions."""
+"""Before a run: rows that fit in memory, memory and time; and precisions."""
 
 from types import SimpleNamespace
 

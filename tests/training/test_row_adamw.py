@@ -86,7 +86,7 @@ def test_the_update_is_that_of_sparse_adam():
     assert_close(ours, theirs)
 
 
-def test_state_comes_back_and_goes_on(tmp_path):
+def test_state_is_restored_and_training_continues(tmp_path):
     weights = [nn.Parameter(torch.ones(ROWS, WIDTH, dtype=torch.float64)) for _ in range(2)]
     first, second = (optimizer_of(weight) for weight in weights)
     for number, (rows, values) in enumerate(batches()):

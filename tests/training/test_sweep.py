@@ -68,7 +68,7 @@ def shared_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Sweep:
-    """A sweep of two groups of two seeds that nothing has interrupted; for reading alone."""
+    """An uninterrupted sweep of two groups of two seeds, for reading only."""
     finished = load_sweep(write_config(tmp_path_factory.mktemp("finished")), GRID)
     run_sweep(finished, quiet=True)
     return finished
@@ -281,7 +281,7 @@ def test_a_finished_sweep_is_not_trained_again(finished, trained):
     assert trained == []
     after = everything_below(finished.folder)
     changed = {path.name for path in before if before[path] != after[path]}
-    assert before.keys() == after.keys() and changed <= {"report.html"}  # matplotlib draws its own names into it
+    assert before.keys() == after.keys() and changed <= {"report.html"}  # matplotlib adds its own names
 
 
 def stop_training(monkeypatch) -> None:
@@ -325,9 +325,7 @@ def stop_summary(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("stop", "again"), [(stop_training, NAMES[1:]), (stop_evaluation, NAMES[1:]), (stop_summary, NAMES[2:])]
 )
-def test_a_sweep_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
-    finished, config, trained, monkeypatch, stop, again
-):
+def test_a_stopped_sweep_resumes_with_the_same_result(finished, config, trained, monkeypatch, stop, again):
     with monkeypatch.context() as patch, pytest.raises((TrainingStopped, KeyboardInterrupt)):
         stop(patch)
         run_sweep(load_sweep(config, GRID), quiet=True)
@@ -343,7 +341,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     assert steps == [1, 2, 3, 4]
 
 
-def test_more_steps_go_on_and_are_evaluated_anew(config, trained):
+def test_more_steps_resume_and_are_evaluated_again(config, trained):
     short = load_sweep(config, [])
     run_sweep(short, quiet=True)
     longer = load_sweep(config, ["training.max_steps=6"])
@@ -430,7 +428,7 @@ def test_a_held_out_loss_that_is_no_number_is_a_failure(config, monkeypatch):
     assert found.runs[0].reason == "the nll of the held-out text is nan"
 
 
-def test_without_held_out_text_the_table_has_training_alone(config, trained):
+def test_without_held_out_text_the_table_has_only_training(config, trained):
     grid = ["data.validation=[]", "training.max_steps=2", "model.latent_dim=2,3"]
     found = load_sweep(config, grid)
     run_sweep(found, quiet=True)
@@ -445,7 +443,7 @@ def test_without_held_out_text_the_table_has_training_alone(config, trained):
     assert len(trained) == 2
 
 
-def test_baselines_have_an_nll_alone(config):
+def test_baselines_have_only_an_nll(config):
     found = load_sweep(config, ["model.kind=free,baseline", "training.max_steps=2"])
     run_sweep(found, quiet=True)
     table = sweep_table(found)

@@ -97,7 +97,7 @@ def everything_below(folder) -> dict:
 
 
 def certain_plans(monkeypatch) -> None:
-    """The likeliest plan where one would be drawn, so that batches cut differently see the same plans."""
+    """The most likely plan instead of a sample, so that batches cut differently see the same plans."""
     monkeypatch.setattr(BinaryMapper, "forward", lambda self, plan_logits, generator=None: plan_logits > 0)
 
 
@@ -247,7 +247,7 @@ def test_resuming_is_the_same_as_not_stopping(tiny_settings, tmp_path, monkeypat
     assert untimed(resumed.path) == untimed(whole.path)
 
 
-def test_a_run_that_goes_on_with_other_accumulation_reads_on_where_it_was(tiny_settings, monkeypatch):
+def test_a_run_resumed_with_other_accumulation_continues_at_its_position(tiny_settings, monkeypatch):
     read = []
     original = training_step.training_forward
 
@@ -351,7 +351,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints_and_leaves_it(tiny_setti
 
 
 def full_disk(monkeypatch, after: int = 0) -> None:
-    """Each checkpoint after so many is written by half."""
+    """Each checkpoint after so many is only half saved."""
     write, calls = HuggingFaceStorageWriter.write_data, []
 
     def write_data(self, plan, planner):
@@ -560,7 +560,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
 
 @pytest.mark.parametrize("log_every", [1, 100])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tiny_settings, monkeypatch, log_every, accumulation):
+def test_a_nan_or_infinite_loss_ends_the_run_with_its_position(tiny_settings, monkeypatch, log_every, accumulation):
     training = {"save_every": 2, "log_every": log_every, "gradient_accumulation_steps": accumulation}
     settings = tiny_settings(training=training)
     rows = len(build_rows([(settings.run_dir.parent / "text.txt").read_text()], byte_tokenizer(), 16))
@@ -589,7 +589,7 @@ def test_a_gradient_that_is_no_number_is_found_before_it_is_saved(tiny_settings,
     assert not list_checkpoints(settings.run_dir / "checkpoints")
 
 
-def test_steps_that_are_no_numbers_are_left_out_up_to_a_bound(tiny_settings, monkeypatch, capsys):
+def test_nan_or_infinite_steps_are_skipped_up_to_a_bound(tiny_settings, monkeypatch, capsys):
     original, calls = training_step.training_forward, []
 
     def forward(*arguments):
@@ -612,7 +612,7 @@ def test_steps_that_are_no_numbers_are_left_out_up_to_a_bound(tiny_settings, mon
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(tiny_settings, monkeypatch, number):
+def test_a_signal_saves_after_the_step_and_the_run_resumes_there(tiny_settings, monkeypatch, number):
     training = {"max_steps": 6, "save_every": 0}
     whole = train(tiny_settings("whole", model={"dropout": 0.2}, training=training), quiet=True)
     settings = tiny_settings("stopped", model={"dropout": 0.2}, training=training)
@@ -757,7 +757,7 @@ def test_weight_decay_is_for_matrices_and_neither_for_norms_nor_for_the_table():
         (13, {"optimizer": "muon"}, "sparse_adam"),
     ],
 )
-def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expected):
+def test_large_codebooks_have_an_optimizer_of_sampled_rows(latent_dim, training, expected):
     settings = Settings.model_validate({"training": {"optimizer": "adamw", **RATES, **training}})
     model = FreeTransformer(FreeTransformerConfig(hidden_dim=8, num_layers=2, num_heads=2, latent_dim=latent_dim))
     optimizers = build_optimizers(model, settings)
@@ -774,7 +774,7 @@ def test_large_tables_have_an_optimizer_of_drawn_rows(latent_dim, training, expe
     assert codebook_optimizer(build_baseline(model.config), settings) == "adamw"
 
 
-def test_a_step_moves_the_rows_of_drawn_plans_and_no_others(tiny_settings, monkeypatch):
+def test_a_step_updates_only_the_rows_of_sampled_plans(tiny_settings, monkeypatch):
     drawn, forward = [], PlanTable.forward
 
     def watch(self, plan, plan_logits=None):
@@ -793,7 +793,7 @@ def test_a_step_moves_the_rows_of_drawn_plans_and_no_others(tiny_settings, monke
     drawn_rows = torch.zeros_like(moved)
     drawn_rows[torch.cat(drawn)] = True
     assert not (moved & ~drawn_rows).any()
-    assert 0.5 * drawn_rows.sum() < moved.sum() < len(moved)  # those drawn for padding alone have no gradient
+    assert 0.5 * drawn_rows.sum() < moved.sum() < len(moved)  # plans sampled only for padding have no gradient
 
 
 def test_a_run_with_a_sparse_table_resumes_as_if_never_stopped(tiny_settings, monkeypatch):

@@ -24,7 +24,7 @@ from free_transformer.settings import SettingsError
 
 IN_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 IN_ROWS = ("o_proj", "down_proj")
-OTHER_ENTRIES = ("lower_layers", "encode", "upper_layers")  # of the model, besides `forward`
+OTHER_ENTRIES = ("lower_layers", "encode", "upper_layers")  # of the model, in addition to `forward`
 
 
 def parallelize(
@@ -113,7 +113,7 @@ def shard(model: PreTrainedModel, processes: Processes, dtype: torch.dtype | Non
 
 def _gather_outside_of_training(model: PreTrainedModel, name: str) -> None:
     """
-    Lets an evaluation call one of the model's parts by itself: `fully_shard` gathers weights before `forward` only.
+    Lets an evaluation call one of the model's parts directly: `fully_shard` gathers weights before `forward` only.
 
     While training they are called from `forward`, and hooks inside its own would reduce gradients too soon.
     """

@@ -21,14 +21,14 @@ ROLL_CALL = 3.0  # seconds in which the processes that are left say so
 
 
 class ProcessLost(RunError):
-    """A process of the run does not answer any more; the message names it."""
+    """A process of the run does not respond any more; the message names it."""
 
 
 @dataclass
 class Processes:
     """
     A run's processes as a mesh of data x tensor: those of a tensor group read the same rows, each with its share of
-    every matrix. A run of one process has no mesh and asks nobody.
+    every matrix. A run of one process has no mesh and does not communicate.
 
     Attributes:
         mesh: dimensions `replicate`, `shard` and `tensor`; the first two together are data.
@@ -93,11 +93,11 @@ class Processes:
 @contextlib.contextmanager
 def join_processes(settings: DistributedSettings, device: str = "auto") -> Iterator[Processes]:
     """
-    The processes that `torchrun` has started (its environment variables tell), or this one alone.
+    The processes that `torchrun` has started (according to its environment variables), or only this one.
 
     Raises:
         SettingsError: where their number does not fit the settings, or the device is not there.
-        ProcessLost: in all processes that are left, when one has ended or does not answer within `timeout` seconds.
+        ProcessLost: in all remaining processes, when one has ended or does not respond within `timeout` seconds.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _data_processes(settings, 1)
@@ -173,7 +173,7 @@ def _data_processes(settings: DistributedSettings, size: int) -> int:
 
 
 def _is_of_a_backend(error: RuntimeError) -> bool:
-    """gloo raises plain errors where a connection breaks or nobody answers; they name its own files."""
+    """gloo raises plain errors where a connection breaks or times out; they name its own files."""
     return any(name in str(error) for name in ("gloo", "ProcessGroup", "NCCL", "Connection closed", "TCPStore"))
 
 

@@ -79,7 +79,7 @@ class PlanExamples:
     """
     Attributes:
         prompt: beginning of all texts: the most common word of the held-out text, which suits every kind of text.
-        temperature: of the texts. All are sampled with the same random numbers, so they differ by their plans alone.
+        temperature: of the texts. All are sampled with the same random numbers, so they differ only by their plans.
         texts: the prompt under four plans: the most common ones of held-out texts, then samples from the prior.
         live: indices of the live bits.
         bits: all bits, those with the largest effect first.
@@ -175,7 +175,7 @@ def common_word(texts: Iterable[str]) -> str:
 class SharedNoise(LogitsProcessor):
     """
     Adds the same Gumbel noise to the logits of every row. The most likely token of each row is then a sample from its
-    distribution, and rows differ by their logits alone.
+    distribution, and rows differ only by their logits.
     """
 
     def __init__(self, temperature: float, seed: int):

@@ -154,7 +154,7 @@ class Explored:
     async def continuation(
         self, choices: Choices, text: str, plan: str, change: int | None, names: Mapping[str, str]
     ) -> AsyncIterator[str]:
-        """A text that goes on as `text` does, under its plan, and from `change` new tokens on under the chosen plan."""
+        """A text that continues `text` under its plan and, from `change` new tokens on, under the chosen plan."""
         own, other = self._bits(choices, plan), self._bits(choices, choices.plan)
         changes = {} if change is None else {change: other}
         asked = [self._request(replace(choices, prompt=text), own, choices.words, changes=changes)]
@@ -177,7 +177,7 @@ class Explored:
             yield f"<div class=ft-cell>{markup.text(text.text, not text.ended, text.failure)}</div>"
 
     async def read(self, text: str) -> tuple[str, str]:
-        """The likeliest plan of a text, and markup that shows how certain each bit is."""
+        """The most likely plan of a text, and markup that shows how certain each bit is."""
         ones = await read_plan(self.engine, text)
         return format_bits(ones > 0.5), markup.certainty(ones.mean(0).tolist(), self.dead)
 

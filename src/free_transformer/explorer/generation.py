@@ -44,7 +44,7 @@ class TokenEffect:
     Attributes:
         text: the token.
         gain: log-probability under its own plan minus that under an average of plans, in nats.
-        likely: the likeliest tokens at this place and their probabilities, under each plan that was asked for.
+        likely: the most likely tokens at this position and their probabilities, under each requested plan.
     """
 
     text: str

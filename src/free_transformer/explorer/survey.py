@@ -55,7 +55,7 @@ class BitUse:
 @dataclass
 class PlanSurvey:
     """
-    The likeliest plans of passages of held-out text.
+    The most likely plans of passages of held-out text.
 
     Attributes:
         bits: use of each of the H bits.
@@ -103,7 +103,7 @@ def survey_plans(
     batch: Batch, passages: Sequence[Passage], max_seconds: float, progress: Callable[[int], None] = lambda read: None
 ) -> PlanSurvey:
     """
-    Reads the likeliest plans of passages, as many as the time allows.
+    Reads the most likely plans of passages, as many as the time allows.
 
     Args:
         passages: in an order whose beginning is representative.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DynamicShape = dict[int, "torch.export.Dim | _DimHint"]
 OPSET = 23  # the newest that PyTorch exports: attention and RMS norm are one operation each
-STATIC_OPSET = 18  # plain operations, which every TensorRT since 8.5 knows
+STATIC_OPSET = 18  # plain operators, supported by TensorRT since 8.5
 MAX_IN_ONE_FILE = 2**31 - 2**26  # bytes; a protocol buffer holds at most 2 GiB, including the graph
 
 # operators in graphs of `STATIC_OPSET`, all supported by TensorRT's parser since 8.5 (onnx-tensorrt, docs/operators.md)

@@ -53,7 +53,7 @@ def quantize(
         raise InputError(f"quantize={scheme!r}: one of {SCHEMES}")
     model = check_export(model, None)
     if scheme == "int8-dynamic" and model.device.type != "cpu":
-        raise InputError(f"int8-dynamic runs on a CPU alone, this model is on {model.device}: use int8-weight")
+        raise InputError(f"int8-dynamic runs only on a CPU, but this model is on {model.device}: use int8-weight")
     config = _torchao_config(scheme)
     with own_folder(Path(folder), "export", overwrite) as temporary:
         (copy.deepcopy(model).float() if scheme == "int8-dynamic" else model).save_pretrained(temporary)

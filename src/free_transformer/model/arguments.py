@@ -82,5 +82,5 @@ def check_layout(
 
 
 def continues(state: PlanState, position_ids: Tensor | None) -> bool:
-    """Whether a step needs nothing besides the plans, which are all known."""
+    """Whether a step needs only the plans, which are all known."""
     return state.columns is not None and state.plan is not None and position_ids is not None

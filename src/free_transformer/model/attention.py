@@ -76,7 +76,7 @@ def eager_attention(
 
 def takes_boundaries(config: FreeTransformerConfig, hidden_states: Tensor) -> bool:
     """
-    Whether attention tells the documents of a batch apart by their boundaries, which needs no mask of T x T values.
+    Whether attention separates the documents of a batch by their boundaries, which needs no mask of T x T values.
 
     Flash Attention does, and so does PyTorch's own attention (`sdpa`) where `has_varlen_kernel`.
     """

@@ -50,7 +50,7 @@ class SpareCapacity:
 
     def _append(self, which: int, old: Tensor, new: Tensor, max_spare: int | None) -> Tensor:
         if torch.is_grad_enabled() and (new.requires_grad or old.requires_grad):
-            return torch.cat([old, new], dim=-2)  # a backward pass may need what stands in the buffer
+            return torch.cat([old, new], dim=-2)  # a backward pass may need the contents of the buffer
         held = old.shape[-2]
         total = held + new.shape[-2]
         start, buffer = 0, self.buffers[which]
@@ -141,7 +141,7 @@ class PlanState:
         vectors: (B, 1, D), R, where one plan covers the whole text: it is looked up once.
         texts_per_prompt: how many consecutive rows are texts of one prompt with stratified plans (`stratified.py`); 1
             for independent plans.
-        generator: random numbers for the plans of new text. They have a stream of their own, plan after plan, so that
+        generator: random numbers for the plans of new text. They have a separate stream, plan after plan, so that
             a longer text begins as a shorter one of the same seed does.
         changes: plans that replace this one, (B, 1, H), by the number of new tokens before them.
         context: which tokens the model sees, where a text may become longer than the model was trained for.
@@ -191,7 +191,7 @@ class PlanState:
 
 class PlanCache(DynamicCache):
     """
-    `DynamicCache` that also knows the plans its texts were generated under, and has spare capacity.
+    `DynamicCache` that also stores the plans its texts were generated under, and has spare capacity.
 
     Operations on rows (reordering, repeating, selecting) apply to the plans too. So a step that continues a text from
     this cache needs no plan: it continues under the same one.

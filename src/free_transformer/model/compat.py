@@ -119,7 +119,7 @@ class GenerationHooks(GenerationMixin):
     """The steps inside `generate` that a model can change, where `GenerationMixin` has private methods only."""
 
     def new_cache(self, max_length: int) -> DynamicCache:
-        """The cache for texts of at most `max_length` tokens, where the caller asks for no particular one."""
+        """The cache for texts of at most `max_length` tokens, unless the caller requests a particular one."""
         raise NotImplementedError
 
     def before_prompt(self, model_kwargs: ModelArguments, prompt: Tensor, new_tokens: int) -> None:
@@ -202,5 +202,5 @@ class OwnInitialization(PreTrainedModel):
     """Makes `transformers` initialize every module of a model through the model's own `_init_weights`."""
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside of `transformers` it would skip modules without parameters of their own (attention, MLP).
+        # For code outside of `transformers` it would skip modules without direct parameters (attention, MLP).
         super()._initialize_weights(module, is_custom_code=False)

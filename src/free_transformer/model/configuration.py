@@ -38,7 +38,7 @@ PAPER: dict[str, float] = {
     "aggregate_weight": 0.0,
 }
 
-# Names that `transformers` accepts besides the fields of a configuration, mostly from files of older versions.
+# Names that `transformers` accepts in addition to the fields of a configuration, mostly from files of older versions.
 _ALSO_ACCEPTED = {
     *("torch_dtype", "num_labels", "rope_theta", "rope_scaling", "name_or_path", "output_attentions"),
     *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "return_unused_kwargs"),
@@ -81,7 +81,7 @@ def _one_line_errors(config_class: Any) -> Any:
 @strict
 class FreeTransformerConfig(LlamaConfig):
     r"""
-    Everything that `LlamaConfig` knows, under its own names or the shorter ones of `attribute_map`, and the plan.
+    All fields of `LlamaConfig`, under its names or the shorter ones of `attribute_map`, and those of the plan.
 
     Attributes:
         latent_dim: bits per plan, H, 1 to 64. `free_bits` limits the information in a plan: 8 bits carried all that was
@@ -113,7 +113,7 @@ class FreeTransformerConfig(LlamaConfig):
             columns of the input, padding included. The encoder always reads the whole text.
         plan_strength: factor of the plan's vectors R, at least 0. 1: as trained; 0: R = 0. A factor above 1 holds the
             text closer to its plan, which helps long texts at a low temperature (docs/long-text.md).
-        attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has the others alone.
+        attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has only the other biases.
         encoder_class: set by a model with a custom encoder, so that loading can ask for it.
         plan_names: names of plans, as in `{"recipe": "01101001"}`, which can be given wherever a plan is given as text.
         bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)

@@ -17,7 +17,7 @@ from .outputs import LowerOutput
 
 
 class Initialization(OwnInitialization):
-    """Initializes weights by `init_module`, in every part that `transformers` treats as a model of its own."""
+    """Initializes weights by `init_module`, in every part that `transformers` treats as a separate model."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # norms and rotary buffers
@@ -100,7 +100,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
 
         Args:
             plan_vectors: R of each token, (B, T, D).
-            last_only: lets the last layer compute the output of the last token alone, where nothing observes it.
+            last_only: lets the last layer compute only the output of the last token, where nothing observes it.
 
         Returns:
             what the final norm reads, (B, T, D) or (B, 1, D).

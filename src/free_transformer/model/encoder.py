@@ -66,7 +66,7 @@ class PlanEncoder(nn.Module):
             inside, padding = same_document(plans, tokens), None  # no value is read then
         mask = create_bidirectional_mask(
             self.config,
-            hidden_states[:, :1].expand(-1, layout.num_plans, -1),  # its shape tells the queries'
+            hidden_states[:, :1].expand(-1, layout.num_plans, -1),  # has the shape of the queries
             padding,
             encoder_hidden_states=hidden_states,
             and_mask_function=inside,

@@ -83,7 +83,7 @@ class PlanGenerationMixin(GenerationHooks):
             plan: bits, (P, H) or (B, P, H), text such as `"0110"`, or a name of the configuration's `plan_names`. Plan
                 0 covers the first token of the text. Plans that are missing come from the prompt and, for new text,
                 from the prior.
-            prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt alone
+            prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt only
                 (the paper's pre-filling), or `"prior"`, with no encoder at all. An empty prompt has nothing to read
                 and takes the prior.
             prior: `"uniform"` (the method), or `"aggregate"`, the plans that training texts took, gathered by
@@ -96,7 +96,7 @@ class PlanGenerationMixin(GenerationHooks):
                 as before (`stratified.py`). This applies to whatever is sampled: to plans of new text from the prior,
                 and to plans of the prompt from its posterior, which are alike where the encoder is certain. With
                 `plan_span="sequence"`, a prompt decides the only plan of the text: `prompt_plan="prior"` gives the k
-                texts different plans. Of several plans per text, those in each place are stratified by themselves
+                texts different plans. If a text has several plans, each position is stratified separately
                 (a Latin hypercube), since plans of one text are independent under the prior. Plans that are given are
                 the same for all k texts.
 
@@ -197,7 +197,7 @@ class PlanGenerationMixin(GenerationHooks):
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
-        """The prompt's mask stays (B, T): `forward` tells padding from it."""
+        """The prompt's mask stays (B, T): `forward` needs it to find padding."""
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)

@@ -33,7 +33,7 @@ def code_files() -> list[Path]:
 
 
 def write_code(folder: Path) -> bool:
-    """Copies the code, unless files of somebody else would be lost: then it warns, and returns False."""
+    """Copies the code, unless it would overwrite files that are not its own: then it warns, and returns False."""
     files = code_files()
     others = [
         file.name

@@ -119,9 +119,9 @@ def plan_of_rank(plan_span: int | str, ranks: Tensor) -> Tensor:
 
 def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: torch.device | None = None) -> Tensor:
     """
-    How many real tokens of its text stand before each token, (B, T), or (1, T) where no mask is given.
+    Number of real tokens of its text before each token, (B, T), or (1, T) where no mask is given.
 
-    This alone decides which plan covers a token, `rank // plan_span`, whatever the positions start from and wherever
+    Only this decides which plan covers a token, `rank // plan_span`, whatever the positions start from and wherever
     padding is: on the left, on the right, or in holes.
 
     Args:

@@ -206,7 +206,7 @@ def _next_labels(labels: Tensor) -> Tensor:
 
 
 def predicted_tokens(labels: Tensor) -> Tensor:
-    """How many tokens `labels` asks to predict; the first of a row has no past."""
+    """Number of tokens to predict according to `labels`; the first of a row has no past."""
     return (labels[:, 1:] != IGNORED).sum()
 
 

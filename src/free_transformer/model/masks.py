@@ -74,7 +74,7 @@ def mask_of_text(
 def mask_of_layout(
     config: FreeTransformerConfig, layout: PlanLayout, hidden_states: Tensor, cache: Cache | None
 ) -> MaskAndArguments:
-    """`mask_of_text` of a layout, without reading values: padding is masked as a document of its own."""
+    """`mask_of_text` of a layout, without reading values: padding is masked as a separate document."""
     if layout.boundaries is not None and takes_boundaries(config, hidden_states):
         if is_flash_attention_requested(config):
             return None, layout.boundaries.for_flash_attention()
@@ -117,7 +117,7 @@ def causal_mask(
 
 
 def _is_empty(cache: Cache | None) -> bool:
-    """Whether attention gets the keys of the new tokens alone; a static cache also has columns for later ones."""
+    """Whether attention gets only the keys of the new tokens; a static cache also has columns for later ones."""
     return cache is None or (not cache.is_compileable and int(cache.get_seq_length()) == 0)
 
 

@@ -38,13 +38,13 @@ class LowerOutput:
     num_plans: int  # of the text so far
     num_tokens: int  # of the text so far, padding included
     layer_arguments: dict[str, Any]
-    all_hidden_states: list[Tensor] | None = None  # the input of each layer, where it was asked for
+    all_hidden_states: list[Tensor] | None = None  # the input of each layer, if requested
 
     @property
     def last_row_suffices(self) -> bool:
-        """Whether the last row of the attention mask describes the attention of the last token alone."""
+        """Whether the last row of the attention mask describes only the attention of the last token."""
         if self.layer_arguments.keys() & {"boundaries", "cu_seq_lens_q", "attentions"}:
-            return False  # documents are told apart without a mask, or all tokens' attention is asked for
+            return False  # documents are separated without a mask, or the attention of all tokens is requested
         blocks = self.layer_arguments.get("blocks")
         if blocks is not None and not blocks.equal:
             return False

@@ -20,7 +20,7 @@ from .straight_through import StraightThrough, group_runs
 from .stratified import BitChance, chance_of_prior, numbers_per_set, stratify
 
 MAX_CODE_BITS_INT64 = 63
-MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted each by itself, longer plans bit by bit
+MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted separately, longer plans bit by bit
 UNIFORM_SHARE = 0.01  # of the aggregate prior, so that no plan is impossible
 
 
@@ -48,7 +48,7 @@ def as_plan(
     Checks a plan given by a caller and returns it as (B, P, H) bool.
 
     Args:
-        plan: bits, (P, H) or (B, P, H), bool or 0/1; or written as text, `"0110"` with bit 0 first, for all rows or one
+        plan: bits, (P, H) or (B, P, H), bool or 0/1; or as text, `"0110"` with bit 0 first, for all rows or one
             text for each. A longer text holds several plans.
 
     Raises:
@@ -82,7 +82,7 @@ def as_plan(
 
 
 class BinaryMapper(nn.Module):
-    """Draws each bit by itself, `bit_h ~ Bernoulli(sigmoid(logit_h))` (paper, section 3.3)."""
+    """Samples each bit independently, `bit_h ~ Bernoulli(sigmoid(logit_h))` (paper, section 3.3)."""
 
     def forward(self, plan_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(..., H) logits -> (..., H) bool. Logits of 0 are the uniform prior."""
@@ -96,7 +96,7 @@ class PlanPrior(nn.Module):
     The distribution of plans that no text determines: the uniform prior (the method), or the *aggregate* of the
     plans that training texts took, gathered after training and saved with the model.
 
-    Plans of one text are independent. Up to 12 bits the aggregate counts codes, above that each bit by itself; 1 % of
+    Plans of one text are independent. Up to 12 bits the aggregate counts codes, above that each bit separately; 1 % of
     it is uniform, so that no plan is impossible.
 
     Attributes:
@@ -213,7 +213,7 @@ def draw_stratified(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Sets of k plans, (*sets, k, H) bool, each set stratified by itself; see `stratified.stratify`."""
+    """Sets of k plans, (*sets, k, H) bool, each set stratified separately; see `stratified.stratify`."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     shape = (*sets, numbers_per_set(num_samples, latent_dim))
     uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator).cpu().double().numpy()
@@ -244,9 +244,9 @@ class PlanTable(nn.Module):
         start: `"bit_linear"`, `"normal"` or `"zero"`.
 
     Attributes:
-        sparse: whether `weight.grad` holds the sampled rows alone, as a sparse tensor, for
+        sparse: whether `weight.grad` holds only the sampled rows, as a sparse tensor, for
             `training.optimizers.RowAdamW` and other optimizers that take one; off by default. A dense gradient has the
-            size of the table.
+            size of the codebook.
     """
 
     def __init__(

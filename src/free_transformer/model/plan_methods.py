@@ -54,7 +54,7 @@ class PlanMethods:
         Args:
             prior: `"uniform"`, or `"aggregate"`, the plans of training texts.
             method: `"independent"`, or `"stratified"`: the B plans in each of the P places together cover the prior
-                (see `stratified.py`), while each by itself is distributed as an independent one.
+                (see `stratified.py`), while each one has the distribution of an independent one.
 
         Raises:
             ValueError: for an unknown `prior` or `method`, and for an aggregate prior that was never gathered.

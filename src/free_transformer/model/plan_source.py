@@ -130,7 +130,7 @@ def complete_plans_of_long_prompt(
     model: "FreeTransformer", state: PlanState, tokens: Tensor, mask: Tensor | None, prompt_plans: int, num_tokens: int
 ) -> None:
     """
-    As `complete_plans`, for prompts of which the model sees the end alone. The encoder reads this end; the plans of the
+    As `complete_plans`, for prompts of which the model sees only the end. The encoder reads this end; the plans of the
     tokens before it, which have no effect, are sampled from the prior.
 
     Args:
@@ -165,7 +165,7 @@ def _stratified_posterior(logits: Tensor, texts: int) -> Tensor:
 
 def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """
-    (B, T) bool, False for the token that a text begins with: alone, it is a prompt without anything to read.
+    (B, T) bool, False for the token that a text begins with: by itself it is an empty prompt.
 
     As for tokenizers, that is the end-of-text token where there is no begin-of-text token.
     """

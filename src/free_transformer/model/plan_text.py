@@ -1,4 +1,4 @@
-"""Plans written as text."""
+"""Plans as text."""
 
 import difflib
 from collections.abc import Mapping

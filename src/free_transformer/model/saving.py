@@ -1,4 +1,4 @@
-"""Loading, also from a pretrained Llama without a plan, and saving, with the code of the model beside its weights."""
+"""Loads models, also from a pretrained Llama without a plan, and saves them with their code beside the weights."""
 
 import os
 
@@ -58,7 +58,7 @@ class SavingMixin(PreTrainedModel):
         return (model, loading) if tells else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
-        """As in `transformers`, and the code of the model beside its weights, unless a part of it is your own."""
+        """As in `transformers`, and saves the code of the model beside its weights, unless a part of it is custom."""
         name = type(self).__name__.removeprefix("FSDP")  # the class that sharding makes of this one
         name_code(self.config, wanted=name == OWN_NAME and self.config.encoder_class is None)
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -61,7 +61,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def group_runs(group_bits: Sequence[int]) -> list[tuple[int, int]]:
-    """Groups of the same size side by side, as (bits, groups): one run, or two where the last group is shorter."""
+    """Groups of the same size in one block, as (bits, groups): one run, or two where the last group is shorter."""
     return [(bits, len(list(run))) for bits, run in itertools.groupby(group_bits)]
 
 
@@ -80,7 +80,7 @@ def exact_gradient(
     Args:
         grad: (..., D), the loss's gradient at the plan's vectors; plan_logits: (..., H); weight: (rows, D).
         group_bits: bits of each group, whose tables stand one under the other in `weight`.
-        chunk_bytes: bound of what is held at a time, whatever N and the table.
+        chunk_bytes: bound on the bytes held at a time, for any N and codebook.
 
     Returns:
         (..., H), in fp32 or better.

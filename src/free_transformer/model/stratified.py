@@ -36,7 +36,7 @@ def numbers_per_set(num_samples: int, latent_dim: int) -> int:
 
 def stratify(chance: BitChance, num_samples: int, latent_dim: int, uniform: np.ndarray) -> np.ndarray:
     """
-    Samples sets of k plans, each set stratified by itself.
+    Samples sets of k plans, each set stratified separately.
 
     Args:
         chance: the distribution of a plan, by the conditional probability of each bit.

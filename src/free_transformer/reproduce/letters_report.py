@@ -157,7 +157,7 @@ def strings_table(results: Sequence[Result]) -> Table:
         ]
         rows.append([variant.title, *alone, *pairs])
     header = ["plan", "valid", "valid, aggregate prior", "rate of !", "rate of !, aggregate prior"]
-    pairs = ["deviation of the place", "share at the commonest place", "overlap of the ! (Jaccard)"]
+    pairs = ["deviation of the place", "share at the most common place", "overlap of the ! (Jaccard)"]
     return Table([*header, *(f"{name}, shared : independent" for name in pairs)], rows)
 
 

@@ -25,12 +25,12 @@ CARD_FILE = "README.md"
 MARK = "<!-- Written from the run's figures, and again when they change; without this line it stays as it is. -->"
 BOUNDS = ("nll", "elbo")  # comparable with other models, and therefore part of the metadata
 CONTROL = {  # in control.json: a number, or a number and its standard error
-    "agreement": "texts under one random plan that are of its commonest kind",
+    "agreement": "texts under one random plan with its most common label",
     "agreement_baseline": "the same without a plan",
-    "transfer": "texts under the plan of an example that are of its kind",
+    "transfer": "texts under an example's plan with the example's label",
     "transfer_shuffled": "the same under the plans of other examples",
-    "mutual_information": "bits that a plan tells of the kind of its text",
-    "label_entropy": "the most that it could tell",
+    "mutual_information": "information of a plan on the label of its text, in bits",
+    "label_entropy": "maximum of the mutual information, in bits",
 }
 
 

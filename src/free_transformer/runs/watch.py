@@ -111,7 +111,7 @@ def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[i
     try:
         from plotext import figure
     except ImportError as error:
-        raise SettingsError("watch draws with plotext: pip install 'free-transformer-lm[train]'") from error
+        raise SettingsError("watch needs plotext for its plots: pip install 'free-transformer-lm[train]'") from error
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None

@@ -1,1 +1,1 @@
-"""Runs where torch is not installed: ONNX exports and their plans, with NumPy alone."""
+"""ONNX exports and their plans, with NumPy only. Runs without torch."""

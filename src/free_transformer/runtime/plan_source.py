@@ -78,7 +78,7 @@ def num_plans_to_read(
 ) -> np.ndarray:
     """
     The number of plans that the encoder reads from each prompt, (B,): 0 with `prompt_plan="prior"`, and for a prompt
-    that holds no token besides the begin-of-text token.
+    that holds only the begin-of-text token.
 
     Args:
         tokens: (B, T).

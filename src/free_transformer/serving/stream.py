@@ -114,7 +114,7 @@ class ActiveText:
 
     def _begin_scoring(self) -> Iterator[PromptScores]:
         request, batch = self.request, self.batch
-        if request.logprobs is None:  # the response is the prompt alone
+        if request.logprobs is None:  # the response is only the prompt
             return iter(())
         if request.num_plans:
             plans, log_weights = batch.score_plans(request)

@@ -30,11 +30,11 @@ def check_together(settings: Settings) -> None:
             raise SettingsError(f"{name}.seq_len={stage.seq_len}: at most training.seq_len={training.seq_len}")
         for value, schedule in (("kl_weight", "kl_schedule"), ("free_bits", "free_bits_schedule")):
             if getattr(stage, value) is not None and getattr(curriculum, schedule) != "constant":
-                raise SettingsError(f"{name}.{value}: with curriculum.{schedule}=constant alone; take one or the other")
+                raise SettingsError(f"{name}.{value}: only with curriculum.{schedule}=constant; set one of the two")
     for name, bits in starts.items():
         if bits < least:
             raise SettingsError(
-                f"{name}={bits}: at least model.min_bits={least}, since a plan cannot spend more and less at once; "
+                f"{name}={bits}: at least model.min_bits={least}, because a plan's KL cannot be both; "
                 "raise it, or lower model.min_bits"
             )
     _check_steps(settings)
@@ -52,7 +52,7 @@ def _check_steps(settings: Settings) -> None:
     unnamed = sum(stage.steps == 0 for stage in curriculum.stages)
     if curriculum.stages and (named + unnamed > training.max_steps or (not unnamed and named < training.max_steps)):
         raise SettingsError(
-            f"curriculum.stages: their steps come to {named}{f' and {unnamed} without' * (unnamed > 0)}, "
+            f"curriculum.stages: their steps add up to {named}{f' and {unnamed} without' * (unnamed > 0)}, "
             f"training.max_steps is {training.max_steps}; let the last stage leave out steps"
         )
 

@@ -24,7 +24,7 @@ NAME = "default"
 
 def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> "LoraModel":
     """
-    Puts adapters beside the projections of the layers from `first_layer` on, in place; what else is a pretrained
+    Adds adapters to the projections of the layers from `first_layer` on, in place; what else is a pretrained
     model's no longer learns.
 
     Returns:

@@ -74,7 +74,7 @@ class Checkpoints:
     The checkpoints of a run, `folder/step-N/`.
 
     Args:
-        keep: number of checkpoints to keep, besides the best.
+        keep: number of checkpoints to keep, in addition to the best.
         background: write while training continues.
         identity: of the run; recorded in each checkpoint and compared when one is loaded.
         allowed: names of settings that may differ from a checkpoint's although that changes the text to read.

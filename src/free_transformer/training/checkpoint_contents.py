@@ -38,7 +38,7 @@ class UnusableCheckpoint(SettingsError):
 @dataclass
 class TrainState:
     """
-    What a checkpoint contains, besides random states. The learning rate and the schedules follow from the step.
+    What a checkpoint contains, in addition to random states. The learning rate and the schedules follow from the step.
 
     Attributes:
         adapters: PEFT's tuner, if adapters are trained in place of the decoder's weights.

@@ -14,7 +14,7 @@ from free_transformer.distributed.parallelize import reshard
 @contextlib.contextmanager
 def evaluation_mode(model: PreTrainedModel, device: torch.device, seed: int) -> Iterator[None]:
     """
-    Puts the model in eval mode, with random numbers of its own: if it used those of training, a resumed run would
+    Puts the model in eval mode, with separate random numbers: if it used those of training, a resumed run would
     differ. The model runs uncompiled, because each new shape would be compiled; sharded weights are released after.
     """
     model.eval()

@@ -184,7 +184,7 @@ class _Trainer:
         One step over all micro-batches. Each loss is divided by the number of predicted tokens of all of them.
 
         Returns:
-            the signal that has asked some process to stop, or 0. Several processes learn of it in the next step.
+            the signal that requested a process to stop, or 0. Other processes learn of it in the next step.
         """
         training, state, processes = self.settings.training, self.state, self.processes
         micro = [next(self.batches) for _ in self.stop.checked(range(training.gradient_accumulation_steps))]
@@ -298,7 +298,7 @@ class _Trainer:
             self.checkpoints.save(self.state, self.monitor.best if self.settings.keeps_best else None)
 
     def _end_early(self, stop: int) -> None:
-        """Ends a run that a signal has asked to stop, once its state is on the disk."""
+        """Ends a run stopped by a signal, once its state is on the disk."""
         with self.stop.saving():
             self.checkpoints.wait()
         self.monitor.message(

@@ -10,7 +10,7 @@ from torch import Tensor
 from free_transformer.distributed.processes import Processes
 from free_transformer.evaluation.usage import LIVE_BITS
 
-LOSSES = ("loss", "reconstruction", "kl", "hinge", "plans")  # what `training_forward` returns, besides kl_per_bit
+LOSSES = ("loss", "reconstruction", "kl", "hinge", "plans")  # returned by `training_forward`, with kl_per_bit
 
 
 @dataclass

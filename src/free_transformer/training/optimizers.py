@@ -24,13 +24,13 @@ FROM_ZERO = 10  # times more for a codebook that starts at zero
 
 def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool = True) -> list[torch.optim.Optimizer]:
     """
-    AdamW, with weight decay on matrices alone; with `muon`, Muon for the matrices inside the blocks.
+    AdamW, with weight decay only on matrices; with `muon`, Muon for the matrices inside the blocks.
 
     The codebook has no decay: a row moves only when its code is sampled, and decay would erase the rare ones. With
     `sparse_adam` the other rows are not updated at all. Each group keeps its peak rate as `peak_lr`.
 
     Args:
-        sparse_tables: whether the codebook's gradient holds the sampled rows alone, which several processes cannot sum.
+        sparse_tables: whether the codebook's gradient holds only the sampled rows, which several processes cannot sum.
     """
     muon: list[nn.Parameter] = []
     of_adam: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
@@ -75,9 +75,9 @@ def plan_rates(model: nn.Module, rate: float, plan_rate: float | None = None) ->
     """
     Peak learning rates of the encoder and of the codebook.
 
-    What a pretrained model does not bring has to learn faster than what it brings. Its table starts at zero and has to
-    come to the scale of X, which Adam's steps do not know: its rate is per unit of that scale, and larger still, or the
-    text is learned before the plan is of use.
+    New parameters of a pretrained model have to learn faster than the others. The codebook is initialized with zero and
+    has to reach the scale of X, which Adam's steps do not depend on. Its rate is therefore relative to that scale, and
+    larger still, because otherwise the text is learned before the plan is useful.
     """
     scale = getattr(model.config, "stream_scale", None)
     if scale is None:
@@ -164,7 +164,7 @@ def _rows_of(gradient: Tensor) -> tuple[Tensor | slice, Tensor, Tensor]:
     if gradient.is_sparse:
         return sum_rows(gradient)
     used = gradient.any(1)
-    if gradient.is_cuda:  # their number is not asked for
+    if gradient.is_cuda:  # their number is not read
         return slice(None), gradient, used
     rows = used.nonzero().flatten()
     return rows, gradient[rows], torch.ones_like(rows, dtype=torch.bool)

@@ -20,8 +20,8 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 class TrainingStopped(SystemExit):
     """
-    A run that was asked to stop and has saved its state. Nobody who catches it ends with status 128 + the signal's
-    number, as a program does that the signal has ended.
+    A run that was stopped by a signal and has saved its state. If nothing catches it, the program ends with status
+    128 + the signal's number, like a program ended by the signal.
     """
 
     def __init__(self, number: int):

@@ -63,7 +63,7 @@ class SharedStep:
     """What the processes of a run exchange before a step, in one collective."""
 
     tokens: int  # to predict in the step
-    signal: int  # that has asked some process to stop, or 0
+    signal: int  # that requested a process to stop, or 0
     places: list[PlanPlace]  # of each micro-batch
 
 

@@ -138,7 +138,7 @@ def _check(sweep: Sweep) -> None:
 
 
 def _check_folder(run: SweepRun) -> None:
-    """`SettingsError` where training would go on with weights that were trained with other settings."""
+    """Raises `SettingsError` where training would continue with weights from other settings."""
     trained = Run(run.settings.run_dir)
     if not (list_checkpoints(trained.checkpoints) or _figures_file(run).is_file()):
         return

@@ -182,7 +182,7 @@ def write_summary(sweep: Sweep) -> None:
 
 
 def write_sweep_report(sweep: Sweep) -> Path:
-    """Writes `report.html`: the table, the curves of up to ten runs, and the status of each run."""
+    """Saves `report.html`: the table, the curves of up to ten runs, and the status of each run."""
     report = Report(f"Sweep {sweep.folder.name}")
     report.table(sweep_table(sweep))
     report.paragraph(
