@@ -243,9 +243,9 @@ def test_rows_of_different_lengths_count_by_their_tokens(model, llama, side):
 def test_a_batch_without_labels_predicts_every_token_but_the_first(model):
     model, tokens = model(plan_span="sequence"), random_tokens(2, 6)
     own = evaluate_likelihood(model, [batch_of(tokens)], 1, method="exact")
-    labelled = evaluate_likelihood(model, [batch_of(tokens, labels=tokens)], 1, method="exact")
-    assert own.tokens == labelled.tokens == 10
-    assert_close(own.nll, labelled.nll)
+    labeled = evaluate_likelihood(model, [batch_of(tokens, labels=tokens)], 1, method="exact")
+    assert own.tokens == labeled.tokens == 10
+    assert_close(own.nll, labeled.nll)
 
 
 def test_labels_say_what_counts(model):

@@ -230,7 +230,7 @@ def measure_speed_of_little() -> None:
 def test_scaling_measures_speed_of_two_processes(benchmark_module, tmp_path):
     processes.run(2, measure_speed_of_little, log=tmp_path / "log")
     shown = (tmp_path / "log").read_text()
-    assert all(name in shown for name in ("apart", "fsdp", "ddp", "bytes a weight"))
+    assert all(name in shown for name in ("apart", "fsdp", "ddp", "bytes per weight"))
 
 
 def test_scaling_on_paper_adds_up(benchmark_module, monkeypatch, capsys):
