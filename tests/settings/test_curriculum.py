@@ -87,7 +87,10 @@ def test_tokens_of_a_step_stay_the_same(seq_len):
         ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps add up to 12, training.max_steps is 10"),
         ({"stages": [{"steps": 3}, {"steps": 4}]}, "let the last stage leave out steps"),
         ({"stages": [{"steps": 10}, {}]}, "steps add up to 10 and 1 without"),
-        ({"stages": [{"kl_weight": 1}], "kl_schedule": "linear"}, "stages.0.kl_weight: with curriculum.kl_schedule"),
+        (
+            {"stages": [{"kl_weight": 1}], "kl_schedule": "linear"},
+            "stages.0.kl_weight: only with curriculum.kl_schedule=constant",
+        ),
         ({"stages": [{"sequence": 8}]}, r"unknown setting 'curriculum.stages.0.sequence': did you mean 'seq_len'"),
         ({"stages": [{"data": {"a.txt": 0}}]}, r"greater than 0"),
         ({"stages": {"seq_len": 8}}, "curriculum.stages="),
