@@ -223,7 +223,8 @@ def speed_tables(found: dict[str, Any]) -> Iterator[Table]:
         gain = f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
         table.add_row(name, gain, "-" if name == "apart" else f"{statistics.median(waits):.0%}")
     yield table
-    table = Table("2 processes", "MB sent per step", "bytes per weight", title=f"{found['weights'] / 1e6:.2f} M weights")
+    title = f"{found['weights'] / 1e6:.2f} M weights"
+    table = Table("2 processes", "MB sent per step", "bytes per weight", title=title)
     for name in ("fsdp", "ddp"):
         sent = statistics.median(found["sent"][name][1:])
         table.add_row(name, f"{sent / 1e6:.1f}", f"{sent / found['weights']:.1f}")

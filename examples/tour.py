@@ -69,7 +69,7 @@ for number, style in enumerate(STYLES):
     print(f"{style}:", *shown)
 effects = bit_effects(free, batches)
 for bit in effects:
-    print(f"bit {bit.bit} uses {bit.spent:.2f} bits, flipping it changes the NLL by {bit.effect:.4f} nats per byte")
+    print(f"bit {bit.bit} spends {bit.spent:.2f} bits; flipping it: KL of {bit.effect:.4f} nats per byte")
 plans_by_label(contingency(codes, styles)[1], STYLES).savefig(RUNS / "plans.png", dpi=120)
 
 # %% 6. Control: the most common plan of each style, one of them with a flipped bit, and a random plan
