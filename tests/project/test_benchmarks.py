@@ -259,6 +259,7 @@ def gpu_module(monkeypatch, tmp_path):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_gpu_scripts_measure_tiny_shapes_on_a_cpu(gpu_module, tmp_path):
     for name in ("training", "plan_gradient", "generation"):
         gpu_module(name).main()
@@ -276,6 +277,7 @@ def test_gpu_scripts_measure_tiny_shapes_on_a_cpu(gpu_module, tmp_path):
     assert f"<!-- gpu correctness -->\n{report.NOT_RUN}\n" in page
 
 
+@pytest.mark.slow
 def test_gpu_peers_measures_in_processes_of_their_own(gpu_module, monkeypatch, tmp_path):
     peers = gpu_module("peers")
     monkeypatch.setattr(peers, "CONTESTANTS", {name: peers.CONTESTANTS[name] for name in ("llama", "x_transformers")})

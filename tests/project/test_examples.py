@@ -134,6 +134,7 @@ def test_the_demo_runs_whole_and_shows_its_key_lines(script, styles, tmp_path, m
         assert f"kind: {kind}" in (out / kind / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_tour_runs_whole(script, styles, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "three_styles.styles", styles)
     monkeypatch.chdir(tmp_path)
@@ -170,6 +171,7 @@ def test_the_script_of_the_baseline_takes_its_file_of_settings(script, monkeypat
     assert (EXAMPLES.parent / taken[0]).is_file()
 
 
+@pytest.mark.slow
 def test_the_fine_tuning_runs_whole_and_shows_what_it_measured(script, tmp_path, monkeypatch, outside_references):
     finetune = script("finetune")
     words = {"sport": "the team won the match again", "tech": "new phones sell in every shop"}
@@ -199,7 +201,7 @@ def test_the_fine_tuning_runs_whole_and_shows_what_it_measured(script, tmp_path,
     ):
         assert re.search(f"^{line}", summary, flags=re.M), line
     page = (out / "report.html").read_text()
-    assert all(each in page for each in ("transfer", "sport", "tech", "The same fine-tuning without"))
+    assert all(each in page for each in ("transfer", "sport", "tech", "fine-tuning without a plan, in groups"))
     assert page.count("<svg") >= 2 and not outside_references(page)
     control = json.loads((out / "free" / "control.json").read_text())
     assert 0 <= control["transfer"][0] <= 1

@@ -116,6 +116,7 @@ def run_command(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
+@pytest.mark.slow
 def test_the_command_trains_measures_reports_and_resumes(monkeypatch, tmp_path, capsys):
     few = [variant for variant in VARIANTS if variant.name in ("1_8", "sequence", "baseline")]
     defaults = experiment.reproduce_letters.__defaults__

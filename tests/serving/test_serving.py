@@ -375,10 +375,10 @@ def test_command_reports_missing_arguments(arguments, message, tmp_path, monkeyp
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_port_in_use_is_reported(monkeypatch, capsys):
+def test_port_in_use_is_reported(monkeypatch, capsys, tmp_path):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr("sys.argv", ["free-transformer", "serve", "nothing", "--port", str(port)])
+        monkeypatch.setattr("sys.argv", ["free-transformer", "serve", str(tmp_path), "--port", str(port)])
         with pytest.raises(SystemExit) as stopped:
             main()
     assert stopped.value.code == 1 and "choose others with --host and --port" in capsys.readouterr().err

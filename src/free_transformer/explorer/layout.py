@@ -88,7 +88,8 @@ class Layout:
         states = {"others": start.others, "tab": "grid", "before": start.plan, "place": 0}
         self._add(**{name: gr.State(value) for name, value in states.items()})
         self._add(pasted_plan=gr.State(""), map_plan=gr.State(start.plan))
-        self._add(names=gr.BrowserState({}, storage_key=f"names of plans of {self.explored.name}"))
+        key = f"names of plans of {self.explored.name}"
+        self._add(names=gr.BrowserState({}, storage_key=key, secret=key))  # readable after a restart of the server
 
     def _grid(self) -> None:
         with gr.Tab("Grid", id="grid"):
