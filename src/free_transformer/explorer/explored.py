@@ -166,15 +166,13 @@ class Explored:
         bits = self._bits(choices, plan)
         asked = [self._request(choices, bits, choices.words + place) for place in range(2)]
         async for texts in generate(self.engine, asked):
-            yield "".join(
-                f"<div class=ft-cell>{markup.text(each.text, not each.ended, each.failure)}</div>" for each in texts
-            )
+            yield "".join(map(markup.cell, texts))
 
     async def lane(self, choices: Choices) -> AsyncIterator[str]:
         """One text under a sequence of plans."""
         asked = [self._request(choices, self._bits(choices, choices.plan), choices.words)]
         async for (text,) in generate(self.engine, asked):
-            yield f"<div class=ft-cell>{markup.text(text.text, not text.ended, text.failure)}</div>"
+            yield markup.cell(text)
 
     async def read(self, text: str) -> tuple[str, str]:
         """The most likely plan of a text, and markup that shows how certain each bit is."""

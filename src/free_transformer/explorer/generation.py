@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from free_transformer.explorer.survey import posterior
 from free_transformer.model.sampling import Sampling
 from free_transformer.serving.batch import Batch, TextRequest
 from free_transformer.serving.engine import Engine
@@ -107,12 +108,9 @@ async def read_plan(engine: Engine, text: str) -> np.ndarray:
     """The probability of a 1 in each bit of a text's plans, (P, H). A text beyond the model's context is cut."""
 
     def read(batch: Batch) -> np.ndarray:
-        tokens = batch.encode(text, batch.max_length)[: batch.max_length]
-        return np.asarray(batch.infer_plan(tokens), dtype=np.float64)
+        return posterior(batch, batch.encode(text, batch.max_length)[: batch.max_length])
 
-    logits = await asyncio.wrap_future(engine.call(read))
-    probabilities: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
-    return probabilities
+    return await asyncio.wrap_future(engine.call(read))
 
 
 async def token_effects(engine: Engine, tokens: list[int], plans: Sequence[np.ndarray]) -> list[TokenEffect]:

@@ -32,10 +32,20 @@ def bits(plan: str) -> str:
     return f"<span class=ft-bits role=img aria-label='plan {escape(plan)}'>{squares}</span>"
 
 
-def text(content: str, growing: bool = False, failure: str | None = None) -> str:
-    cursor = "<span class=ft-cursor></span>" if growing else ""
-    failed = f"<p class=ft-failure>{escape(failure)}</p>" if failure else ""
-    return f"<div class=ft-text>{escape(content)}{cursor}</div>{failed}"
+def text(content: str) -> str:
+    return f"<div class=ft-text>{escape(content)}</div>"
+
+
+def end_of(growing: GrowingText, shown: str) -> str:
+    """The last part of a text, `shown` as markup, with a cursor while it grows, and why it failed."""
+    cursor = "" if growing.ended else "<span class=ft-cursor></span>"
+    failed = f"<p class=ft-failure>{escape(growing.failure)}</p>" if growing.failure else ""
+    return f"<div class=ft-text>{shown}{cursor}</div>{failed}"
+
+
+def cell(growing: GrowingText, head: str = "") -> str:
+    """A box with a text under a head of markup."""
+    return f"<div class=ft-cell>{head}{end_of(growing, escape(growing.text))}</div>"
 
 
 def grid(rows: Sequence[GridRow], seeds: Sequence[int]) -> str:
@@ -45,7 +55,7 @@ def grid(rows: Sequence[GridRow], seeds: Sequence[int]) -> str:
         cells = []
         for place, each in enumerate(row.texts):
             plan = "" if row.plans is None else bits(row.plans[place])
-            cells.append(f"<div class=ft-cell>{plan}{text(each.text, not each.ended, each.failure)}</div>")
+            cells.append(cell(each, plan))
         found.append(f"<div class=ft-row><div class=ft-label>{row.title}</div>{''.join(cells)}</div>")
     return f"<div class=ft-grid style='--columns: {len(seeds)}'>{''.join(found)}</div>"
 
@@ -90,13 +100,9 @@ def difference(one: GrowingText, other: GrowingText, titles: tuple[str, str]) ->
     columns = []
     for each, title in zip((one, other), titles, strict=True):
         common, own = each.text[:first], each.text[first:]
-        cursor = "" if each.ended else "<span class=ft-cursor></span>"
         marked = f"<mark>{escape(own[:1])}</mark><span class=ft-own>{escape(own[1:])}</span>" if own else ""
-        failed = f"<p class=ft-failure>{escape(each.failure)}</p>" if each.failure else ""
-        columns.append(
-            f"<div class=ft-cell><div class=ft-label>{title}</div>"
-            f"<div class=ft-text>{escape(common)}{marked}{cursor}</div>{failed}</div>"
-        )
+        shown = end_of(each, escape(common) + marked)
+        columns.append(f"<div class=ft-cell><div class=ft-label>{title}</div>{shown}</div>")
     ended = one.ended and other.ended
     note = "The two texts are the same." if same else f"The first difference is at character {first + 1}."
     return f"<div class=ft-pair>{''.join(columns)}</div>" + (f"<p class=ft-note>{note}</p>" if ended else "")
@@ -105,9 +111,9 @@ def difference(one: GrowingText, other: GrowingText, titles: tuple[str, str]) ->
 def changed_text(whole: GrowingText, before: str, after: str) -> str:
     """A text whose plan changes on the way, with both titles."""
     if whole.change is None or whole.change == len(whole.text):
-        only = text(whole.text, not whole.ended, whole.failure)
+        only = end_of(whole, escape(whole.text))
         return f"<div class='ft-cell ft-one'><div class=ft-label>{before}</div>{only}</div>"
-    rest = f"<div class=ft-label>{after}</div>{text(whole.text[whole.change :], not whole.ended, whole.failure)}"
+    rest = f"<div class=ft-label>{after}</div>{end_of(whole, escape(whole.text[whole.change :]))}"
     first = text(whole.text[: whole.change])
     return f"<div class='ft-cell ft-one'><div class=ft-label>{before}</div>{first}<hr>{rest}</div>"
 

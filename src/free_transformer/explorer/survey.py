@@ -99,6 +99,13 @@ class PlanSurvey:
         return found
 
 
+def posterior(batch: Batch, tokens: list[int]) -> np.ndarray:
+    """The probability of a 1 in each bit of a text's plans, (P, H)."""
+    logits = np.asarray(batch.infer_plan(tokens), dtype=np.float64)
+    ones: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
+    return ones
+
+
 def survey_plans(
     batch: Batch, passages: Sequence[Passage], max_seconds: float, progress: Callable[[int], None] = lambda read: None
 ) -> PlanSurvey:
@@ -112,9 +119,9 @@ def survey_plans(
     found, probabilities = PlanSurvey(), []
     end = time.monotonic() + max_seconds
     for passage in passages:
-        logits = np.asarray(batch.infer_plan(passage.tokens), dtype=np.float64)
-        probabilities.append(1 / (1 + np.exp(-np.clip(logits, -50, 50))))
-        for plan in format_bits(logits > 0).split():
+        ones = posterior(batch, passage.tokens)
+        probabilities.append(ones)
+        for plan in format_bits(ones > 0.5).split():
             by_source = found.counts.setdefault(plan, {})
             by_source[passage.source] = by_source.get(passage.source, 0) + 1
             found.snippets.setdefault(plan, batch.texts.decode(passage.tokens)[:SNIPPET])
