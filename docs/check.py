@@ -5,6 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from proselint.checks import __register__
+from proselint.config import DEFAULT
+from proselint.registry import CheckRegistry
+from proselint.tools import LintFile
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["*.md", "docs/*.md", "models/*/README.md"]
 CODE = ["src/**/*.py", "examples/**/*.py", "benchmarks/**/*.py", "docs/*.py", "configs/*.yaml", "Makefile"]
@@ -19,6 +24,7 @@ GLOSSARY = {  # words of the past, and what to write instead
     r"bare products?": "raw matmul",
     r"plan of zeros": "R = 0, for example plan_strength=0 (code 0 has a row of the codebook)",
 }
+UNCHECKED = {"typography": False, "dates_times": False, "weasel_words": False}  # of proselint
 NOT_PROSE = re.compile(r"^```.*?^```|`[^`\n]*`|\]\([^)\n]*\)|https?://\S+|<!--.*?-->", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -28,6 +34,8 @@ def main() -> None:
     pages, code = files(PAGES), files(CODE)
     faults = [fault for page in pages for fault in broken_links(page)]
     faults += [fault for file in [*pages, *code] if file != Path(__file__) for fault in old_words(file)]
+    CheckRegistry().register_many(__register__)
+    faults += [fault for page in pages for fault in style_faults(page)]
     print("\n".join(faults) or f"{len(pages)} pages and {len(code)} files: links and words are right")
     sys.exit(bool(faults))
 
@@ -38,13 +46,24 @@ def files(patterns: list[str]) -> list[Path]:
 
 def old_words(file: Path) -> Iterator[str]:
     """One line for each word of the glossary, outside blocks and `code` of pages."""
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".md":
-        text = NOT_PROSE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
+    text = prose_of(file) if file.suffix == ".md" else file.read_text(encoding="utf-8")
     for words, instead in GLOSSARY.items():
         for found in re.finditer(rf"\b{words}\b".replace(" ", r"\s+"), text, re.IGNORECASE):
             line = text.count("\n", 0, found.start()) + 1
             yield f"{file.relative_to(ROOT)}:{line}: {' '.join(found[0].split())!r}: write {instead}"
+
+
+def style_faults(page: Path) -> Iterator[str]:
+    """What proselint finds in the prose of a page."""
+    config = {**DEFAULT, "checks": {**DEFAULT["checks"], **UNCHECKED}}
+    text = re.sub(r"^ *$", "#", re.sub(r"\d", "#", prose_of(page, "#")), flags=re.MULTILINE)
+    for result, (line, _) in LintFile(page, text).lint(config):
+        yield f"{page.relative_to(ROOT)}:{line}: {result.message} ({result.check_path})"
+
+
+def prose_of(page: Path, instead: str = " ") -> str:
+    """The text of a page with other characters in place of code, links' targets and comments."""
+    return NOT_PROSE.sub(lambda found: re.sub(r"[^\n]", instead, found[0]), page.read_text(encoding="utf-8"))
 
 
 def broken_links(page: Path) -> Iterator[str]:

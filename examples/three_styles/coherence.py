@@ -1,7 +1,8 @@
 """
 Does a text keep its style far beyond the window of attention? Trains a Free Transformer and baselines on three text
 sources, generates long texts with each, and classifies them segment by segment. `make coherence`, then open
-runs/coherence/report.html.
+runs/coherence/report.html. The same for the fine-tuned models of `make demo-pretrained`:
+`python examples/three_styles/coherence.py --pretrained runs/pretrained/styles --out runs/coherence-pretrained`.
 """
 
 import argparse
@@ -22,16 +23,17 @@ from rich.console import Console
 from styles import STYLES, write_corpus
 
 from free_transformer.cli.exit_status import as_command
+from free_transformer.data import load_tokenizer
 from free_transformer.evaluation import Coherence, measure_coherence
 from free_transformer.files import claimed_folder, write_json, write_text
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.reporting.plots import shares_by_position
 from free_transformer.reporting.report import Report
 from free_transformer.reporting.table import Table
+from free_transformer.runs.load_model import load_pretrained
 from free_transformer.training import Run
 
-WINDOW = 256  # tokens that each model can look back on, except the wide baseline
-SEGMENT = 128
+WINDOW = 256  # tokens that each model can look back on, except the wide baseline; two segments
 MODELS = {  # settings on top of the configuration
     "free": [],
     "baseline": ["model.kind=baseline"],
@@ -102,8 +104,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/coherence"), help="folder of runs and report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--pretrained", type=Path, help="measure the runs that `make demo-pretrained` saved here")
     parser.add_argument("--texts", type=int, default=64, help="number of texts of each model")
-    parser.add_argument("--windows", type=int, default=64, help=f"length of each text, in windows of {WINDOW} tokens")
+    parser.add_argument("--windows", type=int, default=64, help="length of each text, in windows of a training row")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
     with claimed_folder(options.out, "long text", ["text", "measured", "results.json", "results.md", "report.html"]):
@@ -111,16 +114,11 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    corpus = options.out / "text"
-    write_corpus(corpus)
-    data = [f"data.train={corpus / 'train.jsonl'}", f"data.validation={corpus / 'validation.jsonl'}"]
-    wanted = {(name, seed): MODELS[name] for seed in options.seeds for name in options.models}
-    runs = train_all(options, {**wanted, ("baseline", SCORER_SEED): MODELS["baseline"]}, data)
-    scorer = runs.pop(("baseline", SCORER_SEED))
+    corpus, runs, scorer, segment = find_runs(options) if options.pretrained else train_all(options)
     jobs = [(name, seed, setting) for name, seed in runs for setting in Setting.of(name)]
     jobs.sort(key=lambda job: (job[2].temperature != 0.7, job[2].prior == "uniform"))  # the hardest first
     results = []
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker, (corpus, scorer.path)) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker, (corpus, scorer, segment)) as pool:
         futures = [pool.submit(_measure, runs[name, seed].path, options, name, seed, how) for name, seed, how in jobs]
         for future in futures:
             results.append(future.result())
@@ -132,13 +130,13 @@ def run(options: argparse.Namespace) -> None:
 _worker: dict[str, Any] = {}  # the classifier and the scorer of a process
 
 
-def _begin_worker(corpus: Path, scorer: Path) -> None:
+def _begin_worker(corpus: Path, scorer: Path, segment: int) -> None:
     torch.set_num_threads(1)
-    run = Run.open(scorer)
-    tokenizer = run.load_tokenizer()
-    held_out = read_rows(corpus / "validation.jsonl", tokenizer, SEGMENT)
+    tokenizer = load_tokenizer(str(scorer))
+    held_out = read_rows(corpus / "validation.jsonl", tokenizer, segment)
     classify, accuracy = train_classifier(corpus / "train.jsonl", tokenizer, held_out)
-    _worker.update(classify=classify, accuracy=accuracy, scorer=run.load_model(), tokenizer=tokenizer)
+    _worker.update(classify=classify, accuracy=accuracy, scorer=load_pretrained(scorer), tokenizer=tokenizer)
+    _worker["segment"] = segment
 
 
 def _accuracy() -> float:
@@ -148,17 +146,19 @@ def _accuracy() -> float:
 def _measure(path: Path, options: argparse.Namespace, name: str, seed: int, setting: Setting) -> Result:
     """Generates texts and classifies them, unless that has been done before."""
     kept = options.out / "measured" / f"{name} {seed} {setting.temperature:g} {setting.name('')} {options.windows}.pt"
-    size = {"texts": options.texts, "windows": options.windows}
+    size, segment = {"texts": options.texts, "windows": options.windows}, _worker["segment"]
     if kept.is_file():
         stored = torch.load(kept, weights_only=True)
         if stored["size"] == size:
-            coherence = Coherence(stored["labels"].numpy(), SEGMENT, stored["nll"].numpy())
+            coherence = Coherence(stored["labels"].numpy(), segment, stored["nll"].numpy())
             return Result(seed, name, setting, coherence, stored["seconds"], stored["texts"])
     model, tokenizer = Run.open(path).load_model(), _worker["tokenizer"]
     started = time.perf_counter()
-    tokens = generate(model, tokenizer, options, seed, setting)
+    if options.pretrained:
+        model.config.max_position_embeddings = 2 * segment
+    tokens = generate(model, tokenizer, options, seed, setting, 2 * segment * options.windows)
     seconds = time.perf_counter() - started
-    coherence = measure_coherence(tokens, tokenizer, _worker["classify"], SEGMENT, _worker["scorer"])
+    coherence = measure_coherence(tokens, tokenizer, _worker["classify"], segment, _worker["scorer"])
     texts = tokenizer.batch_decode(tokens[:6], skip_special_tokens=True)
     assert coherence.segment_nll is not None
     kept.parent.mkdir(exist_ok=True)
@@ -167,8 +167,29 @@ def _measure(path: Path, options: argparse.Namespace, name: str, seed: int, sett
     return Result(seed, name, setting, coherence, seconds, texts)
 
 
-def train_all(options: argparse.Namespace, wanted: dict[tuple[str, int], list[str]], data: list[str]) -> dict[Any, Run]:
+Runs = dict[tuple[str, int], Run]  # by model and seed
+
+
+def find_runs(options: argparse.Namespace) -> tuple[Path, Runs, Path, int]:
+    """As `train_all`, from what `make demo-pretrained` wrote. The pretrained model scores the generated texts."""
+    folder, seed = options.pretrained, options.seeds[0]
+    runs = {(name, seed): Run.open(folder / name) for name in ("free", "baseline")}
+    settings = runs["free", seed].settings
+    return folder / "text", runs, Path(settings.model.pretrained or ""), settings.training.seq_len // 2
+
+
+def train_all(options: argparse.Namespace) -> tuple[Path, Runs, Path, int]:
+    """The folder of the text, the runs, the model that scores the generated texts, and the tokens of a segment."""
+    corpus = options.out / "text"
+    write_corpus(corpus)
+    wanted = {(name, seed): MODELS[name] for seed in options.seeds for name in options.models}
+    runs = train_missing(options, {**wanted, ("baseline", SCORER_SEED): MODELS["baseline"]}, corpus)
+    return corpus, runs, runs.pop(("baseline", SCORER_SEED)).model_folder, WINDOW // 2
+
+
+def train_missing(options: argparse.Namespace, wanted: dict[tuple[str, int], list[str]], corpus: Path) -> Runs:
     """Trains the runs that are not finished, as many at a time as there are cores, one core each."""
+    data = [f"data.train={corpus / 'train.jsonl'}", f"data.validation={corpus / 'validation.jsonl'}"]
     runs = {(name, seed): Run(options.out / f"{name.replace(' ', '-')}-{seed}") for name, seed in wanted}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         started = {
@@ -193,34 +214,35 @@ def _train(run: Run, config: str, overrides: list[str]) -> None:
         raise SystemExit(f"training {run.path} failed: see {log}")
 
 
-def generate(model: Any, tokenizer: Any, options: argparse.Namespace, seed: int, setting: Setting) -> torch.Tensor:
-    """Texts from an empty prompt, (texts, windows · WINDOW), without the begin-of-text token."""
+def generate(
+    model: Any, tokenizer: Any, options: argparse.Namespace, seed: int, setting: Setting, length: int
+) -> torch.Tensor:
+    """Texts from an empty prompt, (texts, length), without the begin-of-text token."""
     torch.manual_seed(seed)
     text = torch.full((options.texts, 1), tokenizer.bos_token_id)
-    length = options.windows * WINDOW + 1
     sampling: dict[str, Any] = {"do_sample": True, "temperature": setting.temperature, "top_k": 0}
     sampling["suppress_tokens"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     if isinstance(model, FreeTransformer):
         model.config.plan_strength = setting.strength
         sampling["plan"] = model.sample_plan(options.texts, 1, prior=setting.prior)
-        return model.generate(text, max_new_tokens=length - 1, **sampling)[:, 1:]
+        return model.generate(text, max_new_tokens=length, **sampling)[:, 1:]
     context = model.config.max_position_embeddings
-    while text.shape[1] < length:  # as a Free Transformer does: a full context is read again from its middle
+    while text.shape[1] <= length:  # as a Free Transformer does: a full context is read again from its middle
         seen = text if text.shape[1] < context else text[:, -(context // 2) :]
-        new = min(context - seen.shape[1], length - text.shape[1])
+        new = min(context - seen.shape[1], length + 1 - text.shape[1])
         more = model.generate(seen, attention_mask=torch.ones_like(seen), max_new_tokens=new, **sampling)
         text = torch.cat([text, more[:, seen.shape[1] :]], 1)
     return text[:, 1:]
 
 
 def marks_of(windows: int) -> list[int]:
-    """Segments that tables show: the last of 1, 2, 4, ... windows."""
-    per_window = WINDOW // SEGMENT
-    return [per_window * 2**i for i in range(1, 20) if 2**i <= windows]
+    """Segments that tables show: the last of 2, 4, 8, ... windows."""
+    return [2 * 2**i for i in range(1, 20) if 2**i <= windows]
 
 
 def table(results: list[Result], marks: list[int]) -> Table:
-    header = ["seed", "model", "temperature", *(f"after {mark * SEGMENT:,}" for mark in marks)]
+    segment = results[0].coherence.segment_tokens
+    header = ["seed", "model", "temperature", *(f"after {mark * segment:,}" for mark in marks)]
     header += ["switches", "styles at the end", "NLL of segments"]
     rows = []
     for each in results:
@@ -236,18 +258,18 @@ def table(results: list[Result], marks: list[int]) -> Table:
         )
     caption = (
         "Share of texts still in the style of their segments 2 to 4 after so many tokens; changes of style from one "
-        f"segment of {SEGMENT} tokens to the next, per 1,000 tokens; texts that end in each style "
+        f"segment of {segment} tokens to the next, per 1,000 tokens; texts that end in each style "
         f"({', '.join(STYLES)}); mean NLL of segments under an independent model, in nats per token."
     )
     return Table(header, rows, caption)
 
 
 def write_results(options: argparse.Namespace, results: list[Result], accuracy: float) -> None:
-    marks = marks_of(options.windows)
+    marks, segment = marks_of(options.windows), results[0].coherence.segment_tokens
     found = {
         "texts": options.texts,
-        "window": WINDOW,
-        "segment": SEGMENT,
+        "window": 2 * segment,
+        "segment": segment,
         "accuracy of the classifier": accuracy,
         "results": [each.to_json(marks) for each in results],
     }
@@ -255,9 +277,9 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
     write_text(options.out / "results.md", table(results, marks).to_markdown())
     report = Report("Style beyond the window")
     report.paragraph(
-        f"Each model generated {options.texts} texts of {options.windows * WINDOW:,} tokens from an empty prompt. A "
-        f"token can look back on {WINDOW} tokens. A classifier that sees one segment of {SEGMENT} tokens at a time "
-        f"assigns its style (accuracy on held-out segments: {accuracy:.3f})."
+        f"Each model generated {options.texts} texts of {options.windows * 2 * segment:,} tokens from an empty prompt. "
+        f"A token can look back on {2 * segment} tokens. A classifier that sees one segment of {segment} tokens at a "
+        f"time assigns its style (accuracy on held-out segments: {accuracy:.3f})."
     )
     for temperature in TEMPERATURES:
         some = [each for each in results if each.setting.temperature == temperature]
@@ -268,7 +290,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
             lines.setdefault(each.name, []).append(same.mean(0))
         means = {name: np.mean(shares, 0) for name, shares in lines.items()}
         report.figure(
-            shares_by_position(means, SEGMENT, chance=1 / len(STYLES)),
+            shares_by_position(means, segment, chance=1 / len(STYLES)),
             "share of texts in the style of their beginning, by position; mean over seeds",
         )
         report.table(table(some, marks))

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from urllib.parse import parse_qsl, urlsplit
 
@@ -359,7 +360,7 @@ def test_a_folder_for_a_space_holds_all_that_it_needs(folder, tmp_path, monkeypa
     compile((space / "app.py").read_text(), "app.py", "exec")
     assert "sdk: gradio" in (space / "README.md").read_text()
     opened = open_model(space / "model", name="again")
-    assert opened.baseline == space / "model" / "baseline"
+    assert opened.baseline == (space / "model" / "baseline").resolve()
     assert opened.build().latent_dim == BITS
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
@@ -367,6 +368,15 @@ def test_a_folder_for_a_space_holds_all_that_it_needs(folder, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "thesis.txt" in capsys.readouterr().err
+
+
+def test_the_run_of_train_baseline_beside_a_model_is_its_baseline(folder, tmp_path):
+    model, beside = tmp_path / "mine", tmp_path / "mine-baseline"
+    shutil.copytree(folder, model, ignore=shutil.ignore_patterns("baseline"))
+    beside.mkdir()
+    assert open_model(model).baseline is None  # not trained yet
+    shutil.copytree(folder / "baseline", beside / "model")
+    assert open_model(model).baseline == beside.resolve()
 
 
 @pytest.mark.parametrize(("name", "message"), [("missing", "no such folder"), ("empty", "neither a trained run")])

@@ -15,7 +15,7 @@ def explore(
     run: ModelArgument,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="Folder of a run or model without a plan to show beside it. Default: RUN/baseline."),
+        typer.Option(help="Folder of a run or model without a plan to show beside it. Default: RUN/baseline or RUN-baseline."),
     ] = None,
     data: DataOption = None,
     host: Annotated[
@@ -40,7 +40,7 @@ def explore(
     Examples:
 
     - `free-transformer explore runs/my-run`
-    - `free-transformer explore runs/my-run --baseline runs/my-baseline --port 9000`
+    - `free-transformer explore runs/my-run --baseline runs/another --port 9000`
     - `free-transformer explore runs/my-run --space my-space`
     """
     with optional_packages("the page needs", "explore"):

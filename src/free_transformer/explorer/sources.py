@@ -57,7 +57,7 @@ def open_model(folder: Path, baseline: Path | None = None, data: Sequence[str] =
     """
     Args:
         folder: of a run, a saved model or an ONNX export.
-        baseline: folder of a run or a saved model without a plan. Default: `baseline` in the folder, if there is one.
+        baseline: folder of a run or a saved model without a plan. Default: see `_find_baseline`.
         data: held-out text, default that of the run.
 
     Raises:
@@ -65,8 +65,8 @@ def open_model(folder: Path, baseline: Path | None = None, data: Sequence[str] =
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name a run, a saved model or an ONNX export")
-    if baseline is None and (folder / BASELINE_FOLDER).is_dir():
-        baseline = folder / BASELINE_FOLDER
+    if baseline is None:
+        baseline = _find_baseline(folder)
     found = Opened(name or folder.resolve().name, folder, baseline, list(data) or _held_out(folder))
     if not found.is_onnx:
         _model_folder(folder)
@@ -129,11 +129,23 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
+def _find_baseline(folder: Path) -> Path | None:
+    """`baseline` in the folder of a model, or the run that `train --baseline` wrote beside it. None without a model."""
+    folder = folder.resolve()
+    places = [folder / BASELINE_FOLDER, folder.with_name(f"{folder.name}-{BASELINE_FOLDER}")]
+    return next((each for each in places if _trained_model(each) is not None), None)
+
+
+def _trained_model(folder: Path) -> Path | None:
+    """The folder of a saved model, or of a run that of its trained model. None without one."""
+    return next((each for each in (folder, folder / "model") if (each / "config.json").is_file()), None)
+
+
 def _model_folder(folder: Path) -> Path:
-    """Of a run the folder of its trained model. `InputError` for a folder without a model."""
-    for each in (folder, folder / "model"):
-        if (each / "config.json").is_file():
-            return each
+    """As `_trained_model`, but `InputError` for a folder without a model."""
+    found = _trained_model(folder)
+    if found is not None:
+        return found
     raise InputError(f"{folder}: neither a trained run nor a saved model nor an ONNX export")
 
 
