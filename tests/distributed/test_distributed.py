@@ -36,9 +36,8 @@ WAYS = {
     "tensor": (2, {"tensor": 2}, TIED),
     "hybrid": (4, {"fsdp": True, "replicas": 2}, {}),
     "data x tensor": (4, {"data": 2, "tensor": 2}, {}),
-    "fsdp x tensor": (4, {"fsdp": True, "tensor": 2}, {"plan_span": "sequence"}),
     "fsdp, muon": (3, {"fsdp": True}, {}),
-    "fsdp x tensor, muon": (4, {"fsdp": True, "tensor": 2}, {}),
+    "fsdp x tensor, muon": (4, {"fsdp": True, "tensor": 2}, {"plan_span": "sequence"}),
 }
 
 

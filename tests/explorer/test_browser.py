@@ -156,8 +156,11 @@ def test_a_link_restores_prompt_plan_and_words(visit, address):
     page = visit("/?length=30&plan=01100110&words=12&prompt=To%20be&temperature=0.9")
     shown = texts(page, "#grid", 20)
     page.get_by_text("Share: link").click()
+    wanted = f"{address}/?model=three-styles&prompt=To+be&plan=01100110&words=12"
+    page.wait_for_function(
+        "wanted => document.querySelector('#link textarea, #link input').value.startsWith(wanted)", arg=wanted
+    )
     link = page.locator("#link textarea, #link input").first.input_value()
-    assert link.startswith(f"{address}/?model=three-styles&prompt=To+be&plan=01100110&words=12")
     again = visit(link.removeprefix(address))
     assert texts(again, "#grid", 20)[:4] == shown[:4]
 

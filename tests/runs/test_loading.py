@@ -209,6 +209,7 @@ def test_an_export_does_not_depend_on_its_files(export, tmp_path):
     assert model.generate([[256, 97]], **options).tolist() == before
 
 
+@pytest.mark.slow  # another export
 def test_graphs_of_another_model_are_not_served(export, tmp_path, command):
     export_onnx(build_model(plan_span="sequence", hidden_dim=64, max_seq_len=64), tmp_path / "other", byte_tokenizer())
     shutil.copytree(export, tmp_path / "copy")

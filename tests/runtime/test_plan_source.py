@@ -96,7 +96,7 @@ def test_numpy_rule_matches_generate(saturated_model, tokens_like, span, given, 
     [
         *product(["torch"], [1, 4, "sequence"], ["bos_token", "eos_token"]),
         ("onnx", 4, "bos_token"),
-        ("onnx", "sequence", "eos_token"),
+        pytest.param("onnx", "sequence", "eos_token", marks=pytest.mark.slow),
     ],
 )
 def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, span, kind, begin):
@@ -151,7 +151,10 @@ def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, spa
                 assert np.array_equal(found[0], expected)
 
 
-@pytest.mark.parametrize(("kind", "span"), [("torch", 4), ("torch", "sequence"), ("onnx", 4), ("onnx", "sequence")])
+@pytest.mark.parametrize(
+    ("kind", "span"),
+    [("torch", 4), ("torch", "sequence"), pytest.param("onnx", 4, marks=pytest.mark.slow), ("onnx", "sequence")],
+)
 def test_served_and_exported_texts_have_stratified_plans(tmp_path, span, kind):
     vocabulary = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": 258}
     torch.manual_seed(0)

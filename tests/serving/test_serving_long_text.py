@@ -73,7 +73,15 @@ def requests_of(span, latent_dim=4) -> list[TextRequest]:
     return found
 
 
-@pytest.mark.parametrize("span", [4, 8, "sequence"])
+@pytest.mark.parametrize(
+    ("batch_of", "span"),
+    [
+        *(("torch", span) for span in (4, 8, "sequence")),
+        ("onnx", "sequence"),
+        *(pytest.param("onnx", span, marks=pytest.mark.slow) for span in (4, 8)),  # each exports a model
+    ],
+    indirect=["batch_of"],
+)
 def test_rows_are_read_again_as_by_generate(batch_of, span, monkeypatch):
     model, requests = build_model(plan_span=span), requests_of(span)
     if span == "sequence":

@@ -37,7 +37,7 @@ def has_step_after(folder: Path, step: int) -> bool:
     return newest_step(folder) > step
 
 
-@pytest.mark.parametrize(("kills", "background"), [(30, False), (10, True)])
+@pytest.mark.parametrize(("kills", "background"), [pytest.param(30, False, marks=pytest.mark.slow), (10, True)])
 def test_a_repeatedly_killed_run_ends_as_an_uninterrupted_one(tmp_path, kills, background):
     """Every other time while a checkpoint is being written, else at any moment."""
     sections = {"model": {"dropout": 0.2}, "logging": {"sample_every": 0}}

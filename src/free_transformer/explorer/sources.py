@@ -1,6 +1,7 @@
 """Opens what `free-transformer explore` is given: a run, a model folder or an ONNX export, with its baseline."""
 
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,13 +45,18 @@ class Opened:
             from free_transformer.runtime.onnx_model import OnnxFreeTransformer
             from free_transformer.serving.onnx_batch import OnnxBatch
 
-            return OnnxBatch(OnnxFreeTransformer(self.folder), ROWS)
-        return _torch_batch(_model_folder(self.folder))
+            return OnnxBatch(OnnxFreeTransformer(self.folder, threads=self.threads), ROWS)
+        return _torch_batch(_model_folder(self.folder), self.threads)
 
     def build_baseline(self) -> Batch:
         """The baseline, as a Free Transformer with R = 0."""
         assert self.baseline is not None
-        return _torch_batch(_model_folder(self.baseline))
+        return _torch_batch(_model_folder(self.baseline), self.threads)
+
+    @property
+    def threads(self) -> int | None:
+        """Of an operation on a CPU: half of the cores where the model and its baseline compute at the same time."""
+        return None if self.baseline is None else max(1, (os.cpu_count() or 1) // 2)
 
 
 def open_model(folder: Path, baseline: Path | None = None, data: Sequence[str] = (), name: str | None = None) -> Opened:
@@ -149,14 +155,18 @@ def _model_folder(folder: Path) -> Path:
     raise InputError(f"{folder}: neither a trained run nor a saved model nor an ONNX export")
 
 
-def _torch_batch(folder: Path) -> Batch:
+def _torch_batch(folder: Path, threads: int | None) -> Batch:
     """A saved model with or without a plan. On a CPU it computes in float32, whatever its weights are saved in."""
+    import torch
+
     from free_transformer.data import load_tokenizer
     from free_transformer.distributed.processes import find_device
     from free_transformer.model.modeling import FreeTransformer
     from free_transformer.runs.load_model import load_pretrained
     from free_transformer.serving.torch_batch import TorchBatch
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     device = find_device("auto")
     model = load_pretrained(folder, FreeTransformer)
     assert isinstance(model, FreeTransformer)
