@@ -15,7 +15,9 @@ def explore(
     run: ModelArgument,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="Folder of a run or model without a plan to show beside it. Default: RUN/baseline or RUN-baseline."),
+        typer.Option(
+            help="Folder of a run or model without a plan to show beside it. Default: RUN/baseline or RUN-baseline."
+        ),
     ] = None,
     data: DataOption = None,
     host: Annotated[
