@@ -20,7 +20,7 @@ PACKAGE := pyproject.toml constraints.txt
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 21
 
-explore: $(VENV)/.explore ## open a page on the plans of a small trained model
+explore: $(VENV)/.explore ## open a page that shows the plans of a small trained model
 	$(BIN)/free-transformer explore models/three-styles
 
 demo: $(VENV)/.demo ## train on three styles, evaluate, steer: runs/three_styles/report.html; 11 minutes
@@ -35,7 +35,7 @@ tour: $(VENV)/.demo ## run the Python tour of docs/tour.md; 5 minutes
 test: $(VENV)/.dev ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-all: $(VENV)/.dev ## the tests, and those of whole benchmarks and compilers too
+test-all: $(VENV)/.dev ## run the tests, and those of whole benchmarks and compilers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not docs"
 
 test-browser: $(VENV)/.dev ## test the explorer in Chromium, which must be installed
@@ -53,7 +53,7 @@ test-oldest: $(VENV)/bin/pip ## run the tests with the oldest supported releases
 	$(BIN)/uv pip install --quiet --python $(VENV)/oldest --resolution lowest-direct -e '.[dev]'
 	$(call test_in,oldest)
 
-# Runs the tests in another environment, after a line that names its releases.
+# Prints the releases of another environment and runs the tests in it.
 define test_in
 $(VENV)/$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 PATH=$(CURDIR)/$(VENV)/$(1)/bin:$$PATH OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -n 2 --dist worksteal -m "not docs"
@@ -87,10 +87,10 @@ format: $(VENV)/.dev ## fix what ruff can fix
 train-free: $(VENV)/.train ## train a Free Transformer on the letters task
 	$(BIN)/python examples/train_free.py --config configs/free_transformer.yaml
 
-train-baseline: $(VENV)/.train ## train its baseline
+train-baseline: $(VENV)/.train ## train the baseline on the letters task
 	$(BIN)/python examples/train_baseline.py --config configs/baseline.yaml
 
-train-free-fsdp: $(VENV)/.train ## train it sharded over all GPUs of this machine, or over its cores
+train-free-fsdp: $(VENV)/.train ## train a Free Transformer sharded over all GPUs of this machine, or over its cores
 	$(BIN)/torchrun --nproc_per_node=auto examples/train_free.py --config configs/free_transformer.yaml --use-fsdp run_dir=runs/free-transformer-fsdp
 
 reproduce: $(VENV)/.train ## reproduce the paper's letters task: letters/report.html; SEEDS=3 as in the documentation
@@ -102,7 +102,7 @@ letters-settings: $(VENV)/.train ## measure the letters task with other sizes, s
 collapse: $(VENV)/.demo ## count runs whose plan is not used: docs/plan.md; an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/collapse.py
 
-plan-size: $(VENV)/.demo ## measure what plans of different sizes know: docs/plan.md; 17 minutes
+plan-size: $(VENV)/.demo ## measure the information in plans of different sizes: docs/plan.md; 17 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_size.py
 
 plan-span: $(VENV)/.dev ## measure cost and control by tokens per plan: docs/plan.md; 90 minutes
@@ -168,7 +168,7 @@ bench-serving: $(VENV)/.dev ## measure 200 requests at once, latency and memory:
 docker-build-cpu: ## build the image for CPUs; TARGET=serve serves only, TARGET=onnx has no PyTorch
 	$(DOCKER) build -f Dockerfile.cpu --target $(TARGET) -t $(IMAGE_CPU) $(DOCKER_BUILD_OPTIONS) .
 
-docker-run-cpu: ## run the demo in it, or serve RUN=runs/my-run (TARGET=onnx: an export) on PORT=8000
+docker-run-cpu: ## run the demo in the image for CPUs, or serve RUN=runs/my-run (TARGET=onnx: an export) on PORT=8000
 	@$(DOCKER) image inspect $(IMAGE_CPU) >/dev/null 2>&1 || $(MAKE) docker-build-cpu
 ifdef RUN
 	$(DOCKER) run --rm --init --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(AS_CALLER) \
@@ -204,7 +204,7 @@ $(VENV)/.train $(VENV)/.demo $(VENV)/.explore $(VENV)/.docs $(VENV)/.dev: $(VENV
 	$(PIP) -e '.[$*]'
 	@touch $@
 
-# Other implementations, one of which has the name of this package: each in its own environment.
+# Each of the other implementations has its own environment, because one of them has the name of this package.
 $(VENV)/peers/x-transformers/.ready: PEER = x-transformers==2.31.10
 $(VENV)/peers/free-transformer/.ready: PEER = free-transformer==0.1.2
 $(VENV)/peers/%/.ready: constraints.txt | $(VENV)/bin/pip

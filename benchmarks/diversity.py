@@ -1,5 +1,5 @@
 """
-What stratified plans add, measured on runs of the demo (`examples/three_styles`).
+Measures what stratified plans add, on runs of the demo (`examples/three_styles`).
 
 - `modes`: number of texts until all of eight equally common modes appear, by simulation.
 - `styles`: different sources among k texts, for k = 1 … 64, of stratified and independent plans and of the baseline.
@@ -62,10 +62,10 @@ def modes(out: Out = Path("runs/diversity"), repeats: int = 20_000, seed: int = 
     found = _distinct(independent[:, :8])
     rows.append(["independent", "any", f"{found.mean():.2f}", f"{(found == 8).mean():.3f}"])
     caption = (
-        f"Eight modes that three bits of the plan tell apart, in 8 texts. Independent plans need {needed.mean():.1f} "
+        f"Eight modes that three bits of the plan distinguish, in 8 texts. Independent plans need {needed.mean():.1f} "
         "texts on average to reach all modes."
     )
-    header = ["plans", "bits that tell the modes apart", "modes in 8 texts", "share of sets with all 8"]
+    header = ["plans", "bits that distinguish the modes", "modes in 8 texts", "share of sets with all 8"]
     _write(out / "modes", {"needed_by_independent": float(needed.mean()), "rows": rows}, Table(header, rows, caption))
 
 

@@ -1,6 +1,6 @@
 """
-How long does the grid of `free-transformer explore` take? Fills it with texts of 200 tokens, by the model in PyTorch
-and by its ONNX export in turns, without a browser: `python benchmarks/explorer_grid.py models/three-styles`.
+Measures how long `free-transformer explore` takes to fill its grid with texts of 200 tokens, with the model in PyTorch
+and with its ONNX export in turns, without a browser: `python benchmarks/explorer_grid.py models/three-styles`.
 """
 
 import argparse

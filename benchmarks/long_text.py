@@ -2,9 +2,9 @@
 Texts longer than the context: compares methods to shorten the context by how well they predict text.
 
     re-read    when the context is full, drop the cache and read the last half again (`free_transformer.model.context`)
-    sliding    read the last full context anew for every token (the reference; one context of FLOPs per token)
+    sliding    read the last full context again for every token (the reference; one context of FLOPs per token)
     sinks      keep the first 4 tokens and a rolling cache of the others, with keys rotated to their places in the cache
-    all        nothing is dropped: positions beyond the trained length
+    all        drop nothing: positions continue beyond the trained length
 
 All methods predict the same tokens, under the plan that the encoder reads from the beginning of the text. Tokens are
 counted from the point where the context was read again; the first ones have the shortest context.
@@ -148,7 +148,8 @@ def table(found: dict[str, Tensor]) -> Table:
         seam = difference(values[:, :, :SEAM], reference[:, :, :SEAM])
         end = difference(values[:, :, last:], reference[:, :, last:])
         rows.append([name, f"{values.mean():.4f}", difference(values, reference), seam, end])
-    header = ["way", "NLL, nats per token", "minus sliding", f"first {SEAM} after re-reading", f"last {SEAM} before it"]
+    seams = (f"first {SEAM} after re-reading", f"last {SEAM} before it")
+    header = ["method", "NLL, nats per token", "minus sliding", *seams]
     return Table(
         header, rows, f"{reference.numel():,} held-out tokens beyond the trained length, the same for all methods"
     )

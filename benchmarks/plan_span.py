@@ -1,5 +1,5 @@
 """
-Cost, control and diversity of the plan by how many tokens share it, on the three styles.
+Measures cost, control and diversity by the number of tokens that share a plan, on the three styles.
 
 Models of plan_span 1, 16, 64 and "sequence" and the baseline, three seeds, the same steps and the same text. Results
 are kept in `--out` and not measured again. `make plan-span`: about an hour and a half on 2 cores.

@@ -1,6 +1,6 @@
 """
-A server under load: 200 requests at once compared with one by one, whether each response equals that of the request
-alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/performance.md.
+Measures a server under load: 200 requests at once compared with one by one, whether each response equals the response
+to the request alone, latency, and memory over 2,000 requests. `make bench-serving`; docs/performance.md.
 
 With `--beside COMMIT`, the servers of this checkout and of a commit receive the same requests in turn, and the ratios
 of their times are printed.

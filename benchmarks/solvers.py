@@ -6,7 +6,7 @@ solver visits until it finds that one, or gives up after 8 visits. Half of the t
 and half by breadth-first search (`--solvers 4`: or by their mirror images, within 5 visits). There are no labels.
 Each solver finds letters that the others do not reach in time, so that a sample solves such a problem only if it uses
 the right solver. With `--notation own`, each solver has its own sign between the letters, as sources of
-solutions differ in style; with `--notation same`, only the order of the letters tells the solvers apart.
+solutions differ in style; with `--notation same`, only the order of the letters distinguishes them.
 
 The first plan of a text covers the problem, the second its solution. `python benchmarks/solvers.py --out runs/solvers`
 creates the texts, trains a Free Transformer and its baseline with `free-transformer train`, and measures pass@k.

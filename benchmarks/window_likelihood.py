@@ -1,10 +1,10 @@
 """
-Does a plan tell what a sliding window cannot see? Held-out likelihood of a Free Transformer whose decoder looks back on
-few tokens, beside baselines: the same window, one layer more, and full attention.
+Does a plan carry information from beyond a sliding window? Compares the held-out likelihood of a Free Transformer with
+a short sliding window to baselines: with the same window, with one more layer, and with full attention.
 
 Trains what is missing, one process per core, and prints the table: `python benchmarks/window_likelihood.py --rows 1024
 --windows 16 64`. Each result is a line of `--results`, which is kept in the repository, so that a long table can be
-measured in several sittings. The demo's text and settings, except for rows, steps and bits: see SETTINGS.
+measured in several calls. Text and settings are the demo's, except for rows, steps and bits: see SETTINGS.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def tables(results: list[dict[str, Any]]) -> list[Table]:
                 other = by_key.get((model, rows, window, each["seed"], steps))
                 cells.append("" if other is None else difference(each, other))
             lines.append(cells)
-        header = ["window", "seed", "bits that tell texts apart", "NLL", *(f"minus {model}" for model in MODELS[1:])]
+        header = ["window", "seed", "bits that distinguish texts", "NLL", *(f"minus {model}" for model in MODELS[1:])]
         caption = (
             f"Rows of {rows:,} bytes, {steps} steps: held-out NLL in nats per byte (bound from {SAMPLES} plans, "
             f"{HELD_OUT_ROWS} rows), and differences with half of their 95 % interval over rows; negative: the plan's "

@@ -15,7 +15,7 @@ PAGES = ["*.md", "docs/*.md", "models/*/README.md"]
 CODE = ["src/**/*.py", "examples/**/*.py", "benchmarks/**/*.py", "docs/*.py", "configs/*.yaml", "Makefile"]
 UNITS = "nats?|bits?|bytes?|plans?|tokens?|FLOPs?|operations|MB|GB|rows"
 PER = "token|byte|plan|text|string|window|sequence|second|step|seed|GPU|process|weight|document|bit|row|sample"
-GLOSSARY = {  # words of the past, and what to write instead
+GLOSSARY = {  # words to avoid, and what to write instead
     r"judg(e|es|ed|ing)": "evaluate (verb), classifier (noun)",
     r"voices?": "source or style",
     rf"({UNITS}) an? ({PER})(?! (carries|has|spends|needs|may|can|that|is|costs|takes)\b)": "per: nats per token",
@@ -36,7 +36,7 @@ def main() -> None:
     faults += [fault for file in [*pages, *code] if file != Path(__file__) for fault in old_words(file)]
     CheckRegistry().register_many(__register__)
     faults += [fault for page in pages for fault in style_faults(page)]
-    print("\n".join(faults) or f"{len(pages)} pages and {len(code)} files: links and words are right")
+    print("\n".join(faults) or f"{len(pages)} pages and {len(code)} files: no faults in links and words")
     sys.exit(bool(faults))
 
 
@@ -54,7 +54,7 @@ def old_words(file: Path) -> Iterator[str]:
 
 
 def style_faults(page: Path) -> Iterator[str]:
-    """What proselint finds in the prose of a page."""
+    """One line for each fault that proselint finds in the prose of a page."""
     config = {**DEFAULT, "checks": {**DEFAULT["checks"], **UNCHECKED}}
     text = re.sub(r"^ *$", "#", re.sub(r"\d", "#", prose_of(page, "#")), flags=re.MULTILINE)
     for result, (line, _) in LintFile(page, text).lint(config):

@@ -35,7 +35,7 @@ def page() -> str:
 
 
 def commands(group: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """The commands of a group in their order, and those of groups in it under both names."""
+    """The commands of a group in order. A command of a nested group has the names of both."""
     found: list[tuple[str, Any]] = []
     for name, command in group.commands.items():
         nested = hasattr(command, "commands")

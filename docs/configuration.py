@@ -64,7 +64,7 @@ def table(name: str, fields: dict[str, Any]) -> str:
 
 
 def further(known: set[str]) -> str:
-    """What the model's configuration has beyond the section `model`, described where it is defined."""
+    """Fields of the model's configuration that the section `model` lacks, with descriptions from its docstring."""
     described = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", attributes(), re.DOTALL | re.MULTILINE)
     rows = ((name, getattr(FreeTransformerConfig, name), text) for name, text in described if name not in known)
     return rows_of("model, further", rows)

@@ -1,4 +1,4 @@
-"""What the site adds to Markdown: unbroken figures in tables, and the changelog of the repository."""
+"""Changes to pages of the site: figures in tables do not break, and changelog.md shows CHANGELOG.md."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the measurements on one GPU share: the results file, timing, and the measured limits of the card."""
+"""Shared by all measurements on one GPU: the results file, timing, and the measured limits of the card."""
 
 import argparse
 import gc

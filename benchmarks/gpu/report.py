@@ -111,7 +111,7 @@ def machine(results: Results) -> str:
     found = next((each["card"] for each in results.values() if "bf16_tflops" in each.get("card", {})), None)
     if found is None:
         return NOT_RUN
-    trial = " **A trial with tiny shapes: the figures mean nothing.**" if found["small"] else ""
+    trial = " **A trial with tiny shapes: do not use these figures.**" if found["small"] else ""
     memory = f", {found['memory_gb']:.0f} GB, driver {found['driver']}" if "memory_gb" in found else ""
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "triton") if found[name])
     return (

