@@ -264,6 +264,29 @@ def table(results: list[Result], marks: list[int]) -> Table:
     return Table(header, rows, caption)
 
 
+def mean_table(results: list[Result], marks: list[int]) -> Table:
+    """As `table`, with one row for all seeds."""
+    segment = results[0].coherence.segment_tokens
+    groups: dict[tuple[str, float], list[Result]] = {}
+    for each in results:
+        groups.setdefault((each.name, each.setting.temperature), []).append(each)
+    header = ["model", "temperature", *(f"after {mark * segment:,}" for mark in marks), "lowest of a seed"]
+    header += ["switches", "styles at the end", "NLL of segments"]
+    rows = []
+    for (name, temperature), group in groups.items():
+        shares = np.array([[each.coherence.share_at(mark)[0] for mark in marks] for each in group])
+        switches = np.mean([each.coherence.switches_per_1000_tokens for each in group])
+        ends = np.sum([each.coherence.counts_at_end(len(STYLES)) for each in group], 0)
+        nll = np.mean([each.coherence.segment_nll for each in group])
+        cells = [name, f"{temperature:g}", *(f"{share:.3f}" for share in shares.mean(0)), f"{shares[:, -1].min():.3f}"]
+        rows.append([*cells, f"{switches:.2f}", " / ".join(map(str, ends)), f"{nll:.3f}"])
+    caption = (
+        f"Mean over {len({each.seed for each in results})} seeds of the columns of the table below; the share of the "
+        "seed with the lowest one after the last token; texts of all seeds that end in each style."
+    )
+    return Table(header, sorted(rows, key=lambda row: row[1], reverse=True), caption)
+
+
 def write_results(options: argparse.Namespace, results: list[Result], accuracy: float) -> None:
     marks, segment = marks_of(options.windows), results[0].coherence.segment_tokens
     found = {
@@ -274,13 +297,15 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
         "results": [each.to_json(marks) for each in results],
     }
     write_json(options.out / "results.json", found)
-    write_text(options.out / "results.md", table(results, marks).to_markdown())
+    tables = [mean_table(results, marks), table(results, marks)]
+    write_text(options.out / "results.md", "\n\n".join(each.to_markdown() for each in tables))
     report = Report("Style beyond the window")
     report.paragraph(
         f"Each model generated {options.texts} texts of {options.windows * 2 * segment:,} tokens from an empty prompt. "
         f"A token can look back on {2 * segment} tokens. A classifier that sees one segment of {segment} tokens at a "
         f"time assigns its style (accuracy on held-out segments: {accuracy:.3f})."
     )
+    report.table(tables[0])
     for temperature in TEMPERATURES:
         some = [each for each in results if each.setting.temperature == temperature]
         report.heading(f"Temperature {temperature:g}")
@@ -301,7 +326,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
             report.heading(f"{each.name}, temperature {each.setting.temperature:g}", level=3)
             report.samples([(f"text {i + 1}", f"{t[:300]}\n\n[…]\n\n{t[-300:]}") for i, t in enumerate(each.texts)])
     report.write(options.out / "report.html")
-    console.print(table(results, marks).to_rich())
+    console.print(tables[0].to_rich())
     console.print(f"open {options.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -196,5 +196,7 @@ def test_a_sweep_prints_its_table_and_is_status_1_where_a_run_fails(command, con
         raise ValueError("broken")
 
     monkeypatch.setattr(step, "training_forward", forward)
-    outcome = command(*arguments[:-1], f"run_dir={tmp_path / 'failing'}")
+    write_text(tmp_path / "other.txt", TEXT[::-1])
+    outcome = command(*arguments[:-1], f"run_dir={tmp_path / 'failing'}", f"data.train={tmp_path / 'other.txt'}")
     assert outcome.status == 1 and "4 of 4 runs failed" in outcome.err
+    assert outcome.err.count("warning: data.train is overridden") == 1

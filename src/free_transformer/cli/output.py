@@ -1,10 +1,10 @@
-"""What commands print: one console for results, tables, samples and warnings."""
+"""What commands print: results, tables and samples to standard output, warnings to standard error."""
 
 from typing import TYPE_CHECKING
 
 from rich.status import Status
 
-from free_transformer.reporting.console import printable, stdout_console
+from free_transformer.reporting.console import printable, stderr_console, stdout_console
 from free_transformer.reporting.table import Table
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ def print_line(text: str) -> None:
 
 
 def print_warning(text: str) -> None:
-    console.print(f"warning: {text}", style="yellow")
+    """Prints one line to standard error, so that results can be redirected to a file."""
+    stderr_console().print(f"warning: {text}", style="yellow", soft_wrap=True)
 
 
 def print_verdict(verdict: "Verdict") -> None:

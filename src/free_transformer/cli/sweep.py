@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from free_transformer.cli.options import ConfigArgument
-from free_transformer.cli.output import print_line, print_table
+from free_transformer.cli.output import print_line, print_table, print_warning
 from free_transformer.errors import RunError
 
 
@@ -30,10 +30,15 @@ def sweep(
 
     - `free-transformer sweep config.yaml --grid model.latent_dim=8,16 training.seed=0,1,2`
     """
+    from free_transformer.settings import override_warnings
     from free_transformer.training.sweep import load_sweep, run_sweep
     from free_transformer.training.sweep_summary import sweep_table
 
     loaded = load_sweep(config, [*(grid or []), *(more or [])])
+    first = loaded.runs[0]
+    overrides = [f"{name}={value}" for name, value in first.overrides.items()]
+    for warning in override_warnings(first.settings, overrides, config):
+        print_warning(warning)
     run_sweep(loaded)
     print_table(sweep_table(loaded))
     print_line(f"report: {loaded.folder / 'report.html'}")

@@ -121,11 +121,13 @@ class Explored:
         found, own = [], texts[0]
         for row in range(ROWS):
             part = own[row * COLUMNS : (row + 1) * COLUMNS]
+            order = [row] * COLUMNS if shuffled is None else shuffled[row]
+            colors = [markup.plan_color(format_bits(plans[each][:4]), self.survey) for each in order]
             if shuffled is None:
-                found.append(markup.GridRow(self.title(plans[row], names), part))
+                found.append(markup.GridRow(self.title(plans[row], names), part, colors=colors))
             else:
-                mixed = [format_bits(plans[each][:1]) for each in shuffled[row]]
-                found.append(markup.GridRow("<small>plans shuffled</small>", part, mixed))
+                mixed = [format_bits(plans[each][:1]) for each in order]
+                found.append(markup.GridRow("<small>plans shuffled</small>", part, mixed, colors))
         if len(texts) > 1:
             found.append(markup.GridRow("<b>baseline</b><small>no plan</small>", texts[1]))
         return found

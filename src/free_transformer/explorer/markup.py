@@ -17,13 +17,15 @@ class GridRow:
     A row of texts.
 
     Attributes:
-        title: what the texts have in common.
-        plans: of each text, where they differ.
+        title: markup of what the texts have in common.
+        plans: bits of each text's plan, shown above the text; None to show none.
+        colors: edge of each text, a CSS color; None for no color.
     """
 
     title: str
     texts: Sequence[GrowingText]
     plans: Sequence[str] | None = None
+    colors: Sequence[str] | None = None
 
 
 def bits(plan: str) -> str:
@@ -43,9 +45,10 @@ def end_of(growing: GrowingText, shown: str) -> str:
     return f"<div class=ft-text>{shown}{cursor}</div>{failed}"
 
 
-def cell(growing: GrowingText, head: str = "") -> str:
-    """A box with a text under a head of markup."""
-    return f"<div class=ft-cell>{head}{end_of(growing, escape(growing.text))}</div>"
+def cell(growing: GrowingText, head: str = "", color: str = "") -> str:
+    """A box with a text under a head of markup, with a colored edge."""
+    edge = f" style='--edge: {color}'" if color else ""
+    return f"<div class=ft-cell{edge}>{head}{end_of(growing, escape(growing.text))}</div>"
 
 
 def grid(rows: Sequence[GridRow], seeds: Sequence[int]) -> str:
@@ -55,7 +58,7 @@ def grid(rows: Sequence[GridRow], seeds: Sequence[int]) -> str:
         cells = []
         for place, each in enumerate(row.texts):
             plan = "" if row.plans is None else bits(row.plans[place])
-            cells.append(cell(each, plan))
+            cells.append(cell(each, plan, "" if row.colors is None else row.colors[place]))
         found.append(f"<div class=ft-row><div class=ft-label>{row.title}</div>{''.join(cells)}</div>")
     return f"<div class=ft-grid style='--columns: {len(seeds)}'>{''.join(found)}</div>"
 
@@ -72,11 +75,22 @@ def plan_title(plan: str, survey: PlanSurvey | None, name: str | None = None) ->
     return "".join(found)
 
 
+def plan_color(plan: str, survey: PlanSurvey | None) -> str:
+    """The color of the source that most held-out texts with this plan come from; empty if there is none."""
+    if survey is None or not survey.sources or plan not in survey.counts:
+        return ""
+    return _color(survey, _most_common_source(survey.counts[plan]))
+
+
+def _most_common_source(counts: Mapping[str, int]) -> str:
+    return max(counts, key=lambda source: counts[source])
+
+
 def _sources(survey: PlanSurvey, counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     if not survey.sources:
         return f"{total} held-out text{'s' * (total > 1)}"
-    best = max(counts, key=lambda source: counts[source])
+    best = _most_common_source(counts)
     return f"{source_dot(survey, best)}{escape(best)} {counts[best] / total:.0%}"
 
 
@@ -179,14 +193,13 @@ def plan_map(survey: PlanSurvey, latent_dim: int, chosen: str) -> str:
         total = sum(counts.values())
         x, y = (gray_rank(plan[:half]) + 0.5) * cell, (gray_rank(plan[half:]) + 0.5) * cell
         radius = max(0.45, 0.5 * min(cell, 12) * math.sqrt(total / most) * 0.94)
-        best = max(counts, key=lambda source: counts[source])
         label = f"{plan}: {total} of {survey.passages} texts" + "".join(
             f", {source or 'no source'} {count}" for source, count in counts.items() if survey.sources
         )
         kind = " class=ft-chosen" if plan == chosen else ""
         circles.append(
             f"<circle{kind} data-choice='{escape(plan)}' tabindex=0 role=button cx={x:.3f} cy={y:.3f} r={radius:.3f} "
-            f"fill='{_color(survey, best)}'><title>{escape(label)}</title></circle>"
+            f"fill='{_color(survey, _most_common_source(counts))}'><title>{escape(label)}</title></circle>"
         )
     legend = "".join(f"<span>{source_dot(survey, each)}{escape(each)}</span>" for each in survey.sources)
     return (
