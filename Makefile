@@ -137,7 +137,7 @@ profile: $(VENV)/.train ## show where the time of a training step goes: docs/per
 bench-plan: $(VENV)/.train ## measure the cost of the plan by bits and gradients: docs/plan-cost.md
 	$(BIN)/python benchmarks/plan_cost.py
 
-bench-plan-training: $(VENV)/.demo ## compare sampled and exact gradients in training: docs/plan-cost.md; 30 minutes
+bench-plan-training: $(VENV)/.demo ## compare sampled and exact gradients in training: docs/plan-cost.md; an hour
 	$(BIN)/python benchmarks/plan_training.py
 
 bench-scaling: $(VENV)/.train ## compare one process with several: docs/scaling.md; 6 minutes

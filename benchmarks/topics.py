@@ -2,7 +2,7 @@
 Does the plan find labels without seeing them? Topics of BBC news, and sentiment of film reviews.
 
 For each corpus, trains a Free Transformer and its baseline on text only. A word classifier, which never sees a plan,
-labels the generated texts. `make topics`: about 25 minutes on 2 cores. Results are kept in `--out`.
+labels the generated texts. `make topics`: half an hour on 2 cores. Results are kept in `--out`.
 """
 
 import bz2

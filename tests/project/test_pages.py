@@ -57,7 +57,7 @@ def prepared(tmp_path_factory) -> Path:
     byte_tokenizer().save_pretrained(folder / "LLAMA")
     shutil.copytree(ROOT / "models", folder / "models")
     text = [f"data.train={folder / 'texts'}", f"data.validation={folder / 'held_out'}", "training.seq_len=256"]
-    for name, kind in (("mine", "free"), ("baseline", "baseline")):
+    for name, kind in (("mine", "free"), ("mine-baseline", "baseline")):
         overrides = [f"run_dir={folder / 'runs' / name}", f"model.kind={kind}", *text]
         train(load_settings(folder / "my.yaml", overrides), quiet=True)
     shutil.copytree(folder / "runs" / "mine", folder / "runs" / "my-run")
@@ -112,7 +112,7 @@ def workspace(prepared, tmp_path, monkeypatch) -> Path:
 
 def names() -> dict[str, object]:
     """Names that pages use without defining them."""
-    model, baseline, tokenizer = Run("runs/mine").load_model(), Run("runs/baseline").load_model(), byte_tokenizer()
+    model, baseline, tokenizer = Run("runs/mine").load_model(), Run("runs/mine-baseline").load_model(), byte_tokenizer()
     tokens = torch.randint(0, 256, (4, 64))
     texts = [f"{number} times to be or not" for number in range(24)]
     return {
