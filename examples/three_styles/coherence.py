@@ -39,9 +39,9 @@ MODELS = {  # settings on top of the configuration
     "baseline": ["model.kind=baseline"],
     "wide baseline": ["model.kind=baseline", f"training.seq_len={4 * WINDOW}", "training.batch_size=4"],
 }
-TEMPERATURES = (1.0, 0.7)
-STRENGTHS = (1.0, 2.0)  # values of `plan_strength`, under the aggregate prior
+STRENGTHS = {1.0: (1.0,), 0.7: (1.0, 1.5, 2.0)}  # values of `plan_strength` by temperature, aggregate prior
 SCORER_SEED = 1000
+STYLE_IDS = range(len(STYLES))
 console = Console()
 
 
@@ -57,9 +57,9 @@ class Setting:
     def of(cls, model: str) -> list["Setting"]:
         """The settings of one of the `MODELS`."""
         if model != "free":
-            return [cls(temperature) for temperature in TEMPERATURES]
-        found = [cls(temperature, "uniform") for temperature in TEMPERATURES]
-        return found + [cls(each, "aggregate", strength) for each in TEMPERATURES for strength in STRENGTHS]
+            return [cls(temperature) for temperature in STRENGTHS]
+        found = [cls(temperature, "uniform") for temperature in STRENGTHS]
+        return found + [cls(each, "aggregate", strength) for each, given in STRENGTHS.items() for strength in given]
 
     def name(self, model: str) -> str:
         if self.prior is None:
@@ -82,6 +82,13 @@ class Result:
     def name(self) -> str:
         return self.setting.name(self.model)
 
+    @property
+    def nll_by_style(self) -> list[float]:
+        """Mean NLL of the segments of each style, in nats per token: styles differ in how predictable they are."""
+        labels, nll = self.coherence.labels, self.coherence.segment_nll
+        assert nll is not None
+        return [float(nll[labels == style].mean()) if (labels == style).any() else float("nan") for style in STYLE_IDS]
+
     def to_json(self, marks: list[int]) -> dict[str, object]:
         nll = self.coherence.segment_nll
         assert nll is not None
@@ -93,6 +100,7 @@ class Result:
             "switches per 1,000 tokens": self.coherence.switches_per_1000_tokens,
             "texts that end in each style": self.coherence.counts_at_end(len(STYLES)),
             "nll of segments, nats per token": float(nll.mean()),
+            "nll of segments by style": self.nll_by_style,
             "nll of the last quarter": float(nll[:, -(nll.shape[1] // 4) :].mean()),
             "seconds": round(self.seconds, 1),
         }
@@ -116,7 +124,7 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     corpus, runs, scorer, segment = find_runs(options) if options.pretrained else train_all(options)
     jobs = [(name, seed, setting) for name, seed in runs for setting in Setting.of(name)]
-    jobs.sort(key=lambda job: (job[2].temperature != 0.7, job[2].prior == "uniform"))  # the hardest first
+    jobs.sort(key=lambda job: (job[0] == "wide baseline", job[2].temperature != 0.7, job[2].prior == "uniform"))  # the hardest first
     results = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker, (corpus, scorer, segment)) as pool:
         futures = [pool.submit(_measure, runs[name, seed].path, options, name, seed, how) for name, seed, how in jobs]
@@ -271,18 +279,19 @@ def mean_table(results: list[Result], marks: list[int]) -> Table:
     for each in results:
         groups.setdefault((each.name, each.setting.temperature), []).append(each)
     header = ["model", "temperature", *(f"after {mark * segment:,}" for mark in marks), "lowest of a seed"]
-    header += ["switches", "styles at the end", "NLL of segments"]
+    header += ["switches", "styles at the end", "NLL of segments by style"]
     rows = []
     for (name, temperature), group in groups.items():
         shares = np.array([[each.coherence.share_at(mark)[0] for mark in marks] for each in group])
         switches = np.mean([each.coherence.switches_per_1000_tokens for each in group])
         ends = np.sum([each.coherence.counts_at_end(len(STYLES)) for each in group], 0)
-        nll = np.mean([each.coherence.segment_nll for each in group])
+        nll = np.nanmean([each.nll_by_style for each in group], 0)
         cells = [name, f"{temperature:g}", *(f"{share:.3f}" for share in shares.mean(0)), f"{shares[:, -1].min():.3f}"]
-        rows.append([*cells, f"{switches:.2f}", " / ".join(map(str, ends)), f"{nll:.3f}"])
+        rows.append([*cells, f"{switches:.2f}", " / ".join(map(str, ends)), " / ".join(f"{each:.3f}" for each in nll)])
     caption = (
-        f"Mean over {len({each.seed for each in results})} seeds of the columns of the table below; the share of the "
-        "seed with the lowest one after the last token; texts of all seeds that end in each style."
+        f"Mean over {len({each.seed for each in results})} seeds of the columns of the table below. Lowest of a seed: "
+        "the share after the last token. Styles at the end: texts of all seeds. NLL of segments: mean over those "
+        f"of each style ({', '.join(STYLES)})."
     )
     return Table(header, sorted(rows, key=lambda row: row[1], reverse=True), caption)
 
@@ -306,7 +315,7 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
         f"time assigns its style (accuracy on held-out segments: {accuracy:.3f})."
     )
     report.table(tables[0])
-    for temperature in TEMPERATURES:
+    for temperature in STRENGTHS:
         some = [each for each in results if each.setting.temperature == temperature]
         report.heading(f"Temperature {temperature:g}")
         lines: dict[str, list[np.ndarray]] = {}
