@@ -124,7 +124,8 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     corpus, runs, scorer, segment = find_runs(options) if options.pretrained else train_all(options)
     jobs = [(name, seed, setting) for name, seed in runs for setting in Setting.of(name)]
-    jobs.sort(key=lambda job: (job[0] == "wide baseline", job[2].temperature != 0.7, job[2].prior == "uniform"))  # the hardest first
+    # the slowest last
+    jobs.sort(key=lambda job: (job[0] == "wide baseline", job[2].temperature != 0.7, job[2].prior == "uniform"))
     results = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker, (corpus, scorer, segment)) as pool:
         futures = [pool.submit(_measure, runs[name, seed].path, options, name, seed, how) for name, seed, how in jobs]
