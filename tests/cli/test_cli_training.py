@@ -65,7 +65,7 @@ def test_tokenizer_refuses_what_it_cannot_use_and_writes_nothing(command, tmp_pa
         (["training.learning_rat=1"], "unknown setting 'training.learning_rat': did you mean 'learning_rate'"),
         (["model.latent_dims=1"], "unknown setting 'latent_dims': did you mean 'latent_dim'"),
         (["training.max_steps=many"], r"training\.max_steps='many'"),
-        (["training.precision=fp16", "training.device=cpu"], "it is for GPUs without bf16"),
+        (["training.precision=fp16", "training.device=cpu"], "fp16 is supported only on GPUs"),
         (["model.num_heads=3"], "hidden_dim=16 is not a multiple of num_heads=3"),
         (["model.num_heads=16"], "heads of 1: rotary positions need an even size"),
         (["data.train=[nowhere.txt]"], "nowhere.txt: no such file"),
@@ -113,7 +113,7 @@ def test_a_folder_that_holds_settings_is_refused_with_its_file(command, runs, tm
 
 def test_train_without_text_says_how_to_name_it(command, tmp_path):
     write_text(tmp_path / "config.yaml", f"run_dir: {tmp_path / 'run'}")
-    assert_refused(command("train", tmp_path / "config.yaml"), 2, "data.train names no text; set it to")
+    assert_refused(command("train", tmp_path / "config.yaml"), 2, "data.train is empty; set it to")
 
 
 def test_train_baseline_is_the_same_run_without_a_plan_beside_it(command, config, tmp_path):
@@ -190,7 +190,7 @@ def test_a_sweep_prints_its_table_and_is_status_1_where_a_run_fails(command, con
     arguments = ["sweep", config, "--grid", "model.latent_dim=2,3", "training.seed=0,1", f"run_dir={tmp_path / 'all'}"]
     outcome = command(*arguments)
     assert outcome.status == 0 and "latent_dim" in outcome.out and "(best)" in outcome.out
-    assert command(*arguments).err.count("done already") == 4
+    assert command(*arguments).err.count("already done") == 4
 
     def forward(*arguments):
         raise ValueError("broken")

@@ -98,7 +98,7 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert "no bit of the plan is live" in collapse_warning(result(usage=usage([0.01, 0.01])), free_bits=0.0)
     assert collapse_warning(result(gap=None, usage=None), free_bits=1.0) is None
     constant = collapse_warning(result(usage=usage([0.9, 0.9], information=0.17)), free_bits=2.0)
-    assert "the plan carries no information: all texts have the same one, only 0.170 of its 1.80 bits" in constant
+    assert "the plan carries no information: all texts have the same plan; only 0.170 of its 1.80 bits" in constant
     assert collapse_warning(result(usage=usage([0.9, 0.9], information=0.19)), free_bits=2.0) is None
     alone = result(usage=usage([0.9, 0.9], information=0.0), documents=1, standard_errors={"gap": float("nan")})
     assert collapse_warning(alone, free_bits=2.0) is None  # undefined for a single text

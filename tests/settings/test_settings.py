@@ -186,7 +186,7 @@ def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
         ("data.train={a: 0}", "data.train.a=0: must be greater than 0"),
         ("model.latent_dim=0", "greater than or equal to 1"),
         ("model.free_bits=-1", "greater than or equal to 0"),
-        ("model.plan_span=0", "plan_span=0: a number of tokens from 1, or 'sequence'"),
+        ("model.plan_span=0", "plan_span=0: a number of tokens, at least 1, or 'sequence'"),
         ("model.sliding_window=0", "sliding_window=0: must be greater than or equal to 1"),
         ("model.hidden_dim=30", "hidden_dim=30 is not a multiple of num_heads=4"),
         ("model.num_heads=256", "even size"),
