@@ -111,7 +111,7 @@ def test_help_of_train_explains_every_setting_by_section_after_the_common_ones(c
         for key in getattr(section.annotation, "model_fields", {}):
             assert f"{name}.{key} = " in shown, f"{name}.{key}"
     assert "run_dir = " in shown
-    assert "KL in bits per plan that costs nothing" in shown
+    assert "KL in bits per plan that is not penalized" in shown
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "compare", "generate", "report", "tokenizer"])

@@ -155,5 +155,5 @@ def test_generate_names_plans_and_changes_them_in_a_long_text(command, run):
     assert texts_of(outcome) == texts_of(command("generate", run, "--plan", "101", "--plan-change", "20:010", *options))
     assert_refused(command("generate", run, "--plan", "clam"), 2, "nor a known name, such as calm")
     assert_refused(command("generate", run, "--plan-change", "x:010"), 2, "--plan-change x:010: give TOKENS:PLAN")
-    assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give one of them")
+    assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give only one")
     assert_refused(command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0: a number of new tokens")

@@ -112,7 +112,7 @@ def test_a_plan_that_is_not_used_later_is_a_problem_whose_remedy_depends_on_prog
 
 
 @pytest.mark.parametrize(
-    ("watched", "words", "tone"), [(True, "saves 0.0310 nats", "good"), (False, "not measured yet", "open")]
+    ("watched", "words", "tone"), [(True, "saves 0.0310 nats", "good"), (False, "not yet known", "open")]
 )
 def test_while_it_trains_the_plan_is_used_once_the_watcher_has_seen_it(tmp_path, watched, words, tone):
     watcher = [VALIDATION, {**UNUSED, "step": 480, "collapsed": False}] if watched else []
@@ -124,7 +124,7 @@ def test_results_of_an_earlier_model_are_no_verdict(tmp_path):
     run = run_of(tmp_path, lines_of(), True, EVALUATION, {**COMPARISON, "model": {"id": "earlier"}})
     assert len(verdict_of(run).sentences) == 1
     update_marker(tmp_path, model={"id": "b"})
-    assert "not measured yet" in verdict_of(run).sentences[0]
+    assert "not yet known" in verdict_of(run).sentences[0]
 
 
 def test_runs_without_a_line_and_baselines_have_a_verdict(tmp_path):

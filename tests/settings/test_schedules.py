@@ -78,7 +78,7 @@ def test_training_gives_each_step_its_weights_and_a_resumed_run_continues(tiny_s
 
 
 def test_free_bits_cannot_start_below_what_a_plan_must_spend(tiny_settings):  # noqa: F811
-    with pytest.raises(SettingsError, match=r"curriculum.free_bits_start=0.0: at least model.min_bits=0.2"):
+    with pytest.raises(SettingsError, match=r"curriculum.free_bits_start=0.0: must be at least model.min_bits=0.2"):
         tiny_settings(model={"min_bits": 0.2, "free_bits": 1.0}, training={"free_bits_schedule": "linear"})
 
 

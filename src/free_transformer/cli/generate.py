@@ -16,8 +16,8 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="Plan: its bits, bit 0 first, such as 01101001; the concatenated bits of several plans; or the name of a "
-            "plan. Default: sampled."
+            help="Plan: its bits, bit 0 first, such as 01101001; the concatenated bits of several plans; or the name "
+            "of a plan. Default: sampled."
         ),
     ] = None,
     plan_change: Annotated[

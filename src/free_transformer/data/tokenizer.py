@@ -26,7 +26,7 @@ ANYWHERE = re.compile(r"(?<=.)(?=.)", re.DOTALL)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a tokenizer with one token per UTF-8 byte, whose id is its value, plus begin, end and padding (256 to 258)."""
+    """Builds a tokenizer with one token per UTF-8 byte (its value is the id), plus begin, end and padding (256-258)."""
     vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -77,7 +77,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(
-            f"tokenizer {name!r} has neither a begin-of-text nor an end-of-text token; choose a tokenizer with one of them"
+            f"tokenizer {name!r} has neither a begin-of-text nor an end-of-text token; choose one that has"
         )
     return tokenizer
 

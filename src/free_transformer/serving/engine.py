@@ -282,7 +282,7 @@ class Engine:
             return self._waiting.popleft() if self._waiting else None
 
     def _read_again(self) -> None:
-        """Reads texts again if their context is full or their plan changes; limited per step to not stall the others."""
+        """Reads texts again if their context is full or their plan changes, a few per step to not stall the others."""
         budget = PROMPT_TOKENS_PER_STEP
         for row in reversed(range(len(self._texts))):
             if budget > 0 and self.batch.contexts[row].is_due:

@@ -136,8 +136,8 @@ def _given_plan(bits: str, batch: Batch) -> np.ndarray:
 def _check_count(prompts: int, each: int, limits: Limits) -> None:
     if prompts * each > limits.texts:
         raise InputError(
-            f"prompt: {prompts * each} texts in one request, but this server accepts at most {limits.texts}; send fewer "
-            "prompts at a time, or a smaller n"
+            f"prompt: {prompts * each} texts in one request, but this server accepts at most {limits.texts}; send "
+            "fewer prompts at a time, or a smaller n"
         )
 
 

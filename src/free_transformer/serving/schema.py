@@ -158,7 +158,7 @@ class CompletionRequest(GenerationRequest):
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="return log-probabilities of tokens and of this many most likely tokens; with echo also of the prompt",
+        description="return log-probabilities of tokens and of this many likely ones; with echo also of the prompt",
     )
     num_plans: int = Field(
         16,

@@ -206,7 +206,7 @@ class RowCache:
             states[to, :, :length] = states[row, :, :length]
 
     def begin_step(self, lengths: Tensor, longest: int) -> Tensor:
-        """Returns the mask, (rows, 1, 1, columns) bool, for one new token per row. `longest` is the maximum new length."""
+        """Returns the mask, (rows, 1, 1, columns) bool, for one new token per row. `longest`: maximum new length."""
         self._reserve(longest)
         self.columns = min(_rounded(longest), self.max_columns)
         self.places = lengths % self.columns

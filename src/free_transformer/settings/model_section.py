@@ -124,7 +124,7 @@ class ModelSettings(Section):
             raise SettingsError(_explain_config(error, values)) from error
 
     def adopt(self) -> None:
-        """Adopts the settings of a pretrained model, if any. Raises `SettingsError` if explicit settings contradict it."""
+        """Adopts the settings of a pretrained model, if any. Raises `SettingsError` for contradictory settings."""
         if self.pretrained is None:
             return
         try:
