@@ -45,7 +45,7 @@ def test_tokenizer_is_trained_saved_and_used(command, config, tmp_path):
     [
         (["only.txt"], "give the text to train on, then the folder to create"),
         (["nowhere.txt", "out"], "nowhere.txt: no such file"),
-        (["text.txt", "out", "--vocab-size", 258], "vocab_size=258: at least 259"),
+        (["text.txt", "out", "--vocab-size", 258], "vocab_size=258: must be at least 259"),
         (["text.txt", "text.txt"], "holds what is being read"),
         (["table.jsonl", "out", "--column", "body"], r"no column 'body'.*'text'"),
     ],

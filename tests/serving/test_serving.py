@@ -302,16 +302,16 @@ def test_a_stop_string_ends_the_text(client):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"max_token": 3}, "max_token: unknown field; is max_tokens meant?"),
+        ({"max_token": 3}, "max_token: unknown field; did you mean max_tokens?"),
         ({"plan": "012"}, "plan '012': give its bits as 0 and 1"),
         ({"plan": "011"}, "plan '011' has 3 bits: plans of this model have 4"),
-        ({"plan": [0, 2]}, "plan: bits as text"),
+        ({"plan": [0, 2]}, "plan: must be bits as text"),
         ({"plan": "0110", "plan_from": "x"}, "plan: give either plan or plan_from, not both"),
         ({"prompt_plan": "none"}, 'prompt_plan="none"'),
         ({"plans": "spread"}, "plans=\"spread\": Input should be 'independent' or 'stratified'"),
         ({"prompt": {"a": 1}}, "prompt: must be text, token ids, or a list"),
         ({"prompt": []}, "prompt: is an empty list"),
-        ({"prompt": [[]]}, "prompt: no tokens"),
+        ({"prompt": [[]]}, "prompt: has no tokens"),
         ({"prompt": [256, 300]}, "prompt: token ids from 256 to 300: the vocabulary has 0 to 258"),
         ({"prompt": "x" * 60}, "prompt: more than 60 tokens, the maximum of this server"),
         ({"max_tokens": 8193}, "max_tokens=8193: this server generates at most 8192"),
@@ -342,7 +342,7 @@ def test_other_bad_requests(address):
     assert post(f"{address}/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}]}')[0] == 400
     limit = max_body(128)
     status, answer = post(url, b"[" * (limit + 1))
-    assert status == 413 and f"more than {limit} bytes" in answer["error"]["message"]
+    assert status == 413 and f"exceeds {limit} bytes" in answer["error"]["message"]
 
 
 def test_token_is_required(model):
@@ -361,7 +361,7 @@ def test_token_is_required(model):
     ("arguments", "message"),
     [
         ([], "give either a RUN or an export with --onnx FOLDER"),
-        (["run", "--onnx", "export"], "not both"),
+        (["run", "--onnx", "export"], "give either a RUN or an export"),
         (["{tmp}"], "not a run"),
         (["--onnx", "{tmp}"], "not an export"),
     ],

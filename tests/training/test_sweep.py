@@ -428,7 +428,7 @@ def test_a_held_out_loss_that_is_no_number_is_a_failure(config, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate_likelihood", evaluate_likelihood)
     found = load_sweep(config, ["training.max_steps=1"])
     run_sweep(found, quiet=True)
-    assert found.runs[0].reason == "the nll of the held-out text is nan"
+    assert found.runs[0].reason == "the NLL of the held-out text is nan"
 
 
 def test_without_held_out_text_the_table_has_only_training(config, trained):

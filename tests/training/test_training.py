@@ -604,7 +604,7 @@ def test_nan_or_infinite_steps_are_skipped_up_to_a_bound(tiny_settings, monkeypa
     assert [line["step"] for line in lines if line["split"] == "skipped"] == [2, 5]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 3, 4, 6]
     assert all(value.isfinite().all() for value in weights(run).values())
-    assert "warning: step 2 is left out" in capsys.readouterr().err
+    assert "warning: step 2 is skipped" in capsys.readouterr().err
     assert json.loads((run.checkpoints / "step-6" / "state.json").read_text())["skipped"] == 2
     calls.clear()
     with pytest.raises(TrainingFailed, match=r"2 steps up to step 5 had .* more than training\.max_skipped=1"):

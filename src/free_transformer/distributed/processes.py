@@ -60,7 +60,7 @@ class Processes:
         return self.size // self.tensor
 
     def local_slice(self, rows: int) -> slice:
-        """Returns this process's slice of `rows` rows. The first processes get one more if they do not divide evenly."""
+        """Returns this process's slice of `rows` rows. The first processes get one more if it is uneven."""
         least, more = divmod(rows, self.data_size)
         start = self.data_rank * least + min(self.data_rank, more)
         return slice(start, start + least + (self.data_rank < more))
