@@ -156,5 +156,5 @@ def test_engine_limits_texts_and_reports_why_it_cannot_start(model):
         engine.stop()
 
     asyncio.run(submit())
-    with pytest.raises(ValueError, match="max_length=129: from 2 to 128"):
+    with pytest.raises(ValueError, match="max_length=129: must be 2 to 128"):
         create_app(lambda: TorchBatch(model, byte_tokenizer(), max_length=129), "tiny")
