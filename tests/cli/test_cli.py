@@ -49,7 +49,7 @@ def test_a_folder_that_is_no_run_is_refused_and_stays_empty(command, tmp_path, m
         assert_refused(
             command(name, folder, *options),
             2,
-            rf"{folder}: .*{problem}\)?; give the run_dir of a `free-transformer train`",
+            rf"{folder}: .*{problem}\)?; give a folder created by `free-transformer train`",
         )
     assert everything_below(tmp_path).keys() == {tmp_path / "file.txt"} and not any(Path("empty").iterdir())
 

@@ -303,7 +303,7 @@ def _explain_no_run(path: Path) -> str:
     runs = sorted(str(file.parent) for file in path.glob("*/config.yaml"))
     if runs:
         return f"{path}: {problem}; it contains {few(runs)}: choose one of them"
-    return f"{path}: {problem}; give the run_dir of a `free-transformer train` command"
+    return f"{path}: {problem}; give a folder created by `free-transformer train`"
 
 
 def _digest(content: bytes) -> str:
