@@ -1,9 +1,9 @@
 """
-Registers our classes with the Auto classes of `transformers`, without importing those before they are needed.
+Registers our classes with the Auto classes of `transformers`, without importing `transformers` before it is needed.
 
-`import free_transformer` takes milliseconds, and an exported model runs where neither torch nor `transformers` is
-imported, or even installed (`free_transformer.deploy`). Registration comes right behind the first import of
-`transformers`, or of the first of our own modules that stand on it: later would be in the midst of its circular
+`import free_transformer` takes milliseconds, and an exported model runs without torch and `transformers`, which need
+not even be installed (`free_transformer.deploy`). Registration follows directly after the first import of
+`transformers`, or of the first of our modules that depends on it. Registering later could interfere with circular
 imports.
 """
 
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Of `model/`, which registration imports; every other room is complete without it.
+# Modules of `model/`, which registration imports; other packages do not need it.
 WITHOUT_TORCH = {
     f"free_transformer.model.{name}" for name in ("context", "errors", "plan_text", "sampling", "stratified")
 }
 
 
 def register_soon() -> None:
-    """Registers now where `transformers` has been imported, else as soon as it is."""
+    """Registers now if `transformers` has been imported, else as soon as it is."""
     if importlib.util.find_spec("torch") is None:
         return
     if "transformers" in sys.modules:
@@ -40,7 +40,7 @@ def _register() -> None:
 
 
 class _Registrar:
-    """An import finder that finds nothing by itself: it puts `_register` behind the one import that it waits for."""
+    """An import finder that finds no modules itself, but runs `_register` after the import that it waits for."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -52,7 +52,7 @@ class _Registrar:
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            sys.meta_path.insert(0, self)  # whoever asks for a module need not import it
+            sys.meta_path.insert(0, self)  # finding a module does not imply importing it
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -1,5 +1,5 @@
 """
-Errors that a person can act on.
+Errors that the user can fix.
 
 `UserError` is the base class. The command line prints such an error as one line; any other exception keeps its
 traceback. `InputError` and the base class are in `model/errors.py`, since the model raises them too.
@@ -11,7 +11,7 @@ __all__ = ["DataError", "InputError", "MissingDependency", "NotSupported", "RunE
 
 
 class SettingsError(InputError):
-    """Settings that cannot be used; the message says which, what is allowed and what to do."""
+    """Invalid settings; the message names the setting, what is allowed and what to do."""
 
 
 class DataError(InputError):
@@ -19,8 +19,8 @@ class DataError(InputError):
 
 
 class RunError(UserError, RuntimeError):
-    """A training, an evaluation or a server that cannot continue."""
+    """Training, an evaluation or a server cannot continue."""
 
 
 class MissingDependency(UserError, ImportError):
-    """An optional package that is not installed; the message names what to install."""
+    """An optional package is not installed; the message says what to install."""

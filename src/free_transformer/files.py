@@ -1,7 +1,7 @@
 """
-Writing that a crash cannot leave half done (a temporary neighbor, fsync, rename), and folders that belong to us.
+Atomic writes (temporary file, fsync, rename), and folders that this library owns.
 
-A folder that we write has a marker, a JSON file that says so. Nothing is replaced or deleted without it.
+A folder written by this library has a marker, a JSON file. Without it, nothing is replaced or deleted.
 """
 
 import json
@@ -19,15 +19,15 @@ from typing import Any
 from free_transformer.errors import SettingsError
 
 TEMPORARY = ".tmp-"
-MARKER = ".free-transformer.json"  # in folders that we write: what they are, and which files in them are ours
+MARKER = ".free-transformer.json"  # marker with the kind of a folder and the files that we wrote
 LOCK = ".free-transformer.lock"  # held by the process that works in a folder
-WRITTEN_BY = "free-transformer"  # in files that we wrote
+WRITTEN_BY = "free-transformer"  # marks files that we wrote
 MAX_NAMED = 3
-LOCK_PATIENCE = 0.5  # seconds: `is_in_use` holds the lock for a moment
+LOCK_PATIENCE = 0.5  # seconds, since `is_in_use` holds the lock briefly
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file's contents at once."""
+    """Replaces the file's contents atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     try:
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Replaces the file's contents at once; what JSON cannot hold, such as the standard error of one text, is null."""
+    """Replaces the file's contents atomically. NaN, such as the standard error of a single text, becomes null."""
     write_text(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
 
 
@@ -56,19 +56,19 @@ def _without_nan(value: object) -> object:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, since some messages fill a page."""
+    """Returns the first line of an error's message, since some messages fill a page."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def not_a_folder(path: Path) -> str | None:
-    """What is wrong with a folder to read, for a message. None for a folder."""
+    """Returns the reason why a path is not a folder, for a message; None for a folder."""
     if path.is_dir():
         return None
     return "a file, not a folder" if path.exists() else "no such folder"
 
 
 def few(names: list[str]) -> str:
-    """The first of some names, for a message."""
+    """Joins the first few names for a message."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
 
@@ -76,28 +76,28 @@ def few(names: list[str]) -> str:
 @contextmanager
 def own_folder(path: Path, kind: str, overwrite: bool = False, protected: Iterable[Path] = ()) -> Iterator[Path]:
     """
-    `new_folder` for a name that a person has chosen: it replaces only what the same command has written there.
+    Same as `new_folder`, for a path chosen by the user. It replaces only folders written by the same command.
 
     Args:
-        kind: what is written, as in `"export"`.
-        overwrite: replaces whatever is there.
-        protected: files and folders that are not replaced even so, such as the model that is exported.
+        kind: kind of the folder, such as `"export"`.
+        overwrite: replace existing files of any kind.
+        protected: files and folders that are never replaced, such as the model that is exported.
 
     Raises:
-        SettingsError: where `path` holds anything else.
+        SettingsError: if `path` contains anything else.
     """
     protected = list(protected)
-    if path.is_symlink():  # the folder that it points to is meant
+    if path.is_symlink():  # use the folder that it points to
         path = path.resolve()
     check_replaceable(path, kind, overwrite, protected)
     with new_folder(path) as folder:
         yield folder
         write_json(folder / MARKER, {"written_by": WRITTEN_BY, "kind": kind, "files": files_in(folder)})
-        check_replaceable(path, kind, overwrite, protected)  # again: writing may have taken long
+        check_replaceable(path, kind, overwrite, protected)  # again, since writing may have taken long
 
 
 def check_replaceable(path: Path, kind: str, overwrite: bool = False, protected: Iterable[Path] = ()) -> None:
-    """What `own_folder` checks, for commands that have long work to do before they write."""
+    """Performs the checks of `own_folder`, for commands that compute for a long time before they write."""
     here = path.resolve()
     for each in map(Path.resolve, protected):
         if each == here or here in each.parents:
@@ -117,13 +117,13 @@ def check_replaceable(path: Path, kind: str, overwrite: bool = False, protected:
 
 
 def _listed(path: Path, kind: str) -> set[str]:
-    """The files in a folder that we wrote, by its marker."""
+    """Returns the files in a folder that we wrote, according to its marker."""
     marker = read_marker(path)
     return set(marker.get("files", ())) if marker.get("kind") == kind else set()
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """Content of a folder's marker; empty if the folder has none of ours."""
+    """Returns the contents of a folder's marker; empty if it has none."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         return marker if marker["written_by"] == WRITTEN_BY else {}
@@ -132,24 +132,24 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def update_marker(folder: Path, **values: object) -> None:
-    """Sets values in the marker of a folder, which `claimed_folder` has made ours."""
+    """Sets values in the marker of a folder that was claimed with `claimed_folder`."""
     write_json(folder / MARKER, {**read_marker(folder), "written_by": WRITTEN_BY, **values})
 
 
 @contextmanager
 def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None]:
     """
-    Holds a folder for one process that fills it over time, such as a run: no other process can claim it meanwhile.
+    Claims a folder for a process that fills it over time, such as a run. Other processes cannot claim it meanwhile.
 
-    The lock is the kernel's (`flock`, also over NFS), so it ends with its process however that ends. Where none of
-    `names` is there at the end, marker, lock and folders that were created here are removed again.
+    The kernel holds the lock (`flock`, also over NFS), so it ends with the process. If none of `names` exists at the
+    end, the marker, the lock and newly created folders are removed again.
 
     Args:
-        kind: what the folder holds, as in `"run"`.
-        names: files and folders that are going to be written in it. Without our marker none of them may be there.
+        kind: kind of the folder, such as `"run"`.
+        names: files and folders that will be written in it. Without our marker, none of them may exist.
 
     Raises:
-        SettingsError: where the folder is used by another process, or holds something of these names that is not ours.
+        SettingsError: if another process uses the folder, or it contains files with these names that are not ours.
     """
     names = list(names)
     check_claimable(path, kind, names)
@@ -162,21 +162,21 @@ def claimed_folder(path: Path, kind: str, names: Iterable[str]) -> Iterator[None
             cleanup.enter_context(_locked(path))
         except OSError as error:
             raise SettingsError(f"{path}: cannot be written to ({error.strerror}); choose another folder") from error
-        check_claimable(path, kind, names)  # again: another process may have ended in between
+        check_claimable(path, kind, names)  # again, since another process may have just ended
         before = read_marker(path)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(timezone.utc).isoformat()}
         update_marker(path, kind=kind, owner=owner)
         try:
             yield
         finally:
-            with suppress(OSError):  # a full disk, say, which is not to hide the error that it has caused
+            with suppress(OSError):  # for example a full disk, which must not hide the original error
                 update_marker(path, owner=None)
                 if not before and not any(os.path.lexists(path / name) for name in names):
                     (path / MARKER).unlink()
 
 
 def check_claimable(path: Path, kind: str, names: Iterable[str]) -> None:
-    """`SettingsError` where a folder holds files of these names that are not of this kind and ours."""
+    """Raises `SettingsError` if a folder contains files with these names that were not written by this kind."""
     if not os.path.lexists(path):
         return
     if not path.is_dir():
@@ -199,7 +199,7 @@ def is_in_use(path: Path) -> bool:
             return False
     except SettingsError:
         return True
-    except OSError:  # a folder that can only be read is not trained in
+    except OSError:  # a read-only folder is not in use
         return False
 
 
@@ -223,7 +223,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused_lock(folder: Path) -> None:
-    """Removes the lock of a folder that is not ours after all."""
+    """Removes the lock of a folder that turned out not to be ours."""
     with suppress(OSError):
         if not (folder / MARKER).exists() and not is_in_use(folder):
             (folder / LOCK).unlink(missing_ok=True)
@@ -236,9 +236,9 @@ def _remove_empty(folder: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """
-    `SettingsError` where no file can be written in a folder, or none on its disk: for commands that compute for long.
+    Raises `SettingsError` if a folder is not writable, for commands that compute for a long time before they write.
 
-    Folders that are missing are not created.
+    It does not create missing folders.
     """
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
@@ -250,7 +250,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_own_file(path: Path, overwrite: bool = False) -> None:
-    """`SettingsError` where a file is there that we did not write, or where none can be written."""
+    """Raises `SettingsError` if a file exists that we did not write, or if the file cannot be written."""
     check_writable(path.parent)
     if path.is_dir():
         raise SettingsError(f"{path}: a folder; name a file, as in {path / 'results'}{path.suffix or '.json'}")
@@ -263,7 +263,7 @@ def check_own_file(path: Path, overwrite: bool = False) -> None:
 
 
 def check_own_results(path: Path, *keys: str) -> None:
-    """`SettingsError` where a file without the keys of the results to be written is there, or none can be written."""
+    """Raises `SettingsError` if an existing file lacks the keys of our results, or if the file cannot be written."""
     check_writable(path.parent)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -278,10 +278,10 @@ def check_own_results(path: Path, *keys: str) -> None:
 @contextmanager
 def new_folder(path: Path, ours: Iterable[str] | None = None) -> Iterator[Path]:
     """
-    A folder to fill, that takes its place (an older one's, if need be) only when all is written.
+    Yields a temporary folder that replaces `path` only when all files are written.
 
     Args:
-        ours: files of the older folder that may be replaced; all others are kept. Default: all may be.
+        ours: files of the old folder that may be replaced; all others are kept. Default: all files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
@@ -296,7 +296,7 @@ def new_folder(path: Path, ours: Iterable[str] | None = None) -> Iterator[Path]:
 
 
 def _keep_others(old: Path, new: Path, ours: set[str]) -> None:
-    """Copies the files of a folder that are not ours into the one that replaces it."""
+    """Copies the files of a folder that are not ours into the folder that replaces it."""
     for file in sorted(old.rglob("*")):
         name = file.relative_to(old)
         if file.is_file() and str(name) not in ours:
@@ -305,12 +305,12 @@ def _keep_others(old: Path, new: Path, ours: set[str]) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The names of all files in a folder, relative to it."""
+    """Returns the names of all files in a folder, relative to it."""
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Gives a folder that is filled, in the same parent folder, the name `path`, an older one's if need be."""
+    """Renames a complete folder to `path`, in the same parent folder, replacing an older folder."""
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             file.chmod(0o644)  # safetensors denies access to others, but a server of another user must read it

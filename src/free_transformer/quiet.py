@@ -3,7 +3,7 @@
 import logging
 import os
 
-# torchao names every kernel that needs a GPU, PyTorch how torchao registers its types, lm_eval everything it does.
+# torchao lists kernels that need a GPU, PyTorch warns about torchao's types, and lm_eval logs everything.
 for package in ("torchao", "torch.utils._pytree", "lm_eval"):
     logging.getLogger(package).setLevel(logging.ERROR)
 # read by `transformers` when it is imported, which takes seconds; here it may not be needed, or not be there

@@ -49,7 +49,7 @@ def test_a_folder_that_is_no_run_is_refused_and_stays_empty(command, tmp_path, m
         assert_refused(
             command(name, folder, *options),
             2,
-            rf"{folder}: .*{problem}\)?; name a folder that `free-transformer train`",
+            rf"{folder}: .*{problem}\)?; give a folder created by `free-transformer train`",
         )
     assert everything_below(tmp_path).keys() == {tmp_path / "file.txt"} and not any(Path("empty").iterdir())
 
@@ -111,7 +111,7 @@ def test_help_of_train_explains_every_setting_by_section_after_the_common_ones(c
         for key in getattr(section.annotation, "model_fields", {}):
             assert f"{name}.{key} = " in shown, f"{name}.{key}"
     assert "run_dir = " in shown
-    assert "KL in bits per plan that costs nothing" in shown
+    assert "KL in bits per plan that is not penalized" in shown
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "compare", "generate", "report", "tokenizer"])

@@ -81,7 +81,7 @@ def test_plan_shows_what_each_bit_does(command, runs):
     fixed = command("plan", runs["free"], "--max-rows", 8, "--max-new-tokens", 5, "--plan", "1" * BITS)
     assert f"plan {'1' * BITS}" in fixed.out
     assert_refused(command("plan", runs["baseline"]), 2, "a baseline has no plan")
-    assert_refused(command("plan", runs["free"], "--plan", "12"), 2, "write its bits as 0 and 1")
+    assert_refused(command("plan", runs["free"], "--plan", "12"), 2, "give its bits as 0 and 1")
 
 
 def test_metrics_of_one_text_are_json_that_any_reader_takes(command, run, tmp_path):
@@ -109,7 +109,7 @@ def test_compare_shows_what_may_be_compared(command, runs):
 def test_compare_takes_a_free_run_and_a_baseline(command, runs, order):
     outcome = command("compare", *(runs[kind] for kind in order), "--num-plans", 1, "--max-rows", 4)
     assert outcome.status == 2
-    assert "compare takes a run of kind free, then one of kind baseline" in outcome.err
+    assert "compare needs a Free Transformer" in outcome.err
 
 
 def test_compare_refuses_runs_of_different_row_length(command, runs, tmp_path):
@@ -150,7 +150,7 @@ def test_evaluate_without_held_out_text_asks_for_some(command, run):
     settings = Run(run).settings
     settings.data.validation = []
     Run(run).write_config(settings)
-    assert_refused(command("evaluate", run), 2, "data.validation names no text; give some with --data")
+    assert_refused(command("evaluate", run), 2, "data.validation is empty; pass held-out text with --data")
 
 
 def test_a_run_without_a_model_yet_is_refused(command, run):

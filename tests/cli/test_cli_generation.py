@@ -87,9 +87,9 @@ def test_generate_takes_a_folder_that_save_pretrained_has_written(command, runs)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--plan", "0102"], "write its bits as 0 and 1"),
-        (["--plan", ""], "write its bits as 0 and 1"),
-        (["--plan", "0101"], "has 4 bits: a plan of this model has 3"),
+        (["--plan", "0102"], "give its bits as 0 and 1"),
+        (["--plan", ""], "give its bits as 0 and 1"),
+        (["--plan", "0101"], "has 4 bits: plans of this model have 3"),
         (["--plan", "010101"], "2 plans.*takes one"),
         (["--plan", "010", "--plan-from", "example.txt"], "not both"),
         (["--plan-from", "nowhere.txt"], "nowhere.txt: no such file"),
@@ -153,7 +153,7 @@ def test_generate_names_plans_and_changes_them_in_a_long_text(command, run):
     outcome = command("generate", run, "--plan", "calm", "--plan-change", "20:wild", *options)
     assert "plan 010" in outcome.out and "max_seq_len" not in outcome.err
     assert texts_of(outcome) == texts_of(command("generate", run, "--plan", "101", "--plan-change", "20:010", *options))
-    assert_refused(command("generate", run, "--plan", "clam"), 2, "nor a name; names are calm")
+    assert_refused(command("generate", run, "--plan", "clam"), 2, "nor a known name, such as calm")
     assert_refused(command("generate", run, "--plan-change", "x:010"), 2, "--plan-change x:010: give TOKENS:PLAN")
-    assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give one of them")
+    assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give only one")
     assert_refused(command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0: a number of new tokens")

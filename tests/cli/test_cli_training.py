@@ -43,9 +43,9 @@ def test_tokenizer_is_trained_saved_and_used(command, config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["only.txt"], "name the text to train on, then the folder to create"),
+        (["only.txt"], "give the text to train on, then the folder to create"),
         (["nowhere.txt", "out"], "nowhere.txt: no such file"),
-        (["text.txt", "out", "--vocab-size", 258], "vocab_size=258: at least 259"),
+        (["text.txt", "out", "--vocab-size", 258], "vocab_size=258: must be at least 259"),
         (["text.txt", "text.txt"], "holds what is being read"),
         (["table.jsonl", "out", "--column", "body"], r"no column 'body'.*'text'"),
     ],
@@ -65,13 +65,13 @@ def test_tokenizer_refuses_what_it_cannot_use_and_writes_nothing(command, tmp_pa
         (["training.learning_rat=1"], "unknown setting 'training.learning_rat': did you mean 'learning_rate'"),
         (["model.latent_dims=1"], "unknown setting 'latent_dims': did you mean 'latent_dim'"),
         (["training.max_steps=many"], r"training\.max_steps='many'"),
-        (["training.precision=fp16", "training.device=cpu"], "it is for GPUs without bf16"),
+        (["training.precision=fp16", "training.device=cpu"], "fp16 is supported only on GPUs"),
         (["model.num_heads=3"], "hidden_dim=16 is not a multiple of num_heads=3"),
         (["model.num_heads=16"], "heads of 1: rotary positions need an even size"),
         (["data.train=[nowhere.txt]"], "nowhere.txt: no such file"),
         (["data.tokenizer=nowhere"], "tokenizer 'nowhere'"),
         (["training.batch_size=10000"], "fewer than batch_size=10000"),
-        (["nonsense"], "an override is section.name=value"),
+        (["nonsense"], "an override needs the form section.name=value"),
         (["training.device=cuda:99"], "not on this machine"),
     ],
 )
@@ -93,10 +93,10 @@ def test_text_that_is_none_is_refused_by_name_and_nothing_is_written(command, co
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file; name a YAML file"),
+        (None, "no such file; give a YAML file"),
         (b"model: [", "not YAML"),
-        (b"just words", "not a file of settings; name a YAML file with sections of settings"),
-        (b"\xff\xff", "as text .*; name a YAML file"),
+        (b"just words", "not a settings file; give a YAML file with sections of settings"),
+        (b"\xff\xff", "as text .*; give a YAML file"),
     ],
 )
 def test_a_file_that_holds_no_settings_is_refused(command, tmp_path, content, message):
@@ -107,13 +107,13 @@ def test_a_file_that_holds_no_settings_is_refused(command, tmp_path, content, me
 
 
 def test_a_folder_that_holds_settings_is_refused_with_its_file(command, runs, tmp_path):
-    assert_refused(command("train", runs["free"]), 2, r"a folder, not a file; name the file, .*free/config\.yaml$")
-    assert_refused(command("train", tmp_path), 2, "a folder, not a file; name a YAML file")
+    assert_refused(command("train", runs["free"]), 2, r"a folder, not a file; give the file .*free/config\.yaml$")
+    assert_refused(command("train", tmp_path), 2, "a folder, not a file; give a YAML file")
 
 
 def test_train_without_text_says_how_to_name_it(command, tmp_path):
     write_text(tmp_path / "config.yaml", f"run_dir: {tmp_path / 'run'}")
-    assert_refused(command("train", tmp_path / "config.yaml"), 2, "data.train names no text; set it to")
+    assert_refused(command("train", tmp_path / "config.yaml"), 2, "data.train is empty; set it to")
 
 
 def test_train_baseline_is_the_same_run_without_a_plan_beside_it(command, config, tmp_path):
@@ -141,7 +141,7 @@ def test_train_baseline_is_the_same_run_without_a_plan_beside_it(command, config
 def test_text_of_ones_own_with_the_held_out_text_of_the_file_is_a_warning(config, tmp_path, overrides, warns):
     overrides = [override.format(folder=tmp_path) for override in overrides]
     found = override_warnings(load_settings(config, overrides), overrides, config)
-    assert [f"is still that of {config}" in warning for warning in found] == [True] * warns
+    assert [f"still comes from {config}" in warning for warning in found] == [True] * warns
 
 
 def test_a_damaged_checkpoint_is_one_line(command, config, tmp_path):
@@ -190,7 +190,7 @@ def test_a_sweep_prints_its_table_and_is_status_1_where_a_run_fails(command, con
     arguments = ["sweep", config, "--grid", "model.latent_dim=2,3", "training.seed=0,1", f"run_dir={tmp_path / 'all'}"]
     outcome = command(*arguments)
     assert outcome.status == 0 and "latent_dim" in outcome.out and "(best)" in outcome.out
-    assert command(*arguments).err.count("done already") == 4
+    assert command(*arguments).err.count("already done") == 4
 
     def forward(*arguments):
         raise ValueError("broken")

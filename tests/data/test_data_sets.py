@@ -77,7 +77,7 @@ def test_a_data_set_that_breaks_off_is_named_with_the_row(hub):
         raise ConnectionError("the hub\nis gone")
 
     hub.data_sets["broken"] = {"train": rows()}
-    with pytest.raises(ValueError, match=r"^broken: breaks off after row 2 \(the hub\)$"):
+    with pytest.raises(ValueError, match=r"^broken: ends unexpectedly after row 2 \(the hub\)$"):
         list(read_documents(["broken"]))
 
 

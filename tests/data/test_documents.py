@@ -179,7 +179,7 @@ def test_letters_are_the_synthetic_task_of_a_count_and_a_seed():
         ("nowhere/", None, "no such file or folder"),
         ("./nowhere", None, "no such file or folder"),
         ("nobody-has-this-name", None, "no such file, folder or data set"),
-        ("empty.txt", b"", "contains no text; name a file, folder or data set"),
+        ("empty.txt", b"", "contains no text; give a file, folder or data set"),
         ("blank.txt", b" \n\n", "contains no text"),
         ("binary.txt", b"\x80\x81", r"not UTF-8 text \(byte 0\); save it as UTF-8 text$"),
         ("nul.txt", b"a\x00b", "not text"),
@@ -204,7 +204,7 @@ def test_a_source_without_a_name_is_refused():
     """`Path("")` is the current folder, which was not named."""
     assert not is_path_source("")
     assert source_files([""]) == []
-    with pytest.raises(ValueError, match="a source has no name"):
+    with pytest.raises(ValueError, match="a source is empty"):
         list(read_documents([""]))
 
 

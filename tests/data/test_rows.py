@@ -65,7 +65,7 @@ def test_rows_that_are_full_of_one_document_carry_no_mask():
 
 @pytest.mark.parametrize("seq_len", [0, 1])
 def test_a_row_too_short_to_predict_anything_is_refused(seq_len):
-    with pytest.raises(ValueError, match=f"seq_len={seq_len}: at least 2"):
+    with pytest.raises(ValueError, match=f"seq_len={seq_len}: must be at least 2"):
         build_rows(["text"], TOKENIZER, seq_len)
 
 

@@ -186,7 +186,7 @@ def test_a_table_that_breaks_off_is_said_to_be_read_in_part(tmp_path, caplog, co
     assert read == texts[: len(read)]
     assert f"only the first {len(read)} rows were read" in caplog.text
     assert "skipped" not in caplog.text
-    with pytest.raises(ValueError, match=rf"a.jsonl{compression}: breaks off after line {len(read)} ") as error:
+    with pytest.raises(ValueError, match=rf"a.jsonl{compression}: ends unexpectedly after line {len(read)} ") as error:
         list(read_documents([path]))
     assert "\n" not in str(error.value)
 
@@ -210,7 +210,9 @@ def test_bad_rows_of_csv_are_named_by_their_line(tmp_path, caplog):
 
 def test_a_quotation_mark_that_is_never_closed_is_named(tmp_path, caplog):
     (tmp_path / "a.tsv").write_text('text\tid\none\t1\n"two\t2\nthree\t3\n')
-    with pytest.raises(ValueError, match=r"a.tsv: breaks off after line 2 \(the quotation mark that opens in line 3"):
+    with pytest.raises(
+        ValueError, match=r"a.tsv: ends unexpectedly after line 2 \(the quotation mark that opens in line 3"
+    ):
         list(read_documents([tmp_path / "a.tsv"]))
     assert list(read_documents([tmp_path])) == ["one"]
     assert "only the first 1 rows were read" in caplog.text
@@ -247,7 +249,7 @@ def test_damaged_text_in_parquet_is_a_bad_row(tmp_path, caplog):
 def test_a_table_without_text_is_named_like_an_empty_text_file(tmp_path, monkeypatch, name, data):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"^{name}: contains no text; name "):
+    with pytest.raises(ValueError, match=f"^{name}: contains no text; give "):
         list(read_documents([name]))
 
 

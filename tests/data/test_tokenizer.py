@@ -80,7 +80,7 @@ def test_a_trained_tokenizer_has_the_size_asked_for_and_takes_any_text(vocab_siz
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size=258: at least 259"):
+    with pytest.raises(ValueError, match="vocab_size=258: must be at least 259"):
         train_tokenizer(["text"], 258)
 
 

@@ -70,5 +70,5 @@ def test_everything_at_once_has_errors_that_shrink_with_the_texts(tiny_config):
 
 
 def test_too_few_texts_are_refused():
-    with pytest.raises(ValueError, match="19 texts: at least 20 for 10 parts"):
+    with pytest.raises(ValueError, match="19 texts: at least 20 are needed for 10 parts"):
         measure_diversity(["a"] * 19, classify)

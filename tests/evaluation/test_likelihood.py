@@ -170,7 +170,7 @@ def test_exact_is_refused_where_there_are_too_many_plans(model, changes):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"method": "guess"}, "method='guess': one of"), ({"num_samples": 0}, "num_samples=0: at least 1")],
+    [({"method": "guess"}, "method='guess': one of"), ({"num_samples": 0}, "num_samples=0: must be at least 1")],
 )
 def test_unknown_method_and_no_samples_are_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -180,7 +180,7 @@ def test_unknown_method_and_no_samples_are_refused(model, arguments, message):
 def test_nothing_to_predict_is_refused(model):
     tokens = random_tokens(2, 4)
     for batches in ([], [batch_of(tokens, labels=torch.full_like(tokens, -100))], [batch_of(tokens[:, :1])]):
-        with pytest.raises(ValueError, match="nothing to predict"):
+        with pytest.raises(ValueError, match="no tokens to predict"):
             evaluate_likelihood(model(), batches)
 
 
@@ -374,8 +374,9 @@ def test_a_plan_that_all_texts_share_gives_a_warning_whatever_its_gap(model):
     value = evaluate_likelihood(model, [batch_of(tokens)], 4)
     assert value.kl > 1.9
     assert value.gap * 5 > 0.1 and value.gap > 2 * value.standard_errors["gap"]
-    assert "the plan carries no information: all texts have the same one, only 0.000 of its 2.00 bits" in usage_warning(
-        value
+    assert (
+        "the plan carries no information: all texts have the same plan; only 0.000 of its 2.00 bits"
+        in usage_warning(value)
     )
 
 

@@ -28,12 +28,12 @@ def test_a_flipped_bit_is_turned_over_in_each_plan():
 
 @pytest.mark.parametrize("change", [lambda plan: set_bits(plan, {3: 1}), lambda plan: flip_bit(plan, -1)])
 def test_bits_that_are_not_there_are_named(change):
-    with pytest.raises(ValueError, match="this plan has bits 0 to 2"):
+    with pytest.raises(ValueError, match="plans of this model have bits 0 to 2"):
         change(PLAN)
 
 
 def test_a_value_that_is_no_bit_is_named():
-    with pytest.raises(ValueError, match="bit 1: 2 is neither 0 nor 1"):
+    with pytest.raises(ValueError, match="bit 1: value 2 is neither 0 nor 1"):
         set_bits(PLAN, {1: 2})
 
 
@@ -101,5 +101,5 @@ def test_padding_does_not_count(tiny_model, tokens_like):
 
 
 def test_no_text_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="no text to flip bits in"):
+    with pytest.raises(ValueError, match="there are no batches"):
         bit_effects(tiny_model(), [])

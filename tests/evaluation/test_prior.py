@@ -60,7 +60,7 @@ def enumerated(model: FreeTransformer, tokens: torch.Tensor, prior: str) -> torc
 def test_nothing_gathered_is_told_and_unknown_names_too():
     prior = PlanPrior(3)
     assert not prior.gathered
-    with pytest.raises(ValueError, match=r"has gathered none; model\.gather_prior"):
+    with pytest.raises(ValueError, match=r"has no aggregate prior; call model\.gather_prior"):
         prior.sample(1, 1, "aggregate")
     with pytest.raises(ValueError, match="prior='flat': one of"):
         prior.sample(1, 1, "flat")
@@ -149,7 +149,7 @@ def test_generation_draws_new_plans_from_the_aggregate_and_keeps_given_ones(mode
 
 def test_generation_refuses_a_prior_that_it_lacks():
     fresh = FreeTransformer(FreeTransformerConfig(**SIZES))
-    with pytest.raises(ValueError, match="has gathered none"):
+    with pytest.raises(ValueError, match="has no aggregate prior"):
         fresh.generate(random_tokens(1, 2), prior="aggregate", max_new_tokens=1)
 
 

@@ -393,9 +393,9 @@ def test_zero_plan_vectors_give_the_logits_of_llama_bit_for_bit(llama_folder, to
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_plans": 0}, "num_plans=0: at least 1"),
+        ({"num_plans": 0}, "num_plans=0: must be at least 1"),
         ({"prompt_plan": "both"}, r"prompt_plan='both': one of \('posterior', 'prior'\)"),
-        ({"prior": "aggregate"}, "this model has gathered none"),
+        ({"prior": "aggregate"}, "this model has no aggregate prior"),
     ],
 )
 def test_values_that_cannot_be_are_told(free, arguments, message):

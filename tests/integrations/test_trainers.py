@@ -301,7 +301,7 @@ def test_plain_sft_never_trains_the_llama_without_its_plan(texts, arguments):
     try:
         trainer.train()
     except ValueError as error:
-        assert re.search(r"has no plan.*PlanTrainer first", str(error))
+        assert re.search(r"has no plan.*PlanTrainer: class PlanSFTTrainer", str(error))
     else:
         assert not torch.equal(trainer.model.encoder.readout.weight, before)
 

@@ -54,7 +54,7 @@ def test_every_unknown_name_is_listed():
     [
         ({"latent_dim": 0}, "latent_dim=0: at least 1 bit"),
         ({"latent_dim": -3}, "latent_dim=-3: at least 1 bit"),
-        ({"plan_span": "doc"}, "plan_span='doc': a number of tokens from 1, or 'sequence'"),
+        ({"plan_span": "doc"}, "plan_span='doc': a number of tokens, at least 1, or 'sequence'"),
         ({"plan_span": 0}, "plan_span=0: a number of tokens"),
         ({"plan_span": True}, "plan_span"),
         ({"code_bits": 0}, "code_bits=0: 1 to 20"),

@@ -342,12 +342,12 @@ def test_unknown_source_of_the_prompt_s_plans_is_refused(tiny_model, tokens_like
 
 @pytest.mark.parametrize("shape", [(4,), (2, 5), (3, 2, 4), (2, 0, 4)])
 def test_plan_of_another_shape_is_refused(tiny_model, tokens_like, shape):
-    with pytest.raises(ValueError, match=r"plan of shape .* needed"):
+    with pytest.raises(ValueError, match=r"plan of shape .*expected"):
         tiny_model(plan_span=4).generate(tokens_like(2, 6), plan=torch.zeros(shape, dtype=torch.bool), **GREEDY)
 
 
 def test_plan_of_other_values_than_bits_is_refused(tiny_model, tokens_like):
-    with pytest.raises(ValueError, match="a plan is made of bits"):
+    with pytest.raises(ValueError, match="values other than bits"):
         tiny_model(plan_span=4).generate(tokens_like(2, 6), plan=torch.full((2, 4), 7), **GREEDY)
 
 
@@ -381,7 +381,7 @@ def test_cache_without_the_plan_that_wrote_it_is_refused(tiny_model, tokens_like
     model, tokens = tiny_model(plan_span=4), tokens_like(1, 6)
     cache = DynamicCache(config=model.config)
     model(tokens[:, :-1], past_key_values=cache)
-    with pytest.raises(ValueError, match="Give that plan too, plan="):
+    with pytest.raises(ValueError, match="Pass that plan too, plan="):
         model.generate(tokens, past_key_values=cache, **GREEDY)
 
 

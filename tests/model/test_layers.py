@@ -127,7 +127,7 @@ def test_training_without_logits_has_the_same_losses_and_gradients(tiny_model, t
 
 
 def test_training_without_logits_or_labels_is_refused(tiny_model, tokens_like):
-    with pytest.raises(ValueError, match="skip_logits=True: without labels"):
+    with pytest.raises(ValueError, match="skip_logits=True needs labels"):
         tiny_model()(tokens_like(1, 5), skip_logits=True)
 
 

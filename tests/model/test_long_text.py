@@ -197,7 +197,7 @@ def test_wrong_plan_changes_are_refused(model_like, tokens_like, changes):
 
 
 def test_plan_changes_need_one_plan_per_text(model_like, tokens_like):
-    with pytest.raises(ValueError, match="plan_changes: for one plan per text"):
+    with pytest.raises(ValueError, match="plan_changes needs one plan per text"):
         model_like(4).generate(tokens_like(1, 4), plan_changes={3: "0110"}, max_new_tokens=5)
 
 
@@ -289,7 +289,7 @@ def test_generate_continues_a_long_text_from_its_cache(model_like, tokens_like, 
     again = model.generate(out.sequences, plan=plan, max_new_tokens=NEW - 30, **options)
     expected = greedy_reference(model, out.sequences[0], plan, NEW - 30)  # a prompt of 35 tokens
     assert torch.equal(again.sequences[0], expected)
-    with pytest.raises(ValueError, match="Give the whole text"):
+    with pytest.raises(ValueError, match="Pass the whole text"):
         model.generate(again.sequences[:, -3:], plan=plan, **{**options, "past_key_values": again.past_key_values})
 
 

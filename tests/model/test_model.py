@@ -244,7 +244,7 @@ def test_encoder_that_returns_another_shape_is_refused(tiny_config, tokens_like)
     config = tiny_config(plan_span="sequence")
     model = FreeTransformer(config, encoder=CountingEncoder(config))
     model.encoder.forward = lambda hidden_states, mask: hidden_states
-    with pytest.raises(ValueError, match=r"\(2, 5, 16\), \(B, P, H\) is \(2, 1, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5, 16\): expected \(B, P, H\) = \(2, 1, 4\)"):
         model.infer_plan(tokens_like(2, 5))
 
 
@@ -617,13 +617,13 @@ def test_one_plan_for_all_rows_equals_the_same_plan_for_each(tiny_model, tokens_
     "shape", [(4,), (2, 4), (4, 4), (3, 5), (1, 3, 4), (2, 3, 5), (2, 2, 4), (2, 0, 4), (1, 2, 3, 4)]
 )
 def test_plan_of_another_shape_is_refused(tiny_model, tokens_like, shape):
-    with pytest.raises(ValueError, match=r"plan of shape .* needed"):
+    with pytest.raises(ValueError, match=r"plan of shape .*expected"):
         tiny_model(plan_span=4)(tokens_like(2, 9), plan=torch.zeros(shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, float("nan")])
 def test_plan_of_other_values_than_bits_is_refused(tiny_model, tokens_like, value):
-    with pytest.raises(ValueError, match="a plan is made of bits"):
+    with pytest.raises(ValueError, match="values other than bits"):
         tiny_model(plan_span=4)(tokens_like(2, 9), plan=torch.full((3, 4), value))
 
 
@@ -631,7 +631,7 @@ def test_plan_of_other_values_than_bits_is_refused(tiny_model, tokens_like, valu
     ("arguments", "message"),
     [
         ({"mode": "train"}, "mode='train': one of"),
-        ({"mode": "training", "plan": torch.zeros(5, 4)}, "give a plan in mode='inference'"),
+        ({"mode": "training", "plan": torch.zeros(5, 4)}, "pass a plan with mode='inference'"),
         ({"prompt_plan": "encoder"}, "prompt_plan='encoder': one of"),
         ({"inputs_embeds": torch.zeros(2, 5, 16)}, "either input_ids or inputs_embeds"),
     ],

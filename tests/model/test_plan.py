@@ -131,5 +131,5 @@ def test_names_of_plans_are_saved_and_used(tmp_path):
     loaded = FreeTransformer.from_pretrained(tmp_path)
     tokens = torch.randint(0, 256, (1, 5))
     assert torch.equal(loaded(tokens, plan="calm").plan, torch.tensor([[[False, True, True, False]]]))
-    with pytest.raises(ValueError, match=r"plan 'clam': neither bits .* nor a name; names are calm"):
+    with pytest.raises(ValueError, match=r"plan 'clam' is neither bits .* nor a known name, such as calm"):
         loaded(tokens, plan="clam")

@@ -141,7 +141,7 @@ def test_a_window_is_kept_and_can_be_changed(donor, tokens):
     settings = ModelSettings(pretrained=str(folder), sliding_window=None)
     settings.adopt()
     assert settings.build().sliding_window is None
-    with pytest.raises(ValueError, match=r"sliding_window=9: .* has 7; leave it out"):
+    with pytest.raises(ValueError, match=r"sliding_window=9: .* has 7; remove this setting"):
         ModelSettings(pretrained=str(folder), sliding_window=9, kind="baseline").adopt()
 
 

@@ -368,7 +368,7 @@ def test_finished_run_keeps_its_record(capsys):
     train(load_settings("config.yaml", ["training.learning_rate=5.0", "training.max_steps=2"]))
     assert contents(run.path) == before
     told = " ".join(capsys.readouterr().err.split())
-    assert "trained to step 4 already" in told and "without effect: training.learning_rate from 0.001 to 5.0" in told
+    assert "already trained to step 4" in told and "no effect: training.learning_rate from 0.001 to 5.0" in told
 
 
 def test_finished_run_without_its_model_writes_it_again():
@@ -564,7 +564,7 @@ def test_second_interrupt_outside_a_save_ends_the_step_in_one_line(project):
     )
     while process.is_alive() and not Path("run/metrics.jsonl").exists():
         time.sleep(0.01)
-    while process.is_alive() and "once more ends it unsaved" not in (project / "log").read_text():
+    while process.is_alive() and "repeat the signal to end it unsaved" not in (project / "log").read_text():
         os.kill(process.pid, signal.SIGINT)
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError):  # the one before was the second

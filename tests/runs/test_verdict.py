@@ -53,7 +53,7 @@ def test_a_run_that_was_compared_has_its_bits_and_its_cost_with_the_interval(tmp
     [
         (-0.004, 0.001, "the likelihood is better"),
         (0.004, 0.001, "the plan costs likelihood"),
-        (0.001, 0.001, "no difference is shown"),
+        (0.001, 0.001, "no significant difference"),
         (0.001, None, "on a single text"),
     ],
 )
@@ -68,7 +68,11 @@ def test_a_difference_within_its_interval_is_none(difference, error, meaning):
         ({}, "1 of 1 bits is live and distinguishes texts by up to 0.5 bits", True),
         ({"documents": 1}, "1 of 1 bits is live.", True),
         ({"usage": {**USAGE, "live_bits": 0}}, "a text's own plan saves 0.0500 nats per token", True),
-        ({"warning": "the plan carries no information: all texts have the same one"}, "The plan carries no inf", False),
+        (
+            {"warning": "the plan carries no information: all texts have the same plan"},
+            "The plan carries no inf",
+            False,
+        ),
     ],
 )
 def test_usage_is_what_was_measured(tmp_path, changes, words, used):
@@ -97,7 +101,7 @@ def test_a_plan_that_is_not_used_later_is_a_problem_whose_remedy_depends_on_prog
     adamw = {"optimizer": {"name": "adamw"}}
     verdict = verdict_of(run_of(tmp_path / "running", lines, **adamw))
     assert verdict.tone == "problem" and verdict.sentences[0].startswith("At step 490 the plan is not used")
-    assert str(verdict.next_step).startswith("if this stays so at the next validation")
+    assert str(verdict.next_step).startswith("if the next validation shows the same")
     ended = verdict_of(run_of(tmp_path / "ended", lines, ended=True, **adamw))
     assert ended.next_step == "train again with other settings: use optimizer.name=muon."
     all_set = verdict_of(run_of(tmp_path / "all", lines, ended=True)), verdict_of(run_of(tmp_path / "on", lines))
@@ -108,7 +112,7 @@ def test_a_plan_that_is_not_used_later_is_a_problem_whose_remedy_depends_on_prog
 
 
 @pytest.mark.parametrize(
-    ("watched", "words", "tone"), [(True, "saves 0.0310 nats", "good"), (False, "not measured yet", "open")]
+    ("watched", "words", "tone"), [(True, "saves 0.0310 nats", "good"), (False, "not yet known", "open")]
 )
 def test_while_it_trains_the_plan_is_used_once_the_watcher_has_seen_it(tmp_path, watched, words, tone):
     watcher = [VALIDATION, {**UNUSED, "step": 480, "collapsed": False}] if watched else []
@@ -120,7 +124,7 @@ def test_results_of_an_earlier_model_are_no_verdict(tmp_path):
     run = run_of(tmp_path, lines_of(), True, EVALUATION, {**COMPARISON, "model": {"id": "earlier"}})
     assert len(verdict_of(run).sentences) == 1
     update_marker(tmp_path, model={"id": "b"})
-    assert "not measured yet" in verdict_of(run).sentences[0]
+    assert "not yet known" in verdict_of(run).sentences[0]
 
 
 def test_runs_without_a_line_and_baselines_have_a_verdict(tmp_path):
@@ -155,7 +159,7 @@ def test_advice_is_what_is_not_set_and_what_the_documentation_found_to_help(mode
     """docs/plan.md: min_bits fills many plans per text with noise, and 1 bit per token breaks generation."""
     advice = plan_advice(parse_settings({"model": model, "optimizer": {"name": optimizer}}))
     assert advice == (
-        ", ".join(advised) or "every setting that helps is in use; train longer, or check the training text"
+        ", ".join(advised) or "all settings that help are already in use; train longer, or check the training text"
     )
 
 

@@ -153,7 +153,7 @@ def test_what_needs_doing_is_in_the_lines_once_also_after_a_stop(tiny_settings, 
     sections["model"] = {"free_bits": 20.0}
     whole = train(tiny_settings("whole", **sections))
     written = " ".join(capsys.readouterr().err.split())
-    assert written.count("KL: far under the 20 free bits") == 1
+    assert written.count("KL: far below the 20 free bits") == 1
     advised = [line for line in whole.read_metrics() if "advice" in line]
     assert advised and "free_bits" in advised[0]["advice"]
     with monkeypatch.context() as patch:
@@ -241,7 +241,7 @@ def test_a_report_is_of_any_run_also_while_it_trains(tiny_settings, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             train(settings, quiet=True)
     page = write_run_report(settings.run_dir).read_text()
-    assert "step 5 of 6; stopped before its end" in page and "<svg" in page
+    assert "step 5 of 6, interrupted" in page and "<svg" in page
     assert not outside_references(page)
     empty = tiny_settings("empty")
     empty.run_dir.mkdir()
@@ -291,7 +291,7 @@ def test_a_report_without_results_says_which_command_adds_them(ended):
     page = write_run_report(ended.path).read_text()
     assert f"free-transformer evaluate {ended.path}" in page
     assert "One prompt under" not in page and "Difference from the baseline" not in page
-    assert "first seen at step 400, still so" in page  # the alarm of the KL
+    assert "first seen at step 400, still active" in page  # the alarm of the KL
 
 
 def test_a_report_shows_what_was_measured_and_texts_stay_text(ended, outside_references):

@@ -65,7 +65,7 @@ def test_full_queue_is_rejected_with_retry_after(slow):
     for thread in threads:
         thread.start()
     wait_for(lambda: metric(address, "running_texts") == 1 and metric(address, "waiting_texts") == 1)
-    with pytest.raises(RateLimitError, match="1 texts are waiting, at most 1 may") as refused:
+    with pytest.raises(RateLimitError, match="1 texts are waiting, the maximum is 1") as refused:
         client.completions.create(**request)
     assert refused.value.response.headers["retry-after"] == "1"
     batch.go.set()
@@ -156,5 +156,5 @@ def test_engine_limits_texts_and_reports_why_it_cannot_start(model):
         engine.stop()
 
     asyncio.run(submit())
-    with pytest.raises(ValueError, match="max_length=129: from 2 to 128"):
+    with pytest.raises(ValueError, match="max_length=129: must be 2 to 128"):
         create_app(lambda: TorchBatch(model, byte_tokenizer(), max_length=129), "tiny")

@@ -212,9 +212,9 @@ def test_chat_templates_run_in_a_sandbox(tmp_path):
 
     text = "{{ bos_token }}{% generation %}{{ messages | tojson }}{% endgeneration %}{{ eos_token }}"
     assert render(text) == '<s>[{"role": "user", "content": "a<b"}]'
-    with pytest.raises(ValueError, match=r"messages: the model's chat template refuses them \(no system"):
+    with pytest.raises(ValueError, match=r"messages: the model's chat template rejects them \(no system"):
         render("{{ raise_exception('no system message') }}")
-    with pytest.raises(ValueError, match="refuses them"):
+    with pytest.raises(ValueError, match="rejects them"):
         render("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="chat template cannot be read"):
         render("{% if %}")

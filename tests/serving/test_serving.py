@@ -151,7 +151,7 @@ def test_plan_sources(client, model):
     assert all(each[i] == read.split()[i] for each in of_prompt for i in range(len(sure)) if sure[i])
     assert len({plan(prompt=example, prompt_plan="prior", seed=seed) for seed in seeds}) == len(seeds)
     assert len({plan(prompt="", seed=seed) for seed in seeds}) > 1
-    with pytest.raises(BadRequestError, match="gathered none"):
+    with pytest.raises(BadRequestError, match="has no aggregate prior"):
         plan(prompt="", prior="aggregate")
 
 
@@ -302,28 +302,28 @@ def test_a_stop_string_ends_the_text(client):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"max_token": 3}, "max_token: unknown field; is max_tokens meant?"),
-        ({"plan": "012"}, "plan '012': write its bits as 0 and 1"),
-        ({"plan": "011"}, "plan '011' has 3 bits: a plan of this model has 4"),
-        ({"plan": [0, 2]}, "plan: bits as text"),
-        ({"plan": "0110", "plan_from": "x"}, "plan: give plan or plan_from, not both"),
+        ({"max_token": 3}, "max_token: unknown field; did you mean max_tokens?"),
+        ({"plan": "012"}, "plan '012': give its bits as 0 and 1"),
+        ({"plan": "011"}, "plan '011' has 3 bits: plans of this model have 4"),
+        ({"plan": [0, 2]}, "plan: must be bits as text"),
+        ({"plan": "0110", "plan_from": "x"}, "plan: give either plan or plan_from, not both"),
         ({"prompt_plan": "none"}, 'prompt_plan="none"'),
         ({"plans": "spread"}, "plans=\"spread\": Input should be 'independent' or 'stratified'"),
-        ({"prompt": {"a": 1}}, "prompt: a text, its token ids, or a list"),
-        ({"prompt": []}, "prompt: an empty list"),
-        ({"prompt": [[]]}, "prompt: no tokens"),
-        ({"prompt": [256, 300]}, "prompt: token ids from 256 to 300, the vocabulary has 0 to 258"),
-        ({"prompt": "x" * 60}, "prompt: more than 60 tokens, the most that this server reads"),
+        ({"prompt": {"a": 1}}, "prompt: must be text, token ids, or a list"),
+        ({"prompt": []}, "prompt: is an empty list"),
+        ({"prompt": [[]]}, "prompt: has no tokens"),
+        ({"prompt": [256, 300]}, "prompt: token ids from 256 to 300: the vocabulary has 0 to 258"),
+        ({"prompt": "x" * 60}, "prompt: more than 60 tokens, the maximum of this server"),
         ({"max_tokens": 8193}, "max_tokens=8193: this server generates at most 8192"),
-        ({"plan_changes": {"3": 7}}, "plan_changes: plans by the number of new tokens before each"),
-        ({"plan_changes": {"-3": "0110"}}, "plan_changes: plans by the number of new tokens before each"),
-        ({"plan_changes": {"3": "0110"}}, "plan_changes: for one plan per text; with plan_span=5"),
-        ({"max_tokens": 0}, "max_tokens=0: at least 1, or 0 with echo"),
+        ({"plan_changes": {"3": 7}}, "plan_changes: must be plans keyed by a number of new tokens"),
+        ({"plan_changes": {"-3": "0110"}}, "plan_changes: must be plans keyed by a number of new tokens"),
+        ({"plan_changes": {"3": "0110"}}, "plan_changes needs one plan per text; with plan_span=5"),
+        ({"max_tokens": 0}, "max_tokens=0: must be at least 1, or 0 with echo"),
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": "NaN"}, 'temperature="NaN"'),
         ({"n": 129}, "n=129"),
-        ({"n": 128, "prompt": ["a", "b", "c"]}, "384 texts in one request, this server takes at most 324"),
-        ({"stop": [""]}, "none of them empty"),
+        ({"n": 128, "prompt": ["a", "b", "c"]}, "384 texts in one request, but this server accepts at most 324"),
+        ({"stop": [""]}, "strings of 1 to 256 characters"),
         ({"logprobs": 21}, "logprobs=21: Input should be less than or equal to 20"),
         ({"best_of": 2}, "best_of=2: only n (1) is supported"),
     ],
@@ -342,7 +342,7 @@ def test_other_bad_requests(address):
     assert post(f"{address}/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}]}')[0] == 400
     limit = max_body(128)
     status, answer = post(url, b"[" * (limit + 1))
-    assert status == 413 and f"more than {limit} bytes" in answer["error"]["message"]
+    assert status == 413 and f"exceeds {limit} bytes" in answer["error"]["message"]
 
 
 def test_token_is_required(model):
@@ -360,8 +360,8 @@ def test_token_is_required(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a RUN, or an export with --onnx FOLDER"),
-        (["run", "--onnx", "export"], "not both"),
+        ([], "give either a RUN or an export with --onnx FOLDER"),
+        (["run", "--onnx", "export"], "give either a RUN or an export"),
         (["{tmp}"], "not a run"),
         (["--onnx", "{tmp}"], "not an export"),
     ],
@@ -381,4 +381,4 @@ def test_port_in_use_is_reported(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr("sys.argv", ["free-transformer", "serve", str(tmp_path), "--port", str(port)])
         with pytest.raises(SystemExit) as stopped:
             main()
-    assert stopped.value.code == 1 and "choose others with --host and --port" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "choose another address with --host and --port" in capsys.readouterr().err

@@ -83,13 +83,13 @@ def test_tokens_of_a_step_stay_the_same(seq_len):
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"stages": [{"seq_len": 64}]}, r"curriculum.stages.0.seq_len=64: at most training.seq_len=32"),
-        ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps add up to 12, training.max_steps is 10"),
-        ({"stages": [{"steps": 3}, {"steps": 4}]}, "let the last stage leave out steps"),
-        ({"stages": [{"steps": 10}, {}]}, "steps add up to 10 and 1 without"),
+        ({"stages": [{"seq_len": 64}]}, r"curriculum.stages.0.seq_len=64: must be at most training.seq_len=32"),
+        ({"stages": [{"steps": 3}, {"steps": 9}]}, "steps add up to 12, but training.max_steps=10"),
+        ({"stages": [{"steps": 3}, {"steps": 4}]}, "leave out the steps of the last stage"),
+        ({"stages": [{"steps": 10}, {}]}, "steps add up to 10, with 1 stages without steps"),
         (
             {"stages": [{"kl_weight": 1}], "kl_schedule": "linear"},
-            "stages.0.kl_weight: only with curriculum.kl_schedule=constant",
+            "stages.0.kl_weight: needs curriculum.kl_schedule=constant",
         ),
         ({"stages": [{"sequence": 8}]}, r"unknown setting 'curriculum.stages.0.sequence': did you mean 'seq_len'"),
         ({"stages": [{"data": {"a.txt": 0}}]}, r"greater than 0"),
@@ -105,7 +105,7 @@ def test_stages_that_cannot_be_are_refused_in_a_line(training, message):
 
 def test_free_bits_of_a_stage_under_min_bits_are_refused():
     values = {"model": {"free_bits": 2, "min_bits": 1.5}, "training": {"stages": [{"free_bits": 1}, {}]}}
-    with pytest.raises(SettingsError, match=r"curriculum.stages.0.free_bits=1.0: at least model.min_bits=1.5"):
+    with pytest.raises(SettingsError, match=r"curriculum.stages.0.free_bits=1.0: must be at least model.min_bits=1.5"):
         parse_settings(values)
 
 

@@ -78,7 +78,7 @@ def test_training_gives_each_step_its_weights_and_a_resumed_run_continues(tiny_s
 
 
 def test_free_bits_cannot_start_below_what_a_plan_must_spend(tiny_settings):  # noqa: F811
-    with pytest.raises(SettingsError, match=r"curriculum.free_bits_start=0.0: at least model.min_bits=0.2"):
+    with pytest.raises(SettingsError, match=r"curriculum.free_bits_start=0.0: must be at least model.min_bits=0.2"):
         tiny_settings(model={"min_bits": 0.2, "free_bits": 1.0}, training={"free_bits_schedule": "linear"})
 
 
@@ -98,7 +98,7 @@ def test_the_watcher_names_each_sign_of_collapse():
     assert "no bit of the plan is live" in collapse_warning(result(usage=usage([0.01, 0.01])), free_bits=0.0)
     assert collapse_warning(result(gap=None, usage=None), free_bits=1.0) is None
     constant = collapse_warning(result(usage=usage([0.9, 0.9], information=0.17)), free_bits=2.0)
-    assert "the plan carries no information: all texts have the same one, only 0.170 of its 1.80 bits" in constant
+    assert "the plan carries no information: all texts have the same plan; only 0.170 of its 1.80 bits" in constant
     assert collapse_warning(result(usage=usage([0.9, 0.9], information=0.19)), free_bits=2.0) is None
     alone = result(usage=usage([0.9, 0.9], information=0.0), documents=1, standard_errors={"gap": float("nan")})
     assert collapse_warning(alone, free_bits=2.0) is None  # undefined for a single text

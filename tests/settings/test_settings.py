@@ -133,7 +133,7 @@ def test_an_unknown_name_that_looks_like_a_type_is_refused_by_its_name(load, nam
 
 def test_an_unknown_name_like_no_other_is_refused_with_all_that_are_known(load):
     known = "tensorboard, wandb, trackio, project, sample_every, sample_tokens"
-    with refused(f"unknown setting 'logging.xyzzy': known are {known}"):
+    with refused(f"unknown setting 'logging.xyzzy': known settings are {known}"):
         load("logging: {xyzzy: 1}")
 
 
@@ -186,7 +186,7 @@ def test_a_wrong_type_is_refused_with_its_name_and_value(load, override):
         ("data.train={a: 0}", "data.train.a=0: must be greater than 0"),
         ("model.latent_dim=0", "greater than or equal to 1"),
         ("model.free_bits=-1", "greater than or equal to 0"),
-        ("model.plan_span=0", "plan_span=0: a number of tokens from 1, or 'sequence'"),
+        ("model.plan_span=0", "plan_span=0: a number of tokens, at least 1, or 'sequence'"),
         ("model.sliding_window=0", "sliding_window=0: must be greater than or equal to 1"),
         ("model.hidden_dim=30", "hidden_dim=30 is not a multiple of num_heads=4"),
         ("model.num_heads=256", "even size"),
@@ -206,7 +206,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(load, override, al
 
 @pytest.mark.parametrize(("override", "other"), [("kl_weight=0.5", "kl_weight"), ("vocab_size=9", "tokenizer")])
 def test_what_another_setting_decides_is_refused_by_its_name(load, override, other):
-    with refused(rf"model.{override}: \S*{other} decides it"):
+    with refused(rf"model.{override}: determined by \S*{other}"):
         load("run_dir: x", f"model.{override}")
 
 
@@ -268,7 +268,7 @@ def test_an_override_that_holds_an_equals_sign_keeps_it(load):
 
 @pytest.mark.parametrize("override", ["training.max_steps", "=3", "nonsense", "training.=3", ".seed=3"])
 def test_what_is_no_override_is_refused(load, override):
-    with refused(r"an override is section\.name=value"):
+    with refused(r"an override needs the form section\.name=value"):
         load("run_dir: x", override)
 
 
@@ -284,7 +284,7 @@ def test_an_override_below_a_setting_is_refused(load):
 
 @pytest.mark.parametrize("text", ["just words", "- a\n- b", "3"])
 def test_a_file_without_sections_is_refused(load, text):
-    with refused(r"config\.yaml: not a file of settings; name a YAML file with sections of settings"):
+    with refused(r"config\.yaml: not a settings file; give a YAML file with sections of settings"):
         load(text)
 
 
@@ -298,10 +298,10 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(load, text):
 def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path):
     with refused(r"nowhere\.yaml: no such file"):
         load_settings(tmp_path / "nowhere.yaml")
-    with refused("a folder, not a file; name a YAML file with sections of settings"):
+    with refused("a folder, not a file; give a YAML file with sections of settings"):
         load_settings(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
-    with refused(r"binary\.yaml: cannot be read as text .*; name a YAML file with sections of settings"):
+    with refused(r"binary\.yaml: cannot be read as text .*; give a YAML file with sections of settings"):
         load_settings(tmp_path / "binary.yaml")
 
 
@@ -532,7 +532,7 @@ def test_empty_stage_has_the_settings_of_the_run(load):
 @pytest.mark.parametrize("name", ["training.max_steps", "data.train", "run_dir", "logging.project", "model.latent_dim"])
 def test_empty_value_of_a_setting_is_refused_by_its_name(load, name):
     for text, overrides in ((yaml.safe_dump(nested(name, None)), []), ("run_dir: x", [f"{name}="])):
-        with refused(rf"config\.yaml: {name}: is empty; give it a value, or leave it out") as error:
+        with refused(rf"config\.yaml: {name}: is empty; give it a value, or remove it") as error:
             load(text, *overrides)
         assert "\n" not in str(error.value)
 
@@ -656,11 +656,11 @@ def test_home_folder_and_variables_are_expanded_in_every_path(load, places, writ
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("$NOWHERE/a", "the environment variable NOWHERE is not set; set it, or write"),
+        ("$NOWHERE/a", "the environment variable NOWHERE is not set; set it, or use"),
         ("a/${NOWHERE}", "the environment variable NOWHERE is not set"),
         ("${NOWHERE:-a}", "the environment variable NOWHERE:-a is not set"),
-        ("~nobody-here/a", "the home folder ~nobody-here is not known; write the folder's full path"),
-        ("''", "is empty; name a file or folder"),
+        ("~nobody-here/a", "the home folder ~nobody-here is unknown; give the full path"),
+        ("''", "is empty; give a file or folder"),
     ],
 )
 def test_path_that_cannot_be_expanded_is_refused(load, places, name, value, message):
@@ -670,9 +670,9 @@ def test_path_that_cannot_be_expanded_is_refused(load, places, name, value, mess
 
 
 def test_sources_of_a_mixture_must_differ(load, places):
-    with refused(r"data.train: ~/a and \$HOME/a are the same source; give it one share"):
+    with refused(r"data.train: ~/a and \$HOME/a are the same source; give it a single share"):
         load("data: {train: {~/a: 1, $HOME/a: 2}}")
-    with refused("data.train: a.txt and ./a.txt are the same source; give it one share"):
+    with refused("data.train: a.txt and ./a.txt are the same source; give it a single share"):
         load("data: {train: {a.txt: 1, ./a.txt: 2}}")
     with refused("curriculum.stages.0.data: a.txt and ./a.txt are the same source"):
         load("training: {stages: [{data: {a.txt: 1, ./a.txt: 2}}]}")

@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_in_one_line(tmp_path, num
     step = newest_step(tmp_path / "run" / "checkpoints")
     assert last.startswith(f"stopped by {signal.Signals(number).name} at step {step}, saved in ")
     told = (tmp_path / "log").read_text()
-    assert f"{signal.Signals(number).name}: the run ends after this step and saves its state" in told
+    assert f"{signal.Signals(number).name}: the run saves its state and ends after this step" in told
     assert "Traceback" not in told
     assert [line["step"] for line in untimed(tmp_path / "run")] == list(range(1, step + 1))
 

@@ -161,8 +161,8 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(settings_of, training):
         ({"hidden_dim": 32}, {}, r"model.hidden_dim=32: .*llama has 16; leave it out"),
         ({"rope_theta": 5.0}, {}, r"model.rope_theta"),
         ({"pretrained": "nowhere"}, {}, "model.pretrained=nowhere"),
-        ({"pretrained": None}, {"freeze_first_half": True}, "freeze_first_half=True: only with model.pretrained"),
-        ({"pretrained": None}, {"lora_rank": 2}, "lora_rank=2: only with model.pretrained"),
+        ({"pretrained": None}, {"freeze_first_half": True}, "freeze_first_half=True: needs model.pretrained"),
+        ({"pretrained": None}, {"lora_rank": 2}, "lora_rank=2: needs model.pretrained"),
     ],
 )
 def test_bad_settings_are_named(settings_of, model, training, message):

@@ -151,7 +151,7 @@ def test_a_preview_of_auto_tries_its_steps_once(tiny_settings, monkeypatch):  # 
 def test_a_preview_warns_of_what_will_not_fit(tiny_settings, monkeypatch):  # noqa: F811
     monkeypatch.setattr("free_transformer.training.preview.memory_budget", lambda processes: 10)
     found = preview(tiny_settings(), quiet=True)
-    assert "will not fit" in found.warnings[0] and found.time is None
+    assert "does not fit in memory" in found.warnings[0] and found.time is None
     assert "time" not in str(found.cost_table().rows)
 
 

@@ -140,16 +140,19 @@ def test_values_stay_text(text, values):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (["model.latent_dim"], r"'model.latent_dim': .* as in model.latent_dim=8,16"),
-        (["=1,2"], "'=1,2': a grid is of"),
+        (["model.latent_dim"], r"'model.latent_dim': .* such as model.latent_dim=8,16"),
+        (["=1,2"], "'=1,2': the grid needs"),
         (["model.latent_dim="], "'model.latent_dim=': a value is empty"),
         (["model.latent_dim=8,"], "'model.latent_dim=8,': a value is empty"),
-        (["model.latent_dim=8,,9"], "'model.latent_dim=8,,9': not YAML values .*is one empty"),
-        (["data.train=[a,b"], "'data.train=.a,b': not YAML values .* a bracket or a quote left open"),
-        (["data.train='a,b"], "data.train='a,b.*: not YAML values"),
-        (["model.latent_dim=8,9,8"], "'model.latent_dim=8,9,8': 8 stands there twice"),
-        (["training.seed=0", "training.seed=1"], "training.seed: twice in the grid; name all its values at once"),
-        (["run_dir=a,b"], "run_dir=a,b: a sweep has one folder, and in it one for each run; name one"),
+        (["model.latent_dim=8,,9"], "'model.latent_dim=8,,9': not comma-separated YAML values .*is a value empty"),
+        (["data.train=[a,b"], "'data.train=.a,b': not comma-separated YAML values .* bracket or quote not closed"),
+        (["data.train='a,b"], "data.train='a,b.*: not comma-separated YAML values"),
+        (["model.latent_dim=8,9,8"], "'model.latent_dim=8,9,8': 8 appears twice"),
+        (
+            ["training.seed=0", "training.seed=1"],
+            "training.seed: appears twice in the grid; give all its values at once",
+        ),
+        (["run_dir=a,b"], "run_dir=a,b: a sweep has a single folder with a subfolder per run; give one"),
     ],
 )
 def test_a_grid_that_cannot_be_read_is_refused_in_one_line(grid, message):
@@ -210,7 +213,7 @@ def test_folders_are_short_safe_unique_and_stay_when_the_grid_grows(shared_confi
         (["training.max_steps=4,0"], "training.max_steps=0: .* greater than or equal to 1"),
         (["model.latent_dims=4,5"], "unknown setting '.*latent_dims': did you mean 'latent_dim'"),
         (["model.num_heads=2,3", "training.seed=0,1"], "model: "),
-        (["training.learning_rate=1e-3,0.001"], "rate=1e-3 and learning_rate=0.001 are the same settings"),
+        (["training.learning_rate=1e-3,0.001"], "rate=1e-3 and learning_rate=0.001 have the same settings"),
     ],
 )
 def test_a_bad_value_anywhere_is_told_before_anything_is_trained(config, grid, message):
@@ -222,7 +225,7 @@ def test_a_bad_value_anywhere_is_told_before_anything_is_trained(config, grid, m
 
 def test_a_sweep_needs_a_folder_of_its_own_and_one_process(config, tmp_path, monkeypatch):
     write_text(tmp_path / "sweep" / "config.yaml", config.read_text())
-    with refused("sweep is the folder of a run; give the sweep one of its own, as in run_dir=.*sweep-sweep"):
+    with refused("sweep is the folder of a run; choose another folder, such as run_dir=.*sweep-sweep"):
         load_sweep(config, GRID)
     for name in ("sweep.json", "report.html"):
         write_text(tmp_path / name / name, "mine")
@@ -357,7 +360,7 @@ def test_more_steps_resume_and_are_evaluated_again(config, trained):
 def test_folders_of_other_settings_are_refused_and_left_alone(finished, override):
     before = everything_below(finished.folder)
     name = override.partition("=")[0]
-    with refused(f"latent_dim=2,seed=0: was trained with {name}=.*, not .*; name another run_dir") as error:
+    with refused(f"latent_dim=2,seed=0: was trained with {name}=.*, not .*; choose another run_dir") as error:
         load_sweep(finished.folder.parent / "config.yaml", [*GRID, override])
     assert "\n" not in str(error.value)
     assert everything_below(finished.folder) == before
@@ -425,7 +428,7 @@ def test_a_held_out_loss_that_is_no_number_is_a_failure(config, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate_likelihood", evaluate_likelihood)
     found = load_sweep(config, ["training.max_steps=1"])
     run_sweep(found, quiet=True)
-    assert found.runs[0].reason == "the nll of the held-out text is nan"
+    assert found.runs[0].reason == "the NLL of the held-out text is nan"
 
 
 def test_without_held_out_text_the_table_has_only_training(config, trained):

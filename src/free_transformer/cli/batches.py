@@ -1,4 +1,4 @@
-"""What `free-transformer serve` generates with: the folder of a model, in PyTorch or in onnxruntime without torch."""
+"""Loads the model of `free-transformer serve`, in PyTorch or in onnxruntime without torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def served_folder(run: Path | None, onnx: Path | None) -> Path:
-    """The folder to serve. `InputError` unless exactly one is named, and for one that does not exist."""
+    """Returns the folder to serve. Raises `InputError` unless exactly one is given and it exists."""
     folder = onnx or run
     if folder is None or (run is not None and onnx is not None):
-        raise InputError("name a RUN, or an export with --onnx FOLDER, and not both")
+        raise InputError("give either a RUN or an export with --onnx FOLDER")
     if problem := not_a_folder(folder):
         created_by = "train" if onnx is None else "export"
-        raise InputError(f"{folder}: {problem}; name a folder that `free-transformer {created_by}` has created")
+        raise InputError(f"{folder}: {problem}; give a folder created by `free-transformer {created_by}`")
     return folder
 
 
@@ -31,10 +31,10 @@ def torch_batch(
         rows: maximum number of texts generated together. Default: 32.
         length: maximum number of tokens per text. Default: the model's, at most 2,048.
         threads: CPU threads per matrix product. Default: one per core.
-        plan_strength: instead of the configuration's.
+        plan_strength: factor of plan vectors. Default: the configuration's.
 
     Raises:
-        InputError: for a baseline, and a `length` beyond the model's.
+        InputError: for a baseline, and a `length` greater than the model's.
     """
     import torch
 
@@ -45,7 +45,7 @@ def torch_batch(
 
     model, tokenizer = load_with_tokenizer(folder, plan_strength)
     if not isinstance(model, FreeTransformer):
-        raise InputError(f"{folder}: a baseline has no plan to steer by; serve takes a Free Transformer")
+        raise InputError(f"{folder}: a baseline has no plan; serve needs a Free Transformer")
     if threads is not None:
         torch.set_num_threads(threads)
     return TorchBatch(model.to(find_device("auto")), tokenizer, rows or 32, length)

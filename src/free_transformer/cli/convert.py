@@ -13,7 +13,7 @@ from free_transformer.reporting.table import Table
 def convert(
     pretrained: Annotated[
         str,
-        typer.Argument(help="Folder, or name on the hub, of a Llama, Mistral, Qwen 2 or Qwen 3.", metavar="LLAMA"),
+        typer.Argument(help="Folder or Hub name of a Llama, Mistral, Qwen 2 or Qwen 3.", metavar="LLAMA"),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
     latent_dim: Annotated[int, typer.Option(min=1, help="Number of bits per plan, at least 1.")] = 8,

@@ -14,7 +14,7 @@ from free_transformer.cli.output import print_line, print_table, print_verdict
 from free_transformer.files import check_own_results
 from free_transformer.runs.evaluation_options import EvaluationOptions
 
-NARROW_COLUMNS = (0, 1, 2, 4)  # the explanations are in the report; a terminal is too narrow for them
+NARROW_COLUMNS = (0, 1, 2, 4)  # without explanations, which are in the report
 
 
 def evaluate(
@@ -31,8 +31,8 @@ def evaluate(
     Evaluate the likelihood of held-out text and whether the plan is used, and save both in `RUN/metrics.json`.
 
     With one process it also saves texts under several plans, the effect of each bit, and the plans of each source in
-    `RUN/plan_examples.json`, which `report` shows. Sources are known from a column `source` or `label` of the text, or
-    from several files.
+    `RUN/plan_examples.json`, which `report` shows. Sources are determined from a column `source` or `label`, or from
+    the names of several files.
 
     Examples:
 
@@ -63,7 +63,7 @@ def evaluate(
     if not processes.main:
         return
     likelihood = result.likelihood
-    evaluated.write_evaluation(likelihood, result.bytes_per_token, data)  # before what may fail
+    evaluated.write_evaluation(likelihood, result.bytes_per_token, data)  # first, since the next step may fail
     if (examples := plan_examples_of(evaluated, loaded, options)) is not None:
         evaluated.write_examples(examples)
     print_table(likelihood_table(likelihood, result.bytes_per_token).columns(*NARROW_COLUMNS))

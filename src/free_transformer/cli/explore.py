@@ -16,7 +16,7 @@ def explore(
     baseline: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a run or model without a plan to show beside it. Default: RUN/baseline or RUN-baseline."
+            help="Folder of a run or model without a plan to compare with. Default: RUN/baseline or RUN-baseline."
         ),
     ] = None,
     data: DataOption = None,
@@ -30,14 +30,12 @@ def explore(
     browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
     space: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to create, which a Hugging Face Space runs. Default: show the page.", metavar="FOLDER"
-        ),
+        typer.Option(help="Folder to create for a Hugging Face Space, instead of opening the page.", metavar="FOLDER"),
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """
-    Open a page to play with the plans of a model: grids of texts, bits as switches, a map of plans.
+    Open a page to explore the plans of a model: grids of texts, switches for bits, and a map of plans.
 
     Examples:
 
@@ -58,7 +56,7 @@ def explore(
 
     def on_ready(link: str) -> None:
         status.stop()
-        output.print_line(f"{opened.name}: {link} (Ctrl-C ends it)")
+        output.print_line(f"{opened.name}: {link} (Ctrl-C to stop)")
         if browser:
             typer.launch(link)
 

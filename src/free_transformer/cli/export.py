@@ -34,9 +34,7 @@ def export(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to create: new, empty or of an earlier export. Default: RUN/TO-QUANTIZE-BATCHxLENGTH."
-        ),
+        typer.Option(help="Folder to create, or an earlier export to replace. Default: RUN/TO-QUANTIZE-BATCHxLENGTH."),
     ] = None,
     plan_strength: PlanStrengthOption = None,
     overwrite: OverwriteOption = False,

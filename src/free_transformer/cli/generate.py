@@ -16,8 +16,8 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="Plan: its bits, bit 0 first, such as 01101001, the bits of several plans in a row, or the name of a "
-            "plan. Default: sampled."
+            help="Plan: its bits, bit 0 first, such as 01101001; the concatenated bits of several plans; or the name "
+            "of a plan. Default: sampled."
         ),
     ] = None,
     plan_change: Annotated[
@@ -50,7 +50,7 @@ def generate(
         float, typer.Option(help="Sample from the most likely tokens with this total probability, 0 to 1.")
     ] = 1.0,
     stream: Annotated[
-        bool, typer.Option(help="Print the text while it is generated, with --num-samples 1 only.")
+        bool, typer.Option(help="Print the text while it is generated; only with --num-samples 1.")
     ] = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -69,7 +69,7 @@ def generate(
     from free_transformer.runtime.sessions import EXPORT_FILE
 
     if plan is not None and plan_from is not None:
-        raise InputError("give --plan or --plan-from, not both")
+        raise InputError("give either --plan or --plan-from, not both")
     if stream and num_samples > 1:
         raise InputError("--stream shows one text: use --num-samples 1")
     request = Request(

@@ -1,4 +1,4 @@
-"""What `free-transformer generate` is asked for."""
+"""The request of `free-transformer generate`, parsed from its options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,14 +42,14 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def plan_changes(options: Sequence[str]) -> dict[int, str]:
-    """Returns the plans of `--plan-change` by the number of new tokens before them. `InputError` for other options."""
+    """Parses `--plan-change` to plans by the number of new tokens before them. Raises `InputError`."""
     found: dict[int, str] = {}
     for option in options:
         start, colon, plan = option.partition(":")
         if not colon or not (start.isascii() and start.isdigit()):
             raise InputError(f"--plan-change {option}: give TOKENS:PLAN, such as 2000:10010110")
         if int(start) in found:
-            raise InputError(f"--plan-change {option}: there is another plan from token {start} on; give one of them")
+            raise InputError(f"--plan-change {option}: there is another plan for token {start}; give only one")
         found[int(start)] = plan
     return found
 

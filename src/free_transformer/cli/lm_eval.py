@@ -22,7 +22,7 @@ def lm_eval(
         typer.Option(help="Folder of YAML files with further tasks. Default: none.", metavar="FOLDER"),
     ] = None,
     num_plans: Annotated[
-        int, typer.Option(min=1, help="Number of plans that a likelihood is averaged over, at least 1.")
+        int, typer.Option(min=1, help="Number of plans over which likelihoods are averaged, at least 1.")
     ] = 16,
     prompt_plan: PromptPlanOption = "posterior",
     prior: PriorOption = "uniform",
@@ -49,7 +49,7 @@ def lm_eval(
     overwrite: OverwriteOption = False,
 ) -> None:
     """
-    Run tasks of lm-evaluation-harness. Likelihoods are averaged over plans; a baseline is evaluated as by the harness.
+    Run tasks of lm-evaluation-harness. Likelihoods are averaged over plans; a baseline is evaluated as usual.
 
     Examples:
 

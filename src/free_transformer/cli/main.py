@@ -13,7 +13,7 @@ import typer
 
 from free_transformer import (
     __version__,
-    quiet,  # noqa: F401  # before what it quiets
+    quiet,  # noqa: F401  # before the imports that it quiets
 )
 from free_transformer.cli.compare import compare
 from free_transformer.cli.convert import convert

@@ -46,4 +46,4 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch,
 SeedOption = Annotated[
     int, typer.Option(help="Seed of all random numbers, from -2^63 to 2^64 - 1.", callback=check_seed)
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing files, whatever they are.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing files of any kind.")]

@@ -1,4 +1,4 @@
-"""What commands print: results, tables and samples to standard output, warnings to standard error."""
+"""Output of commands: results, tables and samples on standard output, warnings on standard error."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ console = stdout_console()
 
 
 def print_line(text: str) -> None:
-    """Prints one line, which the terminal wraps, so that paths in it can be copied."""
+    """Prints one line without hard wrapping, so that paths in it can be copied."""
     console.print(text, soft_wrap=True)
 
 
@@ -24,7 +24,7 @@ def print_warning(text: str) -> None:
 
 
 def print_verdict(verdict: "Verdict") -> None:
-    """Prints the verdict on a run: what it is, and what to do next."""
+    """Prints the verdict on a run, and what to do next."""
     style = {"good": "green", "problem": "yellow"}.get(verdict.tone)
     first, *follow = verdict.lines
     console.print(first, style=style, soft_wrap=True)
@@ -33,13 +33,13 @@ def print_verdict(verdict: "Verdict") -> None:
 
 
 def print_sample(title: str, text: str) -> None:
-    """Prints a generated text under a line with its title. Control characters but line breaks and tabs are escaped."""
+    """Prints a generated text under a title. Control characters except line breaks and tabs are escaped."""
     console.rule(title, align="left")
     console.print(printable(text), soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
-    """Prints a table; nothing without rows."""
+    """Prints a table, unless it has no rows."""
     table.print(console)
 
 

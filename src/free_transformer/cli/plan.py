@@ -33,7 +33,7 @@ def plan(
 ) -> None:
     """
     Show how flipping each bit of the plan changes the next-token distribution, with a sample for each value, and which
-    bits carry nothing.
+    bits carry no information.
 
     Examples:
 
@@ -54,7 +54,7 @@ def plan(
 
     model, tokenizer = load_with_tokenizer(run)
     if not isinstance(model, FreeTransformer):
-        raise InputError(f"{run}: a baseline has no plan; name the run of a Free Transformer")
+        raise InputError(f"{run}: a baseline has no plan; give the run of a Free Transformer")
     given = None if plan is None else parse_plan(plan, model.config.latent_dim, model.config.plan_names)
     rows = Run.open(run).held_out_rows(tokenizer, data).sample(max_rows, seed)
     num_batches = -(-len(rows) // batch_size)
@@ -68,7 +68,7 @@ def plan(
     for effect in effects:
         for value in (0, 1):
             bits = set_bits(given, {effect.bit: value})
-            torch.manual_seed(seed)  # so that samples differ only by the bit
+            torch.manual_seed(seed)  # so that samples differ only in the bit
             sequences = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -94,4 +94,4 @@ def _print_effects(effects: "list[BitEffect]") -> None:
     print_table(Table(header, rows))
     dead = sum(each.dead is not None for each in effects)
     if dead:
-        print_line(f"{dead} of {len(effects)} bits carry nothing about the text")
+        print_line(f"{dead} of {len(effects)} bits carry no information about the text")

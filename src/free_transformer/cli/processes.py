@@ -1,4 +1,4 @@
-"""The processes that `torchrun` has started, for commands that share their work."""
+"""Processes started by `torchrun`, for commands that share work between them."""
 
 import os
 from contextlib import AbstractContextManager

@@ -15,5 +15,5 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
 
 
 def first_document(path: Path) -> str:
-    """Returns the first document of a file or folder. `DataError` if it contains no text."""
+    """Returns the first document of a file or folder. Raises `DataError` if it contains no text."""
     return next(iter(read_documents([path])))

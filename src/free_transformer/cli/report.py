@@ -21,10 +21,10 @@ def report(
     overwrite: OverwriteOption = False,
 ) -> None:
     """
-    Create an HTML report of one or more runs, also during training: verdict, warnings, curves and settings.
+    Create an HTML report of one or more runs, even during training: verdict, warnings, curves and settings.
 
-    After `evaluate` it also has the likelihood, texts under several plans and the effect of each bit; after `compare`,
-    the difference from the baseline.
+    After `evaluate` it also shows the likelihood, texts under several plans and the effect of each bit. After `compare`
+    it shows the difference from the baseline.
 
     Examples:
 

@@ -27,7 +27,7 @@ def letters(
     ] = 64,
 ) -> None:
     """
-    Reproduce the letters task: what plans of 1/64 to 8 bits per token carry and cost, reported in `OUT/report.html`.
+    Reproduce the letters task: content and cost of plans with 1/64 to 8 bits per token, reported in `OUT/report.html`.
 
     Examples:
 

@@ -30,7 +30,7 @@ def serve(
         str | None,
         typer.Option(
             envvar="FREE_TRANSFORMER_TOKEN",
-            help="Token that requests must send; the variable keeps it out of the process list. Default: none.",
+            help="Token that requests must send; the variable hides it from the process list. Default: none.",
         ),
     ] = None,
     name: Annotated[
@@ -64,7 +64,7 @@ def serve(
     ] = None,
     grace: Annotated[
         float,
-        typer.Option(min=0, help="Seconds that texts in progress have to finish after SIGTERM or Ctrl-C."),
+        typer.Option(min=0, help="Seconds for texts in progress to finish after SIGTERM or Ctrl-C."),
     ] = 20,
     keep_alive: Annotated[
         int,
@@ -101,11 +101,13 @@ def serve(
     folder = served_folder(run, onnx)
     bound = listen(host, port)
     if onnx is not None and plan_strength is not None:
-        raise InputError("an ONNX export has the strength that it was made with: export --plan-strength")
+        raise InputError(
+            "the plan strength of an ONNX export is fixed; set it with `free-transformer export --plan-strength`"
+        )
     limits = (folder, max_batch, max_length, threads)
     build = partial(torch_batch, *limits, plan_strength) if onnx is None else partial(onnx_batch, *limits)
     name = name or folder.resolve().name
-    token = (token or "").strip() or None  # a variable that was read from a file may end with a new line
+    token = (token or "").strip() or None  # a variable read from a file may end with a newline
     address, port = bound.getsockname()[:2]
     hosts = [*local_hosts(host), *(allowed_host or ())] if is_loopback(address) else allowed_host
     server = create_app(build, name, max_prompt, max_tokens, max_waiting, token, hosts, cors_origin or ())

@@ -44,4 +44,6 @@ def sweep(
     print_line(f"report: {loaded.folder / 'report.html'}")
     if loaded.failed:
         names = ", ".join(run.name for run in loaded.failed)
-        raise RunError(f"{len(loaded.failed)} of {len(loaded.runs)} runs failed: {names}; sweep.json says why")
+        raise RunError(
+            f"{len(loaded.failed)} of {len(loaded.runs)} runs failed: {names}; see sweep.json for the reasons"
+        )

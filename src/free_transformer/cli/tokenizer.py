@@ -18,7 +18,7 @@ def tokenizer(
     ],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, at least 259.")] = 4096,
     column: Annotated[
-        str, typer.Option(help="Column that holds the text in tables (such as .jsonl files) and data sets.")
+        str, typer.Option(help="Column that contains the text in tables (such as .jsonl files) and data sets.")
     ] = "text",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -33,7 +33,7 @@ def tokenizer(
 
     *files, out = arguments
     if not files:
-        raise InputError("name the text to train on, then the folder to create: tokenizer FILES... OUT")
+        raise InputError("give the text to train on, then the folder to create: tokenizer FILES... OUT")
     check_replaceable(Path(out), "tokenizer", overwrite, map(Path, files))
     trained = train_tokenizer(read_documents(files, column), vocab_size)
     with own_folder(Path(out), "tokenizer", overwrite, map(Path, files)) as folder:

@@ -35,14 +35,14 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Run a few steps, report parameters, memory, tokens and the measured time per step, and exit. No file "
-            "is created.",
+            help="Run a few steps, report parameters, memory, tokens and the measured time per step, and exit without "
+            "creating files.",
         ),
     ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
-            help="Setting that may differ from the resumed run although training then continues on different rows, "
+            help="Setting that may differ from the resumed run even if training then continues on different rows, "
             "such as data.train or training.seed; `all` allows every setting; can be repeated.",
             metavar="SECTION.NAME",
         ),

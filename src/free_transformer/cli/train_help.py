@@ -1,4 +1,4 @@
-"""The help of `free-transformer train`: the common settings, then those of each section."""
+"""Help of `free-transformer train`: common settings, then the settings of each section."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class TrainCommand(TyperCommand):
-    """Describes all settings after the options; they are imported only then."""
+    """Shows all settings after the options. Imports them only when help is requested."""
 
-    def format_help(self, *args: Any) -> None:  # click's classes have different names in versions of typer
+    def format_help(self, *args: Any) -> None:  # the names of click's classes differ between versions of typer
         from free_transformer.settings import common_settings, describe_settings
 
         super().format_help(*args)

@@ -13,14 +13,14 @@ from free_transformer.errors import InputError
 from free_transformer.files import MARKER, first_line
 
 HUB = "hub:"
-FILE_SUFFIXES = {".txt", ".md", *READERS, *DECOMPRESSORS}  # names of data sets do not end like this
+FILE_SUFFIXES = {".txt", ".md", *READERS, *DECOMPRESSORS}  # names of data sets do not have these suffixes
 LETTERS = re.compile(r"letters:(\d+)(?::(\d+))?")
 DATA_SET = re.compile(r"(?P<name>[^\[\]:]*)(?::(?P<configuration>[^\[\]/\\]*))?(?:\[(?P<split>.*)\])?")
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # name or owner/name on the hub
 
 
 class Document(NamedTuple):
-    """A document, and the name of the source that it is from."""
+    """A document and the name of its source."""
 
     text: str
     source: str
@@ -58,21 +58,22 @@ def read_documents_by_source(
     sources: Sequence[str | Path], column: str = "text", split: str = "train", max_bad_rows: int = 100
 ) -> Iterator[Document]:
     """
-    As `read_documents`, each document with the name of its source: in a folder of folders the first folder below it,
-    or else the name of the file, folder or data set.
+    Yields the documents of `read_documents` with the name of their source.
+
+    In a folder of folders, the source is the first subfolder, otherwise the name of the file, folder or data set.
     """
     if not sources:
-        raise InputError("no data: name at least one file, folder or data set")
+        raise InputError("no data: give at least one file, folder or data set")
     for source in sources:
         if not str(source):
-            raise InputError("a source has no name: name a file, folder or data set")
+            raise InputError("a source is empty: give a file, folder or data set")
         found = False
         for document in _read_source(source, column, split, max_bad_rows):
             if document.text and not document.text.isspace():
                 found = True
                 yield document
         if not found:
-            raise InputError(f"{source}: contains no text; name a file, folder or data set that has some")
+            raise InputError(f"{source}: contains no text; give a file, folder or data set with text")
 
 
 def is_path_source(source: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""Held-out documents by their source, for reports: training never reads labels."""
+"""Reads held-out documents by source, for reports. Training never reads labels."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,20 +8,22 @@ from free_transformer.errors import InputError
 
 LABEL_COLUMNS = ("source", "label")
 MAX_LABELS = 12
-MAX_CHARACTERS = 500_000  # per label: a report needs a sample
+MAX_CHARACTERS = 500_000  # per label; a sample is enough for a report
 
 
 def read_labeled(sources: Sequence[str], column: str = "text") -> dict[str, list[str]]:
     """
-    Documents by label: from a column `source` or `label` of the tables, or else the first folder below a folder, or the
-    name of each of several files.
+    Reads documents by label.
+
+    Labels come from a column `source` or `label` of the tables, otherwise from the first folder below a folder, or the
+    names of several files.
 
     Args:
         sources: as for `read_documents`.
-        column: of the text.
+        column: name of the text column.
 
     Returns:
-        2 to 12 labels with up to 500,000 characters of text each, or nothing if the sources tell no such labels.
+        2 to 12 labels with up to 500,000 characters of text each, or nothing if there are no such labels.
     """
     for name in LABEL_COLUMNS:
         if found := _by_label(_labeled_rows(sources, column, name)):

@@ -1,8 +1,8 @@
 """
 The paper's letters task (section 4.1) and its exact entropy, the lower bound of any model's negative log-likelihood.
 
-A string is a letter, `>`, and 64 characters: underscores with a run of 8 copies of the letter at a random place. Then
-each of the 64 characters is replaced by `!` with probability 1/16. The letter is the prompt. Given the prompt, the
+A string is a letter, `>`, and 64 characters: underscores with a run of 8 copies of the letter at a random place. Each
+of the 64 characters is then replaced by `!` with probability 1/16. The letter is the prompt. Given the prompt, the
 place and the noise are random.
 """
 

@@ -25,7 +25,7 @@ def prefetched(batches_of: BatchesOf, workers: int) -> Iterator[Batch]:
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # or the loader advances torch's generator, and a resumed run differs
+        generator=torch.Generator(),  # otherwise the loader advances torch's generator
     )
     return iter(loader)
 
@@ -41,7 +41,7 @@ class _WorkerBatches(IterableDataset[Batch]):
 
 
 def _ignore_signals(_: int) -> None:
-    """Terminals and clusters send these signals to all processes of a run; only the main process handles them."""
+    """Ignores signals that terminals and clusters send to all processes; only the main process handles them."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows only has SIGINT
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -35,7 +35,7 @@ def build_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq
             data = utf8(document)
             text_bytes += len(data)
             hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-            del data  # or it would stay in memory while the document is tokenized
+            del data  # free memory before the document is tokenized
             yield document
 
     for row_tokens, row_positions in _packed_rows(counted(), tokenizer, seq_len):
@@ -59,7 +59,7 @@ def streamed_batches(
     start: int = 0,
 ) -> Iterator[Batch]:
     """
-    Yields batches without end from text that does not fit in memory, shuffled within a buffer.
+    Yields an endless stream of batches from text that does not fit in memory, shuffled within a buffer.
 
     Args:
         sources: documents of each source. Each must be iterable repeatedly: every epoch iterates once.
@@ -86,7 +86,7 @@ def streamed_batches(
 def _shuffled_rows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, buffer_rows: int, seed: int
 ) -> Iterator[PackedRow]:
-    """Rows of one source without end, epoch after epoch, shuffled within a buffer."""
+    """Yields an endless stream of rows of one source, epoch after epoch, shuffled within a buffer."""
     epoch = 0
     while True:
         rng, found = np.random.default_rng([seed, epoch]), False
@@ -105,11 +105,13 @@ def _shuffled_rows(
 
 def _packed_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[PackedRow]:
     """
-    Yields full pieces at once. Short pieces go into the first open row with enough room. When too many rows are open,
-    the fullest one is yielded.
+    Packs pieces of documents into rows.
+
+    Full pieces are yielded immediately. Short pieces go into the first open row with enough room. When too many rows
+    are open, the fullest one is yielded.
     """
     if seq_len < 2:
-        raise InputError(f"seq_len={seq_len}: at least 2, one token to read and one to predict")
+        raise InputError(f"seq_len={seq_len}: must be at least 2, one token to read and one to predict")
     open_rows: list[list[np.ndarray]] = []
 
     def room(row: list[np.ndarray]) -> int:
@@ -149,7 +151,7 @@ def _tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Groups documents for one tokenizer call each, within a limit of memory. Long documents form their own group."""
+    """Groups documents for tokenizer calls with bounded memory. A long document forms its own group."""
     group: list[str] = []
     size = 0
     for document in documents:
@@ -168,7 +170,7 @@ def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _windows(chunks: Iterable[Sequence[int]], width: int) -> Iterator[np.ndarray]:
-    """The tokens of all chunks, `width` at a time, int32. The last window may be shorter."""
+    """Yields the tokens of all chunks, `width` at a time, int32. The last window may be shorter."""
     rest = np.empty(0, dtype=np.int32)
     for chunk in chunks:
         tokens = np.concatenate([rest, np.asarray(chunk, dtype=np.int32)])

@@ -116,15 +116,15 @@ class Rows:
         share: slice = slice(None),
     ) -> Iterator[Batch]:
         """
-        Yields batches without end. Each epoch is a permutation of all rows. The next epoch follows without a gap, so a
+        Yields an endless stream of batches. Each epoch is a permutation of all rows. Epochs follow without a gap, so a
         batch may contain rows of both.
 
         Args:
-            start: number of rows to skip at the beginning; they are not read. Counted in rows, so that a run can resume
+            start: number of rows to skip without reading them. It is counted in rows, so that a run can resume
                 with another batch size.
             worker: index of this worker among `workers`. Workers alternate: each yields every `workers`-th batch,
                 starting with the batch of its own index.
-            share: part of each batch to return, where several processes split one batch.
+            share: part of each batch to return, if several processes split a batch.
 
         Raises:
             InputError: if there are fewer rows than `batch_size`.
@@ -151,7 +151,7 @@ class EpochOrder:
         self.permutation = np.empty(0, dtype=np.int64)
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Row indices at the places from `start` to `stop - 1` of the sequence, int64."""
+        """Returns the row indices from `start` to `stop - 1` of the sequence, int64."""
         parts = [np.empty(0, dtype=np.int64)]
         while start < stop:
             epoch, place = divmod(start, self.rows)
@@ -184,7 +184,7 @@ class SourceOrder:
         self._skip(1)
 
     def taken_before(self, place: int) -> np.ndarray:
-        """Number of rows per source before this place. Places must not decrease from call to call."""
+        """Returns the number of rows per source before this place. Places must not decrease between calls."""
         block, rest = divmod(place, BLOCK)
         while self.block < block:
             self._skip(min(block - self.block, BLOCK))
@@ -235,7 +235,7 @@ class MixedRows:
         workers: int = 1,
         share: slice = slice(None),
     ) -> Iterator[Batch]:
-        """As `Rows.shuffled`. A source is sampled for each row, and each source has its own epochs."""
+        """Same as `Rows.shuffled`, but samples a source for each row. Each source has its own epochs."""
         sources = SourceOrder(self.shares, seed)
         orders = [EpochOrder(len(part), [seed, index]) for index, part in enumerate(self.parts)]
         for first in count(start + worker * batch_size, workers * batch_size):

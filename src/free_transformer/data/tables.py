@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 MAX_LISTED = 3  # bad rows per message
 MAX_COLUMNS = 10  # columns per message
-MAX_NAME = 40  # characters of a column name in a message; without a header, the first row is taken for column names
-MAX_SEARCHED = 10_000  # bad rows after which a file without any good row is refused
+MAX_NAME = 40  # characters per column name in messages; without a header, these are the fields of the first row
+MAX_SEARCHED = 10_000  # bad rows after which a file without any good row is rejected
 MAX_FIELD = 2**31 - 1  # characters per field; the default of the csv module is 131,072
 PARQUET_ROWS = 256  # rows in memory at a time
-REPLACED_NUL = "\udc00"  # the csv module of Python 3.10 refuses NUL; no UTF-8 decodes to this character
+REPLACED_NUL = "\udc00"  # the csv module of Python 3.10 rejects NUL; no valid UTF-8 decodes to this character
 
 
 class BadRow(str):
@@ -80,7 +80,7 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, str]]:
 
 
 def read_data_set(table: Iterable[object], name: str, column: str, max_bad_rows: int) -> Iterator[str]:
-    """As `read_table`, for the rows of a data set called `name` in messages."""
+    """Same as `read_table`, for the rows of a data set, which messages call `name`."""
 
     def rows() -> Iterator[Row]:
         for number, row in enumerate(table, 1):
@@ -146,8 +146,8 @@ class _BadRows:
     def __init__(self, name: str, column: str):
         self.name, self.column, self.count = name, column, 0
         self.first: list[str] = []
-        self.columns: dict[str, None] = {}  # of rows without the text column
-        self.types: dict[str, None] = {}  # of the values that are not text
+        self.columns: dict[str, None] = {}  # columns of rows without the text column
+        self.types: dict[str, None] = {}  # types of values that are not text
         self.has_column = False
 
     def add(self, unit: str, number: int, row: object, problem: BadRow) -> None:
@@ -206,7 +206,7 @@ def _with_read_errors(rows: Iterator[Row], name: str, errors: tuple[type[Excepti
     except UnreadableFile:
         raise
     except errors as error:
-        where = f"breaks off after {last}" if last else "cannot be read"
+        where = f"ends unexpectedly after {last}" if last else "cannot be read"
         raise UnreadableFile(f"{name}: {where} ({reason(error)})") from error
 
 
@@ -218,7 +218,7 @@ def _json_lines(path: Path, column: str) -> Iterator[Row]:
 
 
 def _json(path: Path, column: str) -> Iterator[Row]:
-    """JSON Lines, one array of objects, or one object."""
+    """Reads JSON Lines, one array of objects, or one object."""
     with open_text(path, newline="\n") as file:
         first = _parse_json(next((line for line in file if not line.isspace()), ""))
     if isinstance(first, BadRow | list):

@@ -1,4 +1,4 @@
-"""Opens files as text: compression, encodings, and errors of unreadable files."""
+"""Opens files as text: handles compression, encodings, and unreadable files."""
 
 import bz2
 import codecs
@@ -16,7 +16,7 @@ from free_transformer.files import first_line
 TRAIN_EXTRA = "pip install 'free-transformer-lm[train]'"
 READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError)  # raised while reading a file
 
-BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with the one of UTF-16
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),

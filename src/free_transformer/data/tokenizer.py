@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, which need no download, any `AutoTokenizer`, and a BPE tokenizer trained on your own text."""
+"""Tokenizers: bytes (no download), any `AutoTokenizer`, and BPE tokenizers trained on your own text."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ ANYWHERE = re.compile(r"(?<=.)(?=.)", re.DOTALL)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte, with the byte value as its id, plus begin (256), end (257) and padding (258)."""
+    """Builds a tokenizer with one token per UTF-8 byte (its value is the id), plus begin, end and padding (256-258)."""
     vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     minimum = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < minimum:
-        raise InputError(f"vocab_size={vocab_size}: at least {minimum}, for the bytes and the special tokens")
+        raise InputError(f"vocab_size={vocab_size}: must be at least {minimum}, for the bytes and the special tokens")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -72,9 +72,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         what = "this folder has no tokenizer" if Path(name).is_dir() else "no such folder or name on the hub"
-        raise InputError(f"tokenizer {name!r}: {what}; 'bytes' needs no files") from error
+        raise InputError(
+            f"tokenizer {name!r}: {what}; use 'bytes', which needs no files, or another tokenizer"
+        ) from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer {name!r} has neither a begin-of-text nor an end-of-text token: one is needed")
+        raise InputError(
+            f"tokenizer {name!r} has neither a begin-of-text nor an end-of-text token; choose one that has"
+        )
     return tokenizer
 
 
@@ -108,7 +112,7 @@ def encode_in_chunks(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of embedding rows needed for all token ids. It exceeds the number of tokens if the ids have gaps."""
+    """Returns the number of embedding rows for all token ids, which exceeds the number of tokens if ids have gaps."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
@@ -127,12 +131,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that starts a text: begin-of-text, or end-of-text if the tokenizer has no begin-of-text."""
+    """Returns the id of the token that starts a text: begin-of-text, or end-of-text if there is no begin-of-text."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
 def _safe_cut(tokenizer: PreTrainedTokenizerBase, text: str, place: int, anywhere: bool) -> int:
-    """The first tried position from `place` on where a cut changes no token, or the end of the text."""
+    """Returns the first tried position from `place` on where a cut changes no token, or the end of the text."""
     patterns = (ANYWHERE,) if anywhere else (BEFORE_SPACE, AFTER_NEWLINE)
     for begin in range(place, len(text), CHUNK):
         for pattern in patterns:

@@ -1,4 +1,4 @@
-"""How a model is spread over processes: one function, one order."""
+"""Distributes a model over processes."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ from free_transformer.settings import SettingsError
 
 IN_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 IN_ROWS = ("o_proj", "down_proj")
-OTHER_ENTRIES = ("lower_layers", "encode", "upper_layers")  # of the model, in addition to `forward`
+OTHER_ENTRIES = ("lower_layers", "encode", "upper_layers")  # entry points besides `forward`
 
 
 def parallelize(
@@ -35,14 +35,16 @@ def parallelize(
     dtype: torch.dtype | None = None,
 ) -> None:
     """
-    Spreads a model over processes, in place: matrices over tensor processes -> activation checkpointing -> compile
-    block by block -> `fully_shard`, of each block, the encoder, the codebook, the embedding and the head -> the device.
+    Distributes a model over processes, in place.
+
+    The order is: tensor parallelism -> activation checkpointing -> compilation of each block -> `fully_shard` of each
+    block, the encoder, the codebook, the embedding and the head -> move to the device.
 
     Args:
-        dtype: of the computation where data processes share the model; weights and sums of gradients stay fp32.
+        dtype: dtype of computation with several data processes; weights and gradient sums stay in fp32.
 
     Raises:
-        SettingsError: where the heads cannot be shared.
+        SettingsError: if the heads cannot be divided among the tensor processes.
     """
     if processes.size > 1 and isinstance(model, FreeTransformer):
         spread_plans(model, processes)
@@ -62,18 +64,18 @@ def parallelize(
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, and the encoder where there is one."""
+    """Returns the decoder layers, and the encoder if there is one."""
     return [*model.model.layers, *([model.encoder] if isinstance(model, FreeTransformer) else [])]
 
 
 def split_matrices(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: whole heads and hidden units to each process, the vocabulary cut at both ends."""
+    """Applies tensor parallelism: splits heads and hidden units, and the vocabulary of embedding and head."""
     config, count = model.config, mesh.size()
     for name in ("num_attention_heads", "num_key_value_heads"):
         if (heads := getattr(config, name)) % count:
             raise SettingsError(f"distributed.tensor={count}: does not divide the model's {heads} {name}")
     for block in blocks(model):
-        if isinstance(block, GradientCheckpointingLayer | PlanEncoder):  # a user's own encoder stays whole
+        if isinstance(block, GradientCheckpointingLayer | PlanEncoder):  # a custom encoder is not split
             names = [name for name, _ in block.named_modules()]
             columns = {name: ColwiseParallel() for name in names if name.endswith(IN_COLUMNS)}
             rows = {name: RowwiseParallel() for name in names if name.endswith(IN_ROWS)}
@@ -89,9 +91,9 @@ def split_matrices(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def shard(model: PreTrainedModel, processes: Processes, dtype: torch.dtype | None = None) -> None:
-    """`fully_shard` over the data processes: within each replica, or with replicas of one process each, DDP."""
+    """Applies `fully_shard` within each replica. Replicas of one process each are equivalent to DDP."""
     assert processes.mesh is not None
-    warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # of evaluations, which have no backward
+    warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # emitted by evaluations, which have no backward
     hybrid = processes.mesh["replicate"].size() > 1
     mesh = processes.mesh["replicate", "shard"] if hybrid else processes.mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
@@ -100,10 +102,10 @@ def shard(model: PreTrainedModel, processes: Processes, dtype: torch.dtype | Non
         parts.append(model.plan_table)
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    if not model.config.tie_word_embeddings:  # a matrix that two modules share stays with what holds both
+    if not model.config.tie_word_embeddings:  # a tied matrix must stay in the module that contains both users
         fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy)
         fully_shard([model.model.norm, model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    # What comes from outside are integers, and weights of the objective that must not be rounded.
+    # The model's inputs are integers, and loss weights that must not be rounded.
     policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for name in OTHER_ENTRIES:
@@ -113,9 +115,9 @@ def shard(model: PreTrainedModel, processes: Processes, dtype: torch.dtype | Non
 
 def _gather_outside_of_training(model: PreTrainedModel, name: str) -> None:
     """
-    Lets an evaluation call one of the model's parts directly: `fully_shard` gathers weights before `forward` only.
+    Lets an evaluation call a part of the model directly, since `fully_shard` gathers weights only before `forward`.
 
-    While training they are called from `forward`, and hooks inside its own would reduce gradients too soon.
+    During training, parts are called from `forward`, and additional hooks would reduce gradients too early.
     """
     plain = getattr(model, name)
     register_fsdp_forward_method(model, name)
@@ -129,27 +131,27 @@ def _gather_outside_of_training(model: PreTrainedModel, name: str) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Gives up what an evaluation has gathered, so that `parameters()` are the shards again."""
+    """Releases the weights gathered by an evaluation, so that `parameters()` returns the shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def synchronize_gradients(model: nn.Module, last: bool) -> None:
-    """Gradients are summed over replicas only after the last micro-batch of a step."""
+    """Enables the sum of gradients over replicas only for the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, object]:
-    """All weights on the main process' CPU, a tied one once; empty elsewhere. All processes must call it."""
+    """Returns all weights on the main process's CPU, tied ones once; empty elsewhere. All processes must call it."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     once = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
     return {name: value for name, value in whole.items() if name in once}
 
 
 def spread_plans(model: FreeTransformer, processes: Processes) -> None:
-    """Plans are sampled and compared as in one process with all rows, so the number of processes does not matter."""
+    """Makes plans independent of the number of processes: they are sampled and compared as in a single process."""
     model.plan_mapper = SharedBinaryMapper(processes).train(model.training)
     if processes.data_size > 1:
         model.gather_plans = functools.partial(_plans_of_all, mapper=model.plan_mapper)
@@ -157,20 +159,21 @@ def spread_plans(model: FreeTransformer, processes: Processes) -> None:
 
 @dataclass
 class PlanPlace:
-    """Where a process' rows of a micro-batch are among those of all processes that share it."""
+    """Position of a process's rows within a micro-batch shared by several processes."""
 
     first_row: int
-    rows: int  # of all processes
+    rows: int  # total over all processes
     plans: int  # maximum over the rows of all processes
 
 
 class SharedBinaryMapper(BinaryMapper):
     """
-    In training, samples the plans of all processes' rows from a stream that is the same in each, and keeps its own.
+    In training, samples the plans of all processes from a shared random stream, and keeps those of this process.
 
     Attributes:
-        generator: that stream. It continues the random numbers of a single process after building its model.
-        place: of the next batch, where the training loop has told it; otherwise the processes ask each other.
+        generator: random stream, identical in all processes. It continues the stream of a single process after building
+            its model.
+        place: place of the next batch, if set by the training loop; otherwise the processes exchange it.
     """
 
     def __init__(self, processes: Processes):
@@ -189,13 +192,13 @@ class SharedBinaryMapper(BinaryMapper):
         return drawn[own][:rows, :plans]
 
     def place_of(self, values: Tensor) -> PlanPlace:
-        """Of values of this process' plans, (B, P, ...)."""
+        """Returns the place of values of this process's plans, (B, P, ...)."""
         if self.place is not None:
             return self.place
         return plan_places(self.processes.exchange(*values.shape[:2])[:: self.processes.tensor], self.processes)[0]
 
     def among_all(self, values: Tensor) -> Tensor:
-        """(B, P, X) of this process' plans -> (rows, plans, X) of all processes, with zeros in the others' places."""
+        """Pads values of this process's plans, (B, P, X), with zeros to those of all processes, (rows, plans, X)."""
         place = self.place_of(values)
         padded = values.new_zeros(place.rows, place.plans, values.shape[-1])
         padded[place.first_row : place.first_row + len(values), : values.shape[1]] = values
@@ -204,33 +207,33 @@ class SharedBinaryMapper(BinaryMapper):
 
 def plan_places(shapes: list[list[int]], processes: Processes) -> list[PlanPlace]:
     """
-    This process' place in each micro-batch.
+    Returns this process's place in each micro-batch.
 
     Args:
-        shapes: of each data process, the rows and plans of each micro-batch, one after the other.
+        shapes: for each data process, the numbers of rows and plans of all micro-batches, concatenated.
     """
     places = []
     for micro in range(len(shapes[0]) // 2):
         rows = [each[2 * micro] for each in shapes]
-        plans = [each[2 * micro + 1] for each in shapes]  # packed rows have as many as their documents ask for
+        plans = [each[2 * micro + 1] for each in shapes]  # packed rows have as many plans as their documents need
         places.append(PlanPlace(sum(rows[: processes.data_rank]), sum(rows), max(plans)))
     return places
 
 
 def random_state(device: torch.device) -> Tensor:
-    """State of torch's own stream on a device."""
+    """Returns the state of torch's global random stream on a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _plans_of_all(plan_logits: Tensor, used: Tensor, mapper: SharedBinaryMapper) -> tuple[Tensor, Tensor]:
-    """(B, P, H) and (B, P) of this process -> those of all, in the order of the rows, by one collective."""
+    """Gathers (B, P, H) and (B, P) from all processes, in the order of the rows, in one collective."""
     own = torch.cat([plan_logits, used[..., None].to(plan_logits.dtype)], -1)
     whole = _Sum.apply(mapper.among_all(own), mapper.processes.data_group)
     return whole[..., :-1], whole[..., -1] > 0
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes, whose gradients are summed as well."""
+    """Sum over processes; its backward also sums gradients over processes."""
 
     @staticmethod
     def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:

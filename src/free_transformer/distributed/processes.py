@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, what they agree on, and what they do when one of them is lost."""
+"""The processes of a run: how they connect, exchange values, and handle the loss of one of them."""
 
 import contextlib
 import os
@@ -17,23 +17,25 @@ from free_transformer.files import first_line
 from free_transformer.settings import DistributedSettings, SettingsError
 
 MESH = ("replicate", "shard", "tensor")
-ROLL_CALL = 3.0  # seconds in which the processes that are left say so
+ROLL_CALL = 3.0  # seconds for the remaining processes to report
 
 
 class ProcessLost(RunError):
-    """A process of the run does not respond any more; the message names it."""
+    """A process of the run no longer responds; the message names it."""
 
 
 @dataclass
 class Processes:
     """
-    A run's processes as a mesh of data x tensor: those of a tensor group read the same rows, each with its share of
-    every matrix. A run of one process has no mesh and does not communicate.
+    The processes of a run, as a mesh of data x tensor.
+
+    Processes of a tensor group read the same rows, and each has a part of every matrix. A run with one process has no
+    mesh and does not communicate.
 
     Attributes:
-        mesh: dimensions `replicate`, `shard` and `tensor`; the first two together are data.
-        data_group: the processes that read other rows than this one, and itself.
-        timeout: how long one waits for another.
+        mesh: dimensions `replicate`, `shard` and `tensor`; the first two together are the data dimension.
+        data_group: this process and those that read different rows.
+        timeout: maximum time to wait for another process.
     """
 
     device: torch.device
@@ -58,20 +60,20 @@ class Processes:
         return self.size // self.tensor
 
     def local_slice(self, rows: int) -> slice:
-        """Which of so many rows are this process'; the first processes have one more where they do not divide."""
+        """Returns this process's slice of `rows` rows. The first processes get one more if it is uneven."""
         least, more = divmod(rows, self.data_size)
         start = self.data_rank * least + min(self.data_rank, more)
         return slice(start, start + least + (self.data_rank < more))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Summed over the processes that read different rows."""
+        """Sums values over the processes that read different rows."""
         if self.data_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.data_group)
         return values
 
     def exchange(self, *numbers: int) -> list[list[int]]:
-        """The numbers of all processes by rank; on the CPU, so that no accelerator is waited for."""
+        """Returns the numbers of all processes by rank. Runs on the CPU, without waiting for a GPU."""
         own = torch.tensor(numbers)
         if self.size == 1:
             return [own.tolist()]
@@ -80,7 +82,7 @@ class Processes:
         return [each.tolist() for each in found]
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """The largest of each over all processes; on the CPU, so that no accelerator is waited for."""
+        """Returns the maximum of each number over all processes. Runs on the CPU, without waiting for a GPU."""
         values = torch.tensor(numbers)
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -93,10 +95,10 @@ class Processes:
 @contextlib.contextmanager
 def join_processes(settings: DistributedSettings, device: str = "auto") -> Iterator[Processes]:
     """
-    The processes that `torchrun` has started (according to its environment variables), or only this one.
+    Joins the processes started by `torchrun` (according to its environment variables), or returns only this one.
 
     Raises:
-        SettingsError: where their number does not fit the settings, or the device is not there.
+        SettingsError: if their number does not match the settings, or the device does not exist.
         ProcessLost: in all remaining processes, when one has ended or does not respond within `timeout` seconds.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -123,7 +125,7 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
         for name in MESH:  # the mesh creates its own groups, with a timeout of half an hour
             set_timeout(timeout, mesh.get_group(name))
         yield Processes(where, rank, size, settings.tensor, mesh, groups[rank % settings.tensor], timeout)
-    except RuntimeError as error:  # what the backends raise
+    except RuntimeError as error:  # raised by the backends
         if not isinstance(error, dist.DistError) and not _is_of_a_backend(error):
             raise
         raise ProcessLost(_who_is_missing(store, rank, size, error)) from error
@@ -133,7 +135,7 @@ def join_processes(settings: DistributedSettings, device: str = "auto") -> Itera
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. `SettingsError` for a device that is not on this machine."""
+    """Returns a device; `auto` is a GPU if there is one. Raises `SettingsError` for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -173,18 +175,18 @@ def _data_processes(settings: DistributedSettings, size: int) -> int:
 
 
 def _is_of_a_backend(error: RuntimeError) -> bool:
-    """gloo raises plain errors where a connection breaks or times out; they name its own files."""
+    """Whether a backend raised the error. gloo raises plain errors for lost connections and timeouts."""
     return any(name in str(error) for name in ("gloo", "ProcessGroup", "NCCL", "Connection closed", "TCPStore"))
 
 
 def _who_is_missing(store: dist.Store, rank: int, size: int, error: Exception) -> str:
-    """A roll call through the store that brought the processes together: who fails too is there."""
+    """Finds missing processes: every remaining process fails as well and reports to the rendezvous store."""
     try:
         store.set(f"left-{rank}", "1")
         time.sleep(ROLL_CALL)
         missing = [str(other) for other in range(size) if not store.check([f"left-{other}"])]
     except (RuntimeError, OSError):
-        missing = ["0"]  # the store went with it, or with its machine
+        missing = ["0"]  # the store was lost together with rank 0
     if not missing:
         return f"the processes have lost each other: {first_line(error)}"
     return (

@@ -28,7 +28,7 @@ class BitEffect:
         spent: KL divergence of the bit's posterior from the uniform prior, in bits per plan.
         effect: KL divergence of the next-token distribution from the one with the bit flipped, in nats per token.
         standard_error: standard error of `effect` over rows. NaN for a single row.
-        dead: why the bit carries nothing about the text, None for a bit that carries something. `"no text sets it"`:
+        dead: reason why the bit carries no information about the text, None for a live bit. `"no text sets it"`:
             its KL is below 0.05 bits, or a tenth of the free bits per bit if that is less. `"same value in all texts"`:
             less than a tenth of its KL differs between texts. `"flipping it changes nothing"`: less than 0.1 bits per
             row.
@@ -44,8 +44,9 @@ class BitEffect:
 @torch.no_grad()
 def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]]) -> list[BitEffect]:
     """
-    Flips each bit of the most likely plans of these texts, in all plans of a text at once, and measures how much the
-    prediction of each token changes: KL(p(token | plan) ‖ p(token | flipped plan)).
+    Measures how flipping a bit changes the prediction of each token: KL(p(token | plan) ‖ p(token | flipped plan)).
+
+    It flips one bit of the most likely plans of these texts at a time, in all plans of a text at once.
 
     Args:
         batches: dicts with `input_ids` and optional `attention_mask` and `position_ids`, (B, T) each.
@@ -72,7 +73,7 @@ def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]])
             per_bit.append((divergence * counted).sum(1) / counted.sum(1).clamp(min=1))
         effects.append(torch.stack(per_bit, 1))
     if not effects:
-        raise InputError("there is no text to flip bits in")
+        raise InputError("there are no batches: measuring the effect of bits needs text")
     rows, plan_logits = torch.cat(effects).double(), torch.cat(logits)
     used, information = kl_bits_per_bit(plan_logits).mean(0), information_per_bit(plan_logits)
     errors = rows.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.full_like(rows[0], float("nan"))
@@ -88,10 +89,12 @@ def bit_effects(model: FreeTransformer, batches: Iterable[Mapping[str, Tensor]])
 
 def _dead(spent: float, information: float, effect: float, threshold: float) -> str | None:
     """
+    Returns the reason for `BitEffect.dead`.
+
     Args:
         spent, information: in bits per plan.
-        effect: of a flip, in bits per row.
-        threshold: KL of a live bit, in bits per plan.
+        effect: effect of a flip, in bits per row.
+        threshold: minimum KL of a live bit, in bits per plan.
     """
     if spent < threshold:
         return "no text sets it"

@@ -1,4 +1,4 @@
-"""Whether long generated texts keep the style that they begin in, segment by segment."""
+"""Measures whether long generated texts keep their initial style, segment by segment."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from free_transformer.evaluation.control import Classifier, Share, share_in_class
 from free_transformer.evaluation.diversity import mean_nll
 
-BEGINNING = slice(1, 4)  # segments whose most common label is the style of a text; the first one may be a title
+BEGINNING = slice(1, 4)  # segments that determine the style of a text; the first segment may be a title
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How well plans control text: mutual information of plans and labels, and labels of text generated under plans."""
+"""Measures how well plans control text: mutual information of plans and labels, and labels of generated texts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

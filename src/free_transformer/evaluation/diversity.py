@@ -83,7 +83,7 @@ def mean_nll(reference: PreTrainedModel, tokens: Tensor, target: Tensor) -> Tens
     Mean negative log-likelihood of each row under a causal language model, (B,), in nats per token.
 
     Args:
-        tokens: (B, T), begin-of-text first; target: (B, T - 1), the tokens after it, -100 where there is none.
+        tokens: (B, T), begin-of-text first; target: (B, T - 1), the next tokens, -100 for padding.
     """
     logits = reference(tokens, use_cache=False).logits[:, :-1].float().transpose(1, 2)
     nats = F.cross_entropy(logits, target, reduction="none").sum(1)
@@ -131,7 +131,7 @@ def measure_diversity(
         InputError: for too few texts.
     """
     if len(texts) < 2 * parts:
-        raise InputError(f"{len(texts)} texts: at least {2 * parts} for {parts} parts")
+        raise InputError(f"{len(texts)} texts: at least {2 * parts} are needed for {parts} parts")
     labels = classify(texts)
     split = [texts[part::parts] for part in range(parts)]
     try:

@@ -36,7 +36,7 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     if mask is not None:
         # with padding on the left, the first real token has no context to be predicted from
         labels = labels.masked_fill((mask == 0) | ((mask.cumsum(1) == 1) & (mask == 1)), IGNORED)
-    if positions is not None:  # nor has the first token of a packed document
+    if positions is not None:  # neither has the first token of a packed document
         starts = torch.ones_like(positions, dtype=torch.bool)
         starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         labels = labels.masked_fill(starts, IGNORED)

@@ -29,7 +29,7 @@ from free_transformer.model.outputs import LowerOutput
 from free_transformer.model.plan import codes_to_bits
 
 MAX_ENUMERATED_BITS = 10
-MAX_PRIOR_PLANS = 4  # per text; more would make `prior` and `gap` more precise, but every validation slower
+MAX_PRIOR_PLANS = 4  # per text; more would make `prior` and `gap` more precise but validation slower
 METHODS = ("importance", "particle_filter", "exact")
 
 _Part = tuple[dict[str, Tensor], Tensor | None]  # sums over each document of a batch, and its plan logits, (N, H)
@@ -112,7 +112,7 @@ def evaluate_likelihood(
     if isinstance(model, FreeTransformer):
         model.plan_prior.checked(prior)
     if num_samples < 1:
-        raise InputError(f"num_samples={num_samples}: at least 1")
+        raise InputError(f"num_samples={num_samples}: must be at least 1")
     was_training = model.training
     model.eval()
     seed = int(torch.randint(2**62, ()))
@@ -129,7 +129,7 @@ def evaluate_likelihood(
     finally:
         model.train(was_training)
     if not parts or sum(float(sums["tokens"].sum()) for sums, _ in parts) == 0:
-        raise InputError("there is nothing to predict in these batches: they contain no labels")
+        raise InputError("the batches contain no labels: there are no tokens to predict")
     sums = {name: torch.cat([part[name] for part, _ in parts]).cpu().double().numpy() for name in parts[0][0]}
     kept = sums["tokens"] > 0
     sums = {name: values[kept] for name, values in sums.items()}
@@ -270,7 +270,7 @@ class _PlannedBatch:
 def _evaluate_batch(
     model: PreTrainedModel, batch: Mapping[str, Tensor], num_samples: int, method: str, prior: str
 ) -> _Part:
-    """Sums over each document of the batch, in nats, and the logits of its plans."""
+    """Returns the sums over each document of the batch, in nats, and the logits of its plans."""
     batch = {name: values.to(model.device) for name, values in batch.items()}
     target = labels_of(batch)[:, 1:]
     inputs = {name: values for name, values in batch.items() if name != "labels"}
@@ -334,7 +334,7 @@ def _log_likelihood_exact(planned: _PlannedBatch) -> Tensor:
     most = int(planned.units.sum_plans(mask).max())
     if most > 1 or bits > MAX_ENUMERATED_BITS:
         raise InputError(
-            f"method='exact' enumerates one plan of at most {MAX_ENUMERATED_BITS} bits per document; these have {most} "
+            f"method='exact' needs one plan of at most {MAX_ENUMERATED_BITS} bits per document; these have {most} "
             f"of {bits} bits: use method='importance'"
         )
     total = None

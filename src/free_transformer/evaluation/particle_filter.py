@@ -36,6 +36,8 @@ def particle_filter(
     prior: str,
 ) -> Tensor:
     """
+    Estimates the likelihood of texts with many plans.
+
     Args:
         lower: output of the lower layers for B rows of T tokens. The upper layers run once for each of the
             `num_particles` of a row.
@@ -113,7 +115,7 @@ class _UpperLayers:
         """Computes logits, (B · K, end - start, V), of the tokens from `start` to `end - 1` under plans (B · K, H)."""
         arguments: dict[str, Any] = dict(self.lower.layer_arguments)
         arguments["cache"], arguments["blocks"] = self.cache, None
-        # with a sliding window, the cache holds the last tokens only
+        # with a sliding window, the cache holds only the last tokens
         held, _ = self.cache.get_mask_sizes(end - start, self.model.config.plan_layer)
         arguments["attention_mask"] = self._repeat(self.mask[:, :, start:end, end - held : end])
         arguments["position_ids"] = self._repeat(arguments["position_ids"][:, start:end])

@@ -1,4 +1,4 @@
-"""What the plans of a model do, in examples: one prompt under several plans, flipped bits, and plans by source."""
+"""Examples of what plans do: one prompt under several plans, the effect of flipped bits, and plans by source."""
 
 import warnings
 from collections import Counter
@@ -20,8 +20,8 @@ from free_transformer.model.plan_text import format_plan
 
 NUM_PLANS = 4
 NUM_FLIPPED = 8  # bits whose flipped text is generated
-NUM_TOKENS = 160  # of each text, prompt included
-MAX_PROMPT = 16  # characters; a longer word would decide the text instead of the plan
+NUM_TOKENS = 160  # per text, prompt included
+MAX_PROMPT = 16  # characters; a longer word would determine the text more than the plan does
 TEMPERATURE = 0.7
 ROWS_PER_SOURCE = 64
 FLIPPED_ROWS = 512  # rows times bits for which the effect of a flip is measured
@@ -33,9 +33,9 @@ MAX_SHOWN_PLANS = 12
 class PlanText:
     """
     Attributes:
-        plan: bits as text, of many plans the first four.
+        plan: bits as text; at most four plans are shown.
         share: share of held-out texts with the live bits of this plan, None for a plan sampled from the prior.
-        text: generated under it, with the prompt.
+        text: text generated under the plan, prompt included.
     """
 
     plan: str
@@ -45,7 +45,7 @@ class PlanText:
 
 @dataclass
 class FlippedBit:
-    """A bit with its effect, see `BitEffect`, and the first text under its plan with this bit flipped (may be None)."""
+    """A bit with its effect (see `BitEffect`), and `text`: the first text with this bit flipped, if generated."""
 
     bit: int
     spent: float
@@ -58,13 +58,13 @@ class FlippedBit:
 @dataclass
 class PlanSources:
     """
-    Which plans held-out texts of each source have.
+    The plans of held-out texts by source.
 
     Attributes:
-        labels: of the S sources.
+        labels: names of the S sources.
         plans: the most common plans, up to 12, sorted by source; then `other` if there are more. Bits that are not
-            live, which texts take at random, are `·`.
-        shares: S lists of shares of a source's texts, one for each of `plans`.
+            live, whose values are random, are shown as `·`.
+        shares: for each source, the share of its texts that have each of `plans`.
         texts: number of texts of each source.
     """
 
@@ -78,9 +78,9 @@ class PlanSources:
 class PlanExamples:
     """
     Attributes:
-        prompt: beginning of all texts: the most common word of the held-out text, which suits every kind of text.
-        temperature: of the texts. All are sampled with the same random numbers, so they differ only by their plans.
-        texts: the prompt under four plans: the most common ones of held-out texts, then samples from the prior.
+        prompt: beginning of all texts: the most common word of the held-out text.
+        temperature: sampling temperature. All texts use the same random numbers, so they differ only in their plans.
+        texts: texts under four plans: the most common plans of held-out texts, then samples from the prior.
         live: indices of the live bits.
         bits: all bits, those with the largest effect first.
         sources: None if the sources of the text are not known, or a text has several plans.
@@ -103,8 +103,10 @@ def make_plan_examples(
     seed: int = 0,
 ) -> PlanExamples:
     """
-    Generates texts under plans and measures what each bit does. It costs little beside an evaluation: one batch of up
-    to 12 texts of 160 tokens, and `FLIPPED_ROWS` passes of the upper layers over a row.
+    Generates texts under plans and measures the effect of each bit.
+
+    It takes little time compared to an evaluation: one batch of up to 12 texts of 160 tokens, and `FLIPPED_ROWS` passes
+    of the upper layers over a row.
 
     Args:
         rows: held-out text.
@@ -127,7 +129,7 @@ def make_plan_examples(
 
 
 def posterior_codes(model: FreeTransformer, rows: Rows) -> list[str]:
-    """The most likely plan of each text of these rows, as text; for models with one plan per text."""
+    """Returns the most likely plan of each text in these rows, as text, for models with one plan per text."""
     codes = []
     for batch in rows.in_order(ROWS_PER_BATCH):
         inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
@@ -138,12 +140,12 @@ def posterior_codes(model: FreeTransformer, rows: Rows) -> list[str]:
 
 
 def live_part(code: str, live: Collection[int]) -> str:
-    """A plan as text with `·` in the place of each bit that is not live; the plan itself if no bit is."""
+    """Replaces each bit that is not live by `·`. Returns the plan unchanged if no bit is live."""
     return "".join(bit if index in live or not live else "·" for index, bit in enumerate(code))
 
 
 def common_plans(codes: Sequence[str], live: Collection[int]) -> dict[str, float]:
-    """The most common plans that differ in a live bit, up to four, with the shares of texts with their live bits."""
+    """Returns up to four common plans with different live bits, and the shares of texts that have their live bits."""
     groups = Counter(live_part(code, live) for code in codes)
     full = Counter(codes).most_common()
     return {
@@ -153,7 +155,7 @@ def common_plans(codes: Sequence[str], live: Collection[int]) -> dict[str, float
 
 
 def plans_by_source(codes: Mapping[str, Iterable[str]], live: Collection[int]) -> PlanSources:
-    """The shares of plans by source. Args: codes: the plans of the texts of each source, as text."""
+    """Computes the shares of plans by source. `codes` has the plans of the texts of each source, as text."""
     counts = {label: Counter(live_part(plan, live) for plan in plans) for label, plans in codes.items()}
     totals = [each.total() for each in counts.values()]
     common = [code for code, _ in sum(counts.values(), Counter()).most_common(MAX_SHOWN_PLANS)]
@@ -167,7 +169,7 @@ def plans_by_source(codes: Mapping[str, Iterable[str]], live: Collection[int]) -
 
 
 def common_word(texts: Iterable[str]) -> str:
-    """The most common word of up to 16 characters, `""` without any. Words are separated by white space."""
+    """Returns the most common word of up to 16 letters, or `""`. Words are separated by white space."""
     counts = Counter(word for text in texts for word in text.split() if len(word) <= MAX_PROMPT and word.isalpha())
     return counts.most_common(1)[0][0] if counts else ""
 
@@ -194,7 +196,7 @@ def _generate(
     effects: list[BitEffect],
     seed: int,
 ) -> tuple[list[PlanText], dict[int, str]]:
-    """The prompt under the plans of `shares` and samples from the prior, and under the first plan with flipped bits."""
+    """Continues the prompt under the plans of `shares`, plans from the prior, and the first plan with flipped bits."""
     ids = [begin_token(tokenizer), *(encode(tokenizer, [prompt])[0] if prompt else [])]
     length = min(NUM_TOKENS, model.config.max_position_embeddings)
     ids = ids[: max(1, length - 1)]

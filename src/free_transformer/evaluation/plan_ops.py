@@ -21,13 +21,13 @@ def set_bits(plan: Tensor, values: Mapping[int, bool | int]) -> Tensor:
     result = plan.clone()
     for bit, value in values.items():
         if value not in (0, 1):
-            raise InputError(f"bit {bit}: {value!r} is neither 0 nor 1")
+            raise InputError(f"bit {bit}: value {value!r} is neither 0 nor 1")
         result[..., _checked(plan, bit)] = bool(value)
     return result
 
 
 def flip_bit(plan: Tensor, bit: int) -> Tensor:
-    """Returns a copy with one bit flipped in each of the P plans, (..., P, H) bool. `InputError` if out of range."""
+    """Returns a copy with one bit flipped in all P plans, (..., P, H) bool. Raises `InputError` if out of range."""
     result = plan.clone()
     result[..., _checked(plan, bit)] ^= True
     return result
@@ -73,7 +73,7 @@ def average_posteriors(plan_logits: Tensor) -> Tensor:
 
 def _checked(plan: Tensor, bit: int) -> int:
     if not 0 <= bit < plan.shape[-1]:
-        raise InputError(f"bit {bit}: this plan has bits 0 to {plan.shape[-1] - 1}")
+        raise InputError(f"bit {bit}: plans of this model have bits 0 to {plan.shape[-1] - 1}")
     return bit
 
 

@@ -1,7 +1,7 @@
 """
 Plan usage: how many bits the plan uses, how many differ between texts, and warnings if it is not used.
 
-The warnings give the reason. What to change depends on the settings of a run: `runs.diagnostics.plan_advice`.
+The warnings give the reason. For what to change in the settings of a run, see `runs.diagnostics.plan_advice`.
 """
 
 import math
@@ -30,7 +30,7 @@ class PlanUsage:
         bits_used: KL in bits per plan.
         bits_per_position: KL of each of the H bits, in bits per plan.
         live_bits: number of bits with a KL above 0.05.
-        share_at_floor: share of plans whose KL does not exceed the free bits, so that they cost nothing.
+        share_at_floor: share of plans whose KL does not exceed the free bits and is therefore not penalized.
         information: upper bound of the mutual information of plan and text, in bits per plan. The rest of `bits_used`
             is the same for all plans and carries no information about the text.
     """
@@ -51,7 +51,7 @@ def plan_usage(plan_logits: Tensor, free_bits: float) -> PlanUsage:
     the mutual information of plan and text.
 
     Args:
-        free_bits: KL per plan that costs nothing, in bits.
+        free_bits: KL per plan that is not penalized, in bits.
     """
     per_bit = kl_bits_per_bit(plan_logits)
     per_position = per_bit.mean(0)
@@ -71,7 +71,7 @@ def information_per_bit(plan_logits: Tensor) -> Tensor:
 
 
 def live_threshold(free_bits: float, num_bits: int) -> float:
-    """KL of a live bit, in bits per plan: lower where the free bits do not suffice for all bits of the plan."""
+    """Returns the minimum KL of a live bit, in bits per plan. It is lower if there are few free bits per bit."""
     return LIVE_BITS if free_bits == 0 else min(LIVE_BITS, SPENT_SHARE * free_bits / num_bits)
 
 
@@ -97,7 +97,7 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
     usage = likelihood.usage
     if usage is not None and likelihood.documents > 1 and usage.information < MIN_INFORMATION_SHARE * usage.bits_used:
         return (
-            f"the plan carries no information: all texts have the same one, only {usage.information:.3f} of its "
+            f"the plan carries no information: all texts have the same plan; only {usage.information:.3f} of its "
             f"{usage.bits_used:.2f} bits differ between them"
         )
     return None
@@ -105,10 +105,10 @@ def usage_warning(likelihood: "Likelihood") -> str | None:
 
 def collapse_warning(likelihood: "Likelihood", free_bits: float) -> str | None:
     """
-    As `usage_warning`, but also warns early, if the posterior leaves most of its free bits unused.
+    Returns `usage_warning`, or an early warning if the posterior leaves most of its free bits unused.
 
     Args:
-        free_bits: KL that costs nothing at the current step, in bits per plan.
+        free_bits: KL that is not penalized at the current step, in bits per plan.
     """
     if (warning := usage_warning(likelihood)) is not None or likelihood.usage is None:
         return warning

@@ -1,1 +1,1 @@
-"""A page to play with plans: `free-transformer explore`."""
+"""A web page to explore plans: `free-transformer explore`."""

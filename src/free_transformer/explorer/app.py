@@ -1,4 +1,4 @@
-"""The server of `free-transformer explore`: the API of `serve` with the page in front of it."""
+"""The server of `free-transformer explore`: the API of `serve` together with the page."""
 
 import os
 from collections.abc import Callable, Collection
@@ -24,7 +24,7 @@ def create_explorer(
 
     Args:
         allowed_hosts: as for `serving.app.create_app`.
-        progress: is told the number of held-out passages whose plans have been read.
+        progress: called with the number of held-out passages whose plans have been inferred.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; the page calls no other host
     import gradio as gr
@@ -41,7 +41,7 @@ def create_explorer(
         build_page(explored),
         path="/",
         footer_links=[],
-        max_file_size="1kb",  # the page takes no files
+        max_file_size="1kb",  # the page accepts no files
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -61,9 +61,9 @@ def serve_explorer(
     Shows the page until Ctrl-C.
 
     Args:
-        host: address to listen on; port: 0 takes a free one.
+        host: address to listen on; port: 0 chooses a free port.
         progress: as for `create_explorer`.
-        on_ready: is told the page's address.
+        on_ready: called with the page's address.
     """
     bound = listen(host, port)
     address, port = bound.getsockname()[:2]

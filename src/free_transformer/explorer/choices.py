@@ -1,4 +1,4 @@
-"""What a person has chosen on the page, as a link, as Python and as a request to the server."""
+"""The user's choices on the page, which can be exported as a link, Python code or a server request."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ TEMPERATURES = (0.0, 2.0)
 class Choices:
     """
     Attributes:
-        plan: bits of the plan, or of several plans one after the other, separated by spaces.
+        plan: bits of the plan, or of several plans separated by spaces.
         words: seed of the random numbers of the words; others: seed of the other plans of the grid.
     """
 
@@ -36,10 +36,10 @@ class Choices:
 
     def checked(self, batch: Batch) -> "Choices":
         """
-        These choices, with a plan in its usual form and numbers within their limits.
+        Returns these choices with a normalized plan and numbers clipped to their limits.
 
         Raises:
-            InputError: for a plan that is not one of the model, and a prompt that is too long.
+            InputError: for a plan that does not match the model, and a prompt that is too long.
         """
         if len(self.prompt) > MAX_PROMPT:
             raise InputError(f"prompt: {len(self.prompt):,} characters; at most {MAX_PROMPT:,}")
@@ -57,7 +57,7 @@ class Choices:
         )
 
     def bits(self, batch: Batch) -> np.ndarray:
-        """(P, H) bool, enough for the longest text of these choices, the last plan repeated."""
+        """Returns the plans, (P, H) bool. Repeats the last one so that they cover the longest text of these choices."""
         plans = parse_bits(self.plan, batch.latent_dim)
         wanted = batch.num_plans(batch.max_length + self.length) if batch.plan_span != "sequence" else 1
         return np.concatenate([plans, plans[-1:].repeat(max(0, wanted - len(plans)), 0)])[:wanted]
@@ -68,7 +68,7 @@ class Choices:
 
     @classmethod
     def from_query(cls, query: Mapping[str, str], start: "Choices") -> "Choices":
-        """The choices in a link, and those of `start` that it lacks. Values that cannot be read are left out."""
+        """Reads choices from a link. Missing and unreadable values come from `start`."""
         found: dict[str, object] = {}
         for name, value in vars(start).items():
             if name in query:
@@ -79,7 +79,7 @@ class Choices:
         return replace(start, **found)  # type: ignore[arg-type]
 
     def curl(self, origin: str, model: str) -> str:
-        """A request to the server of the page, whose response is the text that the page shows."""
+        """Returns a request to the page's server that generates the text shown on the page."""
         body = {
             "model": model,
             "prompt": self.prompt,
@@ -93,7 +93,7 @@ class Choices:
         return f"curl {origin}/v1/completions -H 'Content-Type: application/json' -d {content}"
 
     def python(self, folder: str) -> str:
-        """Python that generates under this plan, without the server."""
+        """Returns Python code that generates under this plan without the server."""
         sampling = f"do_sample=True, temperature={self.temperature}, top_k=0" if self.temperature else "do_sample=False"
         return (
             "import torch\n"

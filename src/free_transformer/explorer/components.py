@@ -1,4 +1,4 @@
-"""The page's own controls, as components of Gradio: switches for bits, the map of plans, the lane of plans."""
+"""Custom Gradio components of the page: switches for bits, the map of plans, the lane of plans."""
 
 from collections.abc import Sequence
 
@@ -34,15 +34,15 @@ element.addEventListener('keydown', choose);"""
 
 def switches(plan: str, dead: Sequence[str | None]) -> gr.HTML:
     """
-    One button for each bit. Its value is the plan, such as `"01101001"`; a click flips a bit and sends `input`.
+    Creates one button per bit. The value is the plan, such as `"01101001"`; a click flips a bit and sends `input`.
 
     Args:
-        dead: why a bit does nothing, None for a live one.
+        dead: for each bit, the reason why it has no effect, None for a live one.
     """
     reasons = [reason or "" for reason in dead]
     return gr.HTML(plan, html_template=SWITCHES, js_on_load=FLIP, dead=reasons, elem_id="bits")
 
 
 def choices(markup: str = "", elem_id: str | None = None) -> gr.HTML:
-    """Markup in which a click on an element with `data-choice` sends `select` with that choice."""
+    """Creates markup in which a click on an element with `data-choice` sends `select` with that choice."""
     return gr.HTML(markup, js_on_load=CHOOSE, elem_id=elem_id)

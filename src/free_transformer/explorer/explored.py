@@ -1,4 +1,4 @@
-"""What the page shows, and the texts that its tabs ask for."""
+"""The model that the page shows, and the texts that its tabs display."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -21,12 +21,12 @@ ROWS = COLUMNS = 4
 @dataclass
 class Explored:
     """
-    A model with what is known about its plans.
+    A model with its baseline and a survey of its plans.
 
     Attributes:
-        folder: of the model, for code to copy.
+        folder: folder of the model, for code that users copy.
         baseline: generates with the model's baseline; None without one.
-        survey: plans of held-out text; None without any.
+        survey: plans of held-out text; None without held-out text.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Explored:
 
     @property
     def dead(self) -> list[str | None]:
-        """For each bit, why flipping it does nothing; None for a live one."""
+        """For each bit, the reason why flipping it has no effect; None for a live one."""
         if self.survey is None or not self.survey.bits:
             return [None] * self.batch.latent_dim
         return [bit.dead for bit in self.survey.bits]
 
     def start(self) -> Choices:
-        """What the page shows first: the plan that most texts take, if any is known."""
+        """Initial choices of the page: the most common plan of held-out texts, if known."""
         choices = Choices(plan="0" * self.batch.latent_dim)
         if self.batch.plan_span != "sequence":
             return self.with_new_plan(choices)
@@ -58,16 +58,17 @@ class Explored:
         return choices.checked(self.batch)
 
     def with_new_plan(self, choices: Choices) -> Choices:
-        """These choices with another plan from the prior, and other plans beside it in the grid."""
+        """Returns these choices with another plan from the prior, and other plans in the rest of the grid."""
         choices = replace(choices, others=choices.others + 1)
         plan = self.sampled_plans(choices, ROWS)[0]
         return replace(choices, plan=format_bits(plan)).checked(self.batch)
 
     def sampled_plans(self, choices: Choices, count: int) -> np.ndarray:
         """
-        Plans for `count` texts, (count, P, H): ones that held-out texts take, the common ones more often, which differ
-        in their live bits. Where too few are known, or a text has several, stratified ones from the prior: aggregate
-        if there is one.
+        Samples plans for `count` texts, (count, P, H).
+
+        They are plans of held-out texts, in proportion to their frequency, with different live bits. If too few are
+        known, or a text has several plans, they are stratified samples from the prior, the aggregate one if available.
         """
         rng = np.random.default_rng(choices.others)
         counts = {} if self.survey is None else self.survey.counts
@@ -86,13 +87,13 @@ class Explored:
         return sample_stratified_prior(shape, self.batch.latent_dim, log_prior, rng, count)
 
     def title(self, plan: np.ndarray, names: Mapping[str, str]) -> str:
-        """Markup that shows a plan, (P, H), of several plans the first ones."""
+        """Returns markup that shows a plan, (P, H), or the first ones of several plans."""
         text = format_bits(plan[:4])
         by_bits = {bits: name for name, bits in {**self.plan_names, **names}.items()}
         return markup.plan_title(text, self.survey, by_bits.get(text))
 
     async def grid(self, choices: Choices, shuffled: bool, names: Mapping[str, str]) -> AsyncIterator[str]:
-        """Rows are plans, columns are seeds of the words; `shuffled` mixes the plans of each column."""
+        """Yields a grid in which rows are plans and columns are seeds; `shuffled` mixes the plans of each column."""
         own = self._bits(choices, choices.plan)
         others = [plan for plan in self.sampled_plans(choices, ROWS) if not np.array_equal(plan, own)]
         plans = [own, *others][:ROWS]
@@ -134,8 +135,9 @@ class Explored:
 
     async def flip(self, choices: Choices, before: str, names: Mapping[str, str]) -> AsyncIterator[tuple[str, str]]:
         """
-        Texts of the same random numbers under the plan as it was and as it is, and then the effect on tokens. Where the
-        plan has not changed, it is shown with its first live bit flipped.
+        Yields texts with the same random numbers under the previous and the current plan, then the effect on tokens.
+
+        If the plan has not changed, it is compared with the plan whose first live bit is flipped.
         """
         words = ("before", "now")
         if before == choices.plan and self.batch.plan_span == "sequence":
@@ -156,7 +158,7 @@ class Explored:
     async def continuation(
         self, choices: Choices, text: str, plan: str, change: int | None, names: Mapping[str, str]
     ) -> AsyncIterator[str]:
-        """A text that continues `text` under its plan and, from `change` new tokens on, under the chosen plan."""
+        """Continues `text` under its plan and, after `change` new tokens, under the chosen plan."""
         own, other = self._bits(choices, plan), self._bits(choices, choices.plan)
         changes = {} if change is None else {change: other}
         asked = [self._request(replace(choices, prompt=text), own, choices.words, changes=changes)]
@@ -164,20 +166,20 @@ class Explored:
             yield markup.changed_text(continued, self.title(own, names), self.title(other, names))
 
     async def under_plan(self, choices: Choices, plan: str) -> AsyncIterator[str]:
-        """Two short texts under a plan of the map."""
+        """Generates two short texts under a plan of the map."""
         bits = self._bits(choices, plan)
         asked = [self._request(choices, bits, choices.words + place) for place in range(2)]
         async for texts in generate(self.engine, asked):
             yield "".join(map(markup.cell, texts))
 
     async def lane(self, choices: Choices) -> AsyncIterator[str]:
-        """One text under a sequence of plans."""
+        """Generates one text under a sequence of plans."""
         asked = [self._request(choices, self._bits(choices, choices.plan), choices.words)]
         async for (text,) in generate(self.engine, asked):
             yield markup.cell(text)
 
     async def read(self, text: str) -> tuple[str, str]:
-        """The most likely plan of a text, and markup that shows how certain each bit is."""
+        """Returns the most likely plan of a text, and markup that shows how certain each bit is."""
         ones = await read_plan(self.engine, text)
         return format_bits(ones > 0.5), markup.certainty(ones.mean(0).tolist(), self.dead)
 
@@ -199,7 +201,7 @@ class Explored:
 async def together(
     streams: Sequence[AsyncIterator[list[GrowingText]]],
 ) -> AsyncIterator[list[list[GrowingText]]]:
-    """The latest of each stream, each time that one of them has news."""
+    """Yields the latest item of each stream whenever one of them has a new item."""
     latest: list[list[GrowingText]] = [[] for _ in streams]
     waiting = {asyncio.ensure_future(anext(stream)): place for place, stream in enumerate(streams)}
     try:

@@ -1,4 +1,4 @@
-"""What the page asks the engine for: growing texts, the plan of a text, and the effect of a plan on its tokens."""
+"""Requests to the engine: growing texts, the plan of a text, and the effect of a plan on its tokens."""
 
 import asyncio
 import math
@@ -14,20 +14,20 @@ from free_transformer.serving.batch import Batch, TextRequest
 from free_transformer.serving.engine import Engine
 from free_transformer.serving.scoring import TokenScore
 
-REFRESH_SECONDS = 0.1  # between two pictures of texts that grow
-AVERAGED_PLANS = 64  # from the prior, where a token's effect is measured
+REFRESH_SECONDS = 0.1  # time between updates of growing texts
+AVERAGED_PLANS = 64  # plans from the prior, to measure the effect on a token
 ALTERNATIVES = 5
 
 
 @dataclass
 class GrowingText:
     """
-    A text so far.
+    A partially generated text.
 
     Attributes:
-        tokens: its new tokens, where the request asks for scores.
-        change: characters before the first change of its plan; None without one.
-        failure: why it ended early.
+        tokens: new tokens, if the request asks for scores.
+        change: number of characters before the first change of the plan; None without one.
+        failure: reason why it ended early.
     """
 
     text: str = ""
@@ -40,7 +40,7 @@ class GrowingText:
 @dataclass
 class TokenEffect:
     """
-    What plans do to one token of a text.
+    The effect of plans on one token of a text.
 
     Attributes:
         text: the token.
@@ -63,9 +63,9 @@ def request(
     changes: Mapping[int, np.ndarray] | None = None,
 ) -> TextRequest:
     """
-    A text under a plan, (P, H). Texts of one seed use the same random numbers for their tokens, whatever the plan.
+    Builds a request for a text under a plan, (P, H). Texts with the same seed use the same random numbers.
 
-    A prompt longer than the model's context keeps its end.
+    A prompt longer than the model's context is truncated to its end.
     """
     tokens = batch.encode(prompt, 64 * batch.max_length)
     room = max(2, batch.max_length - 1)
@@ -78,13 +78,13 @@ def request(
         plan=plan,
         plan_changes=changes or {},
         prompt_plan="prior",
-        seed=(seed, 0, 0),  # as the first text of a request to the server with this seed
+        seed=(seed, 0, 0),  # same as the first text of a server request with this seed
         stream=True,
     )
 
 
 async def generate(engine: Engine, requests: Sequence[TextRequest]) -> AsyncIterator[list[GrowingText]]:
-    """Yields all texts from time to time while they grow, and once when all have ended."""
+    """Yields all texts periodically while they grow, and once when all have ended."""
     texts = {id(each): GrowingText() for each in requests}
     responses = engine.submit(requests)
     shown = 0.0
@@ -100,12 +100,12 @@ async def generate(engine: Engine, requests: Sequence[TextRequest]) -> AsyncIter
                 shown = time.monotonic()
                 yield list(texts.values())
     finally:
-        responses.cancel()  # a page that was closed needs no more text
+        responses.cancel()  # stop if the page was closed
     yield list(texts.values())
 
 
 async def read_plan(engine: Engine, text: str) -> np.ndarray:
-    """The probability of a 1 in each bit of a text's plans, (P, H). A text beyond the model's context is cut."""
+    """Returns the probability of a 1 for each bit of a text's plans, (P, H). Truncates text beyond the context."""
 
     def read(batch: Batch) -> np.ndarray:
         return posterior(batch, batch.encode(text, batch.max_length)[: batch.max_length])
@@ -115,11 +115,11 @@ async def read_plan(engine: Engine, text: str) -> np.ndarray:
 
 async def token_effects(engine: Engine, tokens: list[int], plans: Sequence[np.ndarray]) -> list[TokenEffect]:
     """
-    The effect of the first of these plans, (P, H) each, on every token of a text, which begins with the begin-of-text
-    token. Of a text beyond the model's context, the beginning is measured.
+    Measures the effect of the first of these plans, (P, H) each, on every token of a text.
 
-    The average is that of the model's predictions under plans from the uniform prior, each weighted by how well it
-    predicts the tokens before.
+    The text starts with the begin-of-text token; only the part within the model's context is measured. The effect is
+    relative to the average prediction under plans from the uniform prior, weighted by how well they predict the
+    previous tokens.
     """
     tokens = tokens[: engine.batch.max_length]
     scored = [

@@ -1,4 +1,4 @@
-"""What happens when a visitor does something: the new values of the page's components."""
+"""Event handlers of the page, which return the new values of its components."""
 
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -20,14 +20,14 @@ Update = dict[str, Any]  # new values by the name of the component
 @dataclass(frozen=True)
 class Form:
     """
-    The values that handlers get, in the order of the components in `layout.FORM`.
+    The values passed to handlers, in the order of the components in `layout.FORM`.
 
     Attributes:
-        known: names of plans that the model has.
-        names: this visitor's names of plans: name -> bits.
+        known: the model's own plan names.
+        names: this visitor's plan names: name -> bits.
         before: the plan before its last change.
-        place: of several plans, the one that the switches show.
-        map_plan: the plan chosen on the map; pasted_plan: that of the pasted text, once it has been read.
+        place: index of the plan that the switches show.
+        map_plan: the plan chosen on the map; pasted_plan: the plan of the pasted text, once inferred.
     """
 
     known: dict[str, str]
@@ -56,7 +56,7 @@ class Form:
 
 
 class Handlers:
-    """Methods get a `Form` and return the components that change. Nothing of a visitor is kept."""
+    """Methods take a `Form` and return the components that change. No visitor state is stored."""
 
     def __init__(self, explored: Explored):
         self.explored, self.batch = explored, explored.batch
@@ -65,14 +65,14 @@ class Handlers:
         return Form(self.explored.plan_names, *values)
 
     def choices(self, form: Form) -> Choices:
-        """Checked. `InputError` for a plan that cannot be read."""
+        """Returns the checked choices. Raises `InputError` for an invalid plan."""
         plan = form.all_names.get(form.plan.strip(), form.plan)
         words = form.words or 0
         found = Choices(form.prompt or "", plan, words, form.others, form.temperature, form.length, form.tab)
         return found.checked(self.batch)
 
     async def show_tab(self, form: Form, origin: str) -> AsyncIterator[Update]:
-        """Generates what the open tab shows."""
+        """Generates the content of the open tab."""
         choices, explored = self.choices(form), self.explored
         yield {
             "link": choices.link(origin, explored.name),
@@ -92,7 +92,7 @@ class Handlers:
                 yield {"laned": text}
 
     def open_link(self, query: dict[str, str]) -> Update:
-        """The choices of a link, or those to start with."""
+        """Applies the choices of a link, or the initial ones."""
         start = self.explored.start()
         try:
             choices = Choices.from_query(query, start).checked(self.batch)
@@ -112,7 +112,7 @@ class Handlers:
         return {"words": random.randrange(10**6)}
 
     def flip(self, form: Form) -> Update:
-        """The switches have changed: one plan of the text is another one."""
+        """Updates the plan after a change of the switches."""
         plans = self._plan_or_start(form).split()
         before = " ".join(plans)
         plans += plans[-1:] * (form.place + 1 - len(plans))
@@ -150,7 +150,7 @@ class Handlers:
 
     def choose_on_map(self, form: Form, choice: str) -> Update:
         survey = self.explored.survey
-        assert survey is not None  # or there is no map
+        assert survey is not None  # otherwise there is no map
         plan = format_bits(parse_bits(choice, self.batch.latent_dim))
         shown = markup.plan_map(survey, self.batch.latent_dim, plan)
         return {"map_plan": plan, "map": shown, "details": markup.plan_details(survey, plan)}
@@ -176,7 +176,7 @@ class Handlers:
         return {"plan": plan, "bits": plans[min(place, len(plans) - 1)], "before": before}
 
     def _plan_or_start(self, form: Form) -> str:
-        """The plan as bits; that to start with where something else is typed."""
+        """Returns the plan as bits, or the initial plan if the typed one is invalid."""
         try:
             return self.choices(form).plan
         except ValueError:
@@ -185,7 +185,7 @@ class Handlers:
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Shows what a visitor can act on as a message on the page. Other exceptions are faults of ours."""
+    """Shows errors that the visitor can fix as messages on the page. Other exceptions are bugs."""
     try:
         yield
     except (InputError, RunError) as error:

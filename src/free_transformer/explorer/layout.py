@@ -19,7 +19,7 @@ FORM = (
 
 
 class Layout:
-    """Builds the components inside a `gr.Blocks`. `components` has them by name."""
+    """Builds the components inside a `gr.Blocks`, and stores them by name in `components`."""
 
     def __init__(self, explored: Explored):
         self.explored, self.batch = explored, explored.batch

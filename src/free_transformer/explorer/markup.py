@@ -8,7 +8,7 @@ from html import escape
 from free_transformer.explorer.generation import GrowingText, TokenEffect
 from free_transformer.explorer.survey import UNLABELED, PlanSurvey
 
-COLORS = 8  # sources that have a color of their own, `--source-0` to `--source-7` of page.css
+COLORS = 8  # number of sources with separate colors, `--source-0` to `--source-7` in page.css
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class GridRow:
     A row of texts.
 
     Attributes:
-        title: markup of what the texts have in common.
-        plans: bits of each text's plan, shown above the text; None to show none.
-        colors: edge of each text, a CSS color; None for no color.
+        title: what the texts of the row have in common, as markup.
+        plans: bits of each text's plan, if they differ.
+        colors: CSS color of the edge of each text.
     """
 
     title: str
@@ -29,7 +29,7 @@ class GridRow:
 
 
 def bits(plan: str) -> str:
-    """A plan as small squares, which are compared at a glance."""
+    """Shows a plan as small squares."""
     squares = "".join(f"<i class='ft-b{bit}'></i>" if bit in "01" else " " for bit in plan)
     return f"<span class=ft-bits role=img aria-label='plan {escape(plan)}'>{squares}</span>"
 
@@ -39,14 +39,14 @@ def text(content: str) -> str:
 
 
 def end_of(growing: GrowingText, shown: str) -> str:
-    """The last part of a text, `shown` as markup, with a cursor while it grows, and why it failed."""
+    """Shows the last part of a text (`shown`, as markup), with a cursor while it grows, and any failure."""
     cursor = "" if growing.ended else "<span class=ft-cursor></span>"
     failed = f"<p class=ft-failure>{escape(growing.failure)}</p>" if growing.failure else ""
     return f"<div class=ft-text>{shown}{cursor}</div>{failed}"
 
 
 def cell(growing: GrowingText, head: str = "", color: str = "") -> str:
-    """A box with a text under a head of markup, with a colored edge."""
+    """Shows a text in a box with a colored edge, below a heading given as markup."""
     edge = f" style='--edge: {color}'" if color else ""
     return f"<div class=ft-cell{edge}>{head}{end_of(growing, escape(growing.text))}</div>"
 
@@ -64,7 +64,7 @@ def grid(rows: Sequence[GridRow], seeds: Sequence[int]) -> str:
 
 
 def plan_title(plan: str, survey: PlanSurvey | None, name: str | None = None) -> str:
-    """A plan's bits, its name, and where held-out texts with this plan come from."""
+    """Shows a plan's bits, its name, and the sources of held-out texts with this plan."""
     found = [bits(plan), f"<code>{escape(plan)}</code>"]
     if name:
         found.append(f"<b>{escape(name)}</b>")
@@ -105,7 +105,7 @@ def _color(survey: PlanSurvey, source: str) -> str:
 
 
 def difference(one: GrowingText, other: GrowingText, titles: tuple[str, str]) -> str:
-    """Two texts side by side, with the place where they first differ."""
+    """Shows two texts side by side, and marks where they first differ."""
     first = next(
         (place for place, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b),
         min(len(one.text), len(other.text)),
@@ -123,7 +123,7 @@ def difference(one: GrowingText, other: GrowingText, titles: tuple[str, str]) ->
 
 
 def changed_text(whole: GrowingText, before: str, after: str) -> str:
-    """A text whose plan changes on the way, with both titles."""
+    """Shows a text whose plan changes, with a title for each part."""
     if whole.change is None or whole.change == len(whole.text):
         only = end_of(whole, escape(whole.text))
         return f"<div class='ft-cell ft-one'><div class=ft-label>{before}</div>{only}</div>"
@@ -133,7 +133,7 @@ def changed_text(whole: GrowingText, before: str, after: str) -> str:
 
 
 def tokens(effects: Sequence[TokenEffect], names: Sequence[str]) -> str:
-    """A text whose tokens show on hover or focus how far the plan moved them, and what else was likely."""
+    """Shows a text whose tokens, on hover or focus, display the effect of the plan and the likely alternatives."""
     found = []
     for effect in effects:
         strength = min(1.0, abs(effect.gain) / 3)
@@ -157,7 +157,7 @@ def _visible(token: str) -> str:
 
 
 def certainty(ones: Sequence[float], dead: Sequence[str | None]) -> str:
-    """The probability of a 1 in each bit of the plan of a text."""
+    """Shows the probability of a 1 for each bit of a text's plan."""
     rows = []
     for bit, chance in enumerate(ones):
         value, sure = int(chance > 0.5), max(chance, 1 - chance)
@@ -171,7 +171,7 @@ def certainty(ones: Sequence[float], dead: Sequence[str | None]) -> str:
 
 
 def gray_rank(half: str) -> int:
-    """The place of these bits in Gray order, in which neighbors differ by one bit."""
+    """Returns the index of these bits in Gray order, in which neighbors differ by one bit."""
     rank = value = 0
     for bit in half:
         value ^= int(bit)
@@ -180,7 +180,7 @@ def gray_rank(half: str) -> int:
 
 
 def plan_map(survey: PlanSurvey, latent_dim: int, chosen: str) -> str:
-    """Circles for the plans that held-out texts take, in Gray order of the first and of the second half of the bits."""
+    """Draws circles for the plans of held-out texts. The axes are the two halves of the bits in Gray order."""
     half = (latent_dim + 1) // 2
     across, down = 2**half, 2 ** (latent_dim - half)
     cell = 100 / max(across, down)
@@ -209,7 +209,7 @@ def plan_map(survey: PlanSurvey, latent_dim: int, chosen: str) -> str:
 
 
 def plan_details(survey: PlanSurvey, plan: str) -> str:
-    """What lies at a place of the map."""
+    """Shows details of a plan on the map."""
     counts = survey.counts.get(plan)
     head = f"<div class=ft-label>{bits(plan)}<code>{escape(plan)}</code></div>"
     if not counts:
@@ -227,7 +227,7 @@ def plan_details(survey: PlanSurvey, plan: str) -> str:
 
 
 def lane(plans: Sequence[str], chosen: int, span: int) -> str:
-    """The plans of a text, one for each `span` tokens, to be chosen from."""
+    """Shows the plans of a text, one per `span` tokens, as buttons."""
     cells = "".join(
         f"<button data-choice={place} class='{'ft-chosen' if place == chosen else ''}' "
         f"title='tokens {place * span} to {place * span + span - 1}'>{bits(plan)}</button>"

@@ -1,4 +1,4 @@
-"""The page of `free-transformer explore`: its components and what happens when a visitor uses them."""
+"""The page of `free-transformer explore`: its components and their event handlers."""
 
 import inspect
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +13,7 @@ from free_transformer.explorer.layout import Layout
 
 
 def build_page(explored: Explored) -> gr.Blocks:
-    """The page, to be mounted in the server's application."""
+    """Builds the page, which the server's application mounts."""
     with gr.Blocks(title=f"{explored.name}: plans", analytics_enabled=False) as page:
         layout = Layout(explored)
         _connect(page, layout, Handlers(explored))
@@ -21,7 +21,7 @@ def build_page(explored: Explored) -> gr.Blocks:
 
 
 def style() -> str:
-    """The style sheet."""
+    """Returns the style sheet."""
     return files("free_transformer.explorer").joinpath("page.css").read_text(encoding="utf-8")
 
 
@@ -29,14 +29,14 @@ def _connect(page: gr.Blocks, layout: Layout, handlers: Handlers) -> None:
     made = layout.components
     events = _Events(layout, handlers)
 
-    latest: dict[str | None, object] = {}  # by visitor, what the page is to show
+    latest: dict[str | None, object] = {}  # by visitor, the latest request
 
     async def show_tab(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
         origin = request.headers.get("origin") or f"http://{request.headers.get('host', 'localhost')}"
         own = latest[request.session_hash] = object()
         with messages():
             async for update in handlers.show_tab(handlers.form(*values), origin):
-                if latest.get(request.session_hash) is not own:  # the visitor has asked for something else since
+                if latest.get(request.session_hash) is not own:  # superseded by a newer request
                     return
                 yield events.by_component(update)
 
@@ -105,7 +105,7 @@ class _Events:
         return self._listen(listener, growing if inspect.isasyncgenfunction(handler) else once, changes)
 
     def on_choice(self, listener: Callable[..., Any], handler: Callable[..., Update], changes: list[str]) -> Any:
-        """As `on`, for a handler that also takes what was chosen."""
+        """Same as `on`, for a handler that also takes the chosen item."""
 
         async def once(event: gr.EventData, *values: Any) -> dict[Any, Any]:
             with messages():

@@ -1,4 +1,4 @@
-"""Opens what `free-transformer explore` is given: a run, a model folder or an ONNX export, with its baseline."""
+"""Opens the model of `free-transformer explore`: a run, a model folder or an ONNX export, with its baseline."""
 
 import itertools
 import os
@@ -14,15 +14,15 @@ from free_transformer.serving.batch import Batch
 
 BASELINE_FOLDER = "baseline"  # in the folder of a model
 MAX_PASSAGES = 512
-MAX_DOCUMENTS = 4096  # where none has a label
-MAX_DOCUMENT = 1024  # rows of a document
-ROWS = 32  # texts at a time, more than a grid holds
+MAX_DOCUMENTS = 4096  # if there are no labels
+MAX_DOCUMENT = 1024  # rows per document
+ROWS = 32  # texts at a time, more than a grid has
 
 
 @dataclass
 class Opened:
     """
-    What the page shows.
+    The model that the page shows.
 
     Attributes:
         folder: of a run, a saved model or an ONNX export.
@@ -40,7 +40,7 @@ class Opened:
         return (self.folder / EXPORT_FILE).is_file()
 
     def build(self) -> Batch:
-        """The model, ready to generate."""
+        """Loads the model, ready to generate."""
         if self.is_onnx:
             from free_transformer.runtime.onnx_model import OnnxFreeTransformer
             from free_transformer.serving.onnx_batch import OnnxBatch
@@ -49,13 +49,13 @@ class Opened:
         return _torch_batch(_model_folder(self.folder), self.threads)
 
     def build_baseline(self) -> Batch:
-        """The baseline, as a Free Transformer with R = 0."""
+        """Loads the baseline as a Free Transformer with R = 0."""
         assert self.baseline is not None
         return _torch_batch(_model_folder(self.baseline), self.threads)
 
     @property
     def threads(self) -> int | None:
-        """Of an operation on a CPU: half of the cores where the model and its baseline compute at the same time."""
+        """CPU threads per operation: half of the cores if the model and its baseline run at the same time."""
         return None if self.baseline is None else max(1, (os.cpu_count() or 1) // 2)
 
 
@@ -82,7 +82,7 @@ def open_model(folder: Path, baseline: Path | None = None, data: Sequence[str] =
 
 
 def survey(opened: Opened, batch: Batch, max_seconds: float, progress: Callable[[int], None]) -> PlanSurvey | None:
-    """The survey of plans: stored in the model's folder, or read from held-out text. None where there is neither."""
+    """Loads the survey of plans from the model's folder, or makes one from held-out text. None without either."""
     stored = PlanSurvey.load(opened.folder, batch.latent_dim)
     if stored is not None or not opened.held_out:
         return stored
@@ -93,7 +93,7 @@ def survey(opened: Opened, batch: Batch, max_seconds: float, progress: Callable[
 
 
 def _passages(sources: Sequence[str], batch: Batch, window: int) -> Iterator[Passage]:
-    """Whole rows of `window` tokens, and shorter texts as they are."""
+    """Yields passages of `window` tokens, and shorter texts unchanged."""
     from free_transformer.data import read_documents, read_labeled
 
     by_source = read_labeled(sources) or {
@@ -109,7 +109,7 @@ def _passages(sources: Sequence[str], batch: Batch, window: int) -> Iterator[Pas
 
 
 def _row_length(folder: Path, batch: Batch) -> int:
-    """Tokens of a row in training, as far as is known, and never more than the model sees at a time."""
+    """Returns the row length of training in tokens, if known, limited to the model's context."""
     from free_transformer.runs.run import Run
 
     try:
@@ -129,26 +129,26 @@ def _held_out(folder: Path) -> list[str]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model, without those of folders below it."""
+    """Returns the files of a model, excluding subfolders."""
     if not (folder / EXPORT_FILE).is_file():
         folder = _model_folder(folder)
     return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
 def _find_baseline(folder: Path) -> Path | None:
-    """`baseline` in the folder of a model, or the run that `train --baseline` wrote beside it. None without a model."""
+    """Finds `baseline` in the folder of a model, or the run of `train --baseline` next to it; None without a model."""
     folder = folder.resolve()
     places = [folder / BASELINE_FOLDER, folder.with_name(f"{folder.name}-{BASELINE_FOLDER}")]
     return next((each for each in places if _trained_model(each) is not None), None)
 
 
 def _trained_model(folder: Path) -> Path | None:
-    """The folder of a saved model, or of a run that of its trained model. None without one."""
+    """Returns the folder of a saved model, or that of a run's trained model; None without one."""
     return next((each for each in (folder, folder / "model") if (each / "config.json").is_file()), None)
 
 
 def _model_folder(folder: Path) -> Path:
-    """As `_trained_model`, but `InputError` for a folder without a model."""
+    """Same as `_trained_model`, but raises `InputError` for a folder without a model."""
     found = _trained_model(folder)
     if found is not None:
         return found
@@ -156,7 +156,7 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _torch_batch(folder: Path, threads: int | None) -> Batch:
-    """A saved model with or without a plan. On a CPU it computes in float32, whatever its weights are saved in."""
+    """Loads a saved model with or without a plan. On a CPU it computes in float32."""
     import torch
 
     from free_transformer.data import load_tokenizer

@@ -1,4 +1,4 @@
-"""A folder that a Hugging Face Space runs: the model, its page, and what both need."""
+"""Writes a folder for a Hugging Face Space: the model, its page, and their requirements."""
 
 import shutil
 from pathlib import Path
@@ -41,10 +41,10 @@ def write_space(opened: Opened, survey: PlanSurvey | None, folder: Path, overwri
     Writes the folder.
 
     Args:
-        survey: of the model's plans, which the Space has no text to read from.
+        survey: survey of the model's plans, since the Space has no held-out text.
 
     Raises:
-        SettingsError: where the folder holds files of anything else.
+        SettingsError: if the folder contains other files.
     """
     import gradio
 
@@ -62,7 +62,7 @@ def write_space(opened: Opened, survey: PlanSurvey | None, folder: Path, overwri
 
 
 def copy_model(folder: Path, target: Path) -> None:
-    """Copies the files of a model, of a run those of its trained model."""
+    """Copies the files of a model, or of a run's trained model."""
     for source in model_files(folder):
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / source.name)

@@ -1,4 +1,4 @@
-"""Which plans held-out texts take, and what the bits of the plan tell about them."""
+"""A survey of the plans of held-out texts, and of the information in each bit."""
 
 import json
 import time
@@ -21,7 +21,7 @@ UNLABELED = ""
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of held-out text, and where it comes from."""
+    """A piece of held-out text and its source."""
 
     tokens: list[int]
     source: str = UNLABELED
@@ -30,7 +30,7 @@ class Passage:
 @dataclass
 class BitUse:
     """
-    What a bit does over all plans that were read.
+    Usage of a bit over all inferred plans.
 
     Attributes:
         spent: KL divergence of the bit's posterior from the uniform prior, in bits per plan.
@@ -44,7 +44,7 @@ class BitUse:
 
     @property
     def dead(self) -> str | None:
-        """Why flipping this bit tells nothing, or None for a live bit."""
+        """Reason why flipping this bit has no effect, or None for a live bit."""
         if self.spent < LIVE_BITS:
             return f"carries nothing: the encoder leaves it random ({self.spent:.2f} bits)"
         if self.information < LIVE_BITS:
@@ -59,8 +59,8 @@ class PlanSurvey:
 
     Attributes:
         bits: use of each of the H bits.
-        counts: how many passages of each source have a plan, by the plan's bits.
-        snippets: the beginning of a passage under each plan.
+        counts: number of passages of each source, by the plan's bits.
+        snippets: beginning of one passage with each plan.
         passages: number of passages read.
     """
 
@@ -71,7 +71,7 @@ class PlanSurvey:
 
     @property
     def sources(self) -> list[str]:
-        """The sources, without the empty one."""
+        """The non-empty sources."""
         return sorted({source for counts in self.counts.values() for source in counts} - {UNLABELED})
 
     def save(self, folder: Path) -> None:
@@ -80,10 +80,10 @@ class PlanSurvey:
     @classmethod
     def load(cls, folder: Path, latent_dim: int) -> "PlanSurvey | None":
         """
-        The survey in the folder of a model, or None.
+        Loads the survey in the folder of a model, or returns None.
 
         Raises:
-            InputError: for a file that is damaged, or of another model.
+            InputError: for a file that is damaged or belongs to another model.
         """
         file = folder / SURVEY_FILE
         if not file.is_file():
@@ -100,7 +100,7 @@ class PlanSurvey:
 
 
 def posterior(batch: Batch, tokens: list[int]) -> np.ndarray:
-    """The probability of a 1 in each bit of a text's plans, (P, H)."""
+    """Returns the probability of a 1 for each bit of a text's plans, (P, H)."""
     logits = np.asarray(batch.infer_plan(tokens), dtype=np.float64)
     ones: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
     return ones
@@ -110,11 +110,11 @@ def survey_plans(
     batch: Batch, passages: Sequence[Passage], max_seconds: float, progress: Callable[[int], None] = lambda read: None
 ) -> PlanSurvey:
     """
-    Reads the most likely plans of passages, as many as the time allows.
+    Infers the most likely plans of as many passages as the time allows.
 
     Args:
-        passages: in an order whose beginning is representative.
-        progress: is told the number of passages read.
+        passages: passages in an order whose beginning is representative.
+        progress: called with the number of passages read.
     """
     found, probabilities = PlanSurvey(), []
     end = time.monotonic() + max_seconds
@@ -146,7 +146,7 @@ def _use_of_bits(ones: np.ndarray) -> list[BitUse]:
 
 
 def _entropy(ones: np.ndarray) -> np.ndarray:
-    """Of bits, in bits."""
+    """Returns the entropy of bits, in bits."""
     p = np.clip(ones, 1e-12, 1 - 1e-12)
     entropy: np.ndarray = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
     return entropy

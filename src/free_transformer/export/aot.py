@@ -31,7 +31,7 @@ class AotExport:
 
     Attributes:
         sizes: bytes of each package.
-        differences: of its outputs from the model's.
+        differences: differences of the packages' outputs from the model's.
     """
 
     folder: Path

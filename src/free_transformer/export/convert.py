@@ -37,7 +37,7 @@ def convert(source: str, out: Path, check: bool = True, overwrite: bool = False,
     Weights keep their type. The tokenizer, chat template, special tokens and generation settings are copied.
 
     Args:
-        source: folder, or name on the hub, of a Llama, Mistral, Qwen 2 or Qwen 3.
+        source: folder or Hub name of a Llama, Mistral, Qwen 2 or Qwen 3.
         out: the new folder.
         check: compare the logits of both models, which needs memory for both.
         overwrite: replace the contents of `out`.

@@ -1,4 +1,4 @@
-"""What all exports share: checks of the model, comparison with it, and the files saved beside the graphs."""
+"""Code shared by all exports: checks of the model, comparison with it, and files saved next to the graphs."""
 
 import contextlib
 import copy
@@ -55,7 +55,7 @@ class Difference:
 
 
 def check_tolerance(differences: Sequence[Difference]) -> float:
-    """Returns the tolerance. `RuntimeError` if a difference exceeds it."""
+    """Returns the tolerance. Raises `RuntimeError` if a difference exceeds it."""
     for worst in differences:
         if not worst.share <= 1:  # also true for NaN
             raise RunError(

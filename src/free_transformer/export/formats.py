@@ -16,7 +16,7 @@ FORMATS = ("onnx", "torch", "aot")
 
 
 def check_format(to: str, quantize: str | None, static: tuple[int, int] | None) -> None:
-    """`InputError` for an unknown format, or options that the format does not have."""
+    """Raises `InputError` for an unknown format, or options that it does not support."""
     if to not in FORMATS:
         raise InputError(f"--to {to}: onnx, torch or aot")
     if to == "torch" and (quantize is None or static is not None):
@@ -45,7 +45,7 @@ def export_model(
         overwrite: replace the folder whatever it contains. Otherwise it must be new, empty or an earlier export.
 
     Raises:
-        InputError: for options that do not belong together, a model without a plan, and a folder with other files.
+        InputError: for options that cannot be combined, a model without a plan, and a folder with other files.
         MissingDependency: for a package that the format needs.
         RunError: if an output differs from the model's by more than the tolerance.
     """
@@ -60,7 +60,7 @@ def export_model(
 
 
 def difference_table(differences: Sequence[Difference]) -> Table:
-    """The largest difference of each output over all shapes; the cache is left out."""
+    """Builds a table of the largest difference of each output over all shapes, without the cache."""
     by_output: dict[tuple[str, str], list[Difference]] = {}
     for each in differences:
         if not each.output.startswith("present"):

@@ -121,7 +121,7 @@ class Training(Graph):
 
 
 class Encode(Graph):
-    """The logits of the posterior, as `FreeTransformer.infer_plan` returns them."""
+    """Computes the logits of the posterior, like `FreeTransformer.infer_plan`."""
 
     name = "encode"
 

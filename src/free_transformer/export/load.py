@@ -19,8 +19,8 @@ def load_with_tokenizer(
     Loads a model, in eval mode, and its tokenizer.
 
     Args:
-        folder: of a run, or one created by `save_pretrained` or `export --to torch`.
-        plan_strength: instead of the configuration's.
+        folder: folder of a run, or one created by `save_pretrained` or `export --to torch`.
+        plan_strength: factor of plan vectors. Default: the configuration's.
 
     Raises:
         SettingsError: for a folder that is not a run, has no model yet, or is damaged.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch.export.dynamic_shapes import _DimHint
 
 DynamicShape = dict[int, "torch.export.Dim | _DimHint"]
-OPSET = 23  # the newest that PyTorch exports: attention and RMS norm are one operation each
+OPSET = 23  # the newest that PyTorch exports; attention and RMS norm are single operators
 STATIC_OPSET = 18  # plain operators, supported by TensorRT since 8.5
 MAX_IN_ONE_FILE = 2**31 - 2**26  # bytes; a protocol buffer holds at most 2 GiB, including the graph
 
@@ -56,7 +56,7 @@ class Export:
         static: fixed numbers of texts and of tokens, if any.
         quantize: the quantization scheme, if any.
         sizes: bytes of each graph, including its weights.
-        differences: of the graphs' outputs from the model's.
+        differences: differences of the graphs' outputs from the model's.
         tolerance: largest allowed difference; None for quantized graphs, which are not checked against it.
     """
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-BLOCK = 64  # weights that share a scale
+BLOCK = 64  # number of weights that share a scale
 
 
 def quantize_graph(file: Path, scheme: str) -> None:

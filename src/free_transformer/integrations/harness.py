@@ -83,7 +83,7 @@ class PlanHarnessLM(HFLM):
         **kwargs: object,
     ):
         if num_plans < 1:
-            raise InputError(f"num_plans={num_plans}: at least 1")
+            raise InputError(f"num_plans={num_plans}: must be at least 1")
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         if isinstance(pretrained, str | Path):
             pretrained = model_folder(Path(pretrained))

@@ -1,1 +1,1 @@
-"""The method: a Llama with a plan. Modules import only from this folder, whose files a saved model carries."""
+"""The method: a Llama with a plan. Modules here import only each other, because saved models include a copy of them."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MODES = ("training", "inference")
 NO_ENCODER_GRADIENT = (
-    "called in training mode without labels: the plan is sampled from the prior, and the encoder gets no gradient. "
-    "Give labels or mode='training', or mode='inference' if this is meant. (Trainers on preferences or rewards, such "
+    "called in training mode without labels: the plan is sampled from the prior and the encoder gets no gradient. "
+    "Pass labels or mode='training', or mode='inference' if intended. (Trainers on preferences or rewards, such "
     "as DPO and GRPO of TRL, are not supported)"
 )
 
@@ -27,11 +27,11 @@ def check_loss_arguments(labels: Tensor | None, num_items: int | Tensor | None, 
     if labels is not None:
         return
     if skip_logits:
-        raise InputError("skip_logits=True: without labels the logits are all there is to return")
+        raise InputError("skip_logits=True needs labels: without them there is no loss to return")
     if num_items is not None:
         raise InputError(
-            "num_items_in_batch without labels: label_smoothing_factor and compute_loss_func of a Trainer keep the "
-            "labels from the model, so that its encoder would not be trained. Leave them out; the model computes "
+            "num_items_in_batch without labels: label_smoothing_factor and compute_loss_func of a Trainer withhold the "
+            "labels from the model, so its encoder would not be trained. Remove these options; the model computes "
             "the loss itself"
         )
 
@@ -42,7 +42,9 @@ def resolve_mode(mode: str | None, plan: object, labels: Tensor | None, prompt_p
     if mode not in MODES:
         raise InputError(f"mode={mode!r}: one of {MODES}")
     if mode == "training" and plan is not None:
-        raise InputError("mode='training' samples the plan from the posterior: give a plan in mode='inference'")
+        raise InputError(
+            "mode='training' samples the plan from the posterior: pass a plan with mode='inference' instead"
+        )
     if prompt_plan is not None:
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
     return mode
@@ -53,7 +55,7 @@ def resolve_cache(
 ) -> Cache | None:
     if model.training and torch.is_grad_enabled() and model.model.layers[0].gradient_checkpointing:
         if given is not None and int(given.get_seq_length()) > 0:
-            raise InputError("cache: gradient checkpointing computes layers twice, so it takes no cache with tokens")
+            raise InputError("cache: gradient checkpointing runs layers twice, so the cache must be empty")
         return None
     if given is not None:
         return given
@@ -76,11 +78,13 @@ def check_layout(
     position_ids: Tensor | None,
 ) -> None:
     if past or attention_mask is not None or position_ids is not None:
-        raise InputError("layout replaces attention_mask and position_ids, and takes no cache that holds tokens")
+        raise InputError(
+            "layout replaces attention_mask and position_ids and needs an empty cache: do not combine them"
+        )
     if layout.token_plan.shape != shape:
         raise InputError(f"layout of {tuple(layout.token_plan.shape)} tokens for a batch of {shape}")
 
 
 def continues(state: PlanState, position_ids: Tensor | None) -> bool:
-    """Whether a step needs only the plans, which are all known."""
+    """Whether this call continues texts whose plans are all known (`decode_step`)."""
     return state.columns is not None and state.plan is not None and position_ids is not None

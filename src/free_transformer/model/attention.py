@@ -1,4 +1,4 @@
-"""Llama's attention with separate inputs for queries and for keys and values, as injection and encoder need it."""
+"""Llama's attention with separate inputs for queries and for keys/values, as injection and the encoder need it."""
 
 import inspect
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines, and sines that are negative in thei
 
 
 def rotary(embedding: nn.Module, states: Tensor, position_ids: Tensor) -> Rotation:
-    """Cosines and signed sines of the angles by which positions rotate queries and keys."""
+    """Returns the cosines and signed sines that rotate queries and keys by their positions."""
     cos, sin = embedding(states, position_ids)
     sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
     return cos.unsqueeze(2), sin.unsqueeze(2)
@@ -39,8 +39,8 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     """
     Applies rotary positions to queries or keys, (B, T, heads, head_dim).
 
-    The sines carry the sign, so that the halves of each head are swapped without a negated copy: 4 operations instead
-    of the 7 of `apply_rotary_pos_emb`, and the same values bit-for-bit.
+    The sines carry the sign, so the halves of each head are swapped without a negated copy. This takes 4 operations
+    instead of the 7 of `apply_rotary_pos_emb` and gives the same values bit-for-bit.
     """
     cos, sin = rotation
     swapped = states.roll(states.shape[-1] // 2, -1)
@@ -58,7 +58,9 @@ def eager_attention(
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """
-    Attention in plain operations, all (B, heads, T, head_dim); also in double precision, where Llama's is in single.
+    Computes attention in plain operations; all inputs are (B, heads, T, head_dim).
+
+    In double precision it stays in double precision, unlike Llama's, which computes the softmax in single.
 
     Returns:
         the output, (B, T, heads, head_dim), and the weights, (B, heads, T, T).
@@ -76,9 +78,9 @@ def eager_attention(
 
 def takes_boundaries(config: FreeTransformerConfig, hidden_states: Tensor) -> bool:
     """
-    Whether attention separates the documents of a batch by their boundaries, which needs no mask of T x T values.
+    Whether attention separates the documents of a batch by their boundaries instead of a T x T mask.
 
-    Flash Attention does, and so does PyTorch's own attention (`sdpa`) where `has_varlen_kernel`.
+    Flash Attention does, and so does PyTorch's own attention (`sdpa`) if `has_varlen_kernel`.
     """
     if is_flash_attention_requested(config):
         return True
@@ -86,7 +88,7 @@ def takes_boundaries(config: FreeTransformerConfig, hidden_states: Tensor) -> bo
 
 
 def has_varlen_kernel(config: FreeTransformerConfig, hidden_states: Tensor) -> bool:
-    """Whether `varlen_attention` runs: on CUDA in half precision, without dropout, for heads of at most 256."""
+    """Whether `varlen_attention` can run: on CUDA in half precision, without dropout, with heads of at most 256."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     fits = config.attention_dropout == 0 and config.head_dim % 8 == 0 and config.head_dim <= 256
@@ -98,9 +100,9 @@ def varlen_attention(
     module: "SplitAttention", query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
 ) -> tuple[Tensor, None]:
     """
-    Attention inside the documents of a batch by PyTorch's Flash Attention kernel, all (B, heads, T, head_dim).
+    Computes attention within documents by PyTorch's Flash Attention kernel; all inputs are (B, heads, T, head_dim).
 
-    The queries of a causal module are the tokens; those of the encoder, which is not causal, are the plans.
+    The queries of a causal module are tokens. The queries of the encoder, which is not causal, are plans.
 
     Returns:
         the output, (B, T, heads, head_dim), and None.
@@ -126,7 +128,7 @@ def varlen_attention(
 
 class SplitAttention(LlamaAttention):
     """
-    `LlamaAttention` with separate inputs for queries and for keys and values; same weights, same names.
+    `LlamaAttention` with separate inputs for queries and for keys/values, and the same weights and names.
 
     With `query_key_norm` it computes Qwen 3's attention, and without `attention_output_bias` Qwen 2's.
     """
@@ -143,7 +145,7 @@ class SplitAttention(LlamaAttention):
 
     @property
     def window(self) -> int | None:
-        """Tokens that a token attends to, itself and those before it; None for all. The encoder's does not slide."""
+        """Number of tokens that a token attends to, itself included; None for all, as in the encoder."""
         return self.config.sliding_window if self.is_causal else None
 
     def forward(
@@ -162,16 +164,16 @@ class SplitAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
-            hidden_states: input of the queries, (B, Q, D), or (1, 1, D) where all differ in their position only.
+            hidden_states: input of the queries, (B, Q, D), or (1, 1, D) if all queries differ only in position.
             attention_mask: in the form that the attention backend takes.
             key_value_states: input of the keys and values, (B, T, D), default `hidden_states`.
             key_value_position_embeddings: positions of the keys, default those of the queries.
             implementation: attention backend, default the configuration's.
-            boundaries: of the documents, in the place of a mask; see `takes_boundaries`.
-            blocks: of a sliding window, in the place of a mask.
+            boundaries: document boundaries, instead of a mask; see `takes_boundaries`.
+            blocks: blocks of a sliding window, instead of a mask.
 
         Returns:
-            the output, (B, Q, D), and the attention weights, (B, heads, Q, T), None for backends that compute none.
+            the output, (B, Q, D), and the attention weights, (B, heads, Q, T), or None if the backend returns none.
         """
         if key_value_states is None:
             key_value_states = hidden_states
@@ -201,7 +203,7 @@ class SplitAttention(LlamaAttention):
             return self.o_proj(output.flatten(2)), None
         if self.window is not None:
             options["sliding_window"] = self.window
-            if query.shape[2] == 1 and attention_mask is None:  # of all that a cache holds, or that a prompt has
+            if query.shape[2] == 1 and attention_mask is None:  # the cache may hold more
                 key, value = key[:, :, -self.window :], value[:, :, -self.window :]
         output, weights = attend(self, query, key, value, attention_mask, **options)
         return self.o_proj(output.flatten(2)), weights

@@ -1,4 +1,4 @@
-"""State between two steps of decoding: keys, values, and the plans of the texts."""
+"""State kept between decoding steps: keys, values, and the plans of the texts."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ MIN_SPARE = 256  # tokens
 
 class SpareCapacity:
     """
-    Appends keys and values without copying those that a layer of a cache holds already.
+    Appends keys and values to a cache layer without copying the existing ones.
 
-    Each time the capacity is exhausted, the tokens held move to a buffer with room for an eighth more, so that the
-    number of values copied per token stays bounded.
+    When the capacity is exhausted, the tokens move to a buffer with room for an eighth more, so the number of values
+    copied per token stays bounded.
 
     Args:
-        max_length: tokens that the texts will ever have, as far as is known.
+        max_length: maximum number of tokens of the texts, if known.
 
     Attributes:
-        buffers: the memory that `keys` and `values` are parts of, once there is spare capacity.
+        buffers: buffers that `keys` and `values` are views of, once there is spare capacity.
     """
 
     keys: Tensor  # once there are any
@@ -41,9 +41,9 @@ class SpareCapacity:
         self.buffers: list[Tensor | None] = [None, None]
 
     def append(self, key_states: Tensor, value_states: Tensor, max_spare: int | None) -> tuple[Tensor, Tensor]:
-        """The states held and the new ones, (B, heads, T, head_dim). `max_spare`: bound of the capacity added."""
+        """Returns old and new states, (B, heads, T, head_dim). `max_spare` bounds the added capacity, in tokens."""
         if self.get_seq_length() == 0 or self.keys.numel() == 0:
-            return key_states, value_states  # a prompt is kept as it is: a text that is only read needs no copy
+            return key_states, value_states  # no copy of a prompt, which may not be continued
         held, new = (self.keys, self.values), (key_states, value_states)
         keys, values = (self._append(which, held[which], new[which], max_spare) for which in range(2))
         return keys, values
@@ -75,12 +75,12 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
 
 
 class GrowingLayer(SpareCapacity, DynamicLayer):
-    """`DynamicLayer` with spare capacity. `DynamicLayer` itself copies all tokens for each new one."""
+    """`DynamicLayer` with spare capacity. `DynamicLayer` copies all tokens whenever one is appended."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Appends the states of new tokens, both (B, heads, T, head_dim). Returns those of all tokens."""
+        """Appends the states of new tokens, both (B, heads, T, head_dim). Returns the states of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         total = self.get_seq_length() + key_states.shape[-2]
@@ -91,11 +91,13 @@ class GrowingLayer(SpareCapacity, DynamicLayer):
 
 class WindowLayer(SpareCapacity, DynamicSlidingWindowLayer):
     """
-    `DynamicSlidingWindowLayer` with spare capacity: it holds the `sliding_window - 1` tokens that the next one attends
-    to, in memory for at most twice as many. `DynamicSlidingWindowLayer` itself copies all of them for each new one.
+    `DynamicSlidingWindowLayer` with spare capacity.
+
+    It holds the `sliding_window - 1` tokens that the next one attends to, in memory for at most twice as many.
+    `DynamicSlidingWindowLayer` copies all of them whenever a token is appended.
     """
 
-    cumulative_length: int  # tokens so far, those that it no longer holds among them
+    cumulative_length: int  # tokens so far, including those no longer held
 
     def __init__(self, sliding_window: int, max_length: int | None = None):
         super().__init__(max_length, sliding_window)
@@ -103,7 +105,7 @@ class WindowLayer(SpareCapacity, DynamicSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Appends the states of new tokens. Returns those of all tokens that some new one attends to, and no others."""
+        """Appends the states of new tokens. Returns the states of all tokens that a new token attends to."""
         if self.record_past:
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -118,7 +120,7 @@ class WindowLayer(SpareCapacity, DynamicSlidingWindowLayer):
             self.keys, self.values = states
         elif surplus <= self.sliding_window:
             self.keys, self.values = (each[:, :, surplus:] for each in states)
-        else:  # a long prompt, whose memory is not kept
+        else:  # a long prompt: copy, so that its memory is freed
             self.keys, self.values = (each[:, :, surplus:].clone() for each in states)
         return states
 
@@ -126,26 +128,26 @@ class WindowLayer(SpareCapacity, DynamicSlidingWindowLayer):
 @dataclass
 class PlanState:
     """
-    The plans of a batch of texts that are being generated, and where further ones come from.
+    The plans of a batch of texts during generation, and the source of further plans.
 
     Attributes:
         plan: (B, P, H) bool, the plans so far; None before the prompt has been read.
-        prompt_plan, prior: where plans that are not known come from, as in `FreeTransformer.generate`.
-        new_tokens: tokens that may follow the prompt. Their plans are sampled when the prompt is read.
+        prompt_plan, prior: sources of missing plans, as in `FreeTransformer.generate`.
+        new_tokens: maximum number of tokens after the prompt. Their plans are sampled when the prompt is read.
         prompt_length: tokens of the prompt as `generate` counts them, 0 for a prompt of embeddings.
-        columns: tokens of the prompt as the model counts them, padding and virtual tokens included; None before it
-            has been read.
+        columns: tokens of the prompt as the model counts them, padding and virtual tokens included; None before the
+            prompt has been read.
         first_position: (B, 1), the position of each text's first token.
-        padded: whether some token of the prompt is padding. Otherwise a new token attends to all before it, and needs
-            no mask.
-        vectors: (B, 1, D), R, where one plan covers the whole text: it is looked up once.
-        texts_per_prompt: how many consecutive rows are texts of one prompt with stratified plans (`stratified.py`); 1
-            for independent plans.
-        generator: random numbers for the plans of new text. They have a separate stream, plan after plan, so that
-            a longer text begins as a shorter one of the same seed does.
-        changes: plans that replace this one, (B, 1, H), by the number of new tokens before them.
-        context: which tokens the model sees, where a text may become longer than the model was trained for.
-        dropped_plans: (B, 1), the number of plans before the first token that the model sees; None where it sees all.
+        padded: whether any token of the prompt is padding. If not, a new token attends to all earlier tokens and
+            needs no mask.
+        vectors: (B, 1, D), R if one plan covers the whole text. It is looked up only once.
+        texts_per_prompt: number of consecutive rows that continue the same prompt with stratified plans
+            (`stratified.py`); 1 for independent plans.
+        generator: random numbers for the plans of new text. Plans have their own stream and are sampled one after
+            another, so the start of a text does not depend on its length.
+        changes: later plans, (B, 1, H), keyed by the number of new tokens after which they replace this one.
+        context: the tokens that the model sees, if a text may exceed the trained length.
+        dropped_plans: (B, 1), the number of plans before the first token that the model sees; None if it sees all.
     """
 
     plan: Tensor | None = None
@@ -164,7 +166,7 @@ class PlanState:
     dropped_plans: Tensor | None = None
 
     def select_rows(self, rows: Tensor) -> "PlanState":
-        """The state of some of the texts, in a given order: (N,) indices."""
+        """Returns the state of some of the texts: (N,) indices, in any order."""
 
         def selected(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows.to(values.device)]
@@ -172,10 +174,10 @@ class PlanState:
         changes = {
             name: selected(getattr(self, name)) for name in ("plan", "first_position", "vectors", "dropped_plans")
         }
-        return PlanState(**{**vars(self), **changes, "texts_per_prompt": 1})  # the rows may be any
+        return PlanState(**{**vars(self), **changes, "texts_per_prompt": 1})  # rows of one prompt may be separated
 
     def stream(self, device: torch.device) -> torch.Generator:
-        """The generator of plans of new text, seeded from torch's own random numbers when it is first needed."""
+        """Returns the generator for plans of new text, which is seeded from torch's global generator on first use."""
         if self.generator is None:
             self.generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         return self.generator
@@ -191,13 +193,13 @@ class PlanState:
 
 class PlanCache(DynamicCache):
     """
-    `DynamicCache` that also stores the plans its texts were generated under, and has spare capacity.
+    `DynamicCache` with spare capacity that also stores the plans of its texts.
 
-    Operations on rows (reordering, repeating, selecting) apply to the plans too. So a step that continues a text from
-    this cache needs no plan: it continues under the same one.
+    Operations on rows (reordering, repeating, selecting) apply to the plans too. A step that continues a text from
+    this cache therefore needs no `plan` argument.
 
     Args:
-        max_length: tokens that it will ever hold, as far as is known.
+        max_length: maximum number of tokens that it will hold, if known.
 
     Attributes:
         state: the plans, None while the cache is empty.
@@ -233,8 +235,9 @@ class PlanCache(DynamicCache):
 
     def replace_rows(self, rows: Sequence[int], read: "PlanCache", columns: int) -> None:
         """
-        Replaces some texts by those of another cache, and keeps the last `columns` columns of all. Texts end in the
-        last column; what lies before a text that is shorter has no meaning.
+        Replaces some texts by those of another cache, and keeps the last `columns` columns of all texts.
+
+        Texts are right-aligned; the columns before a shorter text hold arbitrary values.
         """
         for layer, other in zip(self.layers, read.layers, strict=True):
             layer.keys = _with_rows(layer.keys, rows, other.keys, columns)
@@ -246,7 +249,7 @@ class PlanCache(DynamicCache):
 
 
 def _with_rows(states: Tensor, rows: Sequence[int], read: Tensor | None, columns: int) -> Tensor:
-    """The last columns of keys or values, (B, heads, T, head_dim), with some rows replaced at their end."""
+    """Returns the last columns of keys or values, (B, heads, T, head_dim), with the ends of some rows replaced."""
     kept = states[:, :, states.shape[2] - columns :].clone()
     if read is not None:
         kept[list(rows), :, columns - read.shape[2] :] = read

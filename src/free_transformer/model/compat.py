@@ -2,7 +2,7 @@
 Everything in this package that relies on internals of `transformers`, in one place.
 
 Only names exported by the top-level `transformers` package are covered by its deprecation policy. The other names used
-by this package are imported here, each with the reason why no public name serves, and the rest of the package imports
+by this package are imported here, each with a comment on what it is needed for, and the rest of the package imports
 them from here. When a new release of `transformers` breaks something, this module is where to look first. The tested
 range is in `pyproject.toml`: `make test-oldest` and `make test-newest` run the test suite at both ends of it.
 
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
-# The class of Llama's activation, to tell it from one that a user has put in its place.
+# The class of Llama's activation, to detect a replacement by the user.
 from transformers.activations import ACT2FN
 
 # The base class of all caches, and the layer types that `GrowingLayer` and `WindowLayer` extend.
@@ -87,7 +87,7 @@ __all__ = [
     "is_flash_attention_requested",
 ]
 
-# Arguments of a model by name, as the loop of `generate` keeps them.
+# Keyword arguments of a model, as the loop of `generate` holds them.
 ModelArguments = dict[str, Any]
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -97,7 +97,7 @@ CACHE_NAME = next(each.name for each in fields(CausalLMOutputWithPast) if each.n
 
 
 class BothCacheNames(ModelOutput):
-    """For an output whose cache can be read as `cache` and as `past_key_values`, with every release."""
+    """Mixin for outputs whose cache can be read as `cache` and as `past_key_values`, with every release."""
 
     if CACHE_NAME == "past_key_values":
 
@@ -116,10 +116,10 @@ class BothCacheNames(ModelOutput):
 
 
 class GenerationHooks(GenerationMixin):
-    """The steps inside `generate` that a model can change, where `GenerationMixin` has private methods only."""
+    """Hooks into the steps of `generate`, for which `GenerationMixin` has only private methods."""
 
     def new_cache(self, max_length: int) -> DynamicCache:
-        """The cache for texts of at most `max_length` tokens, unless the caller requests a particular one."""
+        """Creates the default cache, for texts of at most `max_length` tokens."""
         raise NotImplementedError
 
     def before_prompt(self, model_kwargs: ModelArguments, prompt: Tensor, new_tokens: int) -> None:
@@ -128,22 +128,22 @@ class GenerationHooks(GenerationMixin):
 
         Args:
             model_kwargs: the model's arguments for the whole text.
-            prompt: (B, T) tokens, T = 0 for a prompt of embeddings.
-            new_tokens: how many tokens may follow it.
+            prompt: (B, T) tokens; T = 0 for a prompt of embeddings.
+            new_tokens: maximum number of tokens after the prompt.
         """
 
     def before_step(self, input_ids: Tensor, model_kwargs: ModelArguments) -> tuple[Tensor, ModelArguments]:
         """
-        Called before each step. Returns the texts, (B, T), and the model's arguments of which the step takes its own.
+        Called before each step. Returns the texts, (B, T), and the model's arguments for the whole text.
         """
         return input_ids, model_kwargs
 
     def changed_arguments(self, model_kwargs: ModelArguments) -> ModelArguments:
-        """The model's arguments for the whole text that are no longer what the loop holds, after each step."""
+        """Called after each step. Returns the model's arguments that the loop has to replace."""
         return {}
 
     def cache_length(self, model_kwargs: ModelArguments, max_length: int) -> int:
-        """The number of tokens that a cache of texts of at most `max_length` tokens has to hold."""
+        """Returns the cache size, in tokens, for texts of at most `max_length` tokens."""
         return max_length
 
     def _prefill(
@@ -177,7 +177,7 @@ class GenerationHooks(GenerationMixin):
     def _get_stopping_criteria(self, *args: object, **kwargs: object) -> Any:
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for each in criteria:
-            if hasattr(each, "max_position_embeddings"):  # it would warn of texts longer than that
+            if hasattr(each, "max_position_embeddings"):  # it would warn about longer texts
                 each.max_position_embeddings = None
         return criteria
 

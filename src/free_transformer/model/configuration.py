@@ -27,9 +27,9 @@ EXACT_GRADIENT_BITS = 10
 PLAN_GRADIENTS = ("exact", "sampled", "auto")
 BYTE_VOCABULARY = 259  # of `byte_tokenizer`: 256 bytes and three special tokens
 BYTE_SPECIAL_TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-NOT_GIVEN = -1  # a special token that the caller leaves open
+NOT_GIVEN = -1  # default of a special token that the caller does not set
 TABLE_INITS = ("bit_linear", "normal", "zero")
-OBJECTIVE = {"free_bits": 2.5, "min_bits": 2.0, "aggregate_weight": 1.0}  # with which one plan per sequence steers
+OBJECTIVE = {"free_bits": 2.5, "min_bits": 2.0, "aggregate_weight": 1.0}  # effective with one plan per sequence
 PAPER: dict[str, float] = {
     "latent_dim": 16,
     "plan_span": 1,
@@ -42,7 +42,7 @@ PAPER: dict[str, float] = {
 _ALSO_ACCEPTED = {
     *("torch_dtype", "num_labels", "rope_theta", "rope_scaling", "name_or_path", "output_attentions"),
     *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "return_unused_kwargs"),
-    *("_name_or_path", "_commit_hash"),  # of `to_dict`
+    *("_name_or_path", "_commit_hash"),  # from `to_dict`
     *("auto_map", "quantization_config"),
     *GenerationConfig._get_default_generation_params(),
 }
@@ -50,10 +50,10 @@ _ALSO_ACCEPTED = {
 
 def plan_objective(plan_span: int | str, latent_dim: int, given: Mapping[str, float]) -> dict[str, float]:
     """
-    The weights of the objective that are given, and defaults for the others.
+    Completes the weights of the objective with defaults.
 
-    With one plan per sequence each plan carries 2 to 2.5 bits and all plans are equally common (docs/plan.md). Else the
-    defaults are those of the paper.
+    The defaults for one plan per sequence make each plan carry 2 to 2.5 bits and make all plans equally common
+    (docs/plan.md). The other defaults are the paper's.
     """
     defaults = OBJECTIVE if plan_span == "sequence" else {name: PAPER[name] for name in OBJECTIVE}
     found = {**defaults, **given}
@@ -63,7 +63,7 @@ def plan_objective(plan_span: int | str, latent_dim: int, given: Mapping[str, fl
 
 
 def _one_line_errors(config_class: Any) -> Any:
-    """Turns errors of type and shape, which `strict` raises in its own class, into one-line errors of ours."""
+    """Converts the type and value errors that `strict` raises into one-line `InputError`s."""
     construct = config_class.__init__
 
     @functools.wraps(construct)
@@ -81,46 +81,47 @@ def _one_line_errors(config_class: Any) -> Any:
 @strict
 class FreeTransformerConfig(LlamaConfig):
     r"""
-    All fields of `LlamaConfig`, under its names or the shorter ones of `attribute_map`, and those of the plan.
+    All fields of `LlamaConfig`, under its names or the shorter ones of `attribute_map`, and the fields of the plan.
 
     Attributes:
-        latent_dim: bits per plan, H, 1 to 64. `free_bits` limits the information in a plan: 8 bits carried all that was
-            measured, and large models often take 16 to 64.
+        latent_dim: bits per plan, H, 1 to 64. `free_bits` limits the information in a plan. 8 bits were enough in all
+            measurements; large models often use 16 to 64.
         plan_span: tokens that one plan covers: `"sequence"` (one plan per document, the default), n, or 1 (the paper).
-        code_bits: bits of one group; each group has `2^code_bits` rows of the codebook. Default: one group up to 16
+        code_bits: bits per group; each group has `2^code_bits` rows of the codebook. Default: one group up to 16
             bits (the paper), else groups of 8. The last group may be shorter.
-        free_bits: κ, the KL in bits per plan that costs nothing (paper: 1/4 to 4). Default: 2.5 with one plan per
+        free_bits: κ, the KL in bits per plan that is not penalized (paper: 1/4 to 4). Default: 2.5 with one plan per
             sequence, else 0.5.
         kl_weight: weight of the KL beyond the free bits.
-        min_bits: bits that each plan must spend, not above `free_bits`; 0 is the paper. Default: 2 with one plan per
-            sequence (less with fewer bits), else 0.
-        aggregate_weight: weight of the divergence of the aggregate posterior from the uniform prior, so that a plan
-            sampled from the prior is one that texts take; 0 is the paper. Use it with `min_bits`. Default: 1 with one
-            plan per sequence, else 0.
-        injection_layers: layers whose keys and values receive the plan, default `[num_layers // 2]`; none before
-            that layer, since the encoder reads its input. `"all"` is replaced by all from there on.
-        plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which this class
-            replaces by `"exact"` up to 10 bits a group and by `"sampled"` above.
-        plan_chunk_bytes: memory that the gradient of the plan may take at a time.
+        min_bits: minimum bits of information per plan, at most `free_bits`; 0 in the paper. Default: 2 with one plan
+            per sequence (less with fewer bits), else 0.
+        aggregate_weight: weight of the divergence of the aggregate posterior from the uniform prior; 0 in the paper.
+            It makes every plan from the prior one that texts use. Use it with `min_bits`. Default: 1 with one plan
+            per sequence, else 0.
+        injection_layers: layers whose keys and values receive the plan, default `[num_layers // 2]`. Earlier layers
+            are not allowed, since the encoder reads their output. `"all"` selects all layers from there on.
+        plan_gradient: `"exact"` over all codes, `"sampled"` (2H rows, unbiased), or `"auto"`, which selects
+            `"exact"` up to 10 bits per group and `"sampled"` above.
+        plan_chunk_bytes: maximum memory for the gradient of the plan, in bytes. It is computed in chunks of this size.
         table_init: initialization of the codebook: `"bit_linear"` (each bit adds or subtracts its own vector),
-            `"normal"` (independent rows) or `"zero"` (a plan that changes nothing, for pretrained models).
-        readout_init_scale: scale of the encoder's readout at the start, relative to `fan_in^-1/2`.
-        stream_scale: root mean square of X where it was measured, as in a pretrained model; the initialization of the
-            codebook and its learning rate follow it. None: 1, or `hidden_dim^-1/2` with tied embeddings.
-        query_key_norm: norms of each head's queries and keys, as Qwen 3 has them.
-        sliding_window: tokens that a token attends to in each decoder layer, itself and those right before it, as in
-            `MistralConfig`. None: all before it, as does a window that is not shorter than the text. Distances are in
-            columns of the input, padding included. The encoder always reads the whole text.
-        plan_strength: factor of the plan's vectors R, at least 0. 1: as trained; 0: R = 0. A factor above 1 holds the
-            text closer to its plan, which helps long texts at a low temperature (docs/long-text.md).
-        attention_output_bias: a bias of attention's output, default `attention_bias`; Qwen 2 has only the other biases.
-        encoder_class: set by a model with a custom encoder, so that loading can ask for it.
-        plan_names: names of plans, as in `{"recipe": "01101001"}`, which can be given wherever a plan is given as text.
+            `"normal"` (independent rows) or `"zero"` (the plan has no effect, for pretrained models).
+        readout_init_scale: initial scale of the encoder's readout, relative to `fan_in^-1/2`.
+        stream_scale: measured root mean square of X, for example of a pretrained model. It scales the initialization
+            of the codebook and its learning rate. None: 1, or `hidden_dim^-1/2` with tied embeddings.
+        query_key_norm: whether to normalize each head's queries and keys, as in Qwen 3.
+        sliding_window: number of tokens that a token attends to in each decoder layer, itself included, as in
+            `MistralConfig`. None: no limit. Distances are in columns of the input, padding included. The encoder
+            always reads the whole text.
+        plan_strength: factor of the plan's vectors R, at least 0. 1: as trained; 0: R = 0. A factor above 1 makes the
+            text follow its plan more closely, which helps long texts at a low temperature (docs/long-text.md).
+        attention_output_bias: whether attention's output has a bias, default `attention_bias`. Qwen 2 has only the
+            other biases.
+        encoder_class: name of the class of a custom encoder; set by the model so that loading can ask for it.
+        plan_names: names of plans, such as `{"recipe": "01101001"}`, accepted wherever a plan is given as text.
         bos_token_id, eos_token_id, pad_token_id: special tokens. Default: those of the byte tokenizer (256, 257, 258)
-            with its vocabulary of 259, which is the default; None with any other, whose tokens are not known here.
+            with its vocabulary of 259 (the default), else None.
 
     Raises:
-        ValueError: for an unknown name (the nearest known one is given) or a value out of range.
+        ValueError: for an unknown name (the message suggests the nearest known one) or a value out of range.
     """
 
     model_type = "free_transformer"
@@ -135,7 +136,7 @@ class FreeTransformerConfig(LlamaConfig):
         "dropout": "attention_dropout",
     }
 
-    # Fields of an output that a Trainer's predictions leave out, besides the loss.
+    # Output fields, besides the loss, that a Trainer leaves out of its predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *("cache", "past_key_values", "plan", "plan_logits", "plan_mask"),
         *("reconstruction", "kl", "hinge", "kl_per_bit"),
@@ -204,28 +205,28 @@ class FreeTransformerConfig(LlamaConfig):
 
     @property
     def plan_layer(self) -> int:
-        """K, the first layer that computes under the plan: `num_layers // 2`."""
+        """K, the first layer that can receive the plan: `num_layers // 2`."""
         return self.num_hidden_layers // 2
 
     @property
     def group_bits(self) -> list[int]:
-        """Bits of each group of the plan; the last may be shorter than `code_bits`."""
+        """Bits of each group of the plan; the last group may have fewer than `code_bits`."""
         assert self.code_bits is not None
         full, rest = divmod(self.latent_dim, self.code_bits)
         return [self.code_bits] * full + [rest] * (rest > 0)
 
     @classmethod
     def paper(cls, **changes: object) -> "FreeTransformerConfig":
-        """The settings of the paper: 16 bits per plan, one plan per token, and its objective."""
+        """Returns the paper's settings: 16 bits per plan, one plan per token, and the paper's objective."""
         return cls(**{**PAPER, **changes})
 
     def to_llama(self) -> PreTrainedConfig:
-        """The same Llama (or Qwen) without a plan: the configuration of the baseline."""
+        """Returns the configuration of the same Llama (or Qwen) without a plan, which is the baseline."""
         return plain_config(self)
 
     @classmethod
     def get_config_dict(cls, *args: object, **kwargs: object) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in `transformers`; for a pretrained model without a plan, the configuration that it gets with one."""
+        """As in `transformers`, but converts the configuration of a pretrained model without a plan."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         return cls._adopted(config_dict), kwargs
 
@@ -237,7 +238,7 @@ class FreeTransformerConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: object) -> Any:
-        """As in `transformers`; a name in a *file* that this version does not know is dropped with a warning."""
+        """As in `transformers`, but drops unknown names in a *file* with a warning."""
         known = cls._known_names() | _ALSO_ACCEPTED
         config_dict = cls._adopted(config_dict)
         unknown = {name for name in config_dict if name not in known and not name.startswith("_")}
@@ -249,14 +250,14 @@ class FreeTransformerConfig(LlamaConfig):
         return super().from_dict({**config_dict, **changes}, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
-        """As in `transformers`; where `auto_map` names the model's code, that is written too, see `sharing`."""
+        """As in `transformers`; if `auto_map` names the model's code, copies that too (see `hub_code`)."""
         if hasattr(self, "auto_map") and not write_code(Path(save_directory)):
             del self.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
-        """As in `transformers`, for a class of your own: this one's code is named and written with its model's."""
+        """As in `transformers`, for subclasses only: the code of this class is saved with its model's (`hub_code`)."""
         if cls is not FreeTransformerConfig:
             super().register_for_auto_class(auto_class)
 
@@ -286,7 +287,7 @@ class FreeTransformerConfig(LlamaConfig):
             ),
             (
                 span == "sequence" or (isinstance(span, int) and not isinstance(span, bool) and span >= 1),
-                f"plan_span={span!r}: a number of tokens from 1, or 'sequence'",
+                f"plan_span={span!r}: a number of tokens, at least 1, or 'sequence'",
             ),
             (self.free_bits >= 0, f"free_bits={self.free_bits}: at least 0 bits"),
             (self.kl_weight >= 0, f"kl_weight={self.kl_weight}: at least 0"),
@@ -304,11 +305,11 @@ class FreeTransformerConfig(LlamaConfig):
             ),
             (
                 self.sliding_window is None or self.sliding_window >= 1,
-                f"sliding_window={self.sliding_window}: a number of tokens from 1, or None for all tokens",
+                f"sliding_window={self.sliding_window}: a number of tokens, at least 1, or None for all tokens",
             ),
             (
                 0 <= self.plan_strength < math.inf,
-                f"plan_strength={self.plan_strength}: a number of at least 0, 1 for plans as trained",
+                f"plan_strength={self.plan_strength}: a number, at least 0; 1 applies plans as trained",
             ),
         ]
         for passed, message in checks:

@@ -1,9 +1,9 @@
 """
-The context of a long text: which of its tokens a model sees, the same wherever text is generated.
+The context of a long text: which of its tokens a model sees. All generation code follows this rule.
 
-A model sees all tokens of a text until they are as many as it was trained for. Then it drops its cache and reads the
-last half of them again, at positions from 0 and under the same plans, and continues. Each token is generated from half
-to all of the trained length, and costs at most one more token that is read.
+A model sees all tokens of a text until it reaches the trained length. Then it drops its cache, reads the last half of
+the tokens again, at positions from 0 and under the same plans, and continues. Each token is generated from a context of
+half to all of the trained length, at an average cost of at most one additional token read.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,24 @@ from .errors import InputError
 
 def tokens_to_drop(length: int, keep: int, plan_span: int | str) -> int:
     """
-    How many tokens of a text leave the context, so that at most `keep` of `length` stay. With plans of n tokens it is
-    a multiple of n: each token that stays keeps its place in its plan.
+    Returns how many of `length` tokens to drop so that at most `keep` remain.
+
+    With plans of n tokens it is a multiple of n, so the remaining tokens keep their places in their plans.
     """
     surplus = max(length - keep, 0)
     return surplus if plan_span == "sequence" else -(-surplus // int(plan_span)) * int(plan_span)
 
 
 def tokens_to_keep(limit: int) -> int:
-    """The number of tokens that are read again, at most, where the context holds at most `limit`."""
+    """Returns the maximum number of tokens to read again in a context of at most `limit` tokens."""
     return limit // 2
 
 
 def context_limit(trained: int, plan_span: int | str, sliding_window: int | None = None) -> int | None:
     """
-    The number of tokens that a context holds at most; None for a model whose texts are never read again: its attention
-    has a window of its own, or half of the context is shorter than one plan.
+    Returns the maximum number of tokens in a context, or None for a model whose texts are never read again.
+
+    Texts are never read again if attention has a sliding window, or if half of the context is shorter than one plan.
     """
     too_short = plan_span != "sequence" and int(plan_span) > tokens_to_keep(trained)
     return None if sliding_window is not None or too_short or trained < 4 else trained
@@ -37,23 +39,23 @@ def context_limit(trained: int, plan_span: int | str, sliding_window: int | None
 
 def check_plan_changes(changes: Mapping[Any, Any] | None, plan_span: int | str) -> dict[int, Any]:
     """
-    The changes in order, `{2000: plan}` for another plan from the new token 2000 on, counted from 0.
+    Returns the changes in order. `{2000: plan}` switches to `plan` from new token 2000 on, counted from 0.
 
     Raises:
-        ValueError: for a model with several plans per text, and for keys that are not numbers of tokens.
+        ValueError: for a model with several plans per text, and for keys that are not positive integers.
     """
     if not changes:
         return {}
     if not isinstance(changes, Mapping):
-        raise InputError(f"plan_changes of type {type(changes).__name__}: give a dict such as {{2000: '0110'}}")
+        raise InputError(f"plan_changes of type {type(changes).__name__}: pass a dict such as {{2000: '0110'}}")
     if plan_span != "sequence":
         raise InputError(
-            f"plan_changes: for one plan per text; with plan_span={plan_span}, give plan={{(P, H) bits}}, a plan for "
+            f"plan_changes needs one plan per text; with plan_span={plan_span}, pass plan={{(P, H) bits}}, a plan for "
             f"each {plan_span} tokens"
         )
     for start in changes:
         if isinstance(start, bool) or not hasattr(start, "__index__") or start < 1:
             raise InputError(
-                f"plan_changes: {start!r}: a number of new tokens, at least 1, is needed; plan=... is the first plan"
+                f"plan_changes: {start!r} is not a number of new tokens, at least 1; plan=... sets the first plan"
             )
     return {int(start): changes[start] for start in sorted(changes)}

@@ -17,7 +17,7 @@ from .outputs import LowerOutput
 
 
 class Initialization(OwnInitialization):
-    """Initializes weights by `init_module`, in every part that `transformers` treats as a separate model."""
+    """Initializes weights with `init_module` in every part that `transformers` treats as a separate model."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # norms and rotary buffers
@@ -43,8 +43,8 @@ class Decoder(Initialization, LlamaPreTrainedModel):
 
     def forward(self, *args: object, **kwargs: object) -> NoReturn:
         raise InputError(
-            "the decoder alone has no plan, and trainers of TRL compute their loss from it. SFTTrainer is supported, "
-            "with free_transformer.trainer.PlanTrainer first: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
+            "the decoder alone has no plan, but trainers of TRL compute their loss from it. SFTTrainer is supported "
+            "with free_transformer.trainer.PlanTrainer: class PlanSFTTrainer(PlanTrainer, SFTTrainer). "
             "Trainers on preferences or rewards (DPO, GRPO, KTO, ...) are not supported"
         )
 
@@ -63,13 +63,15 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         **kwargs: object,
     ) -> LowerOutput:
         """
-        Layers 0 to K-1.
+        Runs layers 0 to K-1.
 
         Args:
             hidden_states: embeddings, (B, T, D).
-            attention_mask: as the attention backend takes it.
-            position_ids: (B, T), or (1, T) where all rows have the same.
-            plans: of the text so far; token_plan: (B, T), the plan of each token, default that of its position.
+            attention_mask: in the form that the attention backend takes.
+            position_ids: (B, T), or (1, T) if they are the same in all rows.
+            plans: number of plans of the text so far.
+            token_plan: (B, T), index of the plan of each token; by default it follows from the position.
+            num_tokens: number of tokens of the text so far.
         """
         if token_plan is None:
             token_plan = plan_of_rank(self.config.plan_span, position_ids) if layout is None else layout.token_plan
@@ -96,14 +98,14 @@ class Decoder(Initialization, LlamaPreTrainedModel):
 
     def run_upper(self, lower: LowerOutput, plan_vectors: Tensor, last_only: bool = False) -> Tensor:
         """
-        Layers K to L-1.
+        Runs layers K to L-1.
 
         Args:
             plan_vectors: R of each token, (B, T, D).
-            last_only: lets the last layer compute only the output of the last token, where nothing observes it.
+            last_only: let the last layer compute only the output of the last token, unless something observes it.
 
         Returns:
-            what the final norm reads, (B, T, D) or (B, 1, D).
+            the input of the final norm, (B, T, D) or (B, 1, D).
         """
         hidden_states, arguments = lower.hidden_states, lower.layer_arguments
         last_only = last_only and hidden_states.shape[1] > 1 and lower.last_row_suffices
@@ -114,7 +116,7 @@ class Decoder(Initialization, LlamaPreTrainedModel):
         for layer in layers:
             if last_only and layer is layers[-1] and (torch.compiler.is_compiling() or not is_observed(layer)):
                 arguments = {**arguments, "last_only": True}
-            # by position: reentrant checkpointing follows gradients through positional arguments only
+            # positional: reentrant checkpointing tracks gradients only through positional arguments
             inputs = (hidden_states, plan_vectors) if isinstance(layer, InjectedDecoderLayer) else (hidden_states,)
             hidden_states = layer(*inputs, **arguments)
             if lower.all_hidden_states is not None:

@@ -1,4 +1,4 @@
-"""The encoder: reads the whole text and says, bit by bit, which plan it came from."""
+"""The encoder: reads the whole text and predicts each bit of its plan."""
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from .layout import PlanLayout, same_document
 
 class PlanEncoder(nn.Module):
     """
-    One Transformer block that is not causal, from a learned query to the logits of each bit (paper, section 3.2).
+    A non-causal Transformer block that maps a learned query to the logits of each bit (paper, section 3.2).
 
-    Without rotary positions all plans of a sequence would have the same posterior, since their queries are equal.
+    Rotary positions distinguish the plans of a sequence, whose queries are otherwise equal.
     """
 
     def __init__(self, config: FreeTransformerConfig):
@@ -40,7 +40,7 @@ class PlanEncoder(nn.Module):
         Returns:
             (B, P, H), the logit of each bit of each plan.
         """
-        query = self.query.to(hidden_states.dtype).expand(1, 1, -1)  # the same for all plans, up to their rotation
+        query = self.query.to(hidden_states.dtype).expand(1, 1, -1)  # the same for all plans before rotation
         attended, _ = self.attention(
             self.query_norm(query),
             rotary(self.rotary_emb, query, layout.plan_position),
@@ -53,12 +53,12 @@ class PlanEncoder(nn.Module):
         return self.readout(self.norm(plans))
 
     def _readable(self, hidden_states: Tensor, layout: PlanLayout) -> dict[str, object]:
-        """What each plan may read: arguments of the attention."""
+        """Returns the attention arguments that restrict which tokens each plan may read."""
         masked = layout.token_document is not None or layout.token_mask is not None
         by_boundaries = layout.boundaries is not None and takes_boundaries(self.config, hidden_states)
         if by_boundaries and has_varlen_kernel(self.config, hidden_states):
             return {"boundaries": layout.boundaries}
-        if is_flash_attention_requested(self.config):  # which would take the tokens' padding for that of the plans
+        if is_flash_attention_requested(self.config):  # it would apply the tokens' padding to the plans
             return {"attention_mask": layout.mask[:, None], "implementation": "sdpa"} if masked else {}
         inside, padding = None, layout.token_mask
         if layout.token_document is not None or layout.boundaries is not None:

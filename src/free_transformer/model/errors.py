@@ -1,4 +1,4 @@
-"""Errors that a person can act on. Any other exception is a fault of this library and keeps its traceback."""
+"""Errors that the user can fix. Any other exception is a bug in this library and keeps its traceback."""
 
 
 class UserError(Exception):

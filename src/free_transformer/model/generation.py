@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlanGenerationOutput(BothCacheNames, GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate=True`."""
+    """Output of `generate` with `return_dict_in_generate=True`."""
 
     plan: Tensor | None = None  # (B, P, H) bool, the plans of the texts in `sequences`
 
@@ -53,9 +53,9 @@ class PlanGenerationMixin(GenerationHooks):
     """
     `generate()` of `transformers` with plans, for texts of any length.
 
-    When the prompt is read, the plans of all tokens that may follow are sampled at once. A step of decoding then costs
-    as much as a Llama's, plus the lookup of a plan's vector. A text that becomes longer than the model was trained for
-    keeps its plans: the cache is dropped, and the last half of what it held is read again (see `context`).
+    When the prompt is read, the plans of all tokens that may follow are sampled at once. A decoding step then costs as
+    much as a Llama's, plus the lookup of a plan vector. A text that exceeds the trained length keeps its plans: the
+    cache is dropped, and the last half of its tokens is read again (see `context`).
     """
 
     config: FreeTransformerConfig
@@ -74,40 +74,38 @@ class PlanGenerationMixin(GenerationHooks):
         **kwargs: Any,
     ) -> Any:
         """
-        `GenerationMixin.generate` (every option but beams, assistants and guidance), plus:
+        `GenerationMixin.generate` (all options except beams, assistants and guidance), plus:
 
         Args:
-            inputs: (B, T) tokens of the prompt, padded on either side if `attention_mask` says so; a row with nothing
-                but the begin-of-text token is an empty prompt. Of a prompt longer than the model was trained for, the
-                end is read.
+            inputs: (B, T) tokens of the prompt, padded on either side as `attention_mask` marks. A row that contains
+                only the begin-of-text token is an empty prompt. If a prompt exceeds the trained length, only its end
+                is read.
             plan: bits, (P, H) or (B, P, H), text such as `"0110"`, or a name of the configuration's `plan_names`. Plan
-                0 covers the first token of the text. Plans that are missing come from the prompt and, for new text,
-                from the prior.
-            prompt_plan: where the plans of the prompt come from: `"posterior"`, the encoder run on the prompt only
-                (the paper's pre-filling), or `"prior"`, with no encoder at all. An empty prompt has nothing to read
-                and takes the prior.
-            prior: `"uniform"` (the method), or `"aggregate"`, the plans that training texts took, gathered by
-                `gather_prior`.
-            plan_changes: plans that replace this one later, by the number of new tokens before them, as in
-                `{2000: "1001"}`. There the last half context is read again under the new plan. For models with one
+                0 covers the first token of the text. Missing plans come from the prompt and, for new text, from the
+                prior.
+            prompt_plan: source of the prompt's plans: `"posterior"` runs the encoder on the prompt (the paper's
+                pre-filling), `"prior"` does not run it. An empty prompt always uses the prior.
+            prior: `"uniform"` (the method), or `"aggregate"`, the distribution of the plans of training texts as
+                collected by `gather_prior`.
+            plan_changes: later plans, keyed by the number of new tokens after which they apply, such as
+                `{2000: "1001"}`. At that point the last half context is read again under the new plan. Requires one
                 plan per text.
-            plans: how the plans of the `num_return_sequences=k` texts of one prompt are sampled: `"independent"`, or
-                `"stratified"`, so that the k texts together cover the plans, while each text by itself is distributed
-                as before (`stratified.py`). This applies to whatever is sampled: to plans of new text from the prior,
-                and to plans of the prompt from its posterior, which are alike where the encoder is certain. With
-                `plan_span="sequence"`, a prompt decides the only plan of the text: `prompt_plan="prior"` gives the k
-                texts different plans. If a text has several plans, each position is stratified separately
-                (a Latin hypercube), since plans of one text are independent under the prior. Plans that are given are
-                the same for all k texts.
+            plans: how to sample the plans of the `num_return_sequences=k` texts of one prompt: `"independent"`, or
+                `"stratified"`, where the k texts together cover the plans while each text has the same distribution
+                as before (`stratified.py`). It applies to plans of new text from the prior and to plans of the prompt
+                from its posterior, which are equal if the encoder is certain. With `plan_span="sequence"` the prompt
+                determines the only plan of the text; use `prompt_plan="prior"` to give the k texts different plans.
+                If a text has several plans, each position is stratified separately (a Latin hypercube), since plans
+                of one text are independent under the prior. Plans passed by the caller are shared by all k texts.
 
         Returns:
-            as in `transformers`. With `return_dict_in_generate=True` the output also has `plan`, (B, P, H) bool, the
-            plans of the texts in `sequences` (after changes the last one), and its cache can be continued.
+            as in `transformers`. With `return_dict_in_generate=True` the output also has `plan`, (B, P, H) bool: the
+            plans of the texts in `sequences` (the last one if the plan changed). Its cache can be continued.
 
         Raises:
-            ValueError: for a plan of another shape or of other values than bits, an unknown `prompt_plan`, `prior` or
-                `plans`, sampling settings out of range (see `sampling`), token ids outside the vocabulary, an option
-                that is not supported, and a cache of tokens whose plan is not known.
+            ValueError: for a plan of another shape or with values other than bits, an unknown `prompt_plan`, `prior` or
+                `plans`, sampling settings out of range (see `sampling`), token ids outside the vocabulary, an
+                unsupported option, and a cache that holds tokens but not their plan.
         """
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         check_choice("plans", plans, PLANS)
@@ -119,7 +117,7 @@ class PlanGenerationMixin(GenerationHooks):
             _check_prompt(prompt, self.config.vocab_size)
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         if len(caches) > 1:
-            raise InputError("cache and past_key_values are two names of one argument: give one of them")
+            raise InputError("cache and past_key_values are two names of one argument: pass only one of them")
         state = PlanState(prompt_plan=prompt_plan, prior=prior)
         if plan is not None:
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -148,14 +146,14 @@ class PlanGenerationMixin(GenerationHooks):
         return PlanGenerationOutput(**output, plan=self._plan_of(state, sequences))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> object:
-        """Not supported: the continuous batching of `transformers` keeps no plan for its requests."""
+        """Not supported: the continuous batching of `transformers` does not store plans."""
         raise NotSupported(
             "generate_batch: the continuous batching of transformers does not support plans. Use generate with a "
             "padded batch, or `free-transformer serve`, which batches requests continuously"
         )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> object:
-        """Not supported, as `generate_batch`."""
+        """Not supported; see `generate_batch`."""
         return self.generate_batch()
 
     def new_cache(self, max_length: int) -> PlanCache:
@@ -163,7 +161,7 @@ class PlanGenerationMixin(GenerationHooks):
 
     @property
     def context_limit(self) -> int | None:
-        """The number of tokens of a text that the model sees at most; None for any number. See `context`."""
+        """Maximum number of tokens of a text that the model sees; None for no limit. See `context`."""
         config = self.config
         return context_limit(config.max_position_embeddings, config.plan_span, config.sliding_window)
 
@@ -176,7 +174,7 @@ class PlanGenerationMixin(GenerationHooks):
         state.prompt_length, state.new_tokens = prompt.shape[1], new_tokens
         if prompt.shape[1] == 0 and state.changes:
             raise InputError(
-                "plan_changes: a prompt of embeddings cannot be read again under another plan; give tokens"
+                "plan_changes: a prompt of embeddings cannot be read again under another plan; pass tokens"
             )
         if prompt.shape[1]:
             begin_text(cast("FreeTransformer", self), state, prompt, model_kwargs)
@@ -197,7 +195,7 @@ class PlanGenerationMixin(GenerationHooks):
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
-        """The prompt's mask stays (B, T): `forward` needs it to find padding."""
+        """Keeps the prompt's mask as (B, T), since `forward` needs it to find padding."""
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
@@ -205,7 +203,7 @@ class PlanGenerationMixin(GenerationHooks):
     def _padded_on_the_left(
         self, prompt: Tensor, inputs: Tensor | None, kwargs: ModelArguments
     ) -> tuple[Tensor | None, ModelArguments]:
-        """The arguments with each row's padding on its left, where new tokens continue the text and not the padding."""
+        """Moves the padding of each row to its left, so that new tokens follow the text."""
         mask, pad = kwargs.get("attention_mask"), self.generation_config.pad_token_id
         if mask is None and pad is not None and pad != self.generation_config.eos_token_id:
             mask = prompt.ne(pad).long()  # as `transformers` infers it
@@ -223,7 +221,7 @@ class PlanGenerationMixin(GenerationHooks):
         return tokens, {**kwargs, **moved}
 
     def _plan_of(self, state: PlanState, sequences: Tensor) -> Tensor | None:
-        """The plans of the tokens in `sequences` and, where the prompt is not part of it, of the prompt."""
+        """Returns the plans of the prompt and of the tokens in `sequences`, which may not include the prompt."""
         if state.plan is None or state.columns is None:
             return state.plan
         length = state.columns + sequences.shape[1] - state.prompt_length
@@ -241,13 +239,15 @@ class PlanGenerationMixin(GenerationHooks):
             raise InputError(f"num_beams={setting('num_beams')}: beams reorder the cache but not the plans; use 1")
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
             if setting(name):
-                raise InputError(f"{name}: this crops the cache but not the plans; generate without an assistant")
+                raise InputError(f"{name}: crops the cache but not the plans; generate without an assistant")
         if setting("prefill_chunk_size"):
-            raise InputError("prefill_chunk_size: the encoder reads a prompt whole, so it cannot be read in chunks")
+            raise InputError(
+                "prefill_chunk_size: the encoder needs the whole prompt, not chunks of it; remove this option"
+            )
         if setting("guidance_scale") not in (None, 1):
             raise InputError(
                 f"guidance_scale={setting('guidance_scale')}: the unconditional branch of the guidance has no plan; "
-                "leave it out, and give a plan to steer the text"
+                "remove it, and pass a plan to steer the text"
             )
 
     def _given_plan(self, plan: Tensor | str | Sequence[str], batch: int) -> Tensor:
@@ -262,30 +262,30 @@ class PlanGenerationMixin(GenerationHooks):
 
 
 def _continue(cache: Any, state: PlanState, prompt: Tensor | None) -> None:
-    """Takes over the plans of a cache that holds tokens. A cache without the beginning of its text is read anew."""
+    """Takes the plans from a cache that holds tokens. Resets a cache that has dropped the beginning of its text."""
     if cache.get_seq_length() == 0:
         return
     held = cache.state if isinstance(cache, PlanCache) else None
     if state.plan is None:
         if held is None:
-            raise InputError("cache: it does not hold the plan of its tokens. Give that plan too, plan=...")
+            raise InputError("cache: it holds tokens but not their plan. Pass that plan too, plan=...")
         state.plan = held.plan
     context: TextContext | None = getattr(cache, "text_context", None)
     if context is not None:
         given = 0 if prompt is None else prompt.shape[1]
         if given <= context.columns:
             raise InputError(
-                f"{given} tokens: the cache has dropped the beginning of a text of {context.columns} tokens. Give the "
+                f"{given} tokens: the cache has dropped the beginning of a text of {context.columns} tokens. Pass the "
                 "whole text and what follows it"
             )
         cache.reset()
 
 
 def _check_sampling(kwargs: ModelArguments) -> None:
-    """Checks the sampling settings, and lets a temperature of 0 mean greedy decoding, which `transformers` refuses."""
+    """Checks the sampling settings. Turns a temperature of 0, which `transformers` rejects, into greedy decoding."""
     for name, check in (("temperature", check_temperature), ("top_k", check_top_k), ("top_p", check_top_p)):
         if kwargs.get(name) is not None:
-            kwargs[name] = check(kwargs[name])  # a float, where `transformers` refuses integers
+            kwargs[name] = check(kwargs[name])  # a float, since `transformers` rejects integers
     if kwargs.get("temperature") is not None and kwargs["temperature"] < MIN_TEMPERATURE:
         for name in ("temperature", "top_k", "top_p"):
             kwargs.pop(name, None)
@@ -294,8 +294,9 @@ def _check_sampling(kwargs: ModelArguments) -> None:
 
 def _repeated_prompts(texts: int, inputs: Tensor | None, kwargs: ModelArguments) -> tuple[Tensor | None, dict]:
     """
-    The arguments with each prompt repeated. `transformers` refuses several greedy texts of one prompt, since they would
-    be the same; here they differ by their plans.
+    Repeats each prompt in the arguments.
+
+    `transformers` rejects several greedy texts per prompt because they would be equal. Here their plans differ.
     """
 
     def repeated(value: Any) -> Any:
@@ -309,7 +310,7 @@ def _repeated_prompts(texts: int, inputs: Tensor | None, kwargs: ModelArguments)
 def _check_prompt(prompt: Tensor, vocab_size: int) -> None:
     if prompt.ndim != 2 or prompt.numel() == 0:
         raise InputError(
-            f"tokens of shape {tuple(prompt.shape)}: (B, T) is needed, at least one token per row; an empty prompt is "
-            "the begin-of-text token alone"
+            f"tokens of shape {tuple(prompt.shape)}: expected (B, T) with at least one token per row; an empty prompt "
+            "is the begin-of-text token alone"
         )
     check_token_ids(int(prompt.min()), int(prompt.max()), vocab_size)

@@ -2,8 +2,8 @@
 Saves the model's code next to its weights, for users who have `transformers` but not this package
 (`trust_remote_code=True`).
 
-`config.json` names the code in `auto_map`, and a configuration that does brings it along wherever it is saved. What
-`model` imports of this package it imports relatively, so that the files also find each other in a model's folder.
+`config.json` names the code in `auto_map`, and a configuration with `auto_map` copies the code wherever it is saved.
+Files in `model/` use only relative imports from this folder, so they also work inside a model folder.
 """
 
 import filecmp
@@ -21,19 +21,19 @@ AUTO_MAP = {"AutoConfig": "modeling.FreeTransformerConfig", "AutoModelForCausalL
 
 
 def name_code(config: PreTrainedConfig, wanted: bool) -> None:
-    """Lets the configuration name the code of the model, or no code."""
+    """Sets `auto_map` in the configuration if `wanted`, else removes it."""
     config.__dict__.pop("auto_map", None)
     if wanted:
         config.auto_map = dict(AUTO_MAP)
 
 
 def code_files() -> list[Path]:
-    """The files of this folder."""
+    """Returns the Python files of this folder."""
     return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
 
 
 def write_code(folder: Path) -> bool:
-    """Copies the code, unless it would overwrite files that are not its own: then it warns, and returns False."""
+    """Copies the code to `folder`. If this would overwrite unrelated files, warns and returns False."""
     files = code_files()
     others = [
         file.name
@@ -42,8 +42,8 @@ def write_code(folder: Path) -> bool:
     ]
     if others and not _names_code(folder):
         logger.warning(
-            f"{folder}: {', '.join(others)} belong to something else, so the code of the model is left out "
-            "and loading it needs free-transformer-lm; save into an empty folder"
+            f"{folder}: the model's code would overwrite unrelated files ({', '.join(others)}) and was not saved, so "
+            "loading this model needs free-transformer-lm; to save the code too, save into an empty folder"
         )
         return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_code(folder: Path) -> bool:
 
 
 def _names_code(folder: Path) -> bool:
-    """Whether the Python files in the folder are those of a model, such as an older version's."""
+    """Whether the folder holds a saved model with code, possibly of an older version."""
     try:
         return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

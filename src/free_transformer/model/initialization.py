@@ -1,4 +1,4 @@
-"""How weights start, for the Free Transformer and its baseline alike, so that only the plan differs."""
+"""Weight initialization, shared by the Free Transformer and its baseline so that they differ only in the plan."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from .plan import PlanPrior, PlanTable
 
 
 def stream_scale(config: LlamaConfig) -> float:
-    """Scale of the residual stream X: as measured, else 1, or with tied embeddings what gives logits of scale 1."""
+    """Returns the scale of X: as measured, else 1, or with tied embeddings the one that gives logits of scale 1."""
     measured = getattr(config, "stream_scale", None)
     if measured is not None:
         return measured
@@ -21,10 +21,10 @@ def stream_scale(config: LlamaConfig) -> float:
 @torch.no_grad()
 def init_module(module: nn.Module, config: LlamaConfig) -> None:
     """
-    Starts the parameters of one module; children come before their parents, as `nn.Module.apply` walks.
+    Initializes the parameters of one module. Children must come before their parents, as in `nn.Module.apply`.
 
-    Embeddings have the scale of the residual stream, linear maps `fan_in^-1/2`, and what a block adds to the stream
-    is divided by `sqrt(2 (L + 1))`, so that X keeps its scale to the end and the plan's vectors can match it.
+    Embeddings have the scale of the residual stream and linear layers `fan_in^-1/2`. The output of each block is
+    divided by `sqrt(2 (L + 1))`, so X keeps its scale through all layers and the plan vectors can match it.
     """
     scale = stream_scale(config)
     residual = scale / (2 * (config.num_hidden_layers + 1)) ** 0.5
@@ -46,12 +46,12 @@ def init_module(module: nn.Module, config: LlamaConfig) -> None:
 
 
 def _last_of_block(module: nn.Module) -> object:
-    """What adds the output of an attention or an MLP to the stream: by name, which all kinds of baselines share."""
+    """Returns the output projection of an attention or MLP module, found by its name, which all baselines share."""
     return getattr(module, "o_proj", getattr(module, "down_proj", None))
 
 
 def build_baseline(config: FreeTransformerConfig) -> PreTrainedModel:
-    """The same model without a plan, a Llama, Mistral or Qwen, initialized in the same way, to compare with."""
+    """Builds the baseline: the same Llama, Mistral or Qwen without a plan, initialized in the same way."""
     model = AutoModelForCausalLM.from_config(config.to_llama())
     model.apply(lambda module: init_module(module, model.config))
     return model

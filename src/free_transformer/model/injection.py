@@ -1,4 +1,4 @@
-"""How the plan enters the decoder: a Llama layer with queries from X, and keys and values from X + R."""
+"""Injection of the plan into the decoder: a Llama layer with queries from X, and keys and values from X + R."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class InjectedDecoderLayer(DecoderLayer):
     """
     A decoder layer that receives the plan (paper, section 3.1).
 
-    The residual stream continues from X, so with a zero plan vector (R = 0) the layer is a Llama's.
+    The residual stream continues from X, so with a zero plan vector (R = 0) this is a plain Llama layer.
     """
 
     def forward(self, hidden_states: Tensor, plan_states: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """
 Llama's layers with less memory: the same weights under the same names, and the same values bit-for-bit.
 
-`transformers` spells norms and gated units out in small operations, and autograd keeps the result of each until the
-backward pass. Here each keeps its inputs only (`benchmarks/memory.py` counts the bytes). Under `torch.compile` and
-`torch.export` the plain operations are used, which a compiler fuses itself.
+`transformers` implements norms and gated units as several small operations, and autograd keeps the result of each one
+until the backward pass. The versions here keep only their inputs (`benchmarks/memory.py` counts the bytes). Under
+`torch.compile` and `torch.export` the plain operations are used, since the compiler fuses them.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from .losses import chunked_reconstruction_loss
 
 
 class RMSNorm(LlamaRMSNorm):
-    """`LlamaRMSNorm`; also in double precision, where Llama's computes in single."""
+    """`LlamaRMSNorm` that saves less for the backward pass, and keeps double precision where Llama's uses single."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         narrow = hidden_states.dtype.itemsize < 4 and hidden_states.is_cpu
@@ -31,7 +31,7 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class MLP(LlamaMLP):
-    """`LlamaMLP`, which keeps one tensor less of its inner width for the backward pass."""
+    """`LlamaMLP` that keeps one intermediate tensor less for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_swiglu():
@@ -43,7 +43,7 @@ class MLP(LlamaMLP):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """`LlamaDecoderLayer` of the parts above."""
+    """`LlamaDecoderLayer` made of `SplitAttention`, `MLP` and `RMSNorm`."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__()
@@ -71,8 +71,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         Applies attention and MLP to already normalized queries and keys/values.
 
         Args:
-            last_only: compute the output of the last token only. All tokens still give their keys and values.
-            attentions: the attention weights are appended to it.
+            last_only: compute the output of only the last token. Keys and values are still computed for all tokens.
+            attentions: list to which the attention weights are appended.
         """
         if last_only:
             hidden_states, queries = hidden_states[:, -1:], queries[:, -1:]
@@ -99,10 +99,10 @@ def _of_last_token(
 
 class Head(nn.Linear):
     """
-    From hidden states to logits; with labels to the reconstruction, without ever holding all logits.
+    Maps hidden states to logits, or with labels to the reconstruction, without ever holding all logits.
 
     Attributes:
-        in_columns: whether its weight is split over processes by columns, which then have to gather the logits.
+        in_columns: whether the weight is split across processes by columns, so that the logits must be gathered.
         fused_loss: see `chunked_reconstruction_loss`.
     """
 
@@ -116,7 +116,7 @@ class Head(nn.Linear):
             labels: (B, T), see `reconstruction_loss`.
 
         Returns:
-            logits, (B, T, V), or with labels the sum of their cross-entropies in nats.
+            logits, (B, T, V), or the sum of the labels' cross-entropies in nats.
         """
         if labels is None:
             return super().forward(input)
@@ -125,10 +125,10 @@ class Head(nn.Linear):
 
 def is_observed(module: nn.Module) -> bool:
     """
-    Whether something outside this package watches or replaces what a module or a part of it computes.
+    Whether code outside this package observes or replaces the computation of a module or a submodule.
 
-    That is a hook of any kind, on the module or on all modules, or a `forward` of its own, as accelerate sets one. A
-    shortcut that leaves out or changes a module's call must not be taken then.
+    It checks for hooks of any kind, on the module or global, and for a `forward` set on an instance, as accelerate
+    does. In that case, no shortcut may skip or change the module's call.
     """
     return nn.modules.module._has_any_global_hook() or any(
         each._forward_hooks
@@ -141,7 +141,7 @@ def is_observed(module: nn.Module) -> bool:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`weight * x * r` with `r = (mean x² + eps)^-1/2`. Keeps x, which others keep as well, and r of each row."""
+    """`weight * x * r` with `r = (mean x² + eps)^-1/2`. Saves only x, which others save anyway, and r per row."""
 
     generate_vmap_rule = True
 
@@ -184,7 +184,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up`. Keeps both inputs and computes `silu(gate)` again in the backward pass."""
+    """`silu(gate) * up`. Saves both inputs and recomputes `silu(gate)` in the backward pass."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Which plan covers which token: spans, padding and packed documents, worked out once for a batch."""
+"""Which plan covers which token: spans, padding and packed documents, computed once per batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -11,17 +11,18 @@ from torch import Tensor
 @dataclass
 class Boundaries:
     """
-    Where the documents of a batch end if its B rows are laid one after the other, as kernels for sequences of different
-    lengths need it. Padding counts as a document. S is the number of documents.
+    Document boundaries in the concatenation of a batch's B rows, as variable-length attention kernels take them.
+
+    Padding counts as a document. S is the number of documents.
     """
 
-    tokens: Tensor  # (S + 1,) int32, the first token of each document, and B * T
-    plans: Tensor  # (S + 1,) int32, the first plan of each document, and B * P
-    max_tokens: int  # an upper bound of the tokens of a document
+    tokens: Tensor  # (S + 1,) int32, index of the first token of each document, then B * T
+    plans: Tensor  # (S + 1,) int32, index of the first plan of each document, then B * P
+    max_tokens: int  # upper bound on the tokens of a document
     max_plans: int
 
     def for_flash_attention(self) -> dict[str, object]:
-        """The arguments that `transformers` passes on to the `flash_attention_*` backends."""
+        """Returns the arguments that `transformers` passes to the `flash_attention_*` backends."""
         names = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
         return {**dict.fromkeys(names[0], self.tokens), **dict.fromkeys(names[1], self.max_tokens)}
 
@@ -29,19 +30,19 @@ class Boundaries:
 @dataclass
 class PlanLayout:
     """
-    The plans of a batch of B rows of T tokens, P plans per row (rows with fewer have unused plans at their end).
+    The plans of a batch of B rows of T tokens, with P plans per row. Rows with fewer plans end with unused ones.
 
-    Positions count from the first real token of a document, so that padding on either side changes nothing.
+    Positions count from the first real token of a document, so padding on either side has no effect.
     """
 
     token_plan: Tensor  # (B, T) index of the plan that covers each token
-    token_mask: Tensor | None  # (B, T) bool, False on padding; None where there is none
+    token_mask: Tensor | None  # (B, T) bool, False on padding; None without padding
     position_ids: Tensor  # (B, T) position of each token in its document
     plan_position: Tensor  # (B, P) position of the first token that the plan covers
     plan_mask: Tensor  # (B, P) bool, True where the plan covers a real token
-    token_document: Tensor | None  # (B, T) number of each token's document in its row; None where a row is one
+    token_document: Tensor | None  # (B, T) index of each token's document in its row; None if each row is one document
     plan_document: Tensor | None  # (B, P)
-    boundaries: Boundaries | None = None  # where they are known; each document must be contiguous
+    boundaries: Boundaries | None = None  # None if unknown; each document must be contiguous
 
     @property
     def num_plans(self) -> int:
@@ -49,13 +50,13 @@ class PlanLayout:
 
     @property
     def attention_groups(self) -> tuple[Tensor, Tensor]:
-        """Numbers of the documents of tokens, (B, T), -1 on padding, and of plans, (B, P), all 0 in whole rows."""
+        """Document index of each token, (B, T), -1 on padding, and of each plan, (B, P); 0 if a row is one document."""
         of_tokens = torch.zeros_like(self.token_plan) if self.token_document is None else self.token_document
         of_plans = torch.zeros_like(self.plan_position) if self.plan_document is None else self.plan_document
         return (of_tokens if self.token_mask is None else of_tokens.where(self.token_mask, -1)), of_plans
 
     def to(self, device: torch.device) -> "PlanLayout":
-        """The layout on a device. A copy from the CPU to a GPU does not make the CPU wait."""
+        """Copies the layout to a device. A copy from the CPU to a GPU is asynchronous."""
 
         def moved(part: Any) -> dict[str, Any]:
             found = {each.name: getattr(part, each.name) for each in fields(part)}
@@ -68,7 +69,7 @@ class PlanLayout:
 
     @property
     def mask(self) -> Tensor:
-        """(B, P, T) bool: whether a plan's posterior may read a token; no row of it is empty."""
+        """(B, P, T) bool: whether a plan's posterior may read a token. Each plan may read at least one token."""
         batch, tokens = self.token_plan.shape
         mask = self.plan_mask.new_ones(batch, self.num_plans, tokens)
         if self.token_mask is not None:
@@ -79,7 +80,7 @@ class PlanLayout:
 
 
 def plan_to_token(per_plan: Tensor, token_plan: Tensor) -> Tensor:
-    """Looks up a row per token, (B, T, X), in rows per plan, (B, P, X), by the plan of each token, (B, T) or (1, T)."""
+    """Expands values per plan, (B, P, X), to values per token, (B, T, X), by each token's plan, (B, T) or (1, T)."""
     if per_plan.shape[1] == 1:
         return per_plan.expand(-1, token_plan.shape[1], -1)
     if len(token_plan) == 1:
@@ -90,7 +91,7 @@ def plan_to_token(per_plan: Tensor, token_plan: Tensor) -> Tensor:
 
 
 def same_document(of_query: Tensor, of_key: Tensor) -> Callable[..., Tensor]:
-    """The mask function of `transformers` that keeps attention inside a document: (B, Q) and (B, K) its numbers."""
+    """Builds a `transformers` mask function that keeps attention within a document, from indices (B, Q) and (B, K)."""
 
     def mask(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return of_query[row, query] == of_key[row, key]
@@ -99,34 +100,34 @@ def same_document(of_query: Tensor, of_key: Tensor) -> Callable[..., Tensor]:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The values on a device, copied without making the CPU wait where they go to a GPU."""
+    """Copies values to a device; a copy to a GPU is asynchronous."""
     if device.type == "cuda" and values.is_cpu:
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 
 
 def num_plans(plan_span: int | str, num_tokens: int) -> int:
-    """Plans of one document of `num_tokens` tokens: `ceil(num_tokens / plan_span)`, or 1."""
+    """Returns the number of plans of a document with `num_tokens` tokens: `ceil(num_tokens / plan_span)`, or 1."""
     if plan_span == "sequence":
         return 1
     return (num_tokens + int(plan_span) - 1) // int(plan_span)  # ONNX would round a negative quotient upwards
 
 
 def plan_of_rank(plan_span: int | str, ranks: Tensor) -> Tensor:
-    """The plan of the token with each rank in its text, from 0."""
+    """Returns the plan index of tokens from their ranks in the text, counted from 0."""
     return torch.zeros_like(ranks) if plan_span == "sequence" else ranks // int(plan_span)
 
 
 def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: torch.device | None = None) -> Tensor:
     """
-    Number of real tokens of its text before each token, (B, T), or (1, T) where no mask is given.
+    Returns the number of real tokens before each token of a text, (B, T), or (1, T) without a mask.
 
-    Only this decides which plan covers a token, `rank // plan_span`, whatever the positions start from and wherever
-    padding is: on the left, on the right, or in holes.
+    The plan of a token is `rank // plan_span`. It does not depend on where positions start or where padding is: on
+    the left, on the right, or in holes.
 
     Args:
         token_mask: (B, past + T) bool, False on padding.
-        past: tokens before the first of the T, which a cache holds.
+        past: number of earlier tokens, which a cache holds.
     """
     if token_mask is None:
         return torch.arange(past, past + num_tokens, device=device)[None]
@@ -135,8 +136,10 @@ def token_ranks(token_mask: Tensor | None, past: int, num_tokens: int, device: t
 
 def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor | None, packed: bool) -> PlanLayout:
     """
+    Computes the layout of a batch.
+
     Args:
-        position_ids: (B, T); where `packed`, each document of a row has positions that follow each other.
+        position_ids: (B, T); if `packed`, positions are consecutive within each document of a row.
         token_mask: (B, T) bool, False on padding.
     """
     batch, tokens = position_ids.shape
@@ -151,7 +154,7 @@ def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor |
     token_plan = (starts.cumsum(1) - 1).clamp(min=0)
     plans = int(token_plan.max()) + 1 if packed else num_plans(plan_span, tokens)
 
-    def at_starts(values: Tensor) -> Tensor:  # (B, T) -> (B, P); what is not a start goes to a column that is dropped
+    def at_starts(values: Tensor) -> Tensor:  # (B, T) -> (B, P); other tokens go to an extra column that is dropped
         column = torch.where(starts, token_plan, plans)
         return values.new_zeros(batch, plans + 1).scatter(1, column, values)[:, :plans]
 
@@ -168,16 +171,16 @@ def plan_layout(plan_span: int | str, position_ids: Tensor, token_mask: Tensor |
 
 
 def _document_starts(position_ids: Tensor, real: Tensor, rank: Tensor) -> Tensor:
-    """(B, T) bool: real tokens whose position is not that of the row's real token before them plus 1."""
+    """Marks real tokens whose position is not one more than that of the previous real token, (B, T) bool."""
     tokens = position_ids.shape[1]
-    # By rank, so that padding between two tokens separates nothing. What is no token goes to the column at the end.
+    # By rank, so that padding between two tokens separates nothing. Padding goes to the extra last column.
     before = position_ids.new_zeros(len(position_ids), tokens + 1)
     before = before.scatter(1, torch.where(real, rank + 1, tokens), position_ids)
     return real & ((rank == 0) | (position_ids != before.gather(1, rank.clamp(min=0)) + 1))
 
 
 def is_packed(position_ids: Tensor, token_mask: Tensor | None) -> bool:
-    """Whether the positions of some row's real tokens do not count on by 1: then it holds several documents."""
+    """Whether any row holds several documents: the positions of its real tokens are not consecutive."""
     real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask
     rank = (real.cumsum(1) - 1).expand_as(position_ids)
     return bool((_document_starts(position_ids, real.expand_as(position_ids), rank) & (rank > 0)).any())
@@ -187,11 +190,14 @@ def batch_layout(
     plan_span: int | str, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> PlanLayout:
     """
-    The layout of texts from their beginning. It reads values of the arguments, so a training loop calls it before a
-    batch goes to a GPU and hands the result to the model.
+    Computes the layout of texts from their beginning.
+
+    It reads tensor values, so a training loop calls it before it copies a batch to a GPU and passes the result to the
+    model.
 
     Args:
-        shape: B and T; attention_mask, position_ids: as in `FreeTransformer.forward`, the mask with two dimensions.
+        shape: B and T.
+        attention_mask, position_ids: as in `FreeTransformer.forward`; the mask has two dimensions.
     """
     mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
     packed = position_ids is not None and is_packed(position_ids, mask)
@@ -204,7 +210,7 @@ def batch_layout(
 
 
 def find_boundaries(layout: PlanLayout) -> Boundaries | None:
-    """The boundaries of a layout's documents; None for whole rows, and where padding divides a document."""
+    """Finds document boundaries. Returns None if each row is one document, or if padding divides a document."""
     if layout.token_mask is None and layout.token_document is None:
         return None
     document, of_plan = layout.attention_groups
@@ -215,10 +221,10 @@ def find_boundaries(layout: PlanLayout) -> Boundaries | None:
         return None
     batch, tokens = document.shape
     first = starts.flatten().nonzero().flatten()
-    # A plan that covers no token reads the last document of its row, or the row's padding where there is none.
+    # An unused plan reads the last document of its row, or padding if the row has no document.
     last = document.amax(1, keepdim=True)
     of_plan = torch.where(layout.plan_mask, of_plan, last.clamp(min=0))
-    place = torch.where(real, document, document.shape[1])  # of each document's first token, by its number
+    place = torch.where(real, document, document.shape[1])  # document index of each document's first token
     where = document.new_zeros(batch, tokens + 1).scatter(
         1, place, torch.arange(tokens, device=place.device).expand_as(place)
     )

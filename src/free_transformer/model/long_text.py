@@ -1,7 +1,7 @@
 """
-Generating texts longer than the model was trained for, inside the loop of `transformers`; see `context` for the rule.
+Generates texts longer than the trained length, inside the loop of `transformers`; see `context` for the rule.
 
-Each text of a batch is read again at its own length, so that it does not depend on the other texts.
+Each text of a batch is read again at its own length, so it does not depend on the other texts.
 """
 
 from dataclasses import dataclass, field
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 @dataclass
 class TextContext:
     """
-    Which columns of a batch the model sees of each text, where its end may not fit the context.
+    Tracks which columns of each text the model sees, for a batch whose texts may exceed the context.
 
     Attributes:
-        limit: number of tokens that a context holds at most, None where nothing has to be dropped.
-        prompt_length: columns of the prompts.
-        prompt_mask: (B, prompt_length) bool, False on padding; None where there is none.
-        lengths: tokens of each prompt.
+        limit: maximum number of tokens in a context, None for no limit.
+        prompt_length: number of columns of the prompts.
+        prompt_mask: (B, prompt_length) bool, False on padding; None without padding.
+        lengths: number of tokens of each prompt.
         first: the column in which each text's context begins.
-        dropped: tokens of each text before its context.
+        dropped: number of tokens of each text before its context.
         columns: number of columns that have been read.
-        arguments: of the model, which replace those in the loop of `transformers` after a text has been read again.
+        arguments: model arguments that replace those in the loop of `transformers` after a text has been read again.
     """
 
     limit: int | None
@@ -55,26 +55,24 @@ class TextContext:
         limit: int | None,
         plan_span: int | str,
     ) -> "TextContext":
-        """The contexts of prompts, (B, T), with a (B, T) mask."""
+        """Creates the contexts of prompts, (B, T), with a (B, T) mask."""
         batch, length = prompt.shape
         padded = mask is not None and not bool(mask.all())
         real = mask.bool() if mask is not None and padded else None
         lengths = [length] * batch if real is None else real.sum(1).tolist()
         first = [0] * batch if real is None else real.long().argmax(1).tolist()
         if limit is not None and length > limit:
-            first = [0] * batch  # padding counts too, until it has been left out
+            first = [0] * batch  # padding counts too, until `drop` removes it
         return cls(limit, plan_span, length, real, lengths, first, [0] * batch)
 
     def full(self, columns: int) -> list[int]:
-        """The texts whose context cannot take all of this number of columns."""
+        """Returns the rows whose context cannot hold this many columns."""
         if self.limit is None:
             return []
         return [row for row, first in enumerate(self.first) if columns - first > self.limit]
 
     def drop(self, rows: list[int], columns: int, keep: int, above: int) -> None:
-        """
-        Leaves out all padding of these texts, and of contexts with more than `above` tokens all but the last `keep`.
-        """
+        """Drops all padding of these texts. Shortens contexts of more than `above` tokens to the last `keep`."""
         for row in rows:
             length = self.lengths[row] + columns - self.prompt_length
             if length - self.dropped[row] > above:
@@ -82,13 +80,13 @@ class TextContext:
             self.first[row] = columns - (length - self.dropped[row])
 
     def dropped_plans(self, device: torch.device) -> Tensor | None:
-        """(B, 1), the number of each text's plans that cover no token of its context; None where there are none."""
+        """Returns the number of plans before each text's context, (B, 1), or None if there are none."""
         if self.plan_span == "sequence" or not any(self.dropped):
             return None
         return torch.tensor(self.dropped, device=device)[:, None] // int(self.plan_span)
 
     def tokens(self, input_ids: Tensor, rows: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Tokens of the contexts of some texts, (R, T), padded on the left, their mask, and their ranks, (R, T)."""
+        """Returns the context tokens of some texts, (R, T), padded on the left, their mask, and their ranks, (R, T)."""
         columns = input_ids.shape[1]
         kept = torch.tensor([columns - self.first[row] for row in rows], device=input_ids.device)[:, None]
         width = int(kept.max())
@@ -104,8 +102,10 @@ class TextContext:
 
 def begin_text(model: "FreeTransformer", state: PlanState, prompt: Tensor, arguments: ModelArguments) -> None:
     """
-    Called before a prompt is read. Where the text may not fit the context, `state` keeps track of what the model sees;
-    the plans of a prompt that does not fit are read here.
+    Called before a prompt is read.
+
+    If the text may exceed the context, it sets `state.context`, which tracks what the model sees. If the prompt itself
+    exceeds the context, it also determines its plans.
     """
     limit, mask, columns = model.context_limit, arguments.get("attention_mask"), prompt.shape[1]
     longest = columns + state.new_tokens
@@ -116,7 +116,9 @@ def begin_text(model: "FreeTransformer", state: PlanState, prompt: Tensor, argum
     held = 0 if cache is None else int(cache.get_seq_length())
     if held and (columns <= held or (mask is not None and mask.shape[1] != columns)):
         if state.changes:
-            raise InputError(f"plan_changes: {columns} tokens after a cache; give the whole text, to be read again")
+            raise InputError(
+                f"plan_changes: {columns} tokens after a cache; pass the whole text, so that it can be read again"
+            )
         return
     if not state.changes and (limit is None or longest - 1 <= limit):  # the last token is never read
         return
@@ -139,13 +141,14 @@ def prepare_inputs(
     model: "FreeTransformer", state: PlanState, input_ids: Tensor, arguments: ModelArguments
 ) -> tuple[Tensor, ModelArguments]:
     """
-    Reads texts again whose next token does not fit their context, or whose plan changes.
+    Reads texts again if their next token does not fit the context, or if their plan changes.
 
     Args:
-        input_ids: (B, T), the whole texts; arguments: of `prepare_inputs_for_generation`.
+        input_ids: (B, T), the whole texts.
+        arguments: the arguments of `prepare_inputs_for_generation`.
 
     Returns:
-        both, as the next step needs them.
+        both arguments for the next step.
     """
     context = state.context
     assert context is not None
@@ -185,7 +188,7 @@ def _read_again(
     mask: Tensor | None,
 ) -> ModelArguments:
     """
-    Replaces these texts in the cache by the tokens of their contexts, the last one left out: it is the next to be read.
+    Replaces these texts in the cache by the tokens of their contexts, except the last token, which is read next.
 
     Returns:
         the mask and the positions of the next step.

@@ -16,53 +16,53 @@ if TYPE_CHECKING:
     from .configuration import FreeTransformerConfig
 
 IGNORED = -100
-WITHOUT_SKIPPING = "for a gradient penalty or other second derivatives, leave skip_logits=True out"
+WITHOUT_SKIPPING = "for a gradient penalty or other second derivatives, do not set skip_logits=True"
 MAX_PAIRED_PLANS = 256
-# Logits held at a time: what a CPU's cache has room for; on a GPU enough for large products.
+# Bytes of logits held at a time: on a CPU they fit its cache; on a GPU they allow large matmuls.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
 MIN_ROWS = 256  # in a chunk; with fewer, adding up the gradient of the weight takes longer than the products
 
 
 def kl_bits_per_bit(plan_logits: Tensor) -> Tensor:
-    """KL of each bit's posterior from the uniform prior, in bits, fp32 or better: same shape as `plan_logits`."""
+    """Returns each bit's KL from the uniform prior, in bits, fp32 or better, with the shape of `plan_logits`."""
     logits = plan_logits.to(torch.promote_types(plan_logits.dtype, torch.float32))
     p = logits.sigmoid()
-    # log p through logsigmoid: with an epsilon inside a logarithm this would be NaN in half precision.
+    # logsigmoid, since log(p + eps) would be NaN in half precision
     negative_entropy = p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits)
     return negative_entropy / math.log(2) + 1
 
 
 def kl_bits(plan_logits: Tensor) -> Tensor:
-    """KL of each plan's posterior from the uniform prior, in bits (paper, eq. 4): (..., H) -> (...)."""
+    """Returns each plan's KL from the uniform prior, in bits (paper, eq. 4): (..., H) -> (...)."""
     return kl_bits_per_bit(plan_logits).sum(-1)
 
 
 def free_bits_hinge(kl: Tensor, free_bits: float | Tensor) -> Tensor:
     """
-    KL of each plan beyond its free bits, `max(0, kl - free_bits)` (paper, eq. 5).
+    Returns each plan's KL beyond its free bits, `max(0, kl - free_bits)` (paper, eq. 5).
 
-    Its gradient is that of `clamp(kl, min=free_bits)`.
+    The gradient equals that of `clamp(kl, min=free_bits)`.
     """
     return (kl - free_bits).clamp(min=0)
 
 
 def min_bits_shortfall(kl: Tensor, min_bits: float) -> Tensor:
-    """Bits that each plan lacks to `min_bits`, `max(0, min_bits - kl)`. It keeps plans in use."""
+    """Returns the bits that each plan is below `min_bits`, `max(0, min_bits - kl)`. The penalty keeps plans in use."""
     return (min_bits - kl).clamp(min=0)
 
 
 def aggregate_divergence(plan_logits: Tensor, used: Tensor | None = None) -> Tensor:
     """
-    How far the plans that a batch takes *together* are from the uniform prior, in bits: Rényi's divergence of order 2.
+    Returns the Rényi divergence (order 2) of the aggregate posterior of a batch from the uniform prior, in bits.
 
     Free bits do not control it, so a plan sampled uniformly may be one that no text has. The estimate compares the
     probability that two texts of the batch sample the same plan with `2^-H`: `H + log2 mean_{i≠j} Σ_z q_i(z) q_j(z)`,
-    a product over the bits. 0 is reached where each text is sure of its plan and all plans are equally common, but
-    also where no plan says anything: use it with `min_bits`.
+    a product over the bits. It is 0 if each text determines its plan and all plans are equally common, but also if
+    plans carry no information, so use it with `min_bits`.
 
     Args:
-        plan_logits: (N, H) of N plans; used: (N,) bool, which of them count, default all. Of more than 256, so many
-            evenly spaced.
+        plan_logits: (N, H) of N plans.
+        used: (N,) bool, the plans that count, default all. If more than 256 count, 256 evenly spaced ones are used.
     """
     chosen, valid = _evenly_spaced(len(plan_logits), used, plan_logits.device)
     count = valid.sum()
@@ -70,7 +70,7 @@ def aggregate_divergence(plan_logits: Tensor, used: Tensor | None = None) -> Ten
     same = p[:, None] * p + (1 - p)[:, None] * (1 - p)  # (N, N, H), each bit equal
     tiny = torch.finfo(same.dtype).tiny
     log_collision = same.clamp(min=tiny).log().sum(-1)
-    # Shapes do not depend on values, so that a GPU is not waited for.
+    # Shapes do not depend on values, so the CPU does not wait for the GPU.
     pairs = valid[:, None] & valid & ~torch.eye(len(valid), dtype=torch.bool, device=valid.device)
     any_pair = count > 1
     log_collision = log_collision.masked_fill(~(pairs | ~any_pair), -math.inf)
@@ -79,35 +79,36 @@ def aggregate_divergence(plan_logits: Tensor, used: Tensor | None = None) -> Ten
 
 
 def _evenly_spaced(count: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of at most `MAX_PAIRED_PLANS` plans that count, (M,), and which of these M places are taken."""
+    """Returns indices of at most `MAX_PAIRED_PLANS` plans that count, (M,), and which of these M entries are valid."""
     if used is None:
         chosen = torch.arange(0, count, max(1, -(-count // MAX_PAIRED_PLANS)), device=device)
         return chosen, torch.ones_like(chosen, dtype=torch.bool)
     places = min(count, MAX_PAIRED_PLANS)
     stride = ((used.sum() + MAX_PAIRED_PLANS - 1) // MAX_PAIRED_PLANS).clamp(min=1)
     rank = used.cumsum(0) - 1
-    place = torch.where(used & (rank % stride == 0), rank // stride, places)  # the others go to a place that is dropped
+    place = torch.where(used & (rank % stride == 0), rank // stride, places)  # the others are dropped
     chosen = torch.zeros(places + 1, dtype=torch.long, device=device)
     chosen = chosen.scatter(0, place, torch.arange(count, device=device))[:places]
     return chosen, torch.arange(places, device=device) < (used.sum() + stride - 1) // stride
 
 
 def reconstruction_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropies in nats, labels shifted inside, -100 ignored; fp32 or better."""
+    """Returns the sum of the cross-entropies in nats, fp32 or better. Shifts the labels and ignores -100."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     return F.cross_entropy(logits, _next_labels(labels), ignore_index=IGNORED, reduction="sum")
 
 
 def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor, fused: bool = False) -> Tensor:
     """
-    `reconstruction_loss` of the logits `hidden_states @ weightᵀ`, a chunk of tokens at a time where they are many.
+    Computes `reconstruction_loss` of the logits `hidden_states @ weightᵀ` in chunks of tokens.
 
-    Gradients are computed on the way, so that logits need not be kept or computed twice; they cannot be differentiated
-    again. (`F.linear_cross_entropy` of torch 2.13 does the same, but rounds the sum of half-precision losses to bf16.)
+    Gradients are computed in the forward pass, so logits are neither kept nor computed twice. The gradients cannot be
+    differentiated again. (`F.linear_cross_entropy` of torch 2.13 does the same, but rounds the sum of half-precision
+    losses to bf16.)
 
     Args:
         hidden_states: (B, T, D); weight: (V, D); labels: (B, T).
-        fused: compiles what is done with the logits of a chunk, which then are read twice and written once.
+        fused: compile the operations on the logits of a chunk, so that the logits are read twice and written once.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -125,9 +126,9 @@ def chunked_reconstruction_loss(hidden_states: Tensor, weight: Tensor, labels: T
 
 class _ChunkedLoss(torch.autograd.Function):
     """
-    Sum of the cross-entropies of (N, D) @ (V, D)ᵀ against (N,) targets, `rows` of them at a time.
+    Sum of the cross-entropies of (N, D) @ (V, D)ᵀ against (N,) targets, computed `rows` targets at a time.
 
-    Returns the sum, and the gradients of both factors (empty where none is needed).
+    Returns the sum and the gradients of both factors (empty if not needed).
     """
 
     @staticmethod
@@ -167,25 +168,26 @@ class _ChunkedLoss(torch.autograd.Function):
             found[0] = grad_states * grad.to(grad_states.dtype)
         if ctx.needed[1]:
             found[1] = (grad_weight * grad).to(weight.dtype)
-        sources = (states, weight)  # what was computed on the way forward would count as constant from here on
+        sources = (states, weight)  # the forward pass computed these gradients as constants
         found = [each if each is None else first_order_only(each, sources, WITHOUT_SKIPPING) for each in found]
         return found[0], found[1], None, None, None, None
 
 
 def _loss_and_slope(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Sum of the cross-entropies of a chunk, and their derivative by the logits as a product, which the narrower factors
-    of the matrix products are scaled by: `slope * share`. The logits are overwritten.
+    Returns the sum of the cross-entropies of a chunk and its gradient by the logits, factored as `slope * share`.
+
+    The caller scales the smaller matmul operands by `share`. The logits are overwritten.
 
     Args:
         logits: (n, V); target: (n, 1).
 
     Returns:
-        the sum, fp32 or better; slope, (n, V), and share, (n, 1), in the logits' type.
+        the sum, fp32 or better; slope, (n, V), and share, (n, 1), in the logits' dtype.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     counts = target != IGNORED
-    target = target.where(counts, 0)  # other labels that are no token raise in `gather`
+    target = target.where(counts, 0)  # other invalid labels raise in `gather`
     values = logits.to(wide)
     largest, own = values.amax(1, keepdim=True), values.gather(1, target)
     exponentials = values.sub_(largest).exp_()
@@ -201,20 +203,22 @@ def _compiled_loss_and_slope() -> Callable[[Tensor, Tensor], tuple[Tensor, Tenso
 
 
 def _next_labels(labels: Tensor) -> Tensor:
-    """(B, T) -> (B * T,): each token's next; the labels move, since a slice of the logits would be a copy."""
+    """Returns each token's next token, (B, T) -> (B * T,). Shifts the labels, since slicing logits would copy them."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 def predicted_tokens(labels: Tensor) -> Tensor:
-    """Number of tokens to predict according to `labels`; the first of a row has no past."""
+    """Returns the number of predicted tokens in `labels`; the first token of a row is not predicted."""
     return (labels[:, 1:] != IGNORED).sum()
 
 
 @dataclass
 class Objective:
     """
-    `loss = reconstruction + kl_weight * hinge`, and what `min_bits` and `aggregate_weight` add; nats per predicted
-    token, but for means over plans in bits: `kl`, `hinge` (the KL beyond the free bits) and `kl_per_bit`.
+    `loss = reconstruction + kl_weight * hinge`, plus the terms of `min_bits` and `aggregate_weight`.
+
+    `loss` and `reconstruction` are in nats per predicted token. `kl`, `hinge` (the KL beyond the free bits) and
+    `kl_per_bit` are means over plans, in bits.
     """
 
     loss: Tensor
@@ -228,10 +232,10 @@ class Objective:
 class LossWeights:
     """
     Attributes:
-        free_bits: κ, KL in bits per plan that costs nothing.
+        free_bits: κ, the KL in bits per plan that is not penalized.
         kl_weight: weight of the KL beyond the free bits.
-        min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. A shortfall costs
-            `1 + aggregate_weight` times its bits, since plans without information would minimize the aggregate term.
+        min_bits, aggregate_weight: see `min_bits_shortfall` and `aggregate_divergence`. The shortfall is weighted by
+            `1 + aggregate_weight`, since plans without information would minimize the aggregate term.
     """
 
     free_bits: float | Tensor = 0.0
@@ -241,7 +245,7 @@ class LossWeights:
 
     @classmethod
     def of(cls, config: "FreeTransformerConfig", **changes: float | Tensor) -> "LossWeights":
-        """The weights of a configuration, some of them replaced."""
+        """Returns the weights of a configuration, with `changes` applied."""
         names = ("free_bits", "kl_weight", "min_bits", "aggregate_weight")
         return cls(**{name: changes.get(name, getattr(config, name)) for name in names})
 
@@ -255,13 +259,15 @@ def objective(
     gather_plans: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Objective:
     """
+    Computes the loss and its parts.
+
     Args:
         reconstruction: sum of the cross-entropies in nats, see `reconstruction_loss`.
-        num_tokens: predicted tokens to divide by. With gradient accumulation give those of the whole batch, for
-            reconstruction *and* KL. With 0 there is nothing to learn: the loss is 0.
-        plan_logits: (B, P, H) of the posterior, or None where the plan is given: then there is no KL.
+        num_tokens: number of predicted tokens to divide by. With gradient accumulation, pass the number in the whole
+            batch; reconstruction *and* KL are divided by it. With 0 tokens the loss is 0.
+        plan_logits: (B, P, H) of the posterior, or None if the plan is given, in which case there is no KL.
         plan_mask: (B, P) bool, the plans that count.
-        gather_plans: from this process' `plan_logits` and `plan_mask` to those of all processes that share the batch.
+        gather_plans: maps this process's `plan_logits` and `plan_mask` to those of all processes that share the batch.
     """
     weights = weights or LossWeights()
     num_tokens = torch.as_tensor(num_tokens)

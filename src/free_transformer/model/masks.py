@@ -1,4 +1,4 @@
-"""Attention masks: which tokens are padding, which documents a row holds, and the form that a backend takes."""
+"""Attention masks for padding and packed documents, in the form that each attention backend takes."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ MaskAndArguments = tuple[Tensor | None, dict[str, object]]
 
 def token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor | None:
     """
-    Tells padding from tokens.
+    Finds the padding in an attention mask.
 
     Returns:
-        (B, past + T) bool, False on padding; None where there is none, or where that is not known.
+        (B, past + T) bool, False on padding; None without padding, or if it cannot be determined.
 
     Raises:
         ValueError: for a mask of another shape.
@@ -30,7 +30,7 @@ def token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int
         if attention_mask.shape[1] != past + tokens:
             cached = f" ({past} of them in the cache)" if past else ""
             raise InputError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: ({batch}, {past + tokens}) is needed, a "
+                f"attention_mask of shape {tuple(attention_mask.shape)}: expected ({batch}, {past + tokens}), a "
                 f"column for each token{cached}"
             )
         mask = attention_mask.bool()
@@ -41,8 +41,8 @@ def token_mask(attention_mask: Tensor | None, batch: int, past: int, tokens: int
     elif attention_mask.dim() == 4:
         return None
     else:
-        raise InputError(f"attention_mask of shape {tuple(attention_mask.shape)}: 2 or 4 dimensions are needed")
-    if torch.compiler.is_compiling():  # which cannot ask for values
+        raise InputError(f"attention_mask of shape {tuple(attention_mask.shape)}: expected 2 or 4 dimensions")
+    if torch.compiler.is_compiling():  # values are not available
         return mask
     return None if mask.all() else mask
 
@@ -56,8 +56,12 @@ def mask_of_text(
     cache: Cache | None,
 ) -> MaskAndArguments:
     """
+    Returns the mask of a batch for the layers, or attention arguments that replace it.
+
     Args:
-        attention_mask: as given to the model; real: `token_mask` of it; packed: the layout of packed rows.
+        attention_mask: as passed to the model.
+        real: `token_mask` of it.
+        packed: the layout of packed rows, else None.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         if cache is not None:  # with a sliding window it holds the last tokens only
@@ -67,14 +71,14 @@ def mask_of_text(
     if packed is not None:
         packed.boundaries = find_boundaries(packed) if takes_boundaries(config, hidden_states) else None
         return mask_of_layout(config, packed, hidden_states, cache)
-    # without positions: documents are told apart here, padding or not
+    # position_ids=None, from which `transformers` would derive documents itself
     return causal_mask(config, hidden_states, cache, real)
 
 
 def mask_of_layout(
     config: FreeTransformerConfig, layout: PlanLayout, hidden_states: Tensor, cache: Cache | None
 ) -> MaskAndArguments:
-    """`mask_of_text` of a layout, without reading values: padding is masked as a separate document."""
+    """`mask_of_text` for a layout, without reading tensor values: padding is masked as a separate document."""
     if layout.boundaries is not None and takes_boundaries(config, hidden_states):
         if is_flash_attention_requested(config):
             return None, layout.boundaries.for_flash_attention()
@@ -83,8 +87,8 @@ def mask_of_layout(
     if layout.token_mask is not None or layout.token_document is not None:
         if is_flash_attention_requested(config):
             raise InputError(
-                f"attn_implementation={config._attn_implementation!r} takes no packed rows with padding inside a "
-                "document; call model.set_attn_implementation('sdpa')"
+                f"attn_implementation={config._attn_implementation!r} does not support packed rows with padding inside "
+                "a document; call model.set_attn_implementation('sdpa')"
             )
         groups, _ = layout.attention_groups
     return causal_mask(config, hidden_states, cache, groups=groups)
@@ -98,11 +102,11 @@ def causal_mask(
     groups: Tensor | None = None,
 ) -> MaskAndArguments:
     """
-    The mask of a causal layer, within the configuration's sliding window if it has one.
+    Returns the mask of a causal layer, restricted to the configuration's sliding window if it has one.
 
     Args:
         real: (B, past + T) bool, False on padding, or a mask that the attention backend takes.
-        groups: (B, T), tokens attend within their own group only; for texts from their beginning.
+        groups: (B, T); tokens attend only within their own group. Requires an empty cache.
     """
     inside = None if groups is None else same_document(groups, groups)
     if config.sliding_window is None:
@@ -117,16 +121,16 @@ def causal_mask(
 
 
 def _is_empty(cache: Cache | None) -> bool:
-    """Whether attention gets only the keys of the new tokens; a static cache also has columns for later ones."""
+    """Whether attention gets only the keys of the new tokens. A static cache also has columns for later tokens."""
     return cache is None or (not cache.is_compileable and int(cache.get_seq_length()) == 0)
 
 
 def mask_of_backend(config: FreeTransformerConfig, mask: Tensor, hidden_states: Tensor) -> Tensor:
-    """A mask of four dimensions in the form that the attention backend takes."""
+    """Converts a four-dimensional mask to the form that the attention backend takes."""
     if is_flash_attention_requested(config):
         raise InputError(
             f"attention_mask of shape {tuple(mask.shape)}: attn_implementation={config._attn_implementation!r} takes "
-            "masks of two dimensions only; call model.set_attn_implementation('sdpa')"
+            "only two-dimensional masks; call model.set_attn_implementation('sdpa')"
         )
     if mask.is_floating_point() or (config._attn_implementation == "sdpa" and mask.dtype == torch.bool):
         return mask

@@ -1,5 +1,5 @@
 """
-The Free Transformer: a Llama that samples a plan at half depth and computes the rest under it.
+The Free Transformer: a Llama that samples a plan at half depth and conditions its upper layers on it.
 
     tokens -> layers 0..K-1 -> X ----------------------------> layer K .. L-1 -> norm -> head -> logits
                                |                                  ^
@@ -44,16 +44,16 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
     """
     Args:
         config: see `FreeTransformerConfig`.
-        encoder: any `nn.Module` instead of `PlanEncoder`. Its `forward(hidden_states, mask)` gets X, (B, T, D),
-            and `mask`, (B, P, T) bool, which tokens each plan may read, and returns the bits' logits, (B, P, H). An
-            argument named `layout` gets the `PlanLayout`. Its weights are saved with the model; give the module
-            again to load: `FreeTransformer.from_pretrained(d, encoder=MyEncoder(config))`.
+        encoder: any `nn.Module` instead of `PlanEncoder`. Its `forward(hidden_states, mask)` receives X, (B, T, D),
+            and `mask`, (B, P, T) bool, the tokens that each plan may read, and returns the bits' logits, (B, P, H). If
+            it has an argument named `layout`, it also receives the `PlanLayout`. Its weights are saved with the model.
+            Pass the module again to load: `FreeTransformer.from_pretrained(d, encoder=MyEncoder(config))`.
     """
 
     config_class = FreeTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`, where the Trainer gives it
+    accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`
     _no_split_modules = ["DecoderLayer", "InjectedDecoderLayer", "PlanEncoder"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = {"plan_prior"}
@@ -61,18 +61,18 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Where processes share a batch, see `losses.objective`.
+    # Set if processes share a batch, see `losses.objective`.
     gather_plans: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FreeTransformerConfig, encoder: nn.Module | None = None):
         if encoder is None and config.encoder_class is not None:
-            raise InputError(f"this model has a custom encoder: pass it, encoder={config.encoder_class}(...)")
-        if encoder is not None:  # the caller's configuration stays as it is
+            raise InputError(f"this model has a custom encoder: pass encoder={config.encoder_class}(...)")
+        if encoder is not None:  # do not change the caller's configuration
             config = copy.deepcopy(config)
             config.encoder_class = type(encoder).__qualname__
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # the Trainer then counts predicted tokens, a row's first label left out
+        self.loss_type = "ForCausalLM"  # makes the Trainer count predicted tokens, without a row's first label
         self.model = Decoder(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.plan_mapper = BinaryMapper()
@@ -81,10 +81,10 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
             config.group_bits, config.hidden_size, config.plan_gradient, config.plan_chunk_bytes, config.table_init
         )
         if encoder is not None:
-            for module in encoder.modules():  # it initializes itself
+            for module in encoder.modules():  # a custom encoder initializes itself
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.encoder = PlanEncoder(config) if encoder is None else encoder
-        # Read before anything is wrapped around it: a wrapper (PEFT's) takes any argument and hands all of them on.
+        # Inspect before PEFT wraps it: the wrapper accepts any argument and passes all of them on.
         wanted = inspect.signature(self.encoder.forward).parameters
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
         self._encoder_arguments = [name for name in ("mask", "layout") if anything or name in wanted]
@@ -117,40 +117,40 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         """
         Args:
             input_ids: (B, T) tokens.
-            attention_mask: (B, T), 0 on padding: on the left, on the right or in holes. With a cache (B, past + T).
-                Or a mask of your own, (B, 1, T, past + T), bool or additive; a token that may not attend to itself
-                counts as padding. It also takes the place of the sliding window, but cannot reach tokens that the
-                cache no longer holds.
-            position_ids: (B, T); positions that do not count on by 1 mark the documents of a packed row.
-            cache: keys and values of the tokens before these; `past_key_values` is another name for it. A cache that
-                this model has made also knows its plans. Any other one that holds tokens needs `plan`.
-            labels: (B, T), shifted inside, -100 ignored.
+            attention_mask: (B, T), 0 on padding, which may be on the left, on the right or in holes. With a cache
+                (B, past + T). A custom mask, (B, 1, T, past + T), bool or additive, is also accepted; a token that may
+                not attend to itself counts as padding. A custom mask replaces the sliding window, but cannot reach
+                tokens that the cache no longer holds.
+            position_ids: (B, T); non-consecutive positions separate the documents of a packed row.
+            cache: keys and values of the earlier tokens; `past_key_values` is another name for it. A cache created by
+                this model also stores its plans. Any other cache that holds tokens needs `plan`.
+            labels: (B, T); they are shifted by the model, and -100 is ignored.
             use_cache: whether to return a cache. Default: the configuration's `use_cache`, and False with labels.
-            mode: `"training"`, the plan is sampled from the encoder's posterior, or `"inference"`, the plan is sampled
-                from the prior and the encoder does not run. Default: training where labels are given and no plan is.
-                It does not follow `self.training`: an evaluation needs the posterior too.
-            plan: bits, (P, H) or (B, P, H), or text such as `"0110"`, the plan to use. It must cover the tokens, unless
+            mode: `"training"` samples the plan from the encoder's posterior. `"inference"` samples it from the prior
+                and does not run the encoder. Default: training if there are labels and no plan. It does not follow
+                `self.training`, since evaluation needs the posterior too.
+            plan: the plan to use: bits, (P, H) or (B, P, H), or text such as `"0110"`. It must cover all tokens, unless
                 `prompt_plan` is given.
-            prompt_plan: `"posterior"` or `"prior"`, where plans that `plan` lacks come from in inference mode.
-            prior: what plans are sampled from in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans
-                of training texts, where `gather_prior` has gathered them. Default: that of the cache, or uniform.
-            num_items_in_batch: predicted tokens to divide the losses by, default those of `labels`.
-            loss_weights: instead of the configuration's, for a schedule.
-            skip_logits: returns no logits with the loss, so that those of all tokens are never held together: less
-                memory and time in training. The gradients cannot be differentiated again then.
+            prompt_plan: source of the plans missing in `plan` in inference mode: `"posterior"` or `"prior"`.
+            prior: distribution of plans in inference mode: `"uniform"` (the method), or `"aggregate"`, the plans of
+                training texts as collected by `gather_prior`. Default: that of the cache, or uniform.
+            num_items_in_batch: number of predicted tokens to divide the losses by, default the number in `labels`.
+            loss_weights: weights that replace those of the configuration, for a schedule.
+            skip_logits: return the loss without logits, so that the logits of all tokens are never held together. This
+                saves memory and time in training, but the gradients cannot be differentiated again.
             output_hidden_states: return the embeddings and the output of each layer, the last one normalized.
             output_attentions: return the attention weights of each layer, (B, heads, T, past + T). Needs
                 `attn_implementation="eager"`.
-            return_dict: False for a tuple of the fields that are not None.
-            layout: what `batch_layout` finds in `attention_mask` and `position_ids`, in their place. A training loop
-                computes it before a batch goes to a GPU, and the model then never waits for the GPU.
+            return_dict: False to return a tuple of the fields that are not None.
+            layout: result of `batch_layout`, instead of `attention_mask` and `position_ids`. A training loop computes
+                it before it copies a batch to a GPU, so that the model never waits for the GPU.
 
         Raises:
-            ValueError: for arguments that contradict each other, and a cache of tokens whose plan is not known.
+            ValueError: for contradictory arguments, and for a cache that holds tokens but not their plan.
         """
         if past_key_values is not None and cache is not None:
             raise InputError(
-                f"cache and past_key_values are two names of one argument: give one of them ({NO_PREFIX_TUNING})"
+                f"cache and past_key_values are two names of one argument: pass only one of them ({NO_PREFIX_TUNING})"
             )
         check_loss_arguments(labels, num_items_in_batch, skip_logits)
         warn_of_lost_gradient(self, labels, mode, plan)
@@ -212,7 +212,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         layout: PlanLayout | None = None,
         **options: Any,
     ) -> LowerOutput:
-        """Layers 0 to K-1, whose output the encoder reads: the same under every plan. Arguments as in `forward`."""
+        """Runs layers 0 to K-1, whose output does not depend on the plan. Arguments as in `forward`."""
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch, tokens = hidden_states.shape[:2]
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -252,10 +252,10 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         )
 
     def encode(self, lower: LowerOutput) -> Tensor:
-        """The posterior's logits, (B, P, H), from the output of the lower layers."""
+        """Returns the posterior's logits, (B, P, H), from the output of the lower layers."""
         if lower.layout is None:
             raise InputError(
-                f"mode='training' takes no cache that holds tokens: the encoder reads whole texts ({NO_PREFIX_TUNING})"
+                f"mode='training' needs an empty cache: the encoder reads whole texts ({NO_PREFIX_TUNING})"
             )
         arguments: dict[str, object] = {}
         if "mask" in self._encoder_arguments:
@@ -265,7 +265,9 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         logits = self.encoder(lower.hidden_states, **arguments)
         expected = (*lower.layout.plan_mask.shape, self.config.latent_dim)
         if logits.shape != expected:
-            raise InputError(f"the encoder returned logits of shape {tuple(logits.shape)}, (B, P, H) is {expected}")
+            raise InputError(
+                f"the encoder returned logits of shape {tuple(logits.shape)}: expected (B, P, H) = {expected}"
+            )
         return logits
 
     def upper_layers(
@@ -276,10 +278,11 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         logits_to_keep: int | Tensor = 0,
     ) -> Tensor:
         """
-        Layers K to L-1, norm and head, under a plan.
+        Runs layers K to L-1, norm and head under a plan.
 
         Args:
-            plan: (B, P, H) bool; plan_logits: where the straight-through gradient goes, if anywhere.
+            plan: (B, P, H) bool.
+            plan_logits: logits that receive the straight-through gradient, if any.
 
         Returns:
             logits, (B, T, V).
@@ -287,11 +290,11 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         return self.compute_logits(lower, self.plan_vectors(lower, plan, plan_logits), logits_to_keep)
 
     def upper_states(self, lower: LowerOutput, plan: Tensor) -> Tensor:
-        """What the head reads, (B, T, D), under a plan, (B, P, H): for callers that compute a few logits at a time."""
+        """Returns the head's input, (B, T, D), under a plan, (B, P, H), for callers that compute logits in parts."""
         return self._upper_states(lower, self.plan_vectors(lower, plan))
 
     def plan_vectors(self, lower: LowerOutput, plan: Tensor, plan_logits: Tensor | None = None) -> Tensor:
-        """R of each token, (B, T, D), from the plans of the text, (B, P, H)."""
+        """Returns R of each token, (B, T, D), from the plans of the text, (B, P, H)."""
         if plan_logits is None:
             return plan_vectors(self, PlanState(plan=plan), lower)
         return plan_to_token(self.plan_table(plan, plan_logits), lower.token_plan)
@@ -308,12 +311,13 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         **options: Any,
     ) -> FreeTransformerOutput:
         """
-        One step of generation: new tokens of texts whose plans are all known. It reads no tensor's values.
+        Runs one step of generation for texts whose plans are all known. It does not read tensor values.
 
         Args:
-            state: the plans; cache: keys and values of the tokens before.
+            state: the plans.
+            cache: keys and values of the earlier tokens.
             input_ids: (B, T); position_ids: (B, T).
-            attention_mask: (B, past + T), or one that the attention backend takes.
+            attention_mask: (B, past + T), or a mask that the attention backend takes.
         """
         assert state.plan is not None
         hidden_states = self._embed(input_ids, inputs_embeds)
@@ -365,7 +369,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
 
     @property
     def _head_takes_labels(self) -> bool:
-        """Whether the head may compute the loss without the logits: nothing else watches or replaces it."""
+        """Whether the head can compute the loss without logits: no other code observes or replaces it."""
         if type(self.lm_head) is not Head or self.lm_head.in_columns:
             return False
         return torch.compiler.is_compiling() or not is_observed(self.lm_head)
@@ -381,7 +385,7 @@ class FreeTransformer(Initialization, SavingMixin, PlanMethods, PlanGenerationMi
         plan_mask: Tensor | None,
         weights: LossWeights | None,
     ) -> dict[str, Tensor | None]:
-        """The objective and its parts, by name."""
+        """Returns the objective and its parts by name."""
         weights = LossWeights.of(self.config) if weights is None else weights
         found = objective(reconstruction, num_tokens, plan_logits, plan_mask, weights, self.gather_plans)
         return {each.name: getattr(found, each.name) for each in fields(found)}

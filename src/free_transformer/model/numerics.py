@@ -1,4 +1,4 @@
-"""Derivatives that exist to the first order only."""
+"""Gradients that cannot be differentiated again."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 
 def first_order_only(gradient: Tensor, sources: tuple[Tensor, ...], advice: str) -> Tensor:
     """
-    A gradient that was computed outside of autograd, so that differentiating it again raises.
+    Wraps a gradient that was computed outside of autograd, so that differentiating it again raises an error.
 
-    Without this, autograd would take it for a constant, and second derivatives would silently be wrong.
+    Without this, autograd would treat it as a constant and second derivatives would be silently wrong.
 
     Args:
-        sources: what the gradient depends on.
-        advice: what to do instead, for the message of the error.
+        sources: the tensors that the gradient depends on.
+        advice: what to do instead, for the error message.
     """
     if not torch.is_grad_enabled():
         return gradient

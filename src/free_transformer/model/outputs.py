@@ -13,14 +13,14 @@ from .layout import PlanLayout
 @dataclass
 class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
     """
-    Output of `FreeTransformer.forward`: the fields of `CausalLMOutputWithPast`, and the plan with its losses.
+    Output of `FreeTransformer.forward`: the fields of `CausalLMOutputWithPast`, the plan and its losses.
 
     Losses are in nats per predicted token, `kl` and `hinge` in bits per plan. The cache can be read as `cache` and as
     `past_key_values`.
     """
 
     plan: Tensor | None = None  # (B, P, H) bool, the plan used
-    plan_logits: Tensor | None = None  # (B, P, H) of the posterior, None where the encoder did not run for training
+    plan_logits: Tensor | None = None  # (B, P, H) of the posterior; None in inference mode
     plan_mask: Tensor | None = None  # (B, P) bool, False for a plan that covers only padding
     reconstruction: Tensor | None = None
     kl: Tensor | None = None
@@ -30,10 +30,10 @@ class FreeTransformerOutput(BothCacheNames, CausalLMOutputWithPast):
 
 @dataclass
 class LowerOutput:
-    """Output of the lower layers, and what the upper layers need as well."""
+    """Output of the lower layers and what the upper layers need."""
 
     hidden_states: Tensor  # X, (B, T, D)
-    layout: PlanLayout | None  # None while a cache holds the beginning of the text
+    layout: PlanLayout | None  # None if a cache holds the beginning of the text
     token_plan: Tensor  # (B, T) or (1, T), the plan of each token
     num_plans: int  # of the text so far
     num_tokens: int  # of the text so far, padding included
@@ -42,14 +42,14 @@ class LowerOutput:
 
     @property
     def last_row_suffices(self) -> bool:
-        """Whether the last row of the attention mask describes only the attention of the last token."""
+        """Whether the last row of the attention mask suffices to compute the last token alone."""
         if self.layer_arguments.keys() & {"boundaries", "cu_seq_lens_q", "attentions"}:
             return False  # documents are separated without a mask, or the attention of all tokens is requested
         blocks = self.layer_arguments.get("blocks")
         if blocks is not None and not blocks.equal:
             return False
         mask, cache = self.layer_arguments["attention_mask"], self.layer_arguments["cache"]
-        if mask is None:  # a causal one, which also hides what a static cache has not written yet
+        if mask is None:  # causal, which also hides the unused columns of a static cache
             return cache is None or not cache.is_compileable
         return isinstance(mask, Tensor) and mask.dim() == 4
 
@@ -77,7 +77,7 @@ def model_output(
 
 
 def _used_plan(state: PlanState, lower: LowerOutput) -> Tensor | None:
-    """The plans of the text so far; all that are known where its beginning has been dropped."""
+    """Returns the plans of the text so far, or all known plans if the beginning of the text was dropped."""
     if state.plan is None or state.dropped_plans is not None:
         return state.plan
     return state.plan[:, : lower.num_plans]

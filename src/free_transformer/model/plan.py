@@ -1,7 +1,7 @@
 """
 The plan: its bits, their codes, sampling, and the codebook that maps a code to a vector.
 
-A *plan* is H bits, bool; its *code* is the integer that they spell, bit 0 the least significant.
+A *plan* is H bits, bool. Its *code* is the integer with these bits, bit 0 the least significant.
 """
 
 import math
@@ -20,7 +20,7 @@ from .straight_through import StraightThrough, group_runs
 from .stratified import BitChance, chance_of_prior, numbers_per_set, stratify
 
 MAX_CODE_BITS_INT64 = 63
-MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted separately, longer plans bit by bit
+MAX_COUNTED_BITS = 12  # up to 2^12 codes are counted individually; longer plans are counted per bit
 UNIFORM_SHARE = 0.01  # of the aggregate prior, so that no plan is impossible
 
 
@@ -48,11 +48,11 @@ def as_plan(
     Checks a plan given by a caller and returns it as (B, P, H) bool.
 
     Args:
-        plan: bits, (P, H) or (B, P, H), bool or 0/1; or as text, `"0110"` with bit 0 first, for all rows or one
-            text for each. A longer text holds several plans.
+        plan: bits, (P, H) or (B, P, H), bool or 0/1; or text such as `"0110"`, bit 0 first, for all rows, or a list
+            with one text per row. A longer text holds several plans.
 
     Raises:
-        ValueError: for another shape, or other values than bits.
+        ValueError: for another shape, or values other than bits.
     """
     if isinstance(plan, str):
         plan = parse_plan(plan, latent_dim, names)
@@ -60,24 +60,24 @@ def as_plan(
         rows = [parse_plan(each, latent_dim, names) for each in plan]
         if len({len(each) for each in rows}) > 1:
             raise InputError(
-                f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; give as many"
+                f"plan {list(plan)!r}: texts of {sorted({len(each) for each in rows})} plans; all need the same number"
             )
         plan = torch.stack(rows)
     try:
         plan = torch.as_tensor(plan)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"plan of type {type(plan).__name__}: give bits, (P, {latent_dim}), or a text such as '0110'"
+            f"plan of type {type(plan).__name__}: pass bits, (P, {latent_dim}), or text such as '0110'"
         ) from error
     if plan.ndim == 2:
         plan = plan.expand(batch_size, -1, -1)
     if plan.ndim != 3 or plan.shape[0] != batch_size or plan.shape[2] != latent_dim or plan.shape[1] == 0:
         raise InputError(
-            f"plan of shape {tuple(plan.shape)}: (P, {latent_dim}) or ({batch_size}, P, {latent_dim}) is needed, "
+            f"plan of shape {tuple(plan.shape)}: expected (P, {latent_dim}) or ({batch_size}, P, {latent_dim}), "
             f"P plans of {latent_dim} bits for {batch_size} texts"
         )
     if plan.dtype != torch.bool and not ((plan == 0) | (plan == 1)).all():
-        raise InputError("a plan is made of bits, bool or 0/1; this one holds other values")
+        raise InputError("the plan holds values other than bits (bool or 0/1)")
     return plan.bool()
 
 
@@ -85,7 +85,7 @@ class BinaryMapper(nn.Module):
     """Samples each bit independently, `bit_h ~ Bernoulli(sigmoid(logit_h))` (paper, section 3.3)."""
 
     def forward(self, plan_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(..., H) logits -> (..., H) bool. Logits of 0 are the uniform prior."""
+        """(..., H) logits -> (..., H) bool. Logits of 0 sample from the uniform prior."""
         dtype = torch.promote_types(plan_logits.dtype, torch.float32)
         uniform = torch.rand(plan_logits.shape, dtype=dtype, device=plan_logits.device, generator=generator)
         return uniform < plan_logits.to(dtype).sigmoid()
@@ -93,16 +93,16 @@ class BinaryMapper(nn.Module):
 
 class PlanPrior(nn.Module):
     """
-    The distribution of plans that no text determines: the uniform prior (the method), or the *aggregate* of the
-    plans that training texts took, gathered after training and saved with the model.
+    The prior of plans: uniform (the method), or *aggregate*, the distribution of the plans of training texts.
 
-    Plans of one text are independent. Up to 12 bits the aggregate counts codes, above that each bit separately; 1 % of
-    it is uniform, so that no plan is impossible.
+    The aggregate is gathered after training and saved with the model. Plans of one text are independent. Up to 12 bits
+    the aggregate is a distribution over codes, above that over each bit separately. 1 % of it is uniform, so that no
+    plan is impossible.
 
     Attributes:
-        log_aggregate: logarithms of the probabilities of the codes, (2^H,), or of each bit's values 0 and 1, (2, H);
-            all zero before any were gathered. They stay in fp32 or better when the model is cast, since KL and
-            likelihood are computed from them.
+        log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values 0 and 1, (2, H); all zero before
+            they are gathered. They stay in fp32 or better when the model is cast, since KL and likelihood are computed
+            from them.
     """
 
     log_aggregate: Tensor
@@ -127,16 +127,18 @@ class PlanPrior(nn.Module):
         return bool(self.log_aggregate.any())
 
     def checked(self, prior: str) -> str:
-        """`ValueError` for an unknown name, or for an aggregate that was never gathered."""
+        """Returns `prior`. Raises `ValueError` for an unknown name, and for an aggregate that was never gathered."""
         check_choice("prior", prior, PRIORS)
-        # What is offloaded can be read inside `forward` only.
+        # Offloaded buffers can be read only inside `forward`.
         if prior == "aggregate" and not self.log_aggregate.is_meta and not self.gathered:
-            raise InputError("prior='aggregate': this model has gathered none; model.gather_prior(batches) does")
+            raise InputError(
+                "prior='aggregate': this model has no aggregate prior; call model.gather_prior(batches) first"
+            )
         return prior
 
     @torch.no_grad()
     def gather(self, plan_logits: Iterable[Tensor]) -> None:
-        """From the posteriors' logits of plans of training text, batches of (N, H)."""
+        """Gathers the aggregate from the posterior logits of training texts, batches of (N, H)."""
         counts = torch.zeros(self.log_aggregate.shape, dtype=torch.float64, device=self.log_aggregate.device)
         total = 0
         for logits in plan_logits:
@@ -158,12 +160,12 @@ class PlanPrior(nn.Module):
         samples_per_set: int = 1,
     ) -> Tensor:
         """
-        Draws plans, (B, P, H) bool, on the device of the generator, or on `device`.
+        Samples plans, (B, P, H) bool, on the device of the generator, or on `device`.
 
         Args:
-            samples_per_set: how many consecutive ones of the B texts have stratified plans (`stratified.py`); with 1,
-                all are independent. The plans of one text are independent of each other in any case. Random numbers are
-                taken plan after plan: with more plans, the first ones stay the same.
+            samples_per_set: number of consecutive texts whose plans are stratified together (`stratified.py`); with 1,
+                all are independent. The plans of one text are always independent of each other. Stratified plans
+                consume random numbers plan after plan, so with more plans the first ones stay the same.
         """
         device = generator.device if generator is not None else device or self.log_aggregate.device
         shape = (batch_size, num_plans)
@@ -181,11 +183,11 @@ class PlanPrior(nn.Module):
         return torch.rand(*shape, self.latent_dim, device=device, generator=generator) < chance
 
     def sample(self, *args: object, **kwargs: object) -> Tensor:
-        """`forward`, by its name. It is a call of the module, so that offloading brings the counts back."""
+        """Calls the module itself, so that the hooks of offloading load its buffers. Arguments as in `forward`."""
         return self(*args, **kwargs)
 
     def log_prob(self, plan: Tensor, prior: str = "uniform") -> Tensor:
-        """log p(z) in nats: (..., H) bool -> (...)."""
+        """Returns log p(z) in nats: (..., H) bool -> (...)."""
         if self.checked(prior) == "uniform":
             return torch.full(plan.shape[:-1], -math.log(2) * self.latent_dim, device=plan.device)
         if self.counts_codes:
@@ -193,7 +195,7 @@ class PlanPrior(nn.Module):
         return torch.where(plan, self.log_aggregate[1], self.log_aggregate[0]).sum(-1)
 
     def kl(self, plan_logits: Tensor, prior: str = "uniform") -> Tensor:
-        """KL of each plan's posterior from the prior in bits, exact: (N, H) -> (N,)."""
+        """Returns the exact KL of each plan's posterior from the prior, in bits: (N, H) -> (N,)."""
         kl = kl_bits(plan_logits)
         if self.checked(prior) == "uniform":
             return kl
@@ -213,7 +215,7 @@ def draw_stratified(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Sets of k plans, (*sets, k, H) bool, each set stratified separately; see `stratified.stratify`."""
+    """Samples sets of k plans, (*sets, k, H) bool, each set stratified separately; see `stratified.stratify`."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     shape = (*sets, numbers_per_set(num_samples, latent_dim))
     uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator).cpu().double().numpy()
@@ -221,7 +223,7 @@ def draw_stratified(
 
 
 def code_probabilities(p: Tensor) -> Tensor:
-    """Probability of every code where bit h is 1 with probability `p[..., h]`: (N, H) -> (N, 2^H)."""
+    """Returns the probability of every code if bit h is 1 with probability `p[..., h]`: (N, H) -> (N, 2^H)."""
     total = torch.ones_like(p[:, :1])
     for bit in range(p.shape[1]):
         one = p[:, bit : bit + 1]
@@ -233,20 +235,19 @@ class PlanTable(nn.Module):
     """
     The codebook: one row per code of each group of bits. A plan's vector is the sum over the groups.
 
-    One group is the paper's codebook of shape `(2^H, D)`; groups of one bit are a linear map of the bits. `weight`
+    One group gives the paper's codebook of shape `(2^H, D)`; groups of one bit give a linear map of the bits. `weight`
     stacks the rows of all groups.
 
     Args:
         group_bits: bits of each group.
         hidden_dim: D.
-        gradient: what reaches `plan_logits`: `"exact"` or `"sampled"`, see `straight_through.py`.
-        chunk_bytes: memory that this gradient may take at a time.
-        start: `"bit_linear"`, `"normal"` or `"zero"`.
+        gradient: gradient of `plan_logits`, `"exact"` or `"sampled"`, see `straight_through.py`.
+        chunk_bytes: maximum memory for this gradient, in bytes.
+        start: initialization, `"bit_linear"`, `"normal"` or `"zero"`.
 
     Attributes:
-        sparse: whether `weight.grad` holds only the sampled rows, as a sparse tensor, for
-            `training.optimizers.RowAdamW` and other optimizers that take one; off by default. A dense gradient has the
-            size of the codebook.
+        sparse: whether `weight.grad` is a sparse tensor of the sampled rows, for `training.optimizers.RowAdamW` and
+            other optimizers that accept one; False by default. A dense gradient has the size of the codebook.
     """
 
     def __init__(
@@ -269,12 +270,12 @@ class PlanTable(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, scale: float = 1.0) -> None:
         """
-        Starts the rows at root mean square `scale`, that of X: `norm(X + R)` sees only their ratio.
+        Initializes rows with RMS `scale`. It should match the RMS of X because `norm(X + R)` depends on their ratio.
 
-        The bit-linear initialization decides whether the plan is ever used: independent random rows give the
-        encoder a gradient of pure noise, and the model learns to do without the plan before the noise has cleared.
+        The bit-linear initialization is what makes the model use the plan. With independent random rows, the encoder's
+        gradient is initially pure noise, and the model learns to ignore the plan before the gradient becomes useful.
         """
-        if self.weight.is_meta:  # `from_pretrained` builds empty, then loads or comes back here
+        if self.weight.is_meta:  # `from_pretrained` loads weights or calls this again
             return
         if self.start == "zero":
             init.zeros_(self.weight)
@@ -289,7 +290,7 @@ class PlanTable(nn.Module):
             init.copy_(self.weight, torch.cat(rows))
 
     def group_codes(self, plan: Tensor) -> Tensor:
-        """(..., H) bool -> (..., groups), the row of `weight` that each group of bits points to."""
+        """Returns the row of `weight` that each group of bits selects: (..., H) bool -> (..., groups)."""
         if len(self.group_bits) == 1:
             return bits_to_codes(plan).unsqueeze(-1)
         codes, first_bit, first_row = [], 0, 0
@@ -303,9 +304,9 @@ class PlanTable(nn.Module):
     def _sum_rows(self, codes: Tensor) -> Tensor:
         if len(self.group_bits) == 1:
             return F.embedding(codes.squeeze(-1), self.weight, sparse=self.sparse)
-        if torch.compiler.is_exporting():  # ONNX has no bags
+        if torch.compiler.is_exporting():  # ONNX has no EmbeddingBag
             return F.embedding(codes, self.weight).sum(-2)
-        # the sum without the rows of all groups: a G-th of the memory for G groups
+        # sums without materializing the rows of all G groups: 1/G of the memory
         states = F.embedding_bag(codes.flatten(0, -2), self.weight, mode="sum", sparse=self.sparse)
         return states.view(*codes.shape[:-1], -1)
 
@@ -313,8 +314,8 @@ class PlanTable(nn.Module):
         """
         Args:
             plan: (B, P, H) bool, the sampled bits.
-            plan_logits: (B, P, H) of the distribution they were sampled from; the straight-through gradient reaches
-                them. The codebook's own gradient is that of a lookup of the sampled rows.
+            plan_logits: (B, P, H) of the distribution they were sampled from; they receive the straight-through
+                gradient. The codebook's own gradient is that of a lookup of the sampled rows.
 
         Returns:
             R, (B, P, D).

@@ -1,4 +1,4 @@
-"""Plans of texts: those that the encoder reads, samples from the prior, and the aggregate prior."""
+"""Methods for plans: inference by the encoder, sampling from the prior, and gathering the aggregate prior."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,7 +31,7 @@ class PlanMethods:
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """
-        The posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan.
+        Returns the posterior's logits, (B, P, H), of the plans of these texts; `> 0` is the most likely plan.
 
         Raises:
             ValueError: for token ids outside the vocabulary.
@@ -53,8 +53,8 @@ class PlanMethods:
 
         Args:
             prior: `"uniform"`, or `"aggregate"`, the plans of training texts.
-            method: `"independent"`, or `"stratified"`: the B plans in each of the P places together cover the prior
-                (see `stratified.py`), while each one has the distribution of an independent one.
+            method: `"independent"`, or `"stratified"`: at each of the P positions, the B plans together cover the
+                prior (see `stratified.py`), while each one is distributed like an independent sample.
 
         Raises:
             ValueError: for an unknown `prior` or `method`, and for an aggregate prior that was never gathered.
@@ -66,10 +66,10 @@ class PlanMethods:
     @torch.no_grad()
     def gather_prior(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """
-        Gathers the aggregate prior, the plans that texts take together, which is then saved with the model.
+        Gathers the aggregate prior, the average posterior of these texts. It is saved with the model.
 
         Args:
-            batches: of training text, dicts with `input_ids` and optional `attention_mask` and `position_ids`.
+            batches: training texts, dicts with `input_ids` and optional `attention_mask` and `position_ids`.
         """
 
         def plan_logits() -> Iterator[Tensor]:

@@ -1,9 +1,8 @@
 """
-Where the plans of a text come from: given by the caller, read from the prompt by the encoder, or sampled from the
-prior.
+Sources of a text's plans: given by the caller, inferred from the prompt by the encoder, or sampled from the prior.
 
-An empty prompt (no token besides the begin-of-text token) has nothing to read, so its plan comes from the prior.
-`runtime.plan_source` is the same rule for NumPy.
+An empty prompt (only the begin-of-text token) always uses the prior. `runtime.plan_source` implements the same rule in
+NumPy.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +23,9 @@ from .stratified import chance_of_bits
 if TYPE_CHECKING:
     from .modeling import FreeTransformer
 
-NO_PREFIX_TUNING = "prefix tuning of PEFT, whose virtual tokens have no plan, is not supported: use LoRA"
+NO_PREFIX_TUNING = "PEFT prefix tuning is not supported, since its virtual tokens have no plan: use LoRA"
 UNKNOWN_PLAN = (
-    "cache: it holds tokens, but not the plan that they were generated under. Give that plan too, plan=..., or "
+    "cache: it holds tokens but not their plan. Pass that plan too, plan=..., or "
     f"continue from the cache that this model returns ({NO_PREFIX_TUNING})"
 )
 
@@ -39,7 +38,7 @@ def known_plans(
     prompt_plan: str | None,
     prior: str | None,
 ) -> PlanState:
-    """The plans that the caller gives, or those that the cache was generated under, or none yet."""
+    """Returns the plans given by the caller, or those of the cache, or none yet."""
     if isinstance(plan, PlanState):
         if plan.plan is None and lower.layout is None:
             raise InputError(UNKNOWN_PLAN)
@@ -52,8 +51,8 @@ def known_plans(
         if prompt_plan is None and given.shape[1] != lower.num_plans:
             raise InputError(
                 f"plan of shape {tuple(given.shape)} for texts of {lower.num_plans} plans each "
-                f"(plan_span={config.plan_span!r}): ({lower.num_plans}, {config.latent_dim}) is needed, or "
-                "prompt_plan='prior' to sample those that are missing"
+                f"(plan_span={config.plan_span!r}): expected ({lower.num_plans}, {config.latent_dim}), or pass "
+                "prompt_plan='prior' to sample the missing plans"
             )
         return PlanState(plan=given, prompt_plan=prompt_plan or "prior", prior=prior)
     if held is not None:
@@ -68,10 +67,10 @@ def complete_plans(
     model: "FreeTransformer", state: PlanState, lower: LowerOutput, is_text: Callable[[], Tensor]
 ) -> PlanState:
     """
-    Adds the plans that these tokens need and, with those of the prompt, those of all tokens that may follow.
+    Adds the plans that these tokens need. For a prompt, also adds those of all tokens that may follow.
 
     Args:
-        is_text: (B, T) bool, which tokens the encoder has something to read in.
+        is_text: returns (B, T) bool, False for tokens that carry no text; see the function `is_text`.
     """
     is_prompt, wanted = state.columns is None, lower.num_plans
     if state.dropped_plans is not None:
@@ -100,7 +99,7 @@ def complete_plans(
 
 
 def _new_plans(model: "FreeTransformer", state: PlanState, batch: int, missing: int, stream: torch.Generator) -> Tensor:
-    """Plans from the prior, (B, missing, H) bool. They take random numbers plan after plan."""
+    """Samples plans from the prior, (B, missing, H) bool, consuming random numbers plan after plan."""
     if state.texts_per_prompt > 1:
         return model.plan_prior.sample(batch, missing, state.prior, stream, samples_per_set=state.texts_per_prompt)
     return model.plan_prior.sample(missing, batch, state.prior, stream).transpose(0, 1)
@@ -109,7 +108,7 @@ def _new_plans(model: "FreeTransformer", state: PlanState, batch: int, missing: 
 def _plans_of_prompt(
     model: "FreeTransformer", state: PlanState, lower: LowerOutput, is_text: Tensor, known: int
 ) -> Tensor:
-    """Plans of the prompt's tokens, from the posterior or the prior: all but the first `known` ones."""
+    """Samples the prompt's plans, except the first `known` ones, from the posterior or the prior."""
     batch, missing = len(lower.hidden_states), lower.num_plans - known
     logits = lower.hidden_states.new_zeros(batch, missing, model.config.latent_dim, dtype=torch.float32)
     read = torch.zeros(batch, missing, dtype=torch.bool, device=logits.device)
@@ -130,12 +129,14 @@ def complete_plans_of_long_prompt(
     model: "FreeTransformer", state: PlanState, tokens: Tensor, mask: Tensor | None, prompt_plans: int, num_tokens: int
 ) -> None:
     """
-    As `complete_plans`, for prompts of which the model sees only the end. The encoder reads this end; the plans of the
-    tokens before it, which have no effect, are sampled from the prior.
+    Completes plans like `complete_plans`, for prompts of which the model sees only the end.
+
+    The encoder reads this end. The plans of earlier tokens have no effect and are sampled from the prior.
 
     Args:
-        tokens: (B, T), what the model sees, with padding on the left; mask: (B, T) bool, False on padding.
-        prompt_plans: number of plans of the longest prompt; num_tokens: of the longest text, new tokens included.
+        tokens: (B, T), the tokens that the model sees, padded on the left; mask: (B, T) bool, False on padding.
+        prompt_plans: number of plans of the longest prompt.
+        num_tokens: number of tokens of the longest text, new tokens included.
     """
     batch, device = len(tokens), tokens.device
     given = torch.empty(batch, 0, model.config.latent_dim, dtype=torch.bool, device=device)
@@ -156,7 +157,7 @@ def complete_plans_of_long_prompt(
 
 
 def _stratified_posterior(logits: Tensor, texts: int) -> Tensor:
-    """Plans, (B, P, H) bool, stratified over each `texts` consecutive rows, whose logits are those of one prompt."""
+    """Samples plans, (B, P, H) bool, stratified over each `texts` consecutive rows, which repeat one prompt."""
     chance = chance_of_bits(logits[::texts].double().sigmoid().cpu().numpy())
     prompts, num_plans, latent_dim = len(logits) // texts, *logits.shape[1:]
     plans = draw_stratified(chance, (prompts, num_plans), texts, latent_dim, logits.device)  # (B / texts, P, texts, H)
@@ -165,9 +166,9 @@ def _stratified_posterior(logits: Tensor, texts: int) -> Tensor:
 
 def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """
-    (B, T) bool, False for the token that a text begins with: by itself it is an empty prompt.
+    Returns (B, T) bool, False for the token that begins a text. A prompt with no other token is empty.
 
-    As for tokenizers, that is the end-of-text token where there is no begin-of-text token.
+    As in tokenizers, this is the end-of-text token if there is no begin-of-text token.
     """
     begin = _first_of(model.config.bos_token_id)
     if begin < 0:
@@ -181,7 +182,7 @@ def is_text(model: "FreeTransformer", input_ids: Tensor | None, inputs_embeds: T
 
 
 def plan_vectors(model: "FreeTransformer", state: PlanState, lower: LowerOutput) -> Tensor:
-    """R of each token, (B, T, D)."""
+    """Returns R of each token, (B, T, D)."""
     plan, tokens, token_plan = state.plan, lower.hidden_states.shape[1], lower.token_plan
     assert plan is not None
     if plan.shape[1] > 1:

@@ -1,7 +1,7 @@
 """
-How tokens are sampled: the settings, their limits and what their edge values mean, the same wherever text is generated.
+Sampling settings: their limits and the meaning of their edge values.
 
-Python, the command line, the server and ONNX exports all check their settings here (docs/serving.md has the table).
+Python, the command line, the server and ONNX exports all check their settings here (table in docs/serving.md).
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, cast
 from .errors import InputError
 
 MAX_TEMPERATURE = 100.0
-MIN_TEMPERATURE = 1e-6  # below, a difference of logits divided by it overflows float32; the result is greedy anyway
+MIN_TEMPERATURE = 1e-6  # below it, dividing logits overflows float32; the result is greedy anyway
 MAX_TOP_K = 2**31 - 1  # more tokens than any vocabulary has
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # what `torch.manual_seed` accepts
 PROMPT_PLANS = ("posterior", "prior")
@@ -29,7 +29,7 @@ class Sampling:
     Args:
         temperature: 0 to 100. 0, and values below 1e-6, choose the most likely token.
         top_k: number of most likely tokens to sample from. 0, and values above the vocabulary size, mean all.
-        top_p: 0 to 1. Samples from the smallest set of most likely tokens with this much probability, which has at
+        top_p: 0 to 1. Sample from the smallest set of most likely tokens with this total probability, at
             least one token.
 
     Raises:
@@ -71,7 +71,7 @@ def check_top_p(value: object) -> float:
 
 def check_seed(value: object) -> int:
     """
-    The seed as an integer from 0 to 2**64 - 1, as PyTorch reads it: -1 is 2**64 - 1.
+    Returns the seed as an integer from 0 to 2**64 - 1, as PyTorch interprets it: -1 becomes 2**64 - 1.
 
     Raises:
         ValueError: for anything but an integer from -2**63 to 2**64 - 1.
@@ -92,31 +92,31 @@ def check_num_texts(value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """`ValueError` where a setting is not one of the given values."""
+    """Raises `ValueError` if a setting is not one of the choices."""
     if value not in choices:
         raise InputError(f"{name}={value!r}: one of {choices}")
 
 
 def check_plan_count(num_plans: int, plan_span: int | str) -> None:
-    """`ValueError` for several plans where one plan covers the whole text."""
+    """Raises `ValueError` for several plans if one plan covers the whole text."""
     if plan_span == "sequence" and num_plans > 1:
         raise InputError(f"{num_plans} plans per text: this model takes one (plan_span='sequence')")
 
 
 def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
-    """`ValueError` for token ids that the vocabulary does not have."""
+    """Raises `ValueError` for token ids outside the vocabulary."""
     if lowest < 0 or highest >= vocab_size:
-        raise InputError(f"token ids from {lowest} to {highest}, the vocabulary has 0 to {vocab_size - 1}")
+        raise InputError(f"token ids from {lowest} to {highest}: the vocabulary has 0 to {vocab_size - 1}")
 
 
 def trained_length(settings: Mapping[str, Any]) -> int | None:
     """
-    Tokens of a text that a model was built for, None for any number.
+    Returns the maximum text length that a model was built for, in tokens, or None for no limit.
 
-    With a sliding window no token of a longer text attends to more tokens, or to farther ones, than in training.
+    With a sliding window, tokens of a longer text attend to no more and no farther tokens than in training.
 
     Args:
-        settings: of the model, as in `config.json`.
+        settings: the model's settings, as in `config.json`.
     """
     trained, window = settings["max_position_embeddings"], settings.get("sliding_window")
     rope = (settings.get("rope_parameters") or {}).get("rope_type")
@@ -125,7 +125,7 @@ def trained_length(settings: Mapping[str, Any]) -> int | None:
 
 
 def length_warning(length: int, trained: int) -> str:
-    """Warning for a text longer than the model was built for."""
+    """Returns a warning for a text longer than the model was built for."""
     return (
         f"{length} tokens were generated, but the model was built for {trained} (max_seq_len): the quality of text "
         "beyond that length is untested"
@@ -146,7 +146,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def _shown(value: object) -> str:
-    """A value for a message; an integer of hundreds of digits is cut."""
+    """Formats a value for a message, shortened to 40 characters."""
     try:
         text = str(value)
     except ValueError:  # more digits than Python converts

@@ -1,4 +1,4 @@
-"""Loads models, also from a pretrained Llama without a plan, and saves them with their code beside the weights."""
+"""Loads models, including pretrained Llamas without a plan, and saves them with their code next to the weights."""
 
 import os
 
@@ -18,7 +18,7 @@ class SavingMixin(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes: also where `accelerate` has moved its weights elsewhere until they are needed."""
+        """The device that the model computes on, even if `accelerate` has offloaded its weights."""
         device = super().device
         if device.type == "meta":
             for module in self.modules():
@@ -33,22 +33,22 @@ class SavingMixin(PreTrainedModel):
         cls, path: str | os.PathLike, *args: object, encoder: nn.Module | None = None, **kwargs: object
     ) -> PreTrainedModel:
         """
-        `PreTrainedModel.from_pretrained`, also from the folder of a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
+        `PreTrainedModel.from_pretrained`; also loads a Llama, Mistral, Qwen 2 or Qwen 3 without a plan.
 
-        Such a model keeps its logits: the codebook is initialized to zero, and the encoder to a copy of the layer that
-        receives the plan.
+        The logits of such a model do not change: the codebook is initialized to zero, and the encoder to a copy of the
+        layer that receives the plan.
 
         Raises:
-            ValueError: for the folder of another kind of model.
+            ValueError: for any other kind of model.
         """
         tells = kwargs.pop("output_loading_info", False)
         own = {}
-        if encoder is not None:  # `transformers` replaces buffers that no checkpoint holds by uninitialized memory
+        if encoder is not None:  # `transformers` fills buffers missing in the checkpoint with uninitialized memory
             own = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
             kwargs["encoder"] = encoder
         model, loading = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         for name in kwargs.keys() & vars(model.generation_config).keys() - vars(GenerationConfig()).keys():
-            delattr(model.generation_config, name)  # settings of the model, which `transformers` stores there too
+            delattr(model.generation_config, name)  # model settings, which `transformers` also stores there
         stored = model.encoder.state_dict() if own else {}
         for name, buffer in own.items():
             if name not in stored:
@@ -58,7 +58,7 @@ class SavingMixin(PreTrainedModel):
         return (model, loading) if tells else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
-        """As in `transformers`, and saves the code of the model beside its weights, unless a part of it is custom."""
-        name = type(self).__name__.removeprefix("FSDP")  # the class that sharding makes of this one
+        """As in `transformers`, but also saves the model's code next to the weights, unless a part of it is custom."""
+        name = type(self).__name__.removeprefix("FSDP")  # FSDP's subclass of this class
         name_code(self.config, wanted=name == OWN_NAME and self.config.encoder_class is None)
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,8 +1,8 @@
 """
-Causal attention within a sliding window, in blocks: O(T * window) operations. A mask of T x T values needs O(T * T).
+Causal attention within a sliding window, computed in blocks in O(T * window) instead of O(T * T) operations.
 
-Queries are taken in blocks of C >= window tokens. A block attends to itself and to the `reach = window - 1` tokens
-before it, which are all in the block before. The result is that of the whole mask up to rounding.
+Queries are split into blocks of C >= window tokens. A block attends to itself and to the `reach = window - 1` tokens
+before it, which are all in the previous block. The result equals that of the full T x T mask up to rounding.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_BLOCK = 32  # tokens; smaller blocks cost more calls than they save operations (benchmarks/sliding_window.py)
-MIN_BLOCKS = 4  # of a text: with fewer, a whole mask costs about the same
+MIN_BLOCKS = 4  # per text; with fewer, a full mask costs about the same
 
 
 @dataclass
 class WindowBlocks:
     """
-    Which tokens attend to each other, N blocks of C tokens in a row.
+    Attention masks for rows of N blocks of C tokens.
 
     Attributes:
         size: C.
         first: (1 or B, 1, C, C) bool, the mask of each row's first block.
-        others: (1 or B * (N - 1), 1, C, reach + C) bool, the masks of the others; a single one where they are equal.
+        others: (1 or B * (N - 1), 1, C, reach + C) bool, the masks of the other blocks; a single one if they are equal.
     """
 
     size: int
@@ -34,18 +34,20 @@ class WindowBlocks:
 
     @property
     def equal(self) -> bool:
-        """Whether all texts are whole rows, without padding."""
+        """Whether every row is a single document without padding, so that one mask serves all blocks."""
         return len(self.others) == 1
 
 
 def window_blocks(window: int, tokens: int, device: torch.device, groups: Tensor | None) -> WindowBlocks | None:
     """
+    Builds the masks of all blocks.
+
     Args:
-        tokens: of a row, T.
-        groups: (B, T), tokens attend within their own group (a document, or padding) only; None for one group.
+        tokens: number of tokens per row, T.
+        groups: (B, T); tokens attend only within their own group (a document, or padding). None for one group.
 
     Returns:
-        None for texts that are too short for blocks to save time.
+        the masks, or None if texts are too short for blocks to save time.
     """
     size = max(window, MIN_BLOCK)
     if tokens < MIN_BLOCKS * size:
@@ -70,8 +72,11 @@ def attend_in_blocks(
     **options: Any,
 ) -> Tensor:
     """
+    Computes attention block by block.
+
     Args:
-        attend: an attention function of `transformers`, without its module; options: its further arguments.
+        attend: an attention function of `transformers` with its module bound.
+        options: further arguments of `attend`.
         query, key, value: (B, heads, T, head_dim).
 
     Returns:
@@ -91,13 +96,13 @@ def attend_in_blocks(
 
 
 def _split(values: Tensor, size: int) -> Tensor:
-    """(B, T, ...) -> (B, N, C, ...), with zeros after the last token. No token attends to what comes after it."""
+    """Splits (B, T, ...) into (B, N, C, ...), with zeros after the last token, to which no token attends."""
     if missing := -values.shape[1] % size:
         values = F.pad(values, [0, 0] * (values.dim() - 2) + [0, missing])
     return values.unflatten(1, (-1, size))
 
 
 def _with_reach(blocks: Tensor, reach: int) -> Tensor:
-    """(B, N, C, ...) -> (B * (N - 1), reach + C, ...): each block but the first, after the end of the one before."""
+    """Prepends the end of the previous block to each later block: (B, N, C, ...) -> (B * (N - 1), reach + C, ...)."""
     before = blocks[:, :-1, blocks.shape[2] - reach :]
     return torch.cat([before, blocks[:, 1:]], 2).flatten(0, 1)

@@ -1,9 +1,9 @@
 """
 The straight-through gradient with respect to the logits of a plan's bits: exact over all codes, or sampled.
 
-With `g = ∂loss/∂R` it is the gradient of `E_{z~Q}[g · table[z]]` (paper, section 3.3). N plans of width D and a table
-of `2^b` rows cost the exact one `2 N D 2^b` FLOPs, the products of all plans and all rows, and `chunk_bytes` of
-memory, whatever N and b; the sampled one reads H + 1 rows per plan.
+With `g = ∂loss/∂R` it is the gradient of `E_{z~Q}[g · table[z]]` (paper, section 3.3). For N plans of width D and a
+codebook of `2^b` rows, the exact gradient takes `2 N D 2^b` FLOPs, the products of all plans with all rows, and
+`chunk_bytes` of memory for any N and b. The sampled gradient reads H + 1 rows per plan.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .numerics import first_order_only
 
-WITH_PLAN = "give the plan, plan=..., for second derivatives of the rest"
+WITH_PLAN = "pass the plan, plan=..., to compute second derivatives of the rest"
 
 
 class StraightThrough(torch.autograd.Function):
     """
-    The identity on the plan's vectors, whose backward also gives `plan_logits` its gradient.
+    The identity on the plan vectors. Its backward also computes the gradient of `plan_logits`.
 
     That gradient cannot be differentiated again: the operators that compute it have no derivative.
     """
@@ -52,7 +52,7 @@ class StraightThrough(torch.autograd.Function):
         plan_logits, weight, *drawn = ctx.saved_tensors
         estimate = sampled_gradient if drawn else exact_gradient
         sources = (grad, plan_logits, weight)
-        # A backward that is called under autocast would take the products in half precision.
+        # Autocast would compute the products in half precision.
         with torch.autocast(grad.device.type, enabled=False):
             constants = [each.detach() for each in sources]
             grad_logits = estimate(*constants, *drawn, ctx.group_bits, ctx.chunk_bytes).to(plan_logits.dtype)
@@ -61,26 +61,26 @@ class StraightThrough(torch.autograd.Function):
 
 
 def group_runs(group_bits: Sequence[int]) -> list[tuple[int, int]]:
-    """Groups of the same size in one block, as (bits, groups): one run, or two where the last group is shorter."""
+    """Merges groups of equal size, as (bits, groups): one run, or two if the last group is shorter."""
     return [(bits, len(list(run))) for bits, run in itertools.groupby(group_bits)]
 
 
-# The copy of this file next to a model's weights defines separate operators.
+# The copy of this file in a saved model needs operator names of its own.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 
-# Custom operators, so that a compiler takes each as a whole and does not unroll the chunks.
+# Custom operators, so that a compiler does not unroll the chunks.
 @torch.library.custom_op(f"{NAMESPACE}::exact_gradient", mutates_args=())
 def exact_gradient(
     grad: Tensor, plan_logits: Tensor, weight: Tensor, group_bits: Sequence[int], chunk_bytes: int
 ) -> Tensor:
     """
-    Gradient of `E_{z~Q}[grad · table[z]]` with respect to the logits, over all codes.
+    Computes the gradient of `E_{z~Q}[grad · table[z]]` with respect to the logits, over all codes.
 
     Args:
         grad: (..., D), the loss's gradient at the plan's vectors; plan_logits: (..., H); weight: (rows, D).
-        group_bits: bits of each group, whose tables stand one under the other in `weight`.
-        chunk_bytes: bound on the bytes held at a time, for any N and codebook.
+        group_bits: bits of each group. `weight` stacks the codebooks of the groups.
+        chunk_bytes: maximum temporary memory in bytes, for any N and codebook.
 
     Returns:
         (..., H), in fp32 or better.
@@ -97,7 +97,9 @@ def exact_gradient(
         plans, codes = _chunk(len(p), bits, groups, chunk_bytes // dtype.itemsize)
         chunks = zip(flat_grad.split(plans), probabilities.unflatten(-1, (groups, bits)).split(plans), strict=True)
         derivatives.append(torch.cat([_derivative(g.to(dtype), part, tables, codes).flatten(1) for g, part in chunks]))
-    return (torch.cat(derivatives, dim=-1) * p * (-logits).sigmoid()).view_as(plan_logits)  # 1 - p would cancel
+    return (torch.cat(derivatives, dim=-1) * p * (-logits).sigmoid()).view_as(
+        plan_logits
+    )  # sigmoid(-x), since 1 - p loses precision
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sampled_gradient", mutates_args=())
@@ -111,7 +113,7 @@ def sampled_gradient(
     chunk_bytes: int,
 ) -> Tensor:
     """
-    An unbiased estimate of `exact_gradient`: each bit flipped, the others as sampled.
+    Estimates `exact_gradient` without bias by flipping one bit at a time and keeping the other sampled bits.
 
     `∂/∂p_h = E[grad · (table[z with bit h = 1] - table[z with bit h = 0])]`; one of the two rows is the sampled one.
     Arguments as in `exact_gradient`, with plan (..., H) bool and codes (..., groups), the sampled rows.
@@ -129,7 +131,7 @@ def sampled_gradient(
 
 
 def _result_like(grad: Tensor, plan_logits: Tensor, weight: Tensor, *_: object) -> Tensor:
-    """Shape and dtype of either operator's output, for the compiler."""
+    """Returns an empty tensor with the shape and dtype of either operator's output, for the compiler."""
     return torch.empty_like(plan_logits, dtype=_dtype_of_sums(grad, weight))
 
 
@@ -142,28 +144,29 @@ def _dtype_of_sums(grad: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _halves(bits: int) -> tuple[int, int]:
-    """Bits of the low and of the high half of a code."""
+    """Returns the number of bits in the low and in the high half of a code."""
     return bits - bits // 2, bits // 2
 
 
 def _chunk(plans: int, bits: int, groups: int, values: int) -> tuple[int, int]:
-    """How many plans, and how many settings of the high bits, to take at a time so as to hold at most `values`."""
+    """Returns how many plans and how many values of the high bits to process at once, to hold at most `values`."""
     low, high = (2**half for half in _halves(bits))
-    besides = 3 * (low + high)  # probabilities and expectations of each half, and what folding them makes
-    at_a_time = min(plans, max(1, values // (groups * 2 * besides)))  # the other half is for the products
+    besides = 3 * (low + high)  # probabilities and expectations of each half, and the intermediate results of folding
+    at_a_time = min(plans, max(1, values // (groups * 2 * besides)))  # the other half holds the products
     return at_a_time, min(high, max(1, (values // (at_a_time * groups) - besides) // low))
 
 
 def _derivative(grad: Tensor, p: Tensor, tables: Tensor, codes_at_a_time: int) -> Tensor:
     """
-    Derivative of `E_{z~Q}[grad · table[z]]` with respect to each bit's probability.
+    Computes the derivative of `E_{z~Q}[grad · table[z]]` with respect to each bit's probability.
 
-    The products come in blocks: all low halves of the code under some of its high halves. Each block is reduced at
-    once to its expectations over either half, in what fits a processor's cache, and so nothing of `2^bits` is kept.
+    The products are computed in blocks: all low halves of the code combined with some of the high halves. Each block
+    is immediately reduced to its expectations over either half while it is in the processor's cache, so no tensor of
+    size `2^bits` is kept.
 
     Args:
         grad: (N, D); p: (N, groups, bits); tables: (groups, 2^bits, D).
-        codes_at_a_time: settings of the high half in a block.
+        codes_at_a_time: number of high halves in a block.
 
     Returns:
         (N, groups, bits).
@@ -175,7 +178,7 @@ def _derivative(grad: Tensor, p: Tensor, tables: Tensor, codes_at_a_time: int) -
     odds_low, odds_high = _code_probabilities(p_low), _code_probabilities(p_high)
     given_low = grad.new_zeros(plans * groups, 1, 2**low)  # expectation over the high half, for each low one
     given_high = grad.new_empty(plans * groups, 2**high)
-    # One buffer for all blocks: one by one, they would leave the heap in fragments, many times their size.
+    # One buffer for all blocks: separate allocations would fragment the heap to many times their size.
     buffer = grad.new_empty(plans * groups * codes_at_a_time * 2**low)
     for start in range(0, 2**high, codes_at_a_time):
         stop = min(start + codes_at_a_time, 2**high)
@@ -190,7 +193,7 @@ def _derivative(grad: Tensor, p: Tensor, tables: Tensor, codes_at_a_time: int) -
 
 
 def _code_probabilities(p: Tensor) -> list[Tensor]:
-    """Probability of each code of the first 0, 1, ... b independent bits: (N, b) -> (N, 1), (N, 2), ... (N, 2^b)."""
+    """Returns the code probabilities of the first 0, 1, ... b independent bits: (N, b) -> (N, 1), ... (N, 2^b)."""
     codes = [p.new_ones(len(p), 1)]
     for h in range(p.shape[1]):
         with_bit = codes[-1] * p[:, h : h + 1]
@@ -200,10 +203,10 @@ def _code_probabilities(p: Tensor) -> list[Tensor]:
 
 def _fold_out_bits(values: Tensor, p: Tensor, odds: list[Tensor]) -> Tensor:
     """
-    Derivative of `E_{z~Q}[values[z]]` with respect to each bit's probability, (N, 2^b) and (N, b) -> (N, b).
+    Computes the derivative of `E_{z~Q}[values[z]]` with respect to each bit's probability, (N, 2^b), (N, b) -> (N, b).
 
-    The highest bit is folded out first, `2^b -> 2^(b-1) -> ...`: what is left is the expectation over the bits
-    folded so far, so that the difference between its two halves, weighted by the bits below, is the derivative.
+    The highest bit is folded out first, `2^b -> 2^(b-1) -> ...`, which leaves the expectation over the folded bits.
+    The derivative is the difference between its two halves, weighted by the probabilities of the lower bits.
     """
     derivative = torch.empty_like(p)
     for h in reversed(range(p.shape[1])):
@@ -215,9 +218,11 @@ def _fold_out_bits(values: Tensor, p: Tensor, odds: list[Tensor]) -> Tensor:
 
 
 def _products(grad: Tensor, weight: Tensor, codes: Tensor, chunk_bytes: int) -> Tensor:
-    """`grad[n] · weight[codes[n, i]]`, (N, D), (rows, D) and (N, C) -> (N, C)."""
+    """Computes `grad[n] · weight[codes[n, i]]`, (N, D), (rows, D) and (N, C) -> (N, C)."""
     count = codes.shape[1]
-    if weight.device.type == "cpu" and weight.dtype == grad.dtype:  # no copy of the rows: several times faster
+    if (
+        weight.device.type == "cpu" and weight.dtype == grad.dtype
+    ):  # several times faster, since it does not copy the rows
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             where = torch.sparse_csr_tensor(

@@ -1,36 +1,36 @@
 """
 Stratified plans: k samples that together cover the distribution of a plan, in NumPy.
 
-Bit by bit from the highest one, the space of plans is split in two until no part has more than 1/k of the probability.
-These parts are the *strata*. Systematic sampling (Madow 1949) chooses among them: one uniform offset u and the points
-(u + i) / k, i = 0 … k − 1, on the cumulative distribution, where the two halves of each part are in random order (Owen
-1995). The bits below a stratum are sampled bit by bit, each by systematic sampling over the k plans in an order of its
-own (a Latin hypercube, McKay et al. 1979), and the k plans are shuffled at the end.
+The space of plans is split in two bit by bit, from the highest bit down, until no part has more than 1/k of the
+probability. These parts are the *strata*. Systematic sampling (Madow 1949) chooses among them: it takes one uniform
+offset u and the points (u + i) / k, i = 0 … k − 1, on the cumulative distribution, with the two halves of each part in
+random order (Owen 1995). The bits below a stratum are sampled one by one, each by systematic sampling over the k plans
+in a separate random order (a Latin hypercube, McKay et al. 1979). Finally the k plans are shuffled.
 
-Each plan by itself is distributed exactly as an independent sample, to the rounding of float64. Together:
+Each plan by itself is distributed exactly like an independent sample, up to float64 rounding. Together:
 
-- of each stratum, and of each part that was split, the number of samples differs from its expectation by less than 1;
-- a plan of probability 1/k or more is always sampled, and a plan of less is sampled once at most;
-- of 2^m samples of the uniform prior, exactly half have any given bit.
+- the number of samples in each stratum, and in each part that was split, differs from its expectation by less than 1;
+- a plan of probability 1/k or more is always sampled, and a less likely plan is sampled at most once;
+- exactly half of 2^m samples from the uniform prior have any given bit set.
 
-Systematic sampling of whole codes in their order would keep the first of these properties for every range of codes, but
-its points have a constant distance under the uniform prior: of 2^m samples, all have the same low bits, and 12 samples
-never have one combination of bits H − 3 and H − 4. A model may use just these, since nothing tells it which bits to
-use. Hence the random halves, and low bits that are balanced one by one.
+Systematic sampling of whole codes in order would keep the first property for every range of codes, but its points are
+equally spaced under the uniform prior: all of 2^m samples have the same low bits, and 12 samples never have one
+combination of bits H − 3 and H − 4. A model may use any of the bits, including these. The random order of halves and
+the separately balanced low bits avoid this.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-# The bit, and plans (..., k, H) whose higher bits are known -> the probability of a 1, (..., k) or (..., 1)
+# (bit, plans (..., k, H) whose higher bits are known) -> probability that the bit is 1, (..., k) or (..., 1)
 BitChance = Callable[[int, np.ndarray], np.ndarray]
 
 BELOW_ONE = np.nextafter(1.0, 0.0)
 
 
 def numbers_per_set(num_samples: int, latent_dim: int) -> int:
-    """Random numbers that `stratify` needs for one set of plans."""
+    """Returns the number of random numbers that `stratify` needs for one set of plans."""
     return 1 + latent_dim + (latent_dim + 1) * num_samples
 
 
@@ -39,9 +39,9 @@ def stratify(chance: BitChance, num_samples: int, latent_dim: int, uniform: np.n
     Samples sets of k plans, each set stratified separately.
 
     Args:
-        chance: the distribution of a plan, by the conditional probability of each bit.
+        chance: the distribution of a plan, as conditional probabilities of its bits.
         num_samples: k.
-        uniform: (..., S) random numbers in [0, 1), S = `numbers_per_set(k, H)`. The plans are a function of them.
+        uniform: (..., S) random numbers in [0, 1), S = `numbers_per_set(k, H)`. They determine the plans.
 
     Returns:
         (..., k, H) bool, in random order.
@@ -50,9 +50,9 @@ def stratify(chance: BitChance, num_samples: int, latent_dim: int, uniform: np.n
     offset, thresholds, keys = np.split(uniform, [1, 1 + latent_dim], axis=-1)
     keys = keys.reshape(*sets, latent_dim + 1, k)
     orders = keys.argsort(-1, kind="stable")
-    place = (np.arange(k) + offset) / k  # of each sample, in the cumulative distribution of its part of the plans
+    place = (np.arange(k) + offset) / k  # position of each sample in the cumulative distribution of its part
     probability = np.ones((*sets, k))  # of that part
-    first = np.zeros((*sets, k), dtype=int)  # of the samples in that part, which are neighbors
+    first = np.zeros((*sets, k), dtype=int)  # index of the first sample in that part; samples of a part are adjacent
     plans = np.zeros((*sets, k, latent_dim), dtype=bool)
     for bit in reversed(range(latent_dim)):
         one = np.broadcast_to(chance(bit, plans), place.shape)
@@ -71,7 +71,7 @@ def stratify(chance: BitChance, num_samples: int, latent_dim: int, uniform: np.n
 
 
 def _first_of_run(first: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The first sample of each run of neighbors, (..., k), after runs are split where the value changes."""
+    """Returns the first sample of each run, (..., k), after splitting runs where the value changes."""
     starts = first == np.arange(first.shape[-1])
     starts[..., 1:] |= value[..., 1:] != value[..., :-1]
     return np.maximum.accumulate(np.where(starts, np.arange(first.shape[-1]), 0), axis=-1)
@@ -79,8 +79,9 @@ def _first_of_run(first: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 def _balanced(chances: np.ndarray, order: np.ndarray, threshold: np.ndarray) -> np.ndarray:
     """
-    Systematic sampling of the bits that are 1: in the given order, the number of ones among the first samples differs
-    from the sum of their chances, (..., k), by less than 1.
+    Samples bits systematically with probabilities `chances`, (..., k).
+
+    In the given order, the number of ones among the first samples differs from the sum of their chances by less than 1.
     """
     total = np.take_along_axis(chances, order, axis=-1).cumsum(-1) + threshold
     ones = np.diff(np.floor(total), axis=-1, prepend=0) > 0
@@ -90,14 +91,14 @@ def _balanced(chances: np.ndarray, order: np.ndarray, threshold: np.ndarray) -> 
 
 
 def chance_of_bits(probabilities: np.ndarray) -> BitChance:
-    """The distribution of independent bits, each 1 with its probability, (..., H)."""
+    """Returns the distribution of independent bits with these probabilities of a 1, (..., H)."""
     return lambda bit, plans: probabilities[..., bit, None]
 
 
 def chance_of_codes(probabilities: np.ndarray) -> BitChance:
-    """The distribution of a plan whose codes have these probabilities, (2^H,)."""
+    """Returns the distribution of a plan whose codes have these probabilities, (2^H,)."""
     latent_dim = len(probabilities).bit_length() - 1
-    # by the number of low bits that are summed over
+    # indexed by the number of low bits summed over
     totals = [probabilities.reshape(-1, 2**low).sum(1) for low in range(latent_dim + 1)]
 
     def chance(bit: int, plans: np.ndarray) -> np.ndarray:
@@ -110,7 +111,7 @@ def chance_of_codes(probabilities: np.ndarray) -> BitChance:
 
 def chance_of_prior(log_aggregate: np.ndarray | None, latent_dim: int) -> BitChance:
     """
-    The distribution of a plan under a prior.
+    Returns the distribution of a plan under a prior.
 
     Args:
         log_aggregate: log-probabilities of the codes, (2^H,), or of each bit's values, (2, H); None for the uniform

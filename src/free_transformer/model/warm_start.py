@@ -1,9 +1,8 @@
 """
-Turning a pretrained model into a Free Transformer: its configuration, and the initialization of the new parts.
+Converts a pretrained model to a Free Transformer: its configuration, and the initialization of the new parts.
 
-Supported are models that compute like a Llama: Llama, Mistral with its sliding window, and Qwen 2 and 3, which differ
-by a bias or by a norm of queries and keys. With a zero plan vector (R = 0) the logits are those of the pretrained
-model.
+It supports models that compute like a Llama: Llama, Mistral with its sliding window, and Qwen 2 and 3, which differ by
+a bias or by a norm of queries and keys. With a zero plan vector (R = 0) the logits are those of the pretrained model.
 """
 
 from dataclasses import dataclass
@@ -19,25 +18,25 @@ if TYPE_CHECKING:
     from .configuration import FreeTransformerConfig
     from .modeling import FreeTransformer
 
-# Properties that the configuration of each does not state.
+# Properties that the configurations of these models do not state.
 SUPPORTED_BASES: dict[str, dict[str, object]] = {
     "llama": {"sliding_window": None},
     "mistral": {},
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"query_key_norm": True},
 }
-# Defaults for a pretrained model (docs/pretrained.md): the plan changes nothing at first. Its vectors are sums over
-# bits, so that every bit gets a gradient from half of the texts. Its bits differ between texts.
+# Defaults for a pretrained model (docs/pretrained.md): initially the plan has no effect. Plan vectors are sums over
+# bits, so every bit gets a gradient from half of the texts. The encoder's bits differ between texts.
 START = {"table_init": "zero", "code_bits": 1, "readout_init_scale": 1.0}
 PROBE_TOKENS = 64
 
 
 def convert_config(values: dict[str, object], known: set[str]) -> dict[str, object]:
     """
-    From the `config.json` of a pretrained model to the settings of a Free Transformer whose plan changes nothing.
+    Converts the `config.json` of a pretrained model to settings of a Free Transformer whose plan has no effect yet.
 
     Args:
-        known: the settings that a Free Transformer has.
+        known: names of the settings of a Free Transformer.
 
     Raises:
         ValueError: for a model of another kind.
@@ -56,7 +55,7 @@ def convert_config(values: dict[str, object], known: set[str]) -> dict[str, obje
 
 
 def _uniform_window(config: PreTrainedConfig) -> int | None:
-    """The sliding window that all layers of a pretrained model have, None where they attend to all tokens."""
+    """Returns the sliding window shared by all layers of a pretrained model, or None if they have none."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if len(kinds) > 1:
         raise InputError(
@@ -67,7 +66,7 @@ def _uniform_window(config: PreTrainedConfig) -> int | None:
 
 
 def plain_config(config: "FreeTransformerConfig") -> PreTrainedConfig:
-    """The configuration of the same model without a plan: a Llama's, or that of the kind which has such layers."""
+    """Returns the configuration of the same model without a plan: Llama, or the model type that has such layers."""
     kind, options = "llama", {}
     if config.query_key_norm:
         kind = "qwen3"
@@ -79,8 +78,8 @@ def plain_config(config: "FreeTransformerConfig") -> PreTrainedConfig:
         kind = "mistral"
         if config.attention_bias or config.mlp_bias:
             raise InputError(
-                f"sliding_window={config.sliding_window} with attention_bias or mlp_bias: no model without a plan has "
-                "both; leave one of them out"
+                f"sliding_window={config.sliding_window} with attention_bias or mlp_bias: no baseline supports both; "
+                "remove one of them"
             )
     plain = CONFIG_MAPPING[kind]
     kept = {name: value for name, value in config.to_dict().items() if name in plain.__dataclass_fields__}
@@ -90,15 +89,15 @@ def plain_config(config: "FreeTransformerConfig") -> PreTrainedConfig:
 @torch.no_grad()
 def warm_start(model: "FreeTransformer") -> None:
     """
-    Initializes the new parts of a pretrained model: the encoder as a copy of the layer that will receive the plan.
+    Initializes the new parts of a pretrained model. The encoder becomes a copy of the layer that receives the plan.
 
-    Random weights would hardly read X, which is dominated by a few directions and by the first token: between texts,
-    the output of a copied layer varies thirty times more.
+    An encoder with random weights would hardly distinguish texts, since X is dominated by a few directions and by the
+    first token. The output of a copied layer varies thirty times more between texts.
     """
     layer: Any = model.model.layers[model.config.plan_layer]
     encoder: Any = model.encoder
     if not all(parameter.is_floating_point() and not parameter.is_meta for parameter in layer.parameters()):
-        return  # quantized, or on its way to another device: such weights are not ours to copy
+        return  # weights that are quantized or not loaded yet cannot be copied
     encoder.attention.load_state_dict(layer.self_attn.state_dict())
     encoder.mlp.load_state_dict(layer.mlp.state_dict())
     encoder.query_norm.weight.copy_(layer.input_layernorm.weight)
@@ -110,16 +109,17 @@ def warm_start(model: "FreeTransformer") -> None:
 @torch.no_grad()
 def measured_scale(model: "FreeTransformer") -> float:
     """
-    Root mean square of X, to two digits: of a typical token, since the first and a few others are far larger.
+    Measures the root mean square of X, to two digits.
 
-    Random tokens suffice: what the layers add depends little on the text.
+    It is the median over tokens, since the first token and a few others are far larger. Random tokens suffice, because
+    the scale depends little on the text.
     """
     states: Tensor = model.lower_layers(random_tokens(model)).hidden_states[0]
     return float(f"{states.float().square().mean(-1).sqrt().median().item():.2g}")
 
 
 def random_tokens(model: "FreeTransformer") -> Tensor:
-    """A text of random tokens, (1, 64), the same for every model of this vocabulary."""
+    """Returns a text of random tokens, (1, 64), the same for every model with this vocabulary size."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(model.device)
 
@@ -134,12 +134,12 @@ class NewPart:
 
 
 def new_parts(model: "FreeTransformer") -> list[NewPart]:
-    """The parts that have to be trained."""
+    """Returns the parts that have to be trained."""
     starts = {
         "encoder.query": "random",
         "encoder": f"a copy of layer {model.config.plan_layer}, attention and MLP, with its norms",
         "encoder.readout": "random",
-        "plan_table": f"zero, {len(model.plan_table.weight):,} vectors: no plan changes anything yet",
+        "plan_table": f"zero, {len(model.plan_table.weight):,} vectors: plans have no effect yet",
     }
     counts = dict.fromkeys(starts, 0)
     for name, parameter in model.named_parameters():

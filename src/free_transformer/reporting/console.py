@@ -1,4 +1,4 @@
-"""Consoles that print names unchanged, whatever characters they contain, and that survive a closed terminal."""
+"""Consoles that print text without interpreting markup, and that tolerate a closed terminal."""
 
 import contextlib
 import re
@@ -13,10 +13,10 @@ ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 def printable(text: str, keep: str = "\n\t") -> str:
     """
-    A text with its control characters escaped, as in `\\x1b`, so that it cannot move the cursor or change colors.
+    Escapes control characters in a text, as in `\\x1b`, so that it cannot move the cursor or change colors.
 
     Args:
-        keep: control characters that stay; none for a text in one line.
+        keep: control characters that are not escaped; empty to get a single line.
     """
 
     def escape(match: re.Match[str]) -> str:
@@ -30,18 +30,18 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 def stdout_console() -> Console:
-    """For results. Text is not markup: `[v2]` in the name of a run is part of the name."""
+    """Returns a console for results. It does not interpret markup, such as `[v2]` in the name of a run."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
 def stderr_console(quiet: bool = False) -> Console:
-    """For progress. If the terminal is closed, the output is dropped, so that the work does not fail."""
+    """Returns a console for progress. If the terminal is closed, it drops the output instead of failing."""
     stderr = cast(TextIO, _TolerantStderr())
     return Console(file=stderr, quiet=quiet, markup=False, highlight=False, emoji=False)
 
 
 class _TolerantStderr:
-    """Standard error, looked up at each use, which ignores a closed terminal, a closed pipe and a full disk."""
+    """Standard error, looked up at each use. Ignores a closed terminal, a closed pipe and a full disk."""
 
     def write(self, text: str) -> int:
         try:
@@ -60,5 +60,5 @@ class _TolerantStderr:
 def tolerate_any_encoding(*streams: TextIO) -> None:
     """Prints a replacement for characters that the terminal's encoding does not have, instead of failing."""
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # tests and notebooks may have replaced it
+        if hasattr(stream, "reconfigure"):  # tests and notebooks may replace the stream
             stream.reconfigure(errors="replace")

@@ -1,8 +1,8 @@
 """
 The colors of pages and figures, in one place.
 
-Figures are drawn in the colors for light pages. In a page, each of these becomes a CSS variable, so that figures follow
-a dark page too. People who do not see all colors can tell the series apart (after Okabe and Ito, with more contrast).
+Figures are drawn in the colors for light pages. In a page, each color becomes a CSS variable, so that figures also
+adapt to dark pages. The series are distinguishable with color blindness (after Okabe and Ito, with more contrast).
 """
 
 PAGE = {  # by CSS variable: on light and on dark pages
@@ -27,16 +27,16 @@ LIGHT = tuple(light for light, _ in SERIES)
 
 
 def variables(dark: bool) -> str:
-    """Declarations of the CSS variables, such as `--text: #1d2733;`."""
+    """Returns the declarations of the CSS variables, such as `--text: #1d2733;`."""
     colors = {**PAGE, **{f"series-{index}": pair for index, pair in enumerate(SERIES)}}
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in colors.items())
 
 
 def with_variables(svg: str) -> str:
-    """The SVG of a figure with our colors replaced by CSS variables."""
+    """Replaces the palette's colors in the SVG of a figure by CSS variables."""
     names = {pair[0]: f"var(--{name})" for name, pair in PAGE.items()}
     names |= {pair[0]: f"var(--series-{index})" for index, pair in enumerate(SERIES)}
-    names["#000000"] = "var(--text)"  # what matplotlib draws by default
+    names["#000000"] = "var(--text)"  # matplotlib's default color
     for color, name in names.items():
         svg = svg.replace(f": {color}", f": {name}")
     return svg

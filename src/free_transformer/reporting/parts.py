@@ -107,9 +107,9 @@ class PlanCards:
 class Flip:
     """
     Attributes:
-        plan: with the bit flipped.
-        effect: in words.
-        share: of the largest effect, 0 to 1.
+        plan: plan with the bit flipped.
+        effect: description of the effect.
+        share: effect as a share of the largest one, 0 to 1.
         same, changed: the text under this plan, up to and from the first word that differs.
     """
 

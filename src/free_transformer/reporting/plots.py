@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 class Panel(NamedTuple):
     title: str
     unit: str
-    least: float = 0.0  # the axis reaches from zero to at least this value: else noise would look like a signal
+    least: float = 0.0  # the axis spans zero to at least this value, so that noise does not look like a signal
 
 
 PANELS = {
@@ -35,14 +35,14 @@ PANELS = {
 }
 OF_BASELINES = {"reconstruction": "Training loss", "elbo": "Held-out NLL"}
 TRAIN, VALIDATION = {"alpha": 0.75, "linewidth": 1}, {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
-DASHES = ("-", "--", ":")  # once all colors are taken
-SETTLED = 0.1  # share of the steps, from the start, that the range of a loss leaves out
-MIN_RANGE = 0.05  # of the value of a loss: less is noise
+DASHES = ("-", "--", ":")  # for more runs than colors
+SETTLED = 0.1  # initial share of the steps that the axis range of a loss ignores
+MIN_RANGE = 0.05  # minimum axis range, as a share of the loss
 CURVES = "Thin lines: training. Lines with dots: held-out text."  # the caption
 
 
 def styled(draw: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Draws with our colors and type sizes, and takes text as it is: `$` in the name of a run is part of the name."""
+    """Draws with the palette's colors and type sizes, without interpreting `$` in text as math."""
 
     @wraps(draw)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -82,8 +82,8 @@ def styled(draw: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
-    """A figure of so many inches with axes side by side. Call it in a function that is `styled`."""
-    from matplotlib.figure import Figure  # pyplot has a backend to configure and keeps state between figures
+    """Creates a figure, sized in inches, with axes side by side. Call it in a `styled` function."""
+    from matplotlib.figure import Figure  # pyplot needs a backend and keeps global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = list(figure.subplots(1, columns, squeeze=False).flat)
@@ -92,8 +92,10 @@ def new_figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, 
 
 def curves(runs: Mapping[str, Metrics]) -> "list[Figure]":
     """
-    The metrics of runs by step, one figure per metric: training as thin lines, validation with dots, stages separated
-    by dotted lines. The reconstruction of Free Transformers and the loss of baselines are not drawn in one figure.
+    Draws the metrics of runs by step, one figure per metric.
+
+    Training is drawn as thin lines, validation with dots, and stages are separated by dotted lines. The reconstruction
+    of Free Transformers and the loss of baselines are not drawn in one figure.
     """
     of_baselines = {label: metrics for label, metrics in runs.items() if _is_baseline(metrics)}
     of_free = {label: metrics for label, metrics in runs.items() if label not in of_baselines}
@@ -132,7 +134,7 @@ def _curve(
 
 
 def _set_range(axis: "Axes", panel: Panel, lines: Sequence[list[tuple[int, float]]]) -> None:
-    """From zero where noise would look like a signal, else the settled part of the curves, with a least width."""
+    """Sets the range: from zero if the panel requires it, else that of the settled curves with a minimum width."""
     if panel.least:
         axis.axhline(0, color=FAINT, linewidth=0.8)
         values = [value for points in lines for _, value in points]
@@ -147,19 +149,19 @@ def _set_range(axis: "Axes", panel: Panel, lines: Sequence[list[tuple[int, float
 
 
 def _points(metrics: Metrics, name: str) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of a panel by split."""
+    """Returns steps and values of a panel by split."""
     key = "nll" if name == "elbo" and _is_baseline(metrics) else name
     splits = {split: values_of(metrics, split, key) for split in ("train", "validation")}
     return {split: points for split, points in splits.items() if points}
 
 
 def values_of(metrics: Metrics, split: str, key: str) -> list[tuple[int, float]]:
-    """Steps and values of a key in the lines of a split."""
+    """Returns steps and values of a key in the lines of a split."""
     return [(line["step"], line[key]) for line in metrics if line["split"] == split and key in line]
 
 
 def _stage_starts(metrics: Metrics, runs: int) -> list[int]:
-    """The step after which each stage begins, except the first; none where several runs are drawn."""
+    """Returns the step before each stage except the first; empty if several runs are drawn."""
     lines = [line for line in metrics if "stage" in line] if runs == 1 else []
     return [before["step"] for before, line in pairwise(lines) if line["stage"] != before["stage"]]
 
@@ -170,7 +172,7 @@ def _is_baseline(metrics: Metrics) -> bool:
 
 @styled
 def bits(values: Sequence[float]) -> "Figure":
-    """KL of each bit position, 0 to 1, and the KL above which a bit is live."""
+    """Draws the KL of each bit, 0 to 1, and the KL above which a bit is live."""
     figure, (axis,) = new_figure(4.8, 2.1)
     live = [value > LIVE_BITS for value in values]
     axis.bar(range(len(values)), values, 0.7, color=[LIGHT[0] if each else LIGHT[-1] for each in live])
@@ -185,7 +187,7 @@ def bits(values: Sequence[float]) -> "Figure":
 
 @styled
 def differences(intervals: Mapping[str, tuple[float, float | None]]) -> "Figure":
-    """Values with half of their interval, one below the other, and a line at zero: left of it is better."""
+    """Draws values with half of their interval, one per row, and a line at zero; values to its left are better."""
     figure, (axis,) = new_figure(5.2, 0.8 + 0.35 * len(intervals))
     for row, (value, margin) in enumerate(intervals.values()):
         axis.errorbar(value, row, xerr=margin, fmt="o", color=LIGHT[row], markersize=6, capsize=4, elinewidth=1.6)
@@ -201,7 +203,7 @@ def differences(intervals: Mapping[str, tuple[float, float | None]]) -> "Figure"
 
 @styled
 def plans_by_label(table: np.ndarray, labels: Sequence[str]) -> "Figure":
-    """The share of each label per plan, from a (plans, labels) array of counts. Plans are sorted by label."""
+    """Draws the share of each label per plan, from a (plans, labels) array of counts. Plans are sorted by label."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     shares = table / table.sum(1, keepdims=True)
@@ -219,7 +221,7 @@ def plans_by_label(table: np.ndarray, labels: Sequence[str]) -> "Figure":
 
 @styled
 def shares_by_position(lines: Mapping[str, Sequence[float]], tokens: int, chance: float) -> "Figure":
-    """Shares, 0 to 1, of consecutive segments of `tokens` tokens, one line per name, and a dotted line for chance."""
+    """Draws shares, 0 to 1, of consecutive segments of `tokens` tokens, a line per name, and dotted chance level."""
     figure, (axis,) = new_figure(9, 3.2)
     for name, shares in lines.items():
         axis.plot([(index + 1) * tokens for index in range(len(shares))], shares, linewidth=1.4, label=name)

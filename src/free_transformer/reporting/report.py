@@ -1,4 +1,4 @@
-"""A report that opens without a server: tables, text and plots in one HTML file, and the tables of a likelihood."""
+"""Reports: tables, text and plots in one self-contained HTML file, and the tables of a likelihood."""
 
 import html
 import importlib.resources
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "page.html.jinja"
 MAX_NARROW = 8.0  # inches; a wider figure scrolls on a phone instead of shrinking
-REM_PER_INCH = 6.5  # on a wide page: type in figures is then as large as captions
+REM_PER_INCH = 6.5  # on a wide page; gives figures and captions the same type size
 NO_PLOTS = "Plots need matplotlib: pip install 'free-transformer-lm[train]'"
 
 COMPARABLE = {
@@ -55,7 +55,7 @@ class NllMethod(Protocol):
 
 
 def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
-    """The likelihood, each value with its standard error, in nats per token and per byte."""
+    """Builds a table of the likelihood with standard errors, in nats per token and per byte."""
     rows = []
     for name, (meaning, comparison) in COMPARABLE.items():
         value = getattr(likelihood, name)
@@ -70,12 +70,12 @@ def likelihood_table(likelihood: Likelihood, bytes_per_token: float) -> Table:
 
 
 def with_error(value: float, error: float, digits: int = 4) -> str:
-    """A value with its standard error, which a single text does not have."""
+    """Formats a value with its standard error, unless it is NaN, as for a single text."""
     return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def nll_method(likelihood: NllMethod) -> str:
-    """How `nll` was computed, in words."""
+    """Describes how `nll` was computed."""
     if likelihood.method == "exact":
         method = "exact"
     elif likelihood.method == "particle_filter":
@@ -86,7 +86,7 @@ def nll_method(likelihood: NllMethod) -> str:
 
 
 def usage_table(likelihood: Likelihood) -> Table:
-    """How much the plan is used; without rows for a baseline."""
+    """Builds a table of plan usage, which has no rows for a baseline."""
     usage = likelihood.usage
     if usage is None or likelihood.kl_per_token is None:
         return Table(["", ""], [])
@@ -106,7 +106,7 @@ def usage_table(likelihood: Likelihood) -> Table:
 
 class Report:
     """
-    An HTML page without scripts or outside references. Its parts appear in the order in which they are added.
+    An HTML page without scripts or external references. Parts appear in the order in which they are added.
 
     Args:
         facts: short texts under the title.
@@ -123,38 +123,38 @@ class Report:
         self.parts.append(Paragraph(text))
 
     def command(self, text: str, command: str) -> None:
-        """A paragraph that ends in a command."""
+        """Adds a paragraph that ends with a command."""
         self.parts.append(Command(text, command))
 
     def warning(self, text: str, when: str = "", over: bool = False) -> None:
-        """A highlighted paragraph. Args: when: it was raised, in words; over: whether it is no longer the case."""
+        """Adds a highlighted paragraph. `when` says when it was raised; `over` is True if it no longer applies."""
         self.parts.append(Warning_(text, when, over))
 
     def table(self, table: Table) -> None:
         self.parts.append(TablePart(table))
 
     def samples(self, titled: Sequence[tuple[str, str]], lines: bool = False) -> None:
-        """Texts side by side, each under its title. `lines` keeps long lines on one line."""
+        """Adds texts side by side, each under its title. `lines` disables line wrapping."""
         self.parts.append(Samples(titled, lines))
 
     def figure(self, figure: "Figure | Sequence[Figure]", caption: str, legend: Sequence[tuple[str, int]] = ()) -> None:
         """
-        Matplotlib figures, embedded in the page as SVG; several of them side by side where there is room.
+        Adds matplotlib figures as SVG, side by side if there is room.
 
         Args:
-            caption: what they show, also for people who do not see them.
+            caption: description of the figures, which is also their accessible label.
             legend: labels, each with the index of its color in the palette.
         """
         figures = list(figure) if isinstance(figure, Sequence) else [figure]
         self.parts.append(FigurePart([_svg(each, caption) for each in figures], caption, legend))
 
     def add(self, part: Part) -> None:
-        """Any other part of `reporting.parts`."""
+        """Adds any other part of `reporting.parts`."""
         self.parts.append(part)
 
     @contextmanager
     def folded(self, summary: str) -> Iterator[None]:
-        """What is added within is shown once the reader opens it."""
+        """Adds a collapsible section with the parts added in this context."""
         outside, self.parts = self.parts, []
         try:
             yield
@@ -180,7 +180,7 @@ class Report:
 
 
 def _svg(figure: "Figure", caption: str) -> str:
-    """The SVG of a figure in the colors and the type of the page, with a label for people who do not see it."""
+    """Returns the SVG of a figure in the colors and font of the page, with an accessible label."""
     import matplotlib
 
     buffer = io.StringIO()

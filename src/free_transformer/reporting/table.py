@@ -14,7 +14,7 @@ class Table:
     Attributes:
         header: titles of the columns.
         rows: cells of each row, as many as there are titles.
-        caption: what the table shows; may be empty.
+        caption: description of the table; may be empty.
     """
 
     header: Sequence[str]
@@ -22,7 +22,7 @@ class Table:
     caption: str = ""
 
     def columns(self, *indices: int) -> "Table":
-        """The table with these columns alone."""
+        """Returns the table with only these columns."""
         header = [self.header[index] for index in indices]
         return replace(self, header=header, rows=[[row[index] for index in indices] for row in self.rows])
 
@@ -33,7 +33,9 @@ class Table:
 
     def to_rich(self) -> RichTable:
         table = RichTable(caption=self.caption or None, caption_justify="left")
-        for title, *cells in zip(self.header, *self.rows, strict=True):  # rich would break or cut off single words
+        for title, *cells in zip(
+            self.header, *self.rows, strict=True
+        ):  # otherwise rich breaks or truncates single words
             table.add_column(title, no_wrap=not any(" " in text for text in [title, *cells]))
         for row in self.rows:
             table.add_row(*row)
@@ -52,5 +54,5 @@ class Table:
 
 
 def _html_cell(text: str) -> str:
-    """Escaped, with a value and its error on one line."""
+    """Escapes a cell, and keeps a value and its error on one line."""
     return html.escape(text).replace(" ± ", "\u00a0±\u00a0")

@@ -228,7 +228,7 @@ def _run(out: Path, variant: Variant, seed: int, steps: int, groups: int, queue:
 
 
 def batches_of(seed: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yields batches of new strings without end. The labels exclude the prompt."""
+    """Yields an endless stream of batches of new strings. The labels exclude the prompt."""
     rng = np.random.default_rng(seed)
     begin = begin_token(load_tokenizer("bytes"))
     while True:

@@ -1,1 +1,1 @@
-"""The folder of a run: what it holds, who writes it, and how it is shown."""
+"""The folder of a run: its files, how they are read and written, and how results are shown."""

@@ -1,4 +1,4 @@
-"""Progress of a run on standard error: a bar in a terminal, lines elsewhere."""
+"""Progress of a run on standard error: a bar in a terminal, otherwise lines."""
 
 from collections.abc import Mapping
 
@@ -93,7 +93,7 @@ class ConsoleProgress(Subscriber):
 
 
 def _numbers(line: Mapping[str, MetricValue], gap: float | None = None) -> str:
-    """The values of a line in few words; `gap` if the line has none."""
+    """Formats the values of a line briefly, with `gap` if the line has none."""
     gap = _number(line, "gap", gap)
     hinge, spikes = _number(line, "kl_hinge"), _number(line, "spikes")
     beyond = f" ({hinge:.2f} beyond)" if hinge is not None and hinge >= MIN_SHOWN_HINGE else ""

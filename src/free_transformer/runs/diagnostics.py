@@ -1,8 +1,8 @@
 """
-The figures to watch while a run trains (FAQ: is my model working?), each with its meaning or with advice.
+Figures to watch while a run trains (FAQ: is my model working?), each with its meaning or advice.
 
-Advice depends on the settings and on how far the run is: it never names a value that is set already, nor one that
-docs/plan.md and the FAQ advise against.
+Advice depends on the settings and on the progress of the run. It never suggests a value that is already set, nor one
+that docs/plan.md and the FAQ advise against.
 """
 
 from collections import deque
@@ -16,17 +16,17 @@ from free_transformer.settings import Settings
 from free_transformer.settings.curriculum import stage_at, stages_of
 
 WINDOW = 10  # lines of metrics that a diagnosis takes into account
-WATCHED_FROM = 0.1  # share of the steps: a plan is rarely used earlier
-RISE = 1.02  # of the reconstruction, from one window to the next
+WATCHED_FROM = 0.1  # share of the steps; a plan is rarely used earlier
+RISE = 1.02  # ratio of the reconstruction in two consecutive windows
 LEVEL = 0.998
 CUT = 10.0  # times training.grad_clip
 PATIENCE = 3  # evaluations without a better held-out loss
-# Below these free bits runs collapse more often (docs/plan.md, collapse). Plans that cover only part of a text need
+# With fewer free bits, runs collapse more often (docs/plan.md, collapse). Plans that cover only part of a text need
 # fewer: at 1 bit per token, generated text breaks.
 MIN_FREE_BITS, MIN_FREE_BITS_PER_TEXT = 0.5, 1.0
-NO_REMEDY_LEFT = "every setting that helps is in use"
+NO_REMEDY_LEFT = "all settings that help are already in use"
 
-Line = Mapping[str, Any]  # of metrics.jsonl
+Line = Mapping[str, Any]  # a line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Diagnostic:
 
     Attributes:
         label: name of the figure, such as `KL`.
-        value: with its unit, `-` if there is none yet.
-        advice: one sentence: what it means, or what to do.
-        alarm: whether something should be done.
+        value: value with its unit, `-` if there is none yet.
+        advice: one sentence that explains the figure or says what to do.
+        alarm: whether action is needed.
     """
 
     label: str
@@ -50,13 +50,13 @@ class Diagnostic:
 @dataclass
 class RunHistory:
     """
-    What a diagnosis is based on.
+    The metrics on which diagnostics are based.
 
     Attributes:
         train: the last `2 * WINDOW` lines of training.
         validation: the last validation, empty if there is none.
         collapse: the last check for posterior collapse, empty if there is none.
-        best: held-out ELBO and step of the best validation of the last stage, in nats per token.
+        best: held-out ELBO in nats per token, and step, of the best validation of the last stage.
         since_best: number of validations since.
     """
 
@@ -89,7 +89,7 @@ class RunHistory:
 
     @property
     def early_reason(self) -> str:
-        """`early_steps` in words, with the setting that it follows from."""
+        """Explanation of `early_steps`, with the setting that determines it."""
         source = "a tenth of training.max_steps"
         if self.early_steps == self.settings.training.warmup_steps:
             source = "training.warmup_steps"
@@ -106,20 +106,20 @@ class RunHistory:
         return self.train[-1].get(name) if self.train else None
 
     def diagnostics(self) -> list[Diagnostic]:
-        """Every figure that this kind of model has, the most important first."""
+        """Returns all figures of this kind of model, the most important first."""
         early = self.is_early(self.step)
         plan = [_kl, _hinge, _gap, _live_bits] if self.has_plan else []
         return [figure(self, early) for figure in (_reconstruction, *plan, _held_out, _gradient, _spikes)]
 
 
 def plan_advice(settings: Settings) -> str:
-    """What to change if the plan is not used."""
+    """Returns what to change if the plan is not used."""
     remedies = ", ".join(plan_remedies(settings))
     return remedies or f"{NO_REMEDY_LEFT}; train longer, or check the training text"
 
 
 def plan_remedies(settings: Settings) -> list[str]:
-    """The remedies of the FAQ against an unused plan that the settings do not have yet."""
+    """Returns the FAQ's remedies for an unused plan that the settings do not include yet."""
     model, remedies = settings.model, []
     per_text = model.plan_span == "sequence"
     wanted = MIN_FREE_BITS_PER_TEXT if per_text else MIN_FREE_BITS
@@ -127,7 +127,7 @@ def plan_remedies(settings: Settings) -> list[str]:
         remedies.append(f"raise model.free_bits to {'1 or 2 bits' if per_text else f'{wanted:g} bits'}")
     if per_text and not model.aggregate_weight:
         remedies.append("set model.aggregate_weight=1")
-    if per_text and not model.min_bits:  # forced on each of many plans, it fills them with noise
+    if per_text and not model.min_bits:  # with many plans per text, it fills them with noise
         remedies.append("set model.min_bits slightly below model.free_bits")
     if (model.model_extra or {}).get("table_init", "bit_linear") != "bit_linear":
         remedies.append("use model.table_init=bit_linear")
@@ -145,7 +145,9 @@ def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:
         return Diagnostic(label, value, "should fall; do not compare it with a baseline's loss")
     change = mean(values[WINDOW:]) / max(mean(values[:WINDOW]), 1e-9)
     if change > RISE:
-        return Diagnostic(label, value, "rises: lower training.learning_rate, or check the newest text", alarm=True)
+        return Diagnostic(
+            label, value, "rises: lower training.learning_rate, or check the most recent text", alarm=True
+        )
     if change > LEVEL:
         advice = "has leveled off" if history.has_all_steps else "no longer falls: stop once the held-out loss does too"
         return Diagnostic(label, value, advice)
@@ -156,7 +158,7 @@ def _kl(history: RunHistory, early: bool) -> Diagnostic:
     kl, free = history.last("kl"), history.free_bits
     value = _with_unit(kl, "bits per plan", 2)
     if kl is not None and kl < SPENT_SHARE * free and not early:
-        advice = f"far under the {free:g} free bits, the plan is collapsing: {plan_advice(history.settings)}"
+        advice = f"far below the {free:g} free bits, the plan collapses: {plan_advice(history.settings)}"
         return Diagnostic("KL", value, advice, alarm=True)
     return Diagnostic("KL", value, f"information that a plan carries; {free:g} bits of it are free")
 
@@ -165,9 +167,11 @@ def _hinge(history: RunHistory, early: bool) -> Diagnostic:
     hinge, free = history.last("kl_hinge"), history.settings.model.free_bits
     label, value = "KL beyond the free bits", _with_unit(hinge, "bits per plan", 2)
     if hinge is not None and free > 0 and hinge > free and not early:
-        advice = "plans use over twice the free bits: raise model.free_bits to allow it, training.kl_weight to limit it"
+        advice = (
+            "plans use over twice the free bits: raise model.free_bits to allow it or training.kl_weight to limit it"
+        )
         return Diagnostic(label, value, advice, alarm=True)
-    return Diagnostic(label, value, "the part of the KL that the loss counts; near 0 if the free bits suffice")
+    return Diagnostic(label, value, "the part of the KL that is penalized; near 0 if the free bits suffice")
 
 
 def _gap(history: RunHistory, early: bool) -> Diagnostic:
@@ -175,7 +179,7 @@ def _gap(history: RunHistory, early: bool) -> Diagnostic:
     if history.collapse.get("collapsed"):
         advice = f"collapsed: {history.collapse['warning']}: {plan_advice(history.settings)}"
         return Diagnostic("prior gap", value, advice, alarm=True)
-    return Diagnostic("prior gap", value, "cost of a random plan: without a gap the plan is not used")
+    return Diagnostic("prior gap", value, "cost of using a random plan; without a gap, the plan is not used")
 
 
 def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
@@ -187,7 +191,7 @@ def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
     if live == 0 and enough:
         advice = f"no bit carries information: {plan_advice(history.settings)}"
         return Diagnostic("live bits", value, advice, alarm=True)
-    return Diagnostic("live bits", value, f"bits with a KL above {LIVE_BITS:g} bits; the others do no harm")
+    return Diagnostic("live bits", value, f"bits with a KL above {LIVE_BITS:g} bits; the others are harmless")
 
 
 def _held_out(history: RunHistory, early: bool) -> Diagnostic:
@@ -196,18 +200,18 @@ def _held_out(history: RunHistory, early: bool) -> Diagnostic:
     if history.best is None or not history.validation:
         wanted = {"data.validation": settings.data.validation, "training.eval_every": settings.training.eval_every}
         missing = " and ".join(name for name, value in wanted.items() if not value)
-        return Diagnostic(label, "-", f"needs {missing}" if missing else "comes with the first validation")
+        return Diagnostic(label, "-", f"needs {missing}" if missing else "available after the first validation")
     value = _with_unit(history.validation["loss"], "nats per token", 4)
     best = f"best {history.best[0]:.4f} at step {history.best[1]}"
     if history.since_best >= PATIENCE:
         kept = history.settings.keeps_best
-        stop = "model/ has the best weights" if kept else "train with checkpoint.keep_best=true, or add text"
+        stop = "model/ keeps the best weights" if kept else "train with checkpoint.keep_best=true, or add text"
         if not history.has_all_steps:
             stop = "stop, or add text" if kept else "stop (evaluation.early_stopping), or add text"
         stop = f"training stops after {patience}" if patience and not history.has_all_steps else stop
         advice = f"{best}, no better for {history.since_best} validations: {stop}"
         return Diagnostic(label, value, advice, alarm=True)
-    return Diagnostic(label, value, f"{best}; the number that counts: train on while it falls")
+    return Diagnostic(label, value, f"{best}; the figure that matters: keep training while it falls")
 
 
 def _gradient(history: RunHistory, early: bool) -> Diagnostic:
@@ -224,7 +228,7 @@ def _spikes(history: RunHistory, early: bool) -> Diagnostic:
     recent = list(history.train)[-WINDOW:]
     count = sum(line.get("spikes", 0) for line in recent)
     if count == 0:
-        return Diagnostic("spikes", "0", f"steps with a far higher loss or gradient, in the last {WINDOW} lines")
+        return Diagnostic("spikes", "0", f"steps with a much higher loss or gradient, in the last {WINDOW} lines")
     last = max(line["step"] for line in recent if line.get("spikes", 0))
     longer = "lengthen training.warmup_steps, " if last <= 2 * history.early_steps else ""
     advice = f"lower training.learning_rate, {longer}or check the text of steps up to {last}"

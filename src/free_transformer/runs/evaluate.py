@@ -39,8 +39,8 @@ __all__ = [
 class RunEvaluation:
     """
     Attributes:
-        likelihood: in nats per token.
-        bytes_per_token: mean number of UTF-8 bytes per token of the text; divides nats per token into nats per byte.
+        likelihood: likelihood of the text, in nats per token.
+        bytes_per_token: mean number of UTF-8 bytes per token. Divide nats per token by it to get nats per byte.
     """
 
     likelihood: Likelihood
@@ -61,7 +61,7 @@ class LoadedRun:
 class RunComparison:
     """
     Attributes:
-        comparison: in nats per token.
+        comparison: comparison of both runs, in nats per token.
         bytes_per_token: as in `RunEvaluation`.
     """
 
@@ -72,7 +72,7 @@ class RunComparison:
 def load_for_evaluation(
     run: Run, settings: EvaluationOptions | None = None, processes: Processes | None = None
 ) -> LoadedRun:
-    """Loads what `evaluate_run` evaluates; arguments and errors as there."""
+    """Loads the model and text for `evaluate_run`, with the same arguments and errors."""
     settings = settings or EvaluationOptions()
     model, tokenizer = run.load_with_tokenizer()
     processes = processes or Processes(find_device(run.settings.training.device))
@@ -89,14 +89,14 @@ def evaluate_run(
     loaded: LoadedRun | None = None,
 ) -> RunEvaluation:
     """
-    Evaluates the likelihood of held-out text. It does not create any files: see `Run.write_evaluation`.
+    Evaluates the likelihood of held-out text. `Run.write_evaluation` saves the result.
 
     Args:
         settings: default: `EvaluationOptions()`.
-        processes: processes that share the work, as `join_processes` returns them; all get the same result. Default:
+        processes: processes that share the work, from `join_processes`; all get the same result. Default:
             this process, on the device of the run's settings.
-        quiet: no progress bar on standard error.
-        loaded: what `load_for_evaluation` returns for these arguments. Default: it is loaded here.
+        quiet: show no progress bar.
+        loaded: result of `load_for_evaluation` for these arguments, which is called by default.
 
     Raises:
         SettingsError: for a folder that is not a run or has no model, and without held-out text.
@@ -120,8 +120,9 @@ def evaluate_run(
 
 def plan_examples_of(run: Run, loaded: LoadedRun, settings: EvaluationOptions) -> PlanExamples | None:
     """
-    What the plans of a run do, in examples; see `Run.write_examples`. None for a baseline, and with several processes:
-    they may have a part of the model each.
+    Generates examples of what the plans of a run do; `Run.write_examples` saves them.
+
+    Returns None for a baseline, and with several processes, since the model may be sharded across them.
     """
     if not isinstance(loaded.model, FreeTransformer) or loaded.processes.size > 1:
         return None
@@ -146,12 +147,12 @@ def compare_runs(
         settings, processes, quiet: as for `evaluate_run`; the default text is the `data.validation` of `run`.
 
     Raises:
-        InputError: for runs of other kinds, or with different tokenizers or row lengths.
+        InputError: unless `run` is a Free Transformer and `baseline` a baseline, with equal tokenizers and row lengths.
         SettingsError: as `evaluate_run`.
     """
     settings = settings or EvaluationOptions()
     if (run.settings.model.kind, baseline.settings.model.kind) != ("free", "baseline"):
-        raise InputError("compare takes a run of kind free, then one of kind baseline")
+        raise InputError("compare needs a Free Transformer (model.kind=free), then a baseline (model.kind=baseline)")
     if run.load_tokenizer().get_vocab() != baseline.load_tokenizer().get_vocab():
         raise InputError(
             f"{run.path} and {baseline.path} have different tokenizers: their losses cannot be compared; train both "

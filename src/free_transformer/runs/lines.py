@@ -7,11 +7,11 @@ from typing import Any
 
 from free_transformer.files import write_text
 
-JsonObject = dict[str, Any]  # as `json` reads it
+JsonObject = dict[str, Any]  # as parsed by `json`
 
 
 def read_lines(file: Path) -> list[JsonObject]:
-    """The objects of a file, [] if it does not exist. A last line that a crash cut short is left out."""
+    """Returns the objects of a file, [] if it does not exist. Ignores an incomplete last line, left by a crash."""
     if not file.is_file():
         return []
     lines = []
@@ -24,12 +24,12 @@ def read_lines(file: Path) -> list[JsonObject]:
 
 
 def write_lines(file: Path, lines: Iterable[Mapping[str, object]]) -> None:
-    """Replaces a file."""
+    """Writes lines to a file, replacing its contents."""
     write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_line(file: Path, line: Mapping[str, object]) -> None:
-    """Raises `OSError` that names the file: the error of a full disk does not."""
+    """Appends a line. Raises an `OSError` that names the file, unlike the original error for a full disk."""
     try:
         with file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(line) + "\n")

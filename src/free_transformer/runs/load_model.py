@@ -1,4 +1,4 @@
-"""Loads models from folders: complete, finite, and independent of the files on the disk."""
+"""Loads models from folders, checks that weights are complete and finite, and copies them to memory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from free_transformer.files import few, first_line
 from free_transformer.model.configuration import FreeTransformerConfig
 from free_transformer.model.modeling import FreeTransformer
 
-# a plain model has no such weights; a Free Transformer built from it initializes them
+# weights that a pretrained model without a plan does not have; they are initialized instead
 PLAN_PARTS = ("encoder.", "plan_table.", "plan_prior.")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, UnpicklingError)
 
@@ -26,13 +26,13 @@ def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **opti
     """
     Loads a model with `kind.from_pretrained(source)`, in eval mode.
 
-    `transformers` initializes missing weights at random, and maps files whose contents may change while the model is
-    in use. Here missing weights are an error, and the weights are copied to memory.
+    Unlike `transformers`, which initializes missing weights at random and maps files that may change while the model is
+    in use, this raises an error for missing weights and copies the weights to memory.
 
     Args:
         source: a folder, or a name on the Hub.
         kind: `AutoModelForCausalLM` or a model class.
-        options: of `from_pretrained`.
+        options: options of `from_pretrained`.
 
     Raises:
         SettingsError: if the folder cannot be read, or weights are missing, have another shape, or are NaN or infinite.
@@ -51,7 +51,7 @@ def load_pretrained(source: str | Path, kind: Any = AutoModelForCausalLM, **opti
         raise SettingsError(f"{source}: the model cannot be read ({_reason(error)})") from error
     missing = [name for name in sorted(loading["missing_keys"]) if not (adds_plan and name.startswith(PLAN_PARTS))]
     check_names(source, "weights are missing", missing)
-    check_names(source, "weights of another shape than the configuration's", _mismatched(loading["mismatched_keys"]))
+    check_names(source, "weights differ in shape from the configuration", _mismatched(loading["mismatched_keys"]))
     check_finite(source, model.state_dict().items())
     detach_from_files(model)
     return model.eval()
@@ -93,7 +93,7 @@ def _mismatched(keys: Iterable[str | tuple[str, ...]]) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The reason of an error, in words if its message has none."""
+    """Returns the reason for an error, spelled out if its message is not clear."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error}"
     if isinstance(error, KeyError):

@@ -1,4 +1,4 @@
-"""The model card, `README.md` of `model/`: what the model is, the figures of its run, and how to use it."""
+"""The model card, `model/README.md`: a description of the model, the figures of its run, and how to use it."""
 
 import json
 import math
@@ -29,7 +29,7 @@ CONTROL = {  # in control.json: a number, or a number and its standard error
     "agreement_baseline": "the same without a plan",
     "transfer": "texts under an example's plan with the example's label",
     "transfer_shuffled": "the same under the plans of other examples",
-    "mutual_information": "information of a plan on the label of its text, in bits",
+    "mutual_information": "information of a plan about the label of its text, in bits",
     "label_entropy": "maximum of the mutual information, in bits",
 }
 
@@ -37,13 +37,13 @@ CONTROL = {  # in control.json: a number, or a number and its standard error
 @dataclass
 class HeldOutFigures:
     """
-    What is known about the model on held-out text, in nats per token; None if unknown.
+    Figures of the model on held-out text, in nats per token unless noted; None if unknown.
 
     Attributes:
-        kl: in bits per plan.
+        kl: KL in bits per plan.
         data: sources of the text.
         method, num_samples, plan_prior: how `nll` was computed, as in `Likelihood`.
-        warning: if the plan is not used.
+        warning: reason why the plan is not used, None if it is used.
     """
 
     data: list[str]
@@ -62,26 +62,26 @@ class HeldOutFigures:
 
     @classmethod
     def of(cls, values: JsonObject, **known: object) -> "HeldOutFigures":
-        """From a line of metrics or from `metrics.json`; other keys are ignored."""
+        """Builds the figures from a line of metrics or from `metrics.json`, ignoring other keys."""
         return cls(**{name: value for name, value in {**known, **values}.items() if name in cls.__dataclass_fields__})
 
     def value(self, name: str) -> float | None:
-        """The figure of a name in `COMPARABLE`."""
+        """Returns the figure with this name in `COMPARABLE`."""
         return getattr(self, name)
 
     @property
     def nll_method(self) -> str:
-        """How `nll` was computed, in words."""
-        return "exact" if self.elbo is None else nll_method(self)  # that of a baseline has no elbo
+        """Description of how `nll` was computed."""
+        return "exact" if self.elbo is None else nll_method(self)  # a baseline has no elbo
 
 
 def write_model_card(run: "Run", folder: Path | None = None) -> None:
     """
-    Writes the card of a run's model. A card without our mark, which a person wrote, is not replaced.
+    Writes the card of a run's model. A card without `MARK` was written by the user and is not replaced.
 
     Args:
-        folder: folder of the model, default the run's `model/`. Another one is going to replace `model/`, and then
-            keeps the card that a person wrote.
+        folder: folder of the model, default the run's `model/`. Any other folder is about to replace `model/`, so a
+            card written by the user is copied to it.
     """
     folder, card = folder or run.model_folder, run.model_folder / CARD_FILE
     if not (folder / "config.json").is_file():
@@ -91,12 +91,12 @@ def write_model_card(run: "Run", folder: Path | None = None) -> None:
         text = str(model_card(run, folder))
     elif folder == run.model_folder:
         return
-    if os.access(folder, os.W_OK):  # a model may be there to be read only
+    if os.access(folder, os.W_OK):  # the model may be read-only
         write_text(folder / CARD_FILE, text)
 
 
 def model_card(run: "Run", folder: Path) -> ModelCard:
-    """The card of the model in `folder`, from the files of the run."""
+    """Builds the card of the model in `folder` from the files of the run."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name, figures, free = run.name, _figures(run), "latent_dim" in config
     pretrained = run.settings.model.pretrained
@@ -135,7 +135,7 @@ def _what_it_is(config: JsonObject, pretrained: str | None) -> str:
 
 
 def count_parameters(folder: Path) -> int:
-    """The number of parameters of the model in a folder, read from the headers of its files."""
+    """Returns the number of parameters of the model in a folder, read from its file headers."""
     parameters = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -167,7 +167,7 @@ def _training(run: "Run") -> list[list[str]]:
 
 
 def _figures(run: "Run") -> HeldOutFigures:
-    """From `metrics.json` if it was measured on these weights, otherwise from their validation during training."""
+    """Reads `metrics.json` if it was measured on these weights, otherwise their validation during training."""
     data = run.settings.data.validation
     if (found := run.current_results(run.evaluation_file)) is not None:
         return HeldOutFigures.of(found, data=data, method="exact", num_samples=1)
@@ -179,7 +179,7 @@ def _figures(run: "Run") -> HeldOutFigures:
 
 
 def _held_out(figures: HeldOutFigures) -> list[str]:
-    """Every figure, with its meaning and with what it can be compared."""
+    """Formats every figure, with its meaning and what it can be compared with."""
     rows = []
     for name in ("nll", "elbo", "prior", "reconstruction", "gap"):
         meaning, comparison = COMPARABLE[name]
@@ -197,7 +197,7 @@ def _held_out(figures: HeldOutFigures) -> list[str]:
     units = ["nats per token", "nats per byte"] if figures.bytes_per_token else ["nats per token"]
     parts = [
         f"## On held-out text ({_names(figures.data, '`')})",
-        Table(["", *units, "what it is", "against a Llama's loss"], rows).to_markdown(),
+        Table(["", *units, "what it is", "compared with a Llama's loss"], rows).to_markdown(),
     ]
     if figures.kl is not None:
         kl = _number(figures.kl, figures.standard_errors.get("kl"))
@@ -205,7 +205,7 @@ def _held_out(figures: HeldOutFigures) -> list[str]:
             f"A plan uses {kl} bits (KL of posterior and prior). The reconstruction is not a likelihood: the encoder "
             "has read the predicted text."
         )
-    if figures.warning:  # without the advice, which is for the person who trains
+    if figures.warning:  # without the advice, which concerns training
         parts.append(f"**Warning:** {figures.warning.split(' Try:')[0]}")
     return parts
 
@@ -217,7 +217,7 @@ def _compared(run: "Run") -> list[str]:
     difference = _number(found["difference"], found["standard_error"], sign="+")
     return [
         f"Compared with its baseline, a Llama without a plan: nll {found['nll']:.4f} against "
-        f"{found['baseline_nll']:.4f} nats per token, a difference of {difference} over texts, one run each (below 0: "
+        f"{found['baseline_nll']:.4f} nats per token, a difference of {difference} over texts, one run each (negative: "
         f"better than the Llama). With the pessimistic elbo the difference is {found['elbo_difference']:+.4f}."
     ]
 
@@ -277,7 +277,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 
 
 def _eval_results(figures: HeldOutFigures) -> list[EvalResult]:
-    """The comparable figures. The reconstruction is not among them, so that no leaderboard ranks by it."""
+    """Returns the comparable figures. Leaves out the reconstruction, so that no leaderboard ranks by it."""
     meanings = {"nll": f"negative log-likelihood ({figures.nll_method})", "elbo": COMPARABLE["elbo"][0]}
     return [
         EvalResult(
@@ -294,7 +294,7 @@ def _eval_results(figures: HeldOutFigures) -> list[EvalResult]:
 
 
 def _model_step(run: "Run") -> int:
-    """The step of the weights in `model/`."""
+    """Returns the step of the weights in `model/`."""
     return run.model.get("step") or Monitor(run.settings, run.read_metrics()).step
 
 
@@ -303,7 +303,7 @@ def _is_on_the_hub(name: str | None) -> bool:
 
 
 def _public(source: str) -> str:
-    """A name on the hub, or the last part of a path: the rest would publish where files are on this machine."""
+    """Returns a name on the Hub unchanged, and only the last part of a path, so as not to publish local paths."""
     return source if _is_on_the_hub(source) and source.count("/") <= 1 else Path(source).name
 
 

@@ -1,4 +1,4 @@
-"""The monitor of a run: it keeps the best step, decides when to stop, raises alarms, and informs its subscribers."""
+"""The monitor of a run: tracks the best step, decides when to stop, raises alarms, and notifies its subscribers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,22 +10,22 @@ from free_transformer.settings import Settings
 from free_transformer.settings.curriculum import Stage, stages_of
 
 VALIDATION_SAMPLES = 4  # plans per text, for the NLL of a validation
-LOSS_SPIKE, NORM_SPIKE = 1.5, 4.0  # times the median of the lines before
+LOSS_SPIKE, NORM_SPIKE = 1.5, 4.0  # multiples of the median of the previous lines
 
 
 class Monitor:
     """
-    Follows a run by the lines of `metrics.jsonl`.
+    Monitors a run through the lines of `metrics.jsonl`.
 
-    The training loop owns a monitor, which is the same in every process, and asks it when to stop and which weights to
-    keep. In the main process it has subscribers. `watch` and `report` build one from the lines of a file.
+    The training loop of every process has a monitor with the same state and asks it when to stop and which weights to
+    keep. In the main process it has subscribers. `watch` and `report` build a monitor from the lines of a file.
 
     Args:
-        lines: the run's lines so far.
+        lines: lines of the run so far.
 
     Attributes:
-        best: held-out ELBO in nats per token and step of the best validation of the last stage. Those before train on
-            other text, or with other weights of the loss.
+        best: held-out ELBO in nats per token, and step, of the best validation of the last stage. Earlier stages train
+            on other text, or with other loss weights.
     """
 
     def __init__(self, settings: Settings, lines: Iterable[Line] = (), subscribers: Sequence[Subscriber] = ()):
@@ -51,27 +51,27 @@ class Monitor:
         return self.history.step
 
     def is_early(self, step: int) -> bool:
-        """Whether a step is so early that an unused plan is no reason for an alarm."""
+        """Whether a step is so early that an unused plan is normal."""
         return self.history.is_early(step)
 
     def is_best(self, step: int) -> bool:
-        """Whether the weights of a step are the best so far and the settings ask to keep these."""
+        """Whether the weights of a step are the best so far and the settings say to keep the best."""
         return self.settings.keeps_best and self.best is not None and self.best[1] == step
 
     def should_continue(self, step: int) -> bool:
-        """Whether `max_steps` is not reached after `step` steps, and the patience of early stopping has not run out."""
+        """Whether training continues after `step` steps: below `max_steps`, and not stopped early."""
         patience = self.settings.evaluation.early_stopping
         return step < self.settings.training.max_steps and not 0 < patience <= self.since_best
 
     def diagnostics(self) -> list[Diagnostic]:
-        """Every figure that this kind of model has, the most important first."""
+        """Returns all figures of this kind of model, the most important first."""
         return self.history.diagnostics()
 
     def alarms(self) -> list[Diagnostic]:
         return [diagnostic for diagnostic in self.diagnostics() if diagnostic.alarm]
 
     def count_spikes(self, losses: Iterable[float], norms: Iterable[float]) -> int:
-        """The number of steps since the last line with a loss or gradient norm far above those of the lines before."""
+        """Counts the steps since the last line whose loss or gradient norm is far above that of the previous lines."""
         train = self.history.train
         if len(train) < WINDOW or self.step <= self.settings.training.warmup_steps:
             return 0
@@ -80,7 +80,7 @@ class Monitor:
         return sum(a > loss or b > norm for a, b in zip(losses, norms, strict=True))
 
     def add(self, line: Line) -> None:
-        """Takes a line into account without publishing it."""
+        """Adds a line to the history without publishing it."""
         history = self.history
         if line["split"] == "train":
             history.train.append(line)
@@ -96,7 +96,7 @@ class Monitor:
                 history.since_best += 1
 
     def record(self, step: int, split: str, values: Mapping[str, MetricValue | None]) -> None:
-        """Adds a line and publishes it. Advice is part of the line if an alarm is new or has ended."""
+        """Adds a line and publishes it. The line contains advice if an alarm is new or has cleared."""
         line: dict[str, MetricValue] = {"step": step, "split": split}
         line |= {name: value for name, value in values.items() if value is not None}
         self.add(line)
@@ -134,12 +134,12 @@ class Monitor:
 @dataclass(frozen=True)
 class AlarmPeriod:
     """
-    An alarm of a run and when it was raised.
+    An alarm of a run and the steps at which it was raised.
 
     Attributes:
-        label, advice: of its last diagnosis.
+        label, advice: label and latest advice of the alarm.
         first, last: steps of the first and the last line of metrics with this alarm.
-        is_over: whether the newest line is without it.
+        is_over: whether the newest line no longer raises it.
     """
 
     label: str
@@ -150,7 +150,7 @@ class AlarmPeriod:
 
 
 def alarm_periods(settings: Settings, lines: Iterable[Line]) -> list[AlarmPeriod]:
-    """The alarms that the lines of a run raised, one entry per label: current ones first, then by their first step."""
+    """Returns the alarms raised by the lines of a run, one per label: current ones first, then by their first step."""
     monitor, found = Monitor(settings), dict[str, AlarmPeriod]()
     for line in lines:
         monitor.add(line)

@@ -1,4 +1,4 @@
-"""The report of one or several runs: the verdict first, then what the plans do, likelihood, curves and settings."""
+"""The report of one or several runs: verdict, what the plans do, likelihood, curves and settings."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from free_transformer.runs.run import Run, titles_of
 from free_transformer.runs.verdict import cost_interval, cost_sentence, verdict_of
 from free_transformer.settings.changed import changed_settings, differing_settings
 
-STAGES = " Dotted lines: the end of a stage."
+STAGES = " Dotted lines mark the end of a stage."
 BOUND = (
     "The NLL of a Free Transformer is an upper bound unless it is exact, so its true cost is at most this. The ELBO is "
     "a more pessimistic bound."
@@ -25,10 +25,10 @@ BOUND = (
 
 def write_run_report(*paths: Path, out: Path | None = None) -> Path:
     """
-    Writes one page about runs, which may still be training.
+    Writes a page about one or several runs, which may still be training.
 
     Args:
-        out: the page. Default: `report.html` in the run's folder, or in the folder that contains all the runs.
+        out: file to write. Default: `report.html` in the run's folder, or in the folder that contains all the runs.
 
     Raises:
         SettingsError: for a folder that is not a run.
@@ -116,11 +116,11 @@ def _state(run: Run, step: int) -> str:
     steps = f"step {step} of {run.settings.training.max_steps}"
     if run.has_ended:
         return f"{steps}, ended"
-    return f"{steps}, training now" if run.in_use else f"{steps}; stopped before its end"
+    return f"{steps}, training now" if run.in_use else f"{steps}, interrupted"
 
 
 def _tiles(monitor: Monitor, evaluation: JsonObject | None, comparison: JsonObject | None) -> list[tuple[str, str]]:
-    """The key figures, as measured by `evaluate`, or else as logged while training."""
+    """Returns the key figures, as measured by `evaluate` or, if missing, as logged during training."""
     free, history = monitor.settings.model.kind == "free", monitor.history
     source = evaluation or history.validation
     tiles = []
@@ -147,7 +147,7 @@ def _add_warnings(report: Report, run: Run, metrics: Sequence[JsonObject]) -> No
     report.heading("Warnings")
     for each in periods:
         seen = f"step {each.first}" if each.first == each.last else f"steps {each.first} to {each.last}"
-        when = f"seen at {seen}, over since" if each.is_over else f"first seen at step {each.first}, still so"
+        when = f"seen at {seen}, since resolved" if each.is_over else f"first seen at step {each.first}, still active"
         report.warning(f"{each.label}: {each.advice}", when, each.is_over)
 
 
@@ -217,7 +217,7 @@ def _add_figures(report: Report, monitor: Monitor) -> None:
 
 
 def _add_history(report: Report, run: Run) -> None:
-    """Adds when the run was trained and what changed."""
+    """Adds when the run was started or resumed, and which settings changed."""
     history = run.read_history()
     if not history:
         return

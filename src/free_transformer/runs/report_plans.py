@@ -1,4 +1,4 @@
-"""The parts of a report that show what the plans of a run do, from `plan_examples.json`."""
+"""The sections of a report that show what the plans of a run do, from `plan_examples.json`."""
 
 import re
 import shlex
@@ -8,11 +8,11 @@ from free_transformer.reporting.report import Report
 from free_transformer.runs.lines import JsonObject
 from free_transformer.runs.run import Run
 
-LIVE_ONLY = " Bits that are not live are faint: they change next to nothing."
+LIVE_ONLY = " Bits that are not live are faint: they have almost no effect."
 
 
 def add_plan_examples(report: Report, run: Run) -> None:
-    """Adds one prompt under four plans, plans by source and flipped bits, or which command measures them."""
+    """Adds one prompt under four plans, plans by source and flipped bits, or the command that measures them."""
     examples = run.read_results(run.examples_file)
     if examples is None or not run.is_current(run.examples_file, examples):
         _say_how(report, run, missing=examples is None)
@@ -37,10 +37,10 @@ def _say_how(report: Report, run: Run, missing: bool) -> None:
 def _add_texts(report: Report, examples: JsonObject) -> None:
     prompt, texts = examples["prompt"], examples["texts"]
     report.heading("One prompt under four plans")
-    start = f"All texts begin with “{prompt}”" if prompt else "All texts begin from nothing"
+    start = f"All texts begin with “{prompt}”" if prompt else "All texts start from an empty prompt"
     report.paragraph(
         f"{start} and are sampled with the same random numbers (temperature {examples['temperature']:g}), so they "
-        f"differ by their plans alone.{LIVE_ONLY}"
+        f"differ only in their plans.{LIVE_ONLY}"
     )
     cards = [PlanCard(each["plan"], _note(each["share"]), each["text"]) for each in texts]
     report.add(PlanCards(cards, prompt, examples["live"]))
@@ -53,12 +53,14 @@ def _note(share: float | None) -> str:
 def _add_sources(report: Report, sources: JsonObject) -> None:
     report.heading("Plans by source")
     report.paragraph(
-        "Training sees no labels. If the plan carries the source, the rows have their shares in different columns."
+        "The labels are not used in training. If the plan encodes the source, each row has its largest shares in "
+        "different columns."
     )
     rows = list(zip(sources["labels"], sources["shares"], strict=True))
     caption = (
-        f"Share of the texts of each source that have each plan, most likely plans of {min(sources['texts'])} to "
-        f"{max(sources['texts'])} held-out texts per source. Bits that are not live are shown as ·."
+        f"Share of the texts of each source that have each plan. These are the most likely plans of "
+        f"{min(sources['texts'])} to {max(sources['texts'])} held-out texts per source. Bits that are not live are "
+        "shown as ·."
     )
     report.add(Heatmap(sources["plans"], rows, caption))
 
@@ -76,8 +78,8 @@ def _add_bits(report: Report, examples: JsonObject) -> None:
         flips.append(Flip(_flipped(base["plan"], each["bit"]), each["bit"], effect, share, same, changed))
     report.heading("What each bit changes")
     report.paragraph(
-        "How much the prediction of a token changes if one bit of a text's plan is flipped, and the first text above "
-        "with that bit flipped. Colored text is new: the random numbers are the same."
+        "For each bit: how much flipping it changes the prediction of a token, and the first text above generated with "
+        "this bit flipped and the same random numbers. Colored text differs from the first text."
     )
     live = examples["live"]
     known = [each for each in flips if each.bit in live] or flips
@@ -88,7 +90,7 @@ def _add_bits(report: Report, examples: JsonObject) -> None:
 
 
 def _flipped(plan: str, bit: int) -> str:
-    """A plan as text with a bit flipped, in each of several plans."""
+    """Flips a bit in a plan given as text; with several plans, in each of them."""
 
     def flip(match: "re.Match[str]") -> str:
         code = match[0]
@@ -98,7 +100,7 @@ def _flipped(plan: str, bit: int) -> str:
 
 
 def split_at_change(before: str, after: str) -> tuple[str, str]:
-    """`after` up to the first word that differs from `before`, and the rest, which is empty for equal texts."""
+    """Splits `after` at the first word that differs from `before`. The second part is empty for equal texts."""
     if before == after:
         return after, ""
     length = next(

@@ -11,7 +11,7 @@ from free_transformer.runs.run import Run
 
 
 def stored_likelihood(values: JsonObject) -> Likelihood | None:
-    """The likelihood in `metrics.json`, without its documents; None if another program wrote the file."""
+    """Returns the likelihood in `metrics.json`, without values per document; None if another program wrote it."""
     if not values.keys() >= {"nll", "tokens", "documents", "method", "num_samples", "standard_errors"}:
         return None
     found = {field.name: values[field.name] for field in fields(Likelihood) if field.name in values}
@@ -23,7 +23,7 @@ def stored_likelihood(values: JsonObject) -> Likelihood | None:
 
 
 def num_parameters(run: Run) -> int | None:
-    """Of the model of a run, or as counted when training started; None if neither is known."""
+    """Counts the parameters of a run's model, or returns their number at the start of training; None if unknown."""
     if run.has_ended:
         return count_parameters(run.model_folder)
     history = run.read_history()

@@ -35,25 +35,25 @@ from free_transformer.runs.model_card import write_model_card
 from free_transformer.runtime.arrays import check_vocabulary
 from free_transformer.settings import Settings, SettingsError, load_settings
 
-RESULTS = {"nll", "transfer", "agreement", "texts"}  # keys that tell files of results from those of other programs
+RESULTS = {"nll", "transfer", "agreement", "texts"}  # keys that distinguish our results from files of other programs
 
 
 def titles_of(runs: Sequence["Run"]) -> list[str]:
-    """The names of the folders, or their paths if names are not unique."""
+    """Returns the names of the runs' folders, or their paths if the names are not unique."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 class Run:
     """
-    A folder with `config.yaml` as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`, `model/`, results
-    (`metrics.json`, `comparison.json`, `control.json`, `plan_examples.json`) and `report.html`. `Run.open` opens an
-    existing run; `Run(path)` also names a folder to train in.
+    The folder of a run. `Run.open` opens an existing run; `Run(path)` may also be a new folder to train in.
 
-    A `config.yaml` that a person wrote or edited is not replaced: the settings as used are then in `config.used.yaml`.
+    It contains `config.yaml` with the settings as used, `metrics.jsonl`, `history.jsonl`, `checkpoints/step-N/`,
+    `model/`, results (`metrics.json`, `comparison.json`, `control.json`, `plan_examples.json`) and `report.html`.
+    A `config.yaml` that the user wrote or edited is not replaced: the settings as used are then in `config.used.yaml`.
 
     Raises:
-        SettingsError: by `settings`, `load_model` and others, if the folder is not a run or has no model yet.
+        SettingsError: from `settings`, `load_model` and others, if the folder is not a run or has no model yet.
     """
 
     def __init__(self, path: str | Path):
@@ -67,7 +67,7 @@ class Run:
         self.report_file = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.model_folder = self.path / "model"
-        self.adapter_folder = self.path / "adapter"  # of a run with training.lora_rank; model/ has it merged
+        self.adapter_folder = self.path / "adapter"  # only with training.lora_rank; model/ has the adapters merged
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def config_file(self) -> Path:
-        """The settings as used."""
+        """The file with the settings as used."""
         return self._used_config if self._used_config.exists() else self.path / "config.yaml"
 
     @cached_property
@@ -103,7 +103,7 @@ class Run:
         Claims the folder for this process while it trains.
 
         Raises:
-            SettingsError: if another process trains in it, or if it holds a model or other files that no run wrote.
+            SettingsError: if another process trains in it, or if it contains a model or other files that no run wrote.
         """
         written = [
             *(self.metrics_file, self.history_file, self.evaluation_file, self.comparison_file, self.control_file),
@@ -132,20 +132,22 @@ class Run:
     @property
     def model(self) -> JsonObject:
         """
-        What `model/` is: its `id`, new with every training; the `step` of its weights; and the step that training
-        reached, `trained`, which is later if the best weights were kept. Empty if unknown.
+        Description of `model/`; empty if unknown.
+
+        `id` is new for every training. `step` is the step of the weights. `trained` is the last step of the training,
+        which is later than `step` if the best weights were kept.
         """
         return read_marker(self.path).get("model") or {}
 
     def load_model(self) -> PreTrainedModel:
-        """The trained model, in eval mode."""
+        """Loads the trained model, in eval mode."""
         return load_pretrained(self._trained_model())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(self._trained_model()))
 
     def load_with_tokenizer(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The trained model, in eval mode, and its tokenizer. `InputError` for token ids outside its vocabulary."""
+        """Loads the model, in eval mode, and its tokenizer. `InputError` if token ids exceed its vocabulary."""
         model, tokenizer = self.load_model(), self.load_tokenizer()
         check_vocabulary(tokenizer, model.config.vocab_size, self.path)
         return model, tokenizer
@@ -153,20 +155,20 @@ class Run:
     def _trained_model(self) -> Path:
         _ = self.settings  # raises if the folder is not a run
         if not self.model_folder.is_dir():
-            raise SettingsError(f"{self.path}: the run has no model yet; train it to its end first")
+            raise SettingsError(f"{self.path}: the run has no model yet; finish training first")
         return self.model_folder
 
     def held_out_rows(self, tokenizer: PreTrainedTokenizerBase, sources: list[str] | None = None) -> Rows:
-        """Rows of the text of `sources`, default the run's held-out text, as long as those of its training."""
+        """Reads rows from `sources`, default the run's held-out text, with the row length of its training."""
         data = self.settings.data
         sources = sources or data.validation
         if not sources:
-            raise SettingsError(f"{self.path}: data.validation names no text; give some with --data")
+            raise SettingsError(f"{self.path}: data.validation is empty; pass held-out text with --data")
         documents = read_documents(sources, data.column, "validation", data.max_bad_rows)
         return build_rows(documents, tokenizer, self.settings.training.seq_len)
 
     def write_config(self, settings: Settings) -> None:
-        """Records the settings as used, with absolute paths, so that commands can run in any folder."""
+        """Writes the settings as used, with absolute paths, so that commands can run in any folder."""
         text = settings.with_absolute_paths().to_yaml()
         marker = read_marker(self.path)
         file = self.config_file
@@ -185,20 +187,18 @@ class Run:
         """
         ours = self.model.get("files", [])
         model = {"id": uuid.uuid4().hex, "step": step, "trained": trained, "files": ours}
-        update_marker(self.path, model=model, ended=False)  # results measured before are of another model
+        update_marker(self.path, model=model, ended=False)  # earlier results belong to another model
         with new_folder(self.model_folder, ours) as folder:
             yield folder
             model["files"] = files_in(folder)
         update_marker(self.path, model=model, ended=True)
 
     def begin_training(self) -> None:
-        """Records that a training is in progress, so that `model/`, if it exists, is not its result."""
+        """Records that training is in progress, so an existing `model/` is not its result."""
         update_marker(self.path, ended=False)
 
     def read_results(self, file: Path) -> JsonObject | None:
-        """
-        The contents of one of the files of results; None if it does not exist or was written by another program.
-        """
+        """Returns the contents of a results file, or None if it does not exist or another program wrote it."""
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -206,25 +206,25 @@ class Run:
         return values if isinstance(values, dict) and values.keys() & RESULTS else None
 
     def current_results(self, file: Path) -> JsonObject | None:
-        """As `read_results`, but None too for results that were measured on an earlier model."""
+        """Same as `read_results`, but also returns None for results that were measured on an earlier model."""
         results = self.read_results(file)
         return results if results is not None and self.is_current(file, results) else None
 
     def is_current(self, file: Path, results: JsonObject) -> bool:
-        """Whether results were measured on the current `model/`, not on an earlier one."""
+        """Whether results were measured on the current `model/`."""
         if results.get("model"):
             return results["model"].get("id") == self.model.get("id")
         if not self.has_ended:
             return False
-        return file.stat().st_mtime >= (self.model_folder / "config.json").stat().st_mtime  # others write no id
+        return file.stat().st_mtime >= (self.model_folder / "config.json").stat().st_mtime  # other programs write no id
 
     def append_history(self, step: int, **values: object) -> None:
-        """Records a training that starts at `step`. Records from that step on left no checkpoint, and are dropped."""
+        """Records a training that starts at `step`. Drops records from that step on, which left no checkpoint."""
         kept = [line for line in self.read_history() if line["step"] < step]
         write_lines(self.history_file, [*kept, {"step": step, **values}])
 
     def read_history(self) -> list[JsonObject]:
-        """One line per start of training: step, time, host, version and changed settings."""
+        """Returns one line per start of training: step, time, host, version and changed settings."""
         return read_lines(self.history_file)
 
     def write_evaluation(
@@ -237,7 +237,7 @@ class Run:
             data: sources of the text, default the run's held-out text.
 
         Returns:
-            the reason if the plan is not used.
+            the reason if the plan is not used, else None.
         """
         values = {name: value for name, value in asdict(likelihood).items() if name != "per_document"}
         warning = usage_warning(likelihood)
@@ -276,11 +276,11 @@ class Run:
         append_line(self.metrics_file, values)
 
     def read_metrics(self) -> list[JsonObject]:
-        """The lines of `metrics.jsonl`. A last line that a crash cut short is left out."""
+        """Returns the lines of `metrics.jsonl`, without an incomplete last line left by a crash."""
         return read_lines(self.metrics_file)
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drops what an interrupted run logged after the checkpoint from which it resumes."""
+        """Drops the metrics that an interrupted run logged after the checkpoint from which it resumes."""
         write_lines(self.metrics_file, [line for line in self.read_metrics() if line["step"] <= step])
 
     @property
@@ -293,7 +293,7 @@ class Run:
 
 
 def check_folder_of_run(path: Path) -> None:
-    """`SettingsError` for a path that is not a folder: for commands that check where to write before they read."""
+    """Raises `SettingsError` if a path is not a folder, for commands that check their output folder first."""
     if not_a_folder(path):
         raise SettingsError(_explain_no_run(path))
 
@@ -302,8 +302,8 @@ def _explain_no_run(path: Path) -> str:
     problem = f"not a run ({not_a_folder(path) or 'it has no config.yaml'})"
     runs = sorted(str(file.parent) for file in path.glob("*/config.yaml"))
     if runs:
-        return f"{path}: {problem}; it contains {few(runs)}: name one of them"
-    return f"{path}: {problem}; name a folder that `free-transformer train` has created, its run_dir"
+        return f"{path}: {problem}; it contains {few(runs)}: choose one of them"
+    return f"{path}: {problem}; give a folder created by `free-transformer train`"
 
 
 def _digest(content: bytes) -> str:

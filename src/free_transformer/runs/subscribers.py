@@ -1,4 +1,4 @@
-"""What a monitor publishes while a run trains, and the protocol of those that receive it."""
+"""Data that a monitor publishes while a run trains, and the interface of its subscribers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ Level = Literal["info", "warning"]
 @dataclass(frozen=True)
 class RunStart:
     """
-    What is trained.
+    Description of a run when it starts.
 
     Attributes:
-        name: of the run's folder.
-        step: of the checkpoint that is resumed; 0 for a new run.
-        max_steps, log_every: in optimizer steps.
+        name: name of the run's folder.
+        step: step of the checkpoint that is resumed; 0 for a new run.
+        max_steps, log_every: as in the settings, in optimizer steps.
         parameters: number of parameters of the model.
         data: size of the training text; empty if it is streamed.
-        optimizers: groups of parameters, with the optimizer of each.
-        notes: on the processes that share the work.
+        optimizers: descriptions of the parameter groups and their optimizers.
+        notes: notes on the processes that share the work.
         changes: settings that differ from those of the checkpoint.
-        warnings: of the settings and of the data.
+        warnings: warnings about settings and data.
     """
 
     name: str
@@ -44,13 +44,13 @@ class RunStart:
 @dataclass(frozen=True)
 class MetricsUpdate:
     """
-    A line of `metrics.jsonl`, and the alarms after it.
+    A line of `metrics.jsonl` and the current alarms.
 
     Attributes:
         line: `step`, `split`, and the values.
-        alarms: advice by label, of all current alarms.
-        new_alarms: those that the line before did not raise.
-        cleared: labels of alarms that this line has ended.
+        alarms: advice of all current alarms, by label.
+        new_alarms: alarms that the previous line did not raise.
+        cleared: labels of alarms that this line cleared.
         gap: prior gap of the last validation, in nats per token.
     """
 
@@ -75,25 +75,25 @@ class MetricsUpdate:
 
 
 class Subscriber:
-    """Receives what a monitor publishes, in the main process. Classes that inherit it implement what they need."""
+    """Receives what a monitor publishes, in the main process. Subclasses override the methods they need."""
 
     def start(self, start: RunStart) -> None:
-        """The first step is about to run."""
+        """Called before the first step."""
 
     def stage(self, stage: Stage, count: int) -> None:
-        """A stage begins, one of `count`."""
+        """Called when one of `count` stages begins."""
 
     def metrics(self, update: MetricsUpdate) -> None:
-        """A line of metrics is complete."""
+        """Called for each line of metrics."""
 
     def message(self, text: str, level: Level = "info") -> None:
-        """Something that a person should know."""
+        """Called with a message for the user."""
 
     def sample(self, step: int, text: str) -> None:
-        """The model has generated a text."""
+        """Called with each text that the model generates as a sample."""
 
     def close(self) -> None:
-        """No more steps follow, because the run has ended or failed."""
+        """Called after the last step, whether the run has ended or failed."""
 
 
 class MetricsFile(Subscriber):

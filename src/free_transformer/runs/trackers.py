@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard, Weights & Biases and trackio receive the lines of `metrics.jsonl`."""
+"""Trackers, which send the lines of `metrics.jsonl` to TensorBoard, Weights & Biases and trackio."""
 
 import contextlib
 import importlib.util
@@ -14,7 +14,7 @@ from free_transformer.settings import Settings, SettingsError
 
 
 class Tracker(Subscriber):
-    """Base class of trackers, which log numbers, and text such as advice, by name and step."""
+    """Base class of trackers, which log numbers and text by name and step."""
 
     def metrics(self, update: MetricsUpdate) -> None:
         if values := update.values:
@@ -30,7 +30,7 @@ def _plain(value: MetricValue) -> MetricValue:
 
 def open_trackers(run: Run, settings: Settings, resumed: int | None) -> list[Tracker]:
     """
-    The trackers that `settings.logging` selects. TensorBoard is left out if it is not installed.
+    Opens the trackers that `settings.logging` selects. Skips TensorBoard if it is not installed.
 
     Args:
         resumed: step of the checkpoint that was loaded, None for a new run.
@@ -51,13 +51,13 @@ def check_trackers(settings: Settings) -> None:
     for name in ("wandb", "trackio"):
         if getattr(settings.logging, name) and importlib.util.find_spec(name) is None:
             raise SettingsError(
-                f"logging.{name}=true: {name} is not installed; pip install 'free-transformer-lm[{name}]', or "
+                f"logging.{name}=true: {name} is not installed; pip install 'free-transformer-lm[{name}]', or set "
                 f"logging.{name}=false"
             )
 
 
 class TensorBoard(Tracker):
-    """Purges the steps after `resumed` that an interrupted training logged, so that no step is shown twice."""
+    """Logs to TensorBoard. Purges steps after `resumed`, so that no step of an interrupted training is shown twice."""
 
     def __init__(self, run: Run, resumed: int | None):
         from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +76,7 @@ class TensorBoard(Tracker):
 
 
 class WandB(Tracker):
-    """Reads its own settings from the environment, such as WANDB_MODE=offline, and writes to RUN/wandb/."""
+    """Logs to Weights & Biases, which reads environment variables such as WANDB_MODE and writes to RUN/wandb/."""
 
     def __init__(self, run: Run, settings: Settings, resumed: int | None):
         import wandb
@@ -102,12 +102,12 @@ class WandB(Tracker):
 
 
 class Trackio(Tracker):
-    """Keeps the numbers on this machine. `trackio show` displays them."""
+    """Logs to trackio, which keeps the numbers on this machine. `trackio show` displays them."""
 
     def __init__(self, run: Run, settings: Settings, resumed: int | None):
         import trackio
 
-        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command
+        with contextlib.redirect_stdout(sys.stderr):  # keep standard output for the command's own output
             self.run = trackio.init(
                 project=settings.logging.project,
                 name=run.path.name,

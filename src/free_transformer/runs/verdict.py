@@ -1,7 +1,7 @@
 """
-The verdict on a run in words: is the plan used, by how many bits, what does it cost, and what to do next.
+The verdict on a run: whether the plan is used, how many bits it uses, its cost, and what to do next.
 
-It is made from the files of the run's folder. Reports and the ends of `train`, `evaluate` and `compare` show it.
+It is based on the files in the run's folder. Reports, `train`, `evaluate` and `compare` show it.
 """
 
 import shlex
@@ -24,10 +24,10 @@ NOTHING_LOGGED = "No step has been logged yet."
 class Verdict:
     """
     Attributes:
-        sentences: one to three.
+        sentences: one to three sentences.
         next_step: one sentence, None if there is nothing to do.
-        command: that carries out the next step, None if there is none.
-        tone: `problem` if the plan is not used, `open` if that is not known yet.
+        command: command for the next step, None if there is none.
+        tone: `good` if the plan is used, `problem` if not, `open` if that is not known yet.
     """
 
     sentences: tuple[str, ...]
@@ -37,13 +37,13 @@ class Verdict:
 
     @property
     def lines(self) -> list[str]:
-        """For a terminal: the sentences, then the next step with its command."""
+        """Lines for a terminal: the sentences, then the next step with its command."""
         follow = [] if self.next_step is None else [f"Next: {self.next_step}{f' {self.command}' * bool(self.command)}"]
         return [" ".join(self.sentences), *follow]
 
 
 def verdict_of(run: Run) -> Verdict:
-    """The verdict on a run, from its metrics and from the results that were measured on its current model."""
+    """Returns the verdict on a run, based on its metrics and the results measured on its current model."""
     monitor = Monitor(run.settings, run.read_metrics())
     evaluation = run.current_results(run.evaluation_file) if run.has_ended else None
     if run.settings.model.kind == "baseline":
@@ -57,24 +57,24 @@ def verdict_of(run: Run) -> Verdict:
 
 
 def cost_interval(comparison: JsonObject) -> tuple[float, float | None]:
-    """Difference of the NLL to the baseline's and half of its 95 % interval, in nats per token; None for one text."""
+    """Returns NLL minus baseline NLL and half its 95 % interval (None for a single text), in nats per token."""
     error = comparison.get("standard_error")
     return comparison["difference"], None if error is None else INTERVAL * error
 
 
 def cost_sentence(comparison: JsonObject) -> str:
-    """The cost against the baseline, with its interval and what it means."""
+    """Describes the cost compared to the baseline, with its interval and meaning."""
     cost, margin = cost_interval(comparison)
     if margin is None:
         return f"Cost against the baseline: {cost:+.4f} nats per token, on a single text."
-    meaning = "no difference is shown"
+    meaning = "no significant difference"
     if abs(cost) > margin:
         meaning = "the plan costs likelihood" if cost > 0 else "the likelihood is better than the baseline's"
     return f"Cost against the baseline: {cost:+.4f} ± {margin:.4f} nats per token (95 % interval): {meaning}."
 
 
 def _usage(evaluation: JsonObject) -> tuple[bool, str]:
-    """Whether the plan is used, and how, from `metrics.json`."""
+    """Returns whether the plan is used, and a sentence about it, from `metrics.json`."""
     if evaluation.get("warning"):
         return False, _sentence(evaluation["warning"])
     usage = evaluation.get("usage") or {}
@@ -92,7 +92,7 @@ def _usage(evaluation: JsonObject) -> tuple[bool, str]:
 
 
 def _usage_in_training(monitor: Monitor, ended: bool) -> tuple[bool | None, str]:
-    """Whether the plan is used, None if that is not known yet, and how, from the lines of training."""
+    """Returns whether the plan is used (None if unknown) and a sentence about it, from the metrics of training."""
     history, step = monitor.history, monitor.step
     live = history.last("live_bits")
     if live is None:
@@ -106,7 +106,7 @@ def _usage_in_training(monitor: Monitor, ended: bool) -> tuple[bool | None, str]
     if history.is_early(step):
         if live == 0:
             return None, f"No bit is used yet: {history.early_reason}."
-        return None, f"{_sentence(shown)[:-1]} at step {step}. The plan is watched from step {history.early_steps} on."
+        return None, f"{_sentence(shown)[:-1]} at step {step}. The plan is checked from step {history.early_steps} on."
     gap = history.validation.get("gap")
     if history.collapse.get("collapsed") is False and gap is not None:
         so_far = "" if ended else " so far"
@@ -114,7 +114,7 @@ def _usage_in_training(monitor: Monitor, ended: bool) -> tuple[bool | None, str]
             f"The plan is used{so_far}: {shown}, and a text's own plan saves {gap:.4f} nats per token against a random "
             f"one (validation at step {history.validation['step']})."
         )
-    return None, f"{_sentence(shown)[:-1]} at step {step}. Whether the decoder reads them is not measured yet."
+    return None, f"{_sentence(shown)[:-1]} at step {step}. It is not yet known whether the decoder uses the plan."
 
 
 def _next_step(
@@ -128,7 +128,7 @@ def _next_step(
     if evaluation is None:
         if not run.settings.data.validation:
             return "measure the likelihood on held-out text:", f"free-transformer evaluate {folder} --data HELD_OUT"
-        return "measure the likelihood and what the plans do:", f"free-transformer evaluate {folder}"
+        return "measure the likelihood and the effect of plans:", f"free-transformer evaluate {folder}"
     if comparison is None:
         return "measure what the plan costs:", f"free-transformer compare {folder} BASELINE_RUN"
     cost, margin = cost_interval(comparison)
@@ -141,12 +141,12 @@ def _next_step(
 
 
 def _remedy(run: Run) -> str:
-    """What to do if the plan is not used."""
+    """Returns what to do if the plan is not used."""
     remedies = ", ".join(plan_remedies(run.settings))
     if not remedies:
         return f"train {'longer' if run.has_ended else 'on'}, or check the training text; {NO_REMEDY_LEFT}."
     again = f"train again with other settings: {remedies}."
-    return again if run.has_ended else f"if this stays so at the next validation, stop and {again}"
+    return again if run.has_ended else f"if the next validation shows the same, stop and {again}"
 
 
 def _next_in_training(run: Run, monitor: Monitor) -> tuple[str | None, str | None]:
@@ -176,6 +176,6 @@ def _live(live: int, bits: int) -> str:
 
 
 def _sentence(text: object) -> str:
-    """A text with a capital letter at its beginning and a period at its end."""
+    """Capitalizes a text and ends it with a period."""
     text = str(text)
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."

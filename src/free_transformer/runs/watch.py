@@ -25,7 +25,7 @@ PANELS = {
     "kl": ("train", "KL, bits per plan"),
     "grad_norm": ("train", "gradient norm"),
 }
-# Lines per panel, number of panels, and whether each figure has a single line: from the most detailed on.
+# Lines per panel, number of panels, and whether each figure takes a single line; the most detailed layout first.
 FULL = (12, 4, False)
 LAYOUTS = [FULL, *((height, 4, brief) for brief in (False, True) for height in (10, 8, 7))]
 LAYOUTS += [(12, 2, True), (9, 2, True), (7, 2, True), (7, 1, True), (0, 0, True)]
@@ -34,14 +34,14 @@ NARROWEST = 40  # columns
 
 def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None:
     """
-    Updates the terminal until all runs have ended, or until Ctrl-C, which does not affect them.
+    Updates the terminal until all runs have ended, or until Ctrl-C, which does not stop the runs.
 
     Args:
         every: seconds between updates.
         once: print the current state and return.
 
     Raises:
-        SettingsError: for a folder that is not a run, or without plotext.
+        SettingsError: for a folder that is not a run, or if plotext is not installed.
     """
     runs = [Run.open(path) for path in paths]
     console = stdout_console()
@@ -59,7 +59,7 @@ def watch(paths: Sequence[Path], every: float = 2.0, once: bool = False) -> None
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What to draw of a run, in any layout; `curves` by the keys of `PANELS`."""
+    """The data of a run to draw in any layout; `curves` has the keys of `PANELS`."""
 
     name: str
     state: str
@@ -80,7 +80,7 @@ def _snapshots(runs: Sequence[Run]) -> list[_Snapshot]:
 
 
 def _fitting(runs: Sequence[Run], console: Console) -> RenderableType:
-    """The most detailed picture that fits the terminal."""
+    """Draws the most detailed picture that fits the terminal."""
     snapshots = _snapshots(runs)
     for layout in LAYOUTS:
         picture = _picture(snapshots, console.width, *layout)
@@ -102,12 +102,12 @@ def _picture(snapshots: Sequence[_Snapshot], width: int, height: int, panels: in
 
 
 def _settled(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Without the first tenth of a longer curve, whose steep fall would flatten the rest."""
+    """Drops the first tenth of a curve, whose steep fall would flatten the rest."""
     return points[len(points) // 10 :]
 
 
 def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[int, int]) -> Text | None:
-    """None if no run has such values."""
+    """Draws a panel, or returns None if no run has these values."""
     try:
         from plotext import figure
     except ImportError as error:
@@ -126,7 +126,7 @@ def _panel(title: str, curves: dict[str, list[tuple[int, float]]], size: tuple[i
 
 
 def _figures(snapshot: _Snapshot, brief: bool) -> RenderableType:
-    """The figures of a run as a table. `brief`: one line per figure, with the advice of alarms below."""
+    """Formats the figures of a run as a table. `brief`: one line per figure, with the advice of alarms below."""
     table = Table(
         title=f"{snapshot.name}: {snapshot.state}", title_justify="left", expand=True, box=None, show_header=False
     )

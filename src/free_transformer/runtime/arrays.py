@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from free_transformer.errors import InputError
 from free_transformer.model.sampling import MIN_TEMPERATURE, Sampling, check_token_ids
 
-NO_TOKEN = -1  # what `sample_tokens` returns for a row whose logits are NaN or infinite
+NO_TOKEN = -1  # result of `sample_tokens` for a row whose logits are NaN or infinite
 
 
 class HasVocabulary(Protocol):
@@ -23,25 +23,25 @@ def as_tokens(input_ids: ArrayLike, attention_mask: ArrayLike | None, vocab_size
     Checks tokens, (B, T), and their mask, default all ones, and returns both as int64.
 
     Raises:
-        ValueError: for another shape, token ids outside the vocabulary, and mask values besides 0 and 1.
+        ValueError: for another shape, token ids outside the vocabulary, and mask values other than 0 and 1.
     """
     try:
         tokens = np.asarray(input_ids)
     except ValueError as error:
-        raise InputError("tokens: rows of different lengths; pad them and give attention_mask") from error
+        raise InputError("tokens: rows have different lengths; pad them and pass attention_mask") from error
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"tokens of shape {tokens.shape}, {tokens.dtype}: (B, T) integers are needed, at least one")
+        raise InputError(f"tokens of shape {tokens.shape}, {tokens.dtype}: expected (B, T) integers, at least one")
     mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != tokens.shape:
         raise InputError(f"attention_mask of shape {mask.shape} for tokens of shape {tokens.shape}")
     if not np.isin(mask, (0, 1)).all():
-        raise InputError("attention_mask: 1 for tokens and 0 for padding; this one holds other values")
+        raise InputError("attention_mask: holds values other than 1 (tokens) and 0 (padding)")
     check_token_ids(int(tokens.min()), int(tokens.max()), vocab_size)
     return tokens.astype(np.int64), mask.astype(np.int64)
 
 
 def check_vocabulary(tokenizer: HasVocabulary, vocab_size: int, source: object) -> None:
-    """`ValueError` where a tokenizer has token ids that the model does not."""
+    """Raises `ValueError` if a tokenizer has token ids outside the model's vocabulary."""
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocab_size:
         raise InputError(
@@ -51,7 +51,7 @@ def check_vocabulary(tokenizer: HasVocabulary, vocab_size: int, source: object) 
 
 
 def move_padding_left(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same texts, both (B, T), with the padding after a text moved in front of it."""
+    """Moves the padding after each text in front of it; both arrays are (B, T)."""
     if mask[:, -1].all():
         return tokens, mask
     rank = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -61,8 +61,8 @@ def move_padding_left(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray,
 
 
 def repeat_last_row(values: np.ndarray, rows: int) -> np.ndarray:
-    """`values`, followed by copies of its last row up to a total of `rows` rows."""
-    if len(values) == rows:  # at every step of most exports
+    """Appends copies of the last row up to a total of `rows` rows."""
+    if len(values) == rows:  # the usual case
         return values
     return np.pad(values, ((0, rows - len(values)), *[(0, 0)] * (values.ndim - 1)), "edge")
 
@@ -74,10 +74,10 @@ def sample_tokens(
     Samples one token per row of logits, (B, V), with the settings of that row, each (B,); see `sampling.Sampling`.
 
     Args:
-        uniform: random numbers in [0, 1), (B,). The tokens are a function of them.
+        uniform: random numbers in [0, 1), (B,), which determine the tokens.
 
     Returns:
-        (B,) token ids, `NO_TOKEN` where a row's logits are NaN or infinite.
+        (B,) token ids, `NO_TOKEN` for rows whose logits are NaN or infinite.
     """
     chosen = logits.argmax(-1)
     finite = np.isfinite(logits).all(-1)
@@ -85,7 +85,7 @@ def sample_tokens(
     truncated = sampled & ((top_k > 0) | (top_p < 1))
     if (rows := sampled & ~truncated).any():
         chosen[rows] = _pick(_weights(logits[rows], temperature[rows]), uniform[rows])
-    if truncated.any():  # separately: the token that a number picks depends on the order of the tokens
+    if truncated.any():  # separately, since the order of the tokens affects which token is picked
         weights = _weights(logits[truncated], temperature[truncated])
         order = np.argsort(-weights, axis=-1, kind="stable")
         weights = np.take_along_axis(weights, order, -1)
@@ -100,18 +100,18 @@ def sample_tokens(
 
 
 def sample_rows(logits: np.ndarray, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-    """`sample_tokens` with one `Sampling` per row."""
+    """Calls `sample_tokens` with one `Sampling` per row."""
     temperature, top_k, top_p = np.array([(each.temperature, each.top_k, each.top_p) for each in sampling]).T
     return sample_tokens(logits, temperature, top_k, top_p, uniform).tolist()
 
 
 def _weights(logits: np.ndarray, temperature: np.ndarray) -> np.ndarray:
-    """Unnormalized probabilities, (B, V); that of the most likely token is 1."""
+    """Returns unnormalized probabilities, (B, V); the most likely token has 1."""
     differences = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return np.exp(differences / temperature[:, None])
 
 
 def _pick(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """The index at which the cumulative weights reach each random number's share of the total, (B,)."""
+    """Returns the index at which the cumulative weights reach each random number's share of the total, (B,)."""
     cumulative = weights.cumsum(-1)
     return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)

@@ -1,4 +1,4 @@
-"""The state of texts while an ONNX export generates them."""
+"""State of texts during generation with an ONNX export."""
 
 from typing import TYPE_CHECKING
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 class OnnxDecoder:
     """
-    Plans, the cache, and the mask of its columns. Texts whose context is full are read again, see `model.context`.
+    Holds the plans, the cache, and its mask. Texts whose context is full are read again; see `model.context`.
 
     Args:
-        mask: (B, T) of the prompts.
+        mask: (B, T), mask of the prompts.
         plan: (B, P, H) bool.
-        longest: the number of tokens that will be read of a text.
-        limit: number of tokens that a context holds at most, None for any number.
+        longest: maximum number of tokens that will be read of a text.
+        limit: maximum number of tokens in a context, None for no limit.
 
     Attributes:
-        changes: plans that replace this one, (B, 1, H), by the number of new tokens before them.
+        changes: later plans, (B, 1, H), keyed by the number of new tokens after which they apply.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class OnnxDecoder:
         self.changes: dict[int, np.ndarray] = {}
         self.past: list[OrtValue] | None = None
         self._steps = 0
-        self._dropped = np.zeros(self.batch, dtype=np.int64)  # tokens before the context of each text
-        self._lengths = mask.sum(1)  # tokens in the contexts
-        self._tokens = mask[:, :0]  # of the contexts, (B, columns), with padding on the left
+        self._dropped = np.zeros(self.batch, dtype=np.int64)  # number of tokens before the context of each text
+        self._lengths = mask.sum(1)  # number of tokens in each context
+        self._tokens = mask[:, :0]  # tokens of the contexts, (B, columns), padded on the left
 
     def read(self, tokens: np.ndarray) -> np.ndarray:
-        """Reads the next tokens, (B, T). Returns the logits of the token after them, (B, V)."""
+        """Reads the next tokens, (B, T), and returns the logits of the following token, (B, V)."""
         is_prompt, changed = self.past is None, self.changes.pop(self._steps, None)
         self._steps += 1
         if is_prompt:
@@ -62,7 +62,7 @@ class OnnxDecoder:
         return self._run(tokens)
 
     def _drop(self, keep: int, above: int) -> None:
-        """Drops the cache, and of contexts with more than `above` tokens all but the last `keep`."""
+        """Drops the cache, and shortens contexts of more than `above` tokens to the last `keep`."""
         for row in np.flatnonzero(self._lengths > above):
             dropped = tokens_to_drop(int(self._lengths[row]), keep, self.model.plan_span)
             self._dropped[row] += dropped
@@ -93,7 +93,7 @@ class OnnxDecoder:
         return logits.numpy()[: self.batch, -1]
 
     def _plan_of_context(self, batch: int) -> np.ndarray:
-        """The plans of the contexts, (B, P, H), in a static export as many as it takes."""
+        """Returns the plans of the contexts, (B, P, H), with a fixed number of plans for a static export."""
         model, plan = self.model, self.plan
         if model.plan_span != "sequence":
             wanted = model.num_plans(self.longest if model.static is None else model.static[1])
@@ -106,10 +106,10 @@ def context_of_prompt(
     tokens: np.ndarray, mask: np.ndarray, limit: int | None, plan_span: int | str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    What the model sees of prompts: their ends, where they are longer than the context.
+    Returns the part of prompts that the model sees, which is their end if they exceed the context.
 
     Returns:
-        tokens and mask, both (B, T), and the number of tokens before them, (B,).
+        tokens and mask, both (B, T), and the number of dropped tokens before them, (B,).
     """
     lengths = mask.sum(1)
     dropped = np.zeros_like(lengths)
@@ -123,11 +123,12 @@ def context_of_prompt(
 
 def plans_of_ends(read: np.ndarray, sampled: np.ndarray, first: np.ndarray) -> np.ndarray:
     """
-    The plans of prompts of which the encoder has read the ends only.
+    Combines plans of prompts of which the encoder has read only the ends.
 
     Args:
-        read: (B, R, H), those of the ends; sampled: (B, P, H), for the tokens before.
-        first: (B,), where each end begins.
+        read: (B, R, H), plans of the ends.
+        sampled: (B, P, H), plans for the earlier tokens.
+        first: (B,), index of the first plan of each end.
     """
     plans = np.concatenate([sampled, read], 1)
     for row, start in enumerate(first):
@@ -136,6 +137,6 @@ def plans_of_ends(read: np.ndarray, sampled: np.ndarray, first: np.ndarray) -> n
 
 
 def _without_holes(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask with all padding on the left."""
+    """Moves all padding to the left."""
     order = mask.argsort(1, kind="stable")
     return np.take_along_axis(tokens, order, 1), np.take_along_axis(mask, order, 1)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
-DECODERS, STATIC_DECODERS = ("decode",), ("prefill", "decode")  # the graphs that generation always needs
+DECODERS, STATIC_DECODERS = ("decode",), ("prefill", "decode")  # graphs that generation always needs
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -80,19 +80,21 @@ class GenerationOptions(TypedDict, total=False):
 
 class OnnxFreeTransformer:
     """
-    A Free Transformer in an ONNX export. Graphs are read into memory when they are first needed; later changes of the
-    files do not change the results.
+    A Free Transformer in an ONNX export.
+
+    Graphs are read into memory when they are first needed. Later changes to the files have no effect.
 
     Args:
-        folder: created by `free-transformer export --to onnx`.
-        providers: of onnxruntime. The first that supports an operation runs it, as in `["CUDAExecutionProvider",
-            "CPUExecutionProvider"]`. A provider with options is a pair of name and dictionary. Default: the CPU.
-        threads: used by one operation, default all cores.
+        folder: folder created by `free-transformer export --to onnx`.
+        providers: onnxruntime providers, such as `["CUDAExecutionProvider", "CPUExecutionProvider"]`. The first one
+            that supports an operation runs it. A provider with options is a pair of name and dictionary. Default: the
+            CPU.
+        threads: number of threads per operation, default all cores.
 
     Raises:
         ValueError: for a folder that is not an export or lacks a file, or a provider that this onnxruntime does not
             have.
-        ImportError: without onnxruntime.
+        ImportError: if onnxruntime is not installed.
     """
 
     def __init__(
@@ -105,12 +107,12 @@ class OnnxFreeTransformer:
         self.folder, self.config = self._files.path, self._files.settings
         self.latent_dim, self.plan_span = self.config["latent_dim"], self.config["plan_span"]
         self.static, self.window = self._files.summary["static"], self.config.get("sliding_window")
-        for graph in self._decoders:  # `encode` is only needed where plans are read
+        for graph in self._decoders:  # `encode` is needed only to infer plans
             self._files.graph_file(graph)
         self._sessions = GraphSessions(self._files, providers, threads)
 
     def infer_plan(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> np.ndarray:
-        """The posterior's logits, (B, P, H), for texts of (B, T) tokens; `> 0` is the most likely plan."""
+        """Returns the posterior's logits, (B, P, H), for texts of (B, T) tokens; `> 0` is the most likely plan."""
         tokens, mask = as_tokens(input_ids, attention_mask, self.config["vocab_size"])
         batch, length = tokens.shape
         tokens, mask = self.fit(tokens, mask, length)
@@ -125,31 +127,31 @@ class OnnxFreeTransformer:
         prior: str = "uniform",
         method: str = "independent",
     ) -> np.ndarray:
-        """Plans, (B, P, H) bool, as `FreeTransformer.sample_plan`."""
+        """Samples plans, (B, P, H) bool, like `FreeTransformer.sample_plan`."""
         check_choice("method", method, PLANS)
         sample = sample_prior if method == "independent" else partial(sample_stratified_prior, num_samples=batch_size)
         return sample((batch_size, num_plans), self.latent_dim, self.prior(prior), rng or np.random.default_rng())
 
     def prior(self, name: str) -> np.ndarray | None:
-        """Log-probabilities of a prior as `plan_source.sample_prior` takes them. `ValueError` where there is none."""
+        """Returns the log-probabilities of a prior for `plan_source.sample_prior`. Raises `ValueError` if missing."""
         check_choice("prior", name, PRIORS)
         if name == "uniform":
             return None
         if self._log_aggregate is None:
-            raise InputError("prior='aggregate': the exported model had gathered none")
+            raise InputError("prior='aggregate': the exported model has no aggregate prior; use 'uniform'")
         return self._log_aggregate
 
     def generate(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **options: "Unpack[GenerationOptions]"
     ) -> np.ndarray:
         """
-        Prompts and the tokens generated after them, (B, T + N), `num_return_sequences` rows for each prompt. A text
-        that has ended is followed by padding.
+        Returns the prompts followed by the generated tokens, (B, T + N), with `num_return_sequences` rows per prompt.
+        A text that has ended is followed by padding.
 
         Args:
             input_ids: (B, T) tokens.
             attention_mask: (B, T), 0 on padding, which may be on either side.
-            options: of `stream`.
+            options: options of `stream`.
         """
         tokens, mask = as_tokens(input_ids, attention_mask, self.config["vocab_size"])
         new = list(self.stream(tokens, mask, **options))
@@ -176,25 +178,26 @@ class OnnxFreeTransformer:
         seed: int | None = None,
     ) -> Iterator[np.ndarray]:
         """
-        As `generate`, one new token of each text at a time, (B,).
+        Generates like `generate`, and yields one new token of each text at a time, (B,).
 
         Args:
-            plan: (P, H) or (B, P, H) bits, text such as `"0110"`, or a name, as `FreeTransformer.generate` takes them.
-                Missing plans come from the prompt and, for new text, from the prior.
-            plan_changes: plans that replace this one, by the number of new tokens before them, as in `{2000: "1001"}`.
-            prompt_plan: where plans of the prompt come from, `"posterior"` (the encoder) or `"prior"`.
+            plan: (P, H) or (B, P, H) bits, text such as `"0110"`, or a name, as in `FreeTransformer.generate`. Missing
+                plans come from the prompt and, for new text, from the prior.
+            plan_changes: later plans, keyed by the number of new tokens after which they apply: `{2000: "1001"}`.
+            prompt_plan: source of the prompt's plans, `"posterior"` (the encoder) or `"prior"`.
+            prior: `"uniform"` or `"aggregate"`.
             plans: `"independent"` or `"stratified"`, as in `FreeTransformer.generate`.
-            num_return_sequences: texts of each prompt, at least 1.
-            max_new_tokens: at least 1. A text longer than the model was trained for is read again, see
-                `model.context`.
-            do_sample: samples tokens; otherwise the most likely token is taken.
+            num_return_sequences: number of texts per prompt, at least 1.
+            max_new_tokens: maximum number of new tokens, at least 1. A text that exceeds the trained length is read
+                again; see `model.context`.
+            do_sample: sample tokens; otherwise choose the most likely token.
             temperature, top_k, top_p: see `sampling.Sampling`.
-            eos_token_id: ends a text, default the model's; `()` for none.
-            seed: of plans and tokens, an integer from -2**63 to 2**64 - 1.
+            eos_token_id: tokens that end a text, default the model's; `()` for none.
+            seed: seed of plans and tokens, an integer from -2**63 to 2**64 - 1.
 
         Raises:
             ValueError: for options or token ids out of range, and more texts than a static export holds.
-            RuntimeError: where the model's logits are NaN or infinite.
+            RuntimeError: if the model's logits are NaN or infinite.
         """
         check_choice("prompt_plan", prompt_plan, PROMPT_PLANS)
         check_choice("plans", plans, PLANS)
@@ -202,7 +205,7 @@ class OnnxFreeTransformer:
         check_max_new_tokens(max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
         tokens, mask = move_padding_left(*as_tokens(input_ids, attention_mask, self.config["vocab_size"]))
-        # Plans and tokens have separate random streams: a longer text then begins like a shorter one of the same seed.
+        # Plans and tokens have separate random streams, so the start of a text does not depend on its length.
         seeds = np.random.SeedSequence(None if seed is None else check_seed(seed)).spawn(2)
         plan_rng, token_rng = (np.random.default_rng(each) for each in seeds)
         longest = tokens.shape[1] + max_new_tokens - 1  # the last token is never read
@@ -223,9 +226,9 @@ class OnnxFreeTransformer:
 
     @property
     def context_limit(self) -> int | None:
-        """The number of tokens of a text that the model sees at most; None for any number. See `model.context`."""
+        """Maximum number of tokens of a text that the model sees; None for no limit. See `model.context`."""
         trained = self.config["max_position_embeddings"]
-        if self.static is not None:  # whose cache does not slide
+        if self.static is not None:  # its cache has no sliding window
             return context_limit(min(trained, self.static[1]), self.plan_span)
         return context_limit(trained, self.plan_span, self.config.get("sliding_window"))
 
@@ -238,7 +241,7 @@ class OnnxFreeTransformer:
         ends: list[int],
         rng: np.random.Generator,
     ) -> Iterator[np.ndarray]:
-        """Samples new tokens, (B,) each, until all texts have ended."""
+        """Yields new tokens, (B,) each, until all texts have ended."""
         padding = [*self._files.special_tokens("pad_token_id"), *ends][:1]
         ended = np.zeros(len(tokens), dtype=bool)
         settings = (sampling.temperature, sampling.top_k, sampling.top_p)
@@ -257,24 +260,24 @@ class OnnxFreeTransformer:
             tokens = chosen[:, None]
 
     def write(self, prompt: str = "", num_samples: int = 1, **options: "Unpack[GenerationOptions]") -> list[str]:
-        """Generates texts that begin with `prompt`; options of `stream`. Needs the package `tokenizers`."""
+        """Generates texts that begin with `prompt`, with options of `stream`. Needs the package `tokenizers`."""
         options["num_return_sequences"] = num_samples
         sequences = self.generate([self._encode(prompt)], **options)
         return self.tokenizer.decode_batch(sequences.tolist(), skip_special_tokens=True)
 
     def plan_of_text(self, text: str) -> np.ndarray:
-        """The most likely plans of a text, (P, H) bool, read from as many tokens as the model was built for."""
+        """Returns the most likely plans of a text, (P, H) bool. Ignores tokens beyond the model's maximum length."""
         length = self.config["max_position_embeddings"] if self.static is None else self.static[1]
         return self.infer_plan([self._encode(text)[:length]])[0] > 0
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer that was exported with the model. `ValueError` where there is none."""
+        """The tokenizer exported with the model. Raises `ValueError` if there is none."""
         from tokenizers import Tokenizer
 
         file = self.folder / "tokenizer.json"
         if not file.is_file():
-            raise InputError(f"{self.folder}: no tokenizer was exported; use generate with tokens")
+            raise InputError(f"{self.folder}: no tokenizer was exported; call generate with tokens")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # `tokenizers` raises plain exceptions
@@ -288,25 +291,25 @@ class OnnxFreeTransformer:
         return self._sessions.run(graph, inputs, past)
 
     def read_in_pieces(self, input_ids: np.ndarray, attention_mask: np.ndarray, plan: np.ndarray) -> np.ndarray:
-        """Logits of the last three tokens, (B, 3, V): the last two are read one by one, the others at once."""
+        """Returns the logits of the last three tokens, (B, 3, V). Reads the last two one by one, the others at once."""
         longest = input_ids.shape[1]
         decoder = OnnxDecoder(self, attention_mask[:, : longest - 2], plan, longest)
         pieces = [input_ids[:, : longest - 2], input_ids[:, -2:-1], input_ids[:, -1:]]
         return np.stack([decoder.read(piece) for piece in pieces], axis=1)
 
     def no_past(self, batch: int) -> "list[OrtValue]":
-        """Keys and values of zero tokens."""
+        """Returns an empty cache."""
         return self._sessions.empty_past(batch)
 
     def ort_values(self, arrays: Sequence[np.ndarray]) -> "list[OrtValue]":
-        """Keys and values as `run` takes them."""
+        """Converts keys and values for `run`."""
         return ort_values(arrays)
 
     def within_window(self, past: "list[OrtValue]") -> "list[OrtValue]":
         """
-        Keys and values without those that no further token attends to, by the model's sliding window.
+        Drops keys and values outside the model's sliding window, to which no further token attends.
 
-        Removing them copies the others, so it happens each time that the window has been filled once more.
+        This copies the remaining ones, so it is done only once per window length.
         """
         if self.static is not None or self.window is None or past[0].shape()[2] < 2 * self.window:
             return past
@@ -314,7 +317,7 @@ class OnnxFreeTransformer:
         return self.ort_values([each.numpy()[:, :, surplus:] for each in past])
 
     def load(self) -> None:
-        """Loads all graphs that generation may need. `ValueError` where one cannot be loaded."""
+        """Loads all graphs that generation may need. Raises `ValueError` if one cannot be loaded."""
         for graph in ("encode", *self._decoders):
             self._sessions.session(graph)
 
@@ -333,7 +336,7 @@ class OnnxFreeTransformer:
         rng: np.random.Generator,
         texts: int = 1,
     ) -> np.ndarray:
-        """Plans, (B, P, H), of texts of `longest` tokens after these prompts, stratified over each `texts` rows."""
+        """Completes plans, (B, P, H), for texts of `longest` tokens, stratified over each `texts` consecutive rows."""
         (batch, length), wanted = tokens.shape, self.num_plans(longest)
         given = self._given_plan(plan, batch)
         if given.shape[1] >= wanted:
@@ -343,7 +346,7 @@ class OnnxFreeTransformer:
         read = np.zeros((batch, 0, self.latent_dim), dtype=bool)
         tokens, mask, dropped = context_of_prompt(tokens, mask, self.context_limit, self.plan_span)
         if prompt_plan == "posterior" and given.shape[1] < self.num_plans(length):
-            # generated for prompts without text too, so that plans do not depend on which prompts are read
+            # also generated for empty prompts, so that plans do not depend on which prompts are read
             uniform = rng.random((batch, self.num_plans(tokens.shape[1]), self.latent_dim))
             if num_read.any() and texts == 1:
                 read = sample_posterior(self.infer_plan(tokens, mask), uniform)
@@ -358,20 +361,20 @@ class OnnxFreeTransformer:
         return given_plan(plan, batch, self.latent_dim, self.plan_span, self.config.get("plan_names"))
 
     def num_plans(self, num_tokens: int) -> int:
-        """The number of plans that cover a text of `num_tokens` tokens."""
+        """Returns the number of plans of a text with `num_tokens` tokens."""
         return num_plans(self.plan_span, num_tokens)
 
     def fit(self, tokens: np.ndarray, mask: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        Tokens and mask, padded to the fixed sizes of a static export. `ValueError` where texts of `longest` tokens do
-        not fit them.
+        Pads tokens and mask to the fixed sizes of a static export. Raises `ValueError` if texts of `longest` tokens do
+        not fit.
         """
         if self.static is None:
             return tokens, mask
         batch, length = self.static
         if len(tokens) > batch or longest > length:
             raise InputError(
-                f"{len(tokens)} texts of {longest} tokens: this export was made for {batch} of {length} (--static)"
+                f"{len(tokens)} texts of {longest} tokens: this export supports {batch} of {length} (--static)"
             )
         padding = ((0, 0), (length - tokens.shape[1], 0))
         return repeat_last_row(np.pad(tokens, padding), batch), repeat_last_row(np.pad(mask, padding), batch)
@@ -381,21 +384,21 @@ class OnnxFreeTransformer:
         return self._files.load_prior()
 
     def _encode(self, text: str) -> list[int]:
-        """Token ids of a text, the begin-of-text token first."""
-        utf8(text)  # `tokenizers` raises a TypeError about its own types
+        """Returns the token ids of a text, beginning with the begin-of-text token."""
+        utf8(text)  # otherwise `tokenizers` raises an unhelpful TypeError
         return [self.begin_token, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     @property
     def begin_token(self) -> int:
-        """The begin-of-text token, or where the model has none the end-of-text token, as in training."""
+        """The begin-of-text token, or the end-of-text token if the model has none, as in training."""
         tokens = self._begin_tokens()
         if not tokens:
-            raise InputError(f"{self.folder}: the model has no token that begins a text; use generate with tokens")
+            raise InputError(f"{self.folder}: the model has no begin-of-text token; call generate with tokens")
         return tokens[0]
 
     def _begin_tokens(self) -> list[int]:
         return [*self._files.special_tokens("bos_token_id"), *self.ends()]
 
     def ends(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
-        """The tokens that end a text: those given, default the model's."""
+        """Returns the given tokens that end a text, or the model's by default."""
         return self._files.special_tokens("eos_token_id") if eos_token_id is None else token_list(eos_token_id)

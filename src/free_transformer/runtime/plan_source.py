@@ -1,9 +1,9 @@
 """
-Where the plans of a text come from, in NumPy: given by the caller, read from the prompt by the encoder, or sampled from
-the prior.
+Sources of a text's plans, in NumPy: given by the caller, inferred from the prompt by the encoder, or sampled from the
+prior.
 
-An empty prompt (no token besides the begin-of-text token) has nothing to read, so its plan comes from the prior.
-`model.plan_source` is the same rule for torch.
+An empty prompt (only the begin-of-text token) always uses the prior. `model.plan_source` implements the same rule in
+torch.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ Count = TypeVar("Count", int, np.ndarray)
 @dataclass(frozen=True)
 class PlanSource:
     """
-    The candidates for the plans of B texts. A text takes the given plans first, then those read from its prompt, and
-    sampled ones after that.
+    Candidates for the plans of B texts. A text uses the given plans first, then plans inferred from its prompt, then
+    sampled plans.
 
     Attributes:
         given: (B, G, H) bool, the first plans of each text, chosen by the caller.
         read: (B, R, H) bool, the first plans of each text, sampled from the posterior of its prompt.
-        num_read: (B,) number of plans in `read` that each text may take; see `num_plans_to_read`.
+        num_read: (B,) number of plans in `read` that each text may use; see `num_plans_to_read`.
         sampled: (B, S, H) bool, the last plans of each text, sampled from the prior.
     """
 
@@ -47,7 +47,7 @@ class PlanSource:
             (B, num_plans, H) bool.
 
         Raises:
-            ValueError: where a text has no candidate for one of its plans.
+            ValueError: if a text has no candidate for one of its plans.
         """
         batch, num_given, latent_dim = self.given.shape
         first_sampled = num_plans - self.sampled.shape[1]
@@ -67,7 +67,7 @@ class PlanSource:
 
 
 def num_plans(plan_span: int | str, num_tokens: Count) -> Count:
-    """The number of plans that cover a text of `num_tokens` tokens, an integer or an array."""
+    """Returns the number of plans of a text with `num_tokens` tokens, an integer or an array."""
     if plan_span == "sequence":
         return 0 * num_tokens + 1
     return -(-num_tokens // int(plan_span))
@@ -77,8 +77,8 @@ def num_plans_to_read(
     tokens: np.ndarray, mask: np.ndarray, prompt_plan: str, plan_span: int | str, begin_token: int | None
 ) -> np.ndarray:
     """
-    The number of plans that the encoder reads from each prompt, (B,): 0 with `prompt_plan="prior"`, and for a prompt
-    that holds only the begin-of-text token.
+    Returns the number of plans that the encoder infers from each prompt, (B,): 0 with `prompt_plan="prior"`, and for a
+    prompt that contains only the begin-of-text token.
 
     Args:
         tokens: (B, T).
@@ -93,7 +93,7 @@ def given_plan(
     plan: ArrayLike | None, batch: int, latent_dim: int, plan_span: int | str, names: Mapping[str, str] | None = None
 ) -> np.ndarray:
     """
-    Checks the plan that a caller gives.
+    Checks a plan given by the caller.
 
     Args:
         plan: (P, H) or (B, P, H), bool or 0/1, text such as `"0110"`, or one of `names`; None for no plan.
@@ -102,7 +102,7 @@ def given_plan(
         (B, P, H) bool, with P = 0 for no plan.
 
     Raises:
-        ValueError: for another shape, other values than bits, or several plans where one covers the whole text.
+        ValueError: for another shape, values other than bits, or several plans if one covers the whole text.
     """
     if plan is None:
         return np.zeros((batch, 0, latent_dim), dtype=bool)
@@ -112,16 +112,16 @@ def given_plan(
         try:
             bits = np.asarray(plan)
         except ValueError as error:
-            raise InputError("plan: texts with different numbers of plans; give the same number for each") from error
+            raise InputError("plan: texts have different numbers of plans; all need the same number") from error
     if bits.ndim == 2:
         bits = np.broadcast_to(bits, (batch, *bits.shape))
     if bits.ndim != 3 or bits.shape[0] != batch or bits.shape[2] != latent_dim or bits.shape[1] == 0:
         raise InputError(
-            f"plan of shape {bits.shape}: (P, {latent_dim}) or ({batch}, P, {latent_dim}) is needed, P plans of "
+            f"plan of shape {bits.shape}: expected (P, {latent_dim}) or ({batch}, P, {latent_dim}), P plans of "
             f"{latent_dim} bits for {batch} texts"
         )
     if not np.isin(bits, (0, 1)).all():
-        raise InputError("a plan is made of bits, bool or 0/1; this one holds other values")
+        raise InputError("the plan holds values other than bits (bool or 0/1)")
     check_plan_count(bits.shape[1], plan_span)
     return bits.astype(bool)
 
@@ -137,7 +137,7 @@ def sample_posterior(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     Returns:
         (..., H) bool.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # a bit whose probability rounds to 0
+    with np.errstate(over="ignore", invalid="ignore"):  # for a bit whose probability rounds to 0
         return uniform * (1 + np.exp(-logits.astype(np.float64))) < 1
 
 
@@ -151,7 +151,7 @@ def sample_stratified_posterior(logits: np.ndarray, num_samples: int, rng: np.ra
         logits: (B, P, H) of the encoder.
 
     Returns:
-        (B * k, P, H) bool, those of one prompt after the other.
+        (B * k, P, H) bool; the k plans of a prompt are consecutive.
     """
     if num_samples == 1:
         return sample_posterior(logits, rng.random(logits.shape))
@@ -174,10 +174,10 @@ def sample_stratified_prior(
     num_samples: int,
 ) -> np.ndarray:
     """
-    As `sample_prior`, stratified over each k consecutive texts (see `model.stratified`), or independent with k = 1.
+    Same as `sample_prior`, but stratified over each k consecutive texts (see `model.stratified`).
 
     Args:
-        shape: B, a multiple of k, and P, the number of plans per text. With a greater P, the first plans stay the same.
+        shape: B, a multiple of k, and P, the number of plans per text. With a larger P, the first plans stay the same.
         num_samples: k.
 
     Returns:

@@ -23,14 +23,14 @@ SpecialToken = int | list[int] | None
 
 
 class OptionalSettings(TypedDict, total=False):
-    """What `config.json` may have."""
+    """Optional settings in `config.json`."""
 
     sliding_window: int | None
     plan_names: dict[str, str] | None
 
 
 class ModelSettings(OptionalSettings):
-    """What generation needs of `config.json`."""
+    """Settings in `config.json` that generation needs."""
 
     latent_dim: int
     plan_span: int | str
@@ -41,28 +41,27 @@ class ModelSettings(OptionalSettings):
 
 
 class ExportSummary(TypedDict):
-    """What generation needs of `export.json`: the fixed numbers of texts and tokens, or None."""
+    """The value in `export.json` that generation needs: the fixed numbers of texts and tokens, or None."""
 
     static: tuple[int, int] | None
 
 
 class ExportFolder:
     """
-    The settings in the folder of an export.
+    Reads the settings in the folder of an export.
 
     Args:
-        folder: created by `free-transformer export --to onnx`.
+        folder: folder created by `free-transformer export --to onnx`.
 
     Raises:
-        ValueError: where the folder is not an export, and where a file is missing or incomplete.
+        ValueError: if the folder is not an export, or a file is missing or incomplete.
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
         if not (self.path / EXPORT_FILE).is_file():
             raise InputError(
-                f"{folder}: not an export (it has no {EXPORT_FILE}); name a folder that `free-transformer export` has "
-                "created"
+                f"{folder}: not an export (it has no {EXPORT_FILE}); give a folder created by `free-transformer export`"
             )
         summary = self._read_json(EXPORT_FILE, "static")
         config = self._read_json("config.json", *NEEDED_SETTINGS)
@@ -75,23 +74,23 @@ class ExportFolder:
         self._special = {name: cast(SpecialToken, generation.get(name, config.get(name))) for name in SPECIAL_TOKENS}
 
     def special_tokens(self, name: str) -> list[int]:
-        """The token ids of `bos_token_id`, `eos_token_id` or `pad_token_id`; several, or none, may be set."""
+        """Returns the token ids of `bos_token_id`, `eos_token_id` or `pad_token_id`, of which any number may be set."""
         return token_list(self._special[name])
 
     def load_prior(self) -> np.ndarray | None:
-        """Log-probabilities of the aggregate prior, None for a model without one."""
+        """Returns the log-probabilities of the aggregate prior, None for a model without one."""
         file = self.path / PRIOR_FILE
         return np.load(file, allow_pickle=False) if file.is_file() else None
 
     def graph_file(self, graph: str) -> Path:
-        """The file of a graph. `ValueError` where it is missing."""
+        """Returns the file of a graph. Raises `ValueError` if it is missing."""
         file = self.path / f"{graph}.onnx"
         if not file.is_file():
-            raise InputError(f"{file}: missing; copy it too, or export the model again")
+            raise InputError(f"{file}: file is missing; copy it too, or export the model again")
         return file
 
     def _read_json(self, name: str, *needed: str) -> dict[str, object]:
-        """A JSON object in a file of the export. `ValueError` where it lacks one of the needed keys."""
+        """Reads a JSON object from a file of the export. Raises `ValueError` if it lacks one of the needed keys."""
         file = self.path / name
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -101,22 +100,23 @@ class ExportFolder:
         if missing:
             raise InputError(f"{file}: {', '.join(missing)} is missing; export the model again")
         if not isinstance(values, dict):
-            raise InputError(f"{file}: a JSON object is expected; export the model again")
+            raise InputError(f"{file}: expected a JSON object; export the model again")
         return values
 
 
 class GraphSessions:
     """
-    Sessions of onnxruntime, one per graph. A graph is read into memory when it is first used: later changes of its file
-    have no effect.
+    onnxruntime sessions, one per graph.
+
+    A graph is read into memory when it is first used. Later changes to its file have no effect.
 
     Args:
-        providers: of onnxruntime. The first that supports an operation runs it.
-        threads: used by one operation, default all cores.
+        providers: onnxruntime providers. The first one that supports an operation runs it.
+        threads: number of threads per operation, default all cores.
 
     Raises:
         ValueError: for a provider that this onnxruntime does not have.
-        ImportError: where onnxruntime is not installed.
+        ImportError: if onnxruntime is not installed.
     """
 
     def __init__(self, folder: ExportFolder, providers: Sequence[Provider], threads: int | None):
@@ -129,14 +129,14 @@ class GraphSessions:
         Runs a graph.
 
         Args:
-            inputs: by name, without the cache.
+            inputs: inputs by name, without the cache.
             past: keys and values, which the graph returns after its first output.
 
         Returns:
             the outputs. The cache stays on the provider's device.
 
         Raises:
-            ValueError: where the graph cannot be loaded. RuntimeError: where it cannot be run.
+            ValueError: if the graph cannot be loaded. RuntimeError: if it cannot be run.
         """
         session = self.session(graph)
         device = "cuda" if _provider_name(self.providers[0]) in CUDA_PROVIDERS else "cpu"
@@ -156,14 +156,14 @@ class GraphSessions:
         return binding.get_outputs()
 
     def empty_past(self, batch: int) -> "list[OrtValue]":
-        """Keys and values of zero tokens, for `decode`."""
+        """Returns an empty cache for `decode`."""
         names = _past_names(self.session("decode").get_inputs())
         settings = self.folder.settings
         shape = (batch, settings["num_key_value_heads"], 0, settings["head_dim"])
         return ort_values([np.zeros(shape, np.float32) for _ in names])
 
     def session(self, graph: str) -> "InferenceSession":
-        """The session of a graph, loaded on first use. `ValueError` where it cannot be loaded."""
+        """Returns the session of a graph, loaded on first use. Raises `ValueError` if it cannot be loaded."""
         if graph not in self._sessions:
             self._sessions[graph] = self._load(self.folder.graph_file(graph))
         return self._sessions[graph]
@@ -172,12 +172,12 @@ class GraphSessions:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # fatal: errors are raised
+        options.log_severity_level = 4  # fatal only, since errors are raised
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         weights = file.with_name(f"{file.name}.data")
         try:
-            if weights.is_file():  # onnxruntime would map this file, and follow its changes
+            if weights.is_file():  # otherwise onnxruntime maps this file, so later changes would have an effect
                 data = weights.read_bytes()
                 options.add_external_initializers_from_files_in_memory([weights.name], [data], [len(data)])
             return onnxruntime.InferenceSession(file.read_bytes(), options, providers=self.providers)
@@ -186,14 +186,14 @@ class GraphSessions:
 
 
 def ort_values(arrays: Sequence[np.ndarray]) -> "list[OrtValue]":
-    """Keys and values as `GraphSessions.run` takes them."""
+    """Converts keys and values for `GraphSessions.run`."""
     from onnxruntime import OrtValue
 
     return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each)) for each in arrays]
 
 
 def token_list(tokens: int | Sequence[int] | None) -> list[int]:
-    """One token id, several or none, as a list."""
+    """Returns one, several or no token ids as a list."""
     if tokens is None:
         return []
     return [tokens] if isinstance(tokens, int) else list(tokens)
@@ -206,7 +206,7 @@ def _checked_providers(providers: Sequence[Provider]) -> list[Provider]:
         raise MissingDependency("an exported model needs onnxruntime: pip install onnxruntime") from error
     available = onnxruntime.get_available_providers()
     if not providers:
-        raise InputError(f"providers=[]: name at least one provider of {', '.join(available)}")
+        raise InputError(f"providers=[]: give at least one provider of {', '.join(available)}")
     for provider in providers:
         if _provider_name(provider) not in available:
             raise InputError(f"provider {_provider_name(provider)!r}: this onnxruntime has {', '.join(available)}")

@@ -1,4 +1,4 @@
-"""Access to the server and its limits: host names, the token, connections, headers and bodies."""
+"""Access control and limits of the server: host names, token, connections, headers and bodies."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ Refuse = Callable[[RequestError], ASGIApp]  # builds the response
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address that the server listens on."""
+    """Whether an address that the server listens on can be reached only from this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -29,13 +29,13 @@ def is_loopback(host: str) -> bool:
 
 
 def local_hosts(host: str) -> tuple[str, ...]:
-    """The host names of a server on a loopback address."""
+    """Returns the host names of a server on a loopback address."""
     return (*LOCAL_NAMES, f"[{host}]" if ":" in host else host)
 
 
 class HostGuard:
     """
-    Rejects requests to another host name than the server's own. Otherwise a web page whose name resolves to this
+    Rejects requests to host names other than the server's own. Otherwise a web page whose name resolves to this
     machine (DNS rebinding) could read the responses.
 
     Args:
@@ -51,8 +51,8 @@ class HostGuard:
             shown = Headers(scope=scope).get("host", "")
             name = shown[: shown.find("]") + 1] if shown.startswith("[") else shown.split(":")[0]
             if name.lower().rstrip(".") not in self.hosts:
-                message = f"host {shown[:80]!r}: this server is {', '.join(sorted(self.hosts))}; --allowed-host"
-                response = self.refuse(RequestError(403, f"{message} adds a name"))
+                message = f"host {shown[:80]!r}: this server is {', '.join(sorted(self.hosts))}"
+                response = self.refuse(RequestError(403, f"{message}; add a name with --allowed-host"))
                 return await _respond_at_once(response, scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -78,7 +78,7 @@ class TokenGuard:
 
 
 async def _respond_at_once(response: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Responds without using the body. It is read all the same: many clients wait until they have sent all of it."""
+    """Responds without using the body, but reads it, because many clients wait until they have sent all of it."""
 
     async def read() -> None:
         size, more = 0, True
@@ -92,16 +92,16 @@ async def _respond_at_once(response: ASGIApp, scope: Scope, receive: Receive, se
 
 
 def max_body(max_length: int) -> int:
-    """Bytes of a body, for texts of `max_length` tokens: about 20 long prompts, which take less than 50 ms to read."""
+    """Returns the maximum size of a body in bytes: about 20 prompts of `max_length` tokens, read in less than 50 ms."""
     return 2**18 + 16 * max_length
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """
-    Reads the body of a request. At most `limit` bytes of it are kept.
+    Reads the body of a request and keeps at most `limit` bytes.
 
     Raises:
-        RequestError: for a longer body, one that does not arrive in time, and one whose Content-Type is not JSON.
+        RequestError: for a body that is longer, does not arrive in time, or has a Content-Type other than JSON.
     """
     body, size = bytearray(), 0
 
@@ -111,7 +111,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             size += len(part)
             if size <= limit:
                 body.extend(part)
-            elif size > MAX_DISCARDED:  # less is read to its end, as by `_respond_at_once`
+            elif size > MAX_DISCARDED:  # shorter bodies are read completely, as in `_respond_at_once`
                 return
 
     try:
@@ -121,25 +121,25 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise RequestError(408, message, headers={"Connection": "close"}) from error
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        # web pages may send other types, but not JSON, to another host without its consent
+        # without CORS, web pages can send other types, but not JSON, to another host
         raise RequestError(415, f"Content-Type {kind[:80] or 'missing'}: send application/json")
     if size > limit:
-        message = f"a body of more than {limit} bytes, the most that this server reads; send fewer or shorter prompts"
+        message = f"the body exceeds {limit} bytes, the maximum of this server; send fewer or shorter prompts"
         raise RequestError(413, message, headers={"Connection": "close"} if size > MAX_DISCARDED else None)
     return bytes(body)
 
 
 def connection_class(max_connections: int) -> type[H11Protocol]:
     """
-    uvicorn's connection class with two more limits: the number of connections, and the time until the headers of a
-    request have arrived. It is based on h11, which limits the size of headers; httptools does not.
+    Returns uvicorn's connection class with two more limits: the number of connections, and the time for the headers of
+    a request to arrive. It is based on h11, which limits the size of headers; httptools does not.
     """
 
     class Connection(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            transport = cast(asyncio.Transport, transport)  # uvloop's class is not derived from it
+            transport = cast(asyncio.Transport, transport)  # uvloop's class is not a subclass
             super().connection_made(transport)
             if len(self.connections) > max_connections:
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
@@ -154,7 +154,7 @@ def connection_class(max_connections: int) -> type[H11Protocol]:
         def handle_events(self) -> None:
             super().handle_events()
             in_progress = self.cycle is not None and not self.cycle.response_complete
-            if in_progress or self.timeout_keep_alive_task is not None:  # that task closes it when it stays idle
+            if in_progress or self.timeout_keep_alive_task is not None:  # that task closes an idle connection
                 self._unset_timer()
             else:
                 self._set_timer()

@@ -1,4 +1,4 @@
-"""HTTP: OpenAI's completions and chat completions with plans, health, metrics."""
+"""The HTTP application: OpenAI's completions and chat completions with plans, health, and metrics."""
 
 import asyncio
 import contextlib
@@ -40,11 +40,11 @@ from free_transformer.serving.schema import ChatRequest, CompletionRequest, Gene
 from free_transformer.serving.stream import ResponseStream
 
 RETRY_SECONDS = 1
-CONTEXTS = 64  # of `max_length` tokens, in the longest response
+CONTEXTS = 64  # maximum length of a response, in contexts of `max_length` tokens
 BACKLOG = 1024  # connections that may wait to be accepted
 GRACE_SECONDS = 20.0
 KEEP_ALIVE_SECONDS = 5
-MAX_CONNECTIONS = 900  # below the 1,024 open files that most systems allow
+MAX_CONNECTIONS = 900  # below the usual limit of 1,024 open files
 ROUTES = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /ready, GET /metrics"
 READ = ["GET", "HEAD"]
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -72,17 +72,19 @@ def create_app(
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """
-    Creates the server's ASGI application. Its engine has computed its first tokens when this function returns, and runs
-    until the application shuts down.
+    Creates the server's ASGI application.
+
+    When this function returns, its engine has generated its first tokens. The engine runs until the application shuts
+    down.
 
     Args:
-        build: creates the batch, as in `lambda: TorchBatch(model, tokenizer)`; called at once, see `Engine`.
-        name: of the model, which requests may name.
-        max_prompt: tokens of a prompt, default one less than the batch's `max_length`.
-        max_tokens: tokens generated for a prompt. Default: 64 times `max_length`, or the same where the model's texts
-            are not read again.
-        max_waiting: number of texts that may wait for a row. A request with more gets status 429.
-        token: required of requests, as `Authorization: Bearer TOKEN`; None for no token.
+        build: creates the batch, for example `lambda: TorchBatch(model, tokenizer)`; called immediately, see `Engine`.
+        name: name of the model, which requests may give.
+        max_prompt: maximum number of tokens of a prompt. Default: one less than the batch's `max_length`.
+        max_tokens: maximum number of tokens generated for a prompt. Default: 64 times `max_length`, or one less than
+            `max_length` if the model's texts are not read again.
+        max_waiting: maximum number of texts in the queue. Further requests get status 429.
+        token: token that requests must send as `Authorization: Bearer TOKEN`; None for no token.
         allowed_hosts: host names that requests may be sent to, None for any; see `access.local_hosts`.
         cors_origins: origins of web pages that may call the server, `*` for all.
     """
@@ -98,7 +100,7 @@ def create_app(
         title="Free Transformer",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # these pages load scripts from other servers
+        docs_url=None,  # these pages would load scripts from other servers
         redoc_url=None,
     )
     app.state.engine = engine
@@ -113,7 +115,7 @@ def create_app(
     app.add_middleware(HostGuard, hosts=allowed_hosts, refuse=refuse)  # the last one added runs first
     _handle_errors(app, refuse)
     _add_status_routes(app, engine, metrics, name)
-    longest = engine.batch.max_length - 1  # what a prompt leaves a place for one token in
+    longest = engine.batch.max_length - 1  # leaves room for one new token
     longest_text = longest if engine.batch.context_limit is None else CONTEXTS * engine.batch.max_length
     limits = Limits(min(max_prompt or longest, longest), max_tokens or longest_text, engine.max_texts)
     _add_completions(app, _Completions(engine, metrics, name, limits))
@@ -121,7 +123,7 @@ def create_app(
 
 
 class _Completions:
-    """Responds to client requests for completions of either kind."""
+    """Responds to requests for completions and chat completions."""
 
     def __init__(self, engine: Engine, metrics: Metrics, name: str, limits: Limits):
         self.engine, self.metrics, self.name, self.limits = engine, metrics, name, limits
@@ -141,7 +143,10 @@ class _Completions:
             self.metrics.request_seconds.observe(time.monotonic() - started)
 
         if body.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # or proxies would buffer the events
+            headers = {
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }  # prevents proxies from buffering the events
             events = _events(builder, responses, finish)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         status = CLIENT_CLOSED
@@ -163,7 +168,7 @@ class _Completions:
                 raise RequestError(404, f"model {str(body.model)[:80]!r}: this server has {self.name!r}", "model")
             return body, route.prepare(body, batch, self.limits)
 
-        try:  # in a thread: tokenizing a long prompt would block all other responses
+        try:  # in a thread, since tokenizing a long prompt would block all other responses
             return await asyncio.to_thread(prepare)
         except ValueError as error:
             raise RequestError(400, str(error), _field(str(error), route.kind)) from error
@@ -171,7 +176,7 @@ class _Completions:
 
 @dataclass(frozen=True)
 class _Route(Generic[Body]):
-    """One kind of completion: how its body is read, its texts are prepared and its response is built."""
+    """One kind of completion: its body, the preparation of its texts, and its response."""
 
     kind: type[Body]
     prepare: Callable[[Body, Batch, Limits], list[TextRequest]]
@@ -223,7 +228,7 @@ def _add_status_routes(app: FastAPI, engine: Engine, metrics: Metrics, name: str
 async def _events(
     builder: ResponseBuilder, responses: ResponseStream, finish: Callable[[int], None]
 ) -> AsyncIterator[str]:
-    """Server-sent events of a stream."""
+    """Yields the server-sent events of a stream."""
     status = CLIENT_CLOSED
     try:
         async for chunk in responses:
@@ -245,7 +250,7 @@ async def _cancel_on_disconnect(request: Request, responses: ResponseStream) -> 
 
 
 def _handle_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse]) -> None:
-    """Errors in OpenAI's form, one line each."""
+    """Adds handlers that return errors in OpenAI's format, one line each."""
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -274,16 +279,16 @@ def _handle_errors(app: FastAPI, refuse: Callable[[RequestError], JSONResponse])
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> JSONResponse:
-        return refuse(RequestError(500, "internal error of the server; its log has the traceback"))
+        return refuse(RequestError(500, "internal server error; see the server's log for the traceback"))
 
 
 def _body_schema(kind: type[GenerationRequest]) -> dict[str, object]:
-    """The description of a body in `/openapi.json`."""
+    """Returns the description of a body for `/openapi.json`."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 def _field(message: str, kind: type[GenerationRequest]) -> str | None:
-    """The field that a message begins with."""
+    """Returns the field at the beginning of a message, if any."""
     found = re.match(r"\w+", message)
     return found[0] if found and found[0] in kind.model_fields else None
 
@@ -298,7 +303,7 @@ def _error_body(status: int, message: str, param: str | None = None) -> ErrorBod
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket. Clients that connect wait until the server has loaded. Port 0 takes a free one."""
+    """Opens a socket. Clients can connect and wait while the server loads. Port 0 chooses a free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -307,12 +312,12 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
-        raise RunError(f"{host}:{port}: {error.strerror}; choose others with --host and --port") from error
+        raise RunError(f"{host}:{port}: {error.strerror}; choose another address with --host and --port") from error
     return bound
 
 
 class _Server(uvicorn.Server):
-    """At the first signal, texts have a grace period. At the second, they end with the tokens they have."""
+    """On the first signal, texts have a grace period to finish. On the second, they end with the tokens they have."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float):
         super().__init__(config)
@@ -336,9 +341,9 @@ def run(
     Serves until SIGINT or SIGTERM.
 
     Args:
-        grace: seconds that texts in progress then have to end by themselves.
+        grace: seconds for texts in progress to finish after the signal.
         keep_alive: seconds that a connection may be idle between two requests.
-        max_connections: open at a time. Others get status 503.
+        max_connections: maximum number of open connections. Further ones get status 503.
     """
     config = uvicorn.Config(
         app,
@@ -347,12 +352,12 @@ def run(
         log_level="info",
         backlog=BACKLOG,
         timeout_keep_alive=keep_alive,
-        timeout_graceful_shutdown=int(max(grace, BODY_SECONDS)) + 5,  # by then all texts and bodies have ended
+        timeout_graceful_shutdown=int(max(grace, BODY_SECONDS)) + 5,  # all texts and bodies have ended by then
         server_header=False,
         lifespan="on",
     )
     logging.getLogger("free_transformer").addHandler(logging.StreamHandler())
     gc.collect()
-    gc.freeze()  # a request with many small objects would otherwise make the collector scan all that is loaded
-    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is closed
+    gc.freeze()  # otherwise requests with many small objects would trigger scans of all loaded objects
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after shutdown
         _Server(config, app.state.engine, grace).run(sockets=[bound])

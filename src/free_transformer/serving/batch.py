@@ -1,4 +1,4 @@
-"""What the engine needs from a model: a batch whose rows are texts that come and go."""
+"""The interface between engine and model: a batch whose rows are texts, which join and leave at any step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,14 +33,14 @@ from free_transformer.serving.scoring import (
     token_scores,
 )
 
-DEFAULT_MAX_LENGTH = 2048  # tokens of a text
+DEFAULT_MAX_LENGTH = 2048  # tokens per text
 SCORED_VALUES = 2**22  # logits in memory at a time while a prompt is scored
-MARGIN = 16  # tokens by which a prefix of a text may differ from the same prefix of the tokenized whole
+MARGIN = 16  # tokens by which tokenizing a prefix may differ from tokenizing the whole text
 Self = TypeVar("Self")
 
 
 class Logits(Protocol):
-    """(rows, V), an array of NumPy or a tensor of torch."""
+    """(rows, V), a NumPy array or a torch tensor."""
 
     def __len__(self) -> int: ...
 
@@ -53,10 +53,10 @@ L = TypeVar("L", bound=Logits)
 @dataclass(eq=False)
 class StratifiedTexts:
     """
-    The texts of one prompt whose plans are stratified. They are sampled together, when the first text is read.
+    Texts of one prompt with stratified plans. Their plans are sampled together when the first text is read.
 
     Attributes:
-        plans: (count, P, H) bool, of all texts, once they are sampled.
+        plans: (count, P, H) bool, the plans of all texts, once they are sampled.
     """
 
     count: int
@@ -70,23 +70,23 @@ class StratifiedTexts:
 @dataclass(eq=False)
 class TextRequest:
     """
-    One text to generate, checked against the limits of the server.
+    One text to generate, already checked against the server's limits.
 
     Attributes:
-        tokens: of the prompt.
-        max_tokens: number of new tokens at most.
+        tokens: tokens of the prompt.
+        max_tokens: maximum number of new tokens.
         plan: (P, H) bool, the first plans of the text.
-        plan_changes: plans that replace this one, (1, H) bool, by the number of new tokens before them.
-        plan_from: tokens of an example whose plans become the first ones of the text.
-        prompt_plan: where other plans of the prompt come from, `"posterior"` or `"prior"`.
-        prior: what the remaining plans are sampled from, `"uniform"` or `"aggregate"`.
-        together: the texts whose plans are stratified with those of this one; None for an independent plan.
-        index: of this text among them.
+        plan_changes: later plans, (1, H) bool, keyed by the number of new tokens after which they apply.
+        plan_from: tokens of an example whose plans become the first plans of the text.
+        prompt_plan: source of the prompt's other plans, `"posterior"` or `"prior"`.
+        prior: prior of the remaining plans, `"uniform"` or `"aggregate"`.
+        together: the texts whose plans are stratified together with this one; None for an independent plan.
+        index: index of this text in `together`.
         stop: strings that end the text.
-        stream: whether chunks are sent before the text has ended.
+        stream: whether to send chunks before the text has ended.
         logprobs: number of most likely tokens to list with each token's log-probability; None for no scores.
-        score_prompt: whether the prompt's tokens are scored too.
-        num_plans: number of plans from the prior to average these scores over; 0 scores under the text's own plan.
+        score_prompt: whether to score the prompt's tokens too.
+        num_plans: number of plans from the prior over which these scores are averaged; 0 to use the text's own plan.
     """
 
     tokens: list[int]
@@ -108,10 +108,10 @@ class TextRequest:
 
     @property
     def only_scores(self) -> bool:
-        """Whether the prompt's scores are all that is needed: for at most one new token."""
+        """Whether scoring the prompt is sufficient, because at most one new token is needed."""
         return self.max_tokens == 0 or (self.score_prompt and self.max_tokens == 1)
 
-    # Plans and tokens have separate random streams: a longer text then begins like a shorter one with the same seed.
+    # Plans and tokens have separate random streams, so the start of a text does not depend on its length.
     def plan_generator(self) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed).spawn(2)[0])
 
@@ -122,11 +122,11 @@ class TextRequest:
 @dataclass
 class NewRow(Generic[L]):
     """
-    A prompt that has become a row of the batch.
+    A prompt that was added to the batch as a row.
 
     Attributes:
-        plan: (P, H) bool, the plans of the text to its end.
-        logits: (1, V), of the first new token.
+        plan: (P, H) bool, the plans of the whole text.
+        logits: (1, V), logits of the first new token.
     """
 
     plan: np.ndarray
@@ -135,23 +135,24 @@ class NewRow(Generic[L]):
 
 class Batch(ABC, Generic[L]):
     """
-    A model and the texts that it generates at the same time, one per row. An operation on rows either succeeds or
-    leaves the rows unchanged.
+    A model and the texts that it generates at the same time, one per row.
+
+    An operation on rows either succeeds or leaves the rows unchanged.
 
     Args:
-        tokenizer: of the model. Text that looks like a special token is encoded as plain text.
-        begin: the token that a text begins with.
+        tokenizer: tokenizer of the model. Text that looks like a special token is encoded as plain text.
+        begin: the token that begins a text.
         ends: tokens that end a text.
-        max_rows: number of texts at a time.
-        max_length: tokens of a text that the model sees at a time.
-        chat: the tokenizer's chat template, if it has one.
-        sliding_window: of the model's attention, if it has one.
+        max_rows: maximum number of texts at a time.
+        max_length: maximum number of tokens of a text that the model sees at a time.
+        chat: the tokenizer's chat template, if any.
+        sliding_window: sliding window of the model's attention, if any.
         plan_names: plans by name.
 
     Attributes:
-        rows: number of texts that are being generated.
-        contexts: what the model sees of each.
-        context_limit: `max_length`, where longer texts are read again; None where there are no longer texts.
+        rows: number of texts in progress.
+        contexts: context of each text, which holds the tokens that the model sees.
+        context_limit: `max_length` if longer texts are read again, else None.
     """
 
     def __init__(
@@ -190,94 +191,98 @@ class Batch(ABC, Generic[L]):
 
     def encode(self, text: str, limit: int) -> list[int]:
         """
-        Token ids of a text, the begin token first. Of a text with more than `limit` tokens at least the first
-        `limit + 1` are returned, and little more than that is tokenized.
+        Returns the token ids of a text, beginning with the begin token.
+
+        For a text with more than `limit` tokens, it returns at least the first `limit + 1`, and tokenizes only a little
+        more than that.
         """
         return [self.begin, *_tokenize(self.tokenizer, text, limit - 1)]
 
     def encode_chat(self, text: str, limit: int) -> list[int]:
-        """As `encode`, for the output of a chat template, which contains the special tokens."""
+        """Same as `encode`, for the output of a chat template, which already contains special tokens."""
         assert self._chat_tokenizer is not None
         return _tokenize(self._chat_tokenizer, text, limit)
 
     def num_plans(self, num_tokens: int) -> int:
-        """The number of plans that cover a text of `num_tokens` tokens."""
+        """Returns the number of plans of a text with `num_tokens` tokens."""
         return num_plans(self.plan_span, num_tokens)
 
     def warm_up(self) -> None:
-        """Reads a text, generates two tokens and forgets them. Raises what a request would raise."""
+        """Generates two tokens of a text and removes it. Raises the errors that a request would raise."""
         plan = np.zeros((self.num_plans(2), self.latent_dim), dtype=bool)
         finite = [np.isfinite(self.infer_plan([self.begin])).all()]
         for logits in (self.add(TextRequest([self.begin], 2, plan=plan)).logits, self.step([self.begin])):
             finite.append(np.isfinite(np.asarray(logits)).all())
         self.remove(0)
         if not all(finite):
-            raise InputError(f"{NOT_FINITE}: its weights are damaged, or its precision too low")
+            raise InputError(f"{NOT_FINITE}: its weights are damaged, or its precision is too low")
 
     @abstractmethod
     def reset(self) -> None:
-        """Forgets all rows."""
+        """Removes all rows."""
 
     @abstractmethod
     def prior(self, name: str) -> np.ndarray | None:
         """
-        Log-probabilities of a prior as `plan_source.sample_prior` takes them, None for `"uniform"`. `ValueError` for
-        `"aggregate"` where the model has no aggregate prior.
+        Returns the log-probabilities of a prior for `plan_source.sample_prior`, None for `"uniform"`. Raises
+        `ValueError` for `"aggregate"` if the model has no aggregate prior.
         """
 
     @abstractmethod
     def infer_plan(self, tokens: list[int]) -> np.ndarray:
-        """The posterior's logits, (P, H), of the plans of a text."""
+        """Returns the posterior's logits, (P, H), of the plans of a text."""
 
     @abstractmethod
     def add(self, request: TextRequest) -> NewRow[L]:
-        """Reads a prompt into the next row."""
+        """Reads a prompt and adds it as the next row."""
 
     @abstractmethod
     def step(self, tokens: Sequence[int | None]) -> L:
         """
-        Reads the last token of each row. Returns the logits of the next one of each, (rows, V). A row without a token
-        waits to be read again; its logits have no meaning.
+        Reads the last token of each row and returns the logits of the next tokens, (rows, V).
+
+        A row whose token is None waits to be read again; its logits are meaningless.
         """
 
     @abstractmethod
     def read_again(self, row: int) -> int:
-        """Reads the context of a row that is due again. Returns the number of tokens."""
+        """Reads the context of a row again when it is due. Returns the number of tokens read."""
 
     def begin_context(self, request: TextRequest, plan: np.ndarray) -> RowContext:
-        """The context of a prompt."""
+        """Creates the context of a prompt."""
         return RowContext(list(request.tokens), plan, request.plan_changes, self.context_limit, self.plan_span)
 
     def advance(self, tokens: Sequence[int | None]) -> None:
-        """Keeps account of a step."""
+        """Updates the contexts after a step."""
         for row, token in enumerate(tokens):
             if token is not None:
                 self.contexts[row].advance(token)
 
     @abstractmethod
     def sample(self, logits: L, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-        """The next token of each row, as `arrays.sample_tokens`."""
+        """Samples the next token of each row; see `arrays.sample_tokens`."""
 
     @abstractmethod
     def remove(self, row: int) -> None:
-        """Ends a row. The last row takes its place."""
+        """Removes a row. The last row takes its place."""
 
     @abstractmethod
     def prompt_logits(self, tokens: list[int], plans: np.ndarray, columns: int) -> PromptLogits:
         """
-        Logits of a text under several plans, (S, P, H) bool: first those of its first `columns` tokens under each plan
-        in turn, then those of the next ones, and so on.
+        Computes logits of a text under several plans, (S, P, H) bool.
+
+        Parts of `columns` tokens are processed in order, each under all plans in turn.
 
         Yields:
-            the first column, the index of the plan, and (C, V) logits.
+            the first column of the part, the index of the plan, and (C, V) logits.
         """
 
     def complete_plan(self, request: TextRequest, read: Callable[[], np.ndarray] | None = None) -> np.ndarray:
         """
-        The plans of a text up to its last token, (P, H) bool.
+        Returns the plans of a text up to its last token, (P, H) bool.
 
         Args:
-            read: returns the posterior's logits of the prompt, default `infer_plan`. Only called where they are needed.
+            read: returns the posterior's logits of the prompt, default `infer_plan`. Called only if they are needed.
         """
         together = request.together
         if together is None:
@@ -289,7 +294,7 @@ class Batch(ABC, Generic[L]):
     def _sample_plans(
         self, request: TextRequest, texts: int, rng: np.random.Generator, read: Callable[[], np.ndarray] | None
     ) -> np.ndarray:
-        """Plans of several texts of one prompt, (texts, P, H) bool, stratified."""
+        """Samples stratified plans for several texts of one prompt, (texts, P, H) bool."""
         tokens = request.tokens
         given = np.zeros((0, self.latent_dim), dtype=bool) if request.plan is None else request.plan
         if request.plan_from is not None:
@@ -309,8 +314,8 @@ class Batch(ABC, Generic[L]):
 
     def score_plans(self, request: TextRequest) -> tuple[np.ndarray, np.ndarray]:
         """
-        Plans to average the probabilities of a prompt over, (S, P, H) bool, and their log-weights, (S,): `num_plans`
-        sampled from the prior, or all that exist where there are no more than that.
+        Returns the plans over which the probabilities of a prompt are averaged, (S, P, H) bool, and their log-weights,
+        (S,): `num_plans` plans sampled from the prior, or all plans if there are not more.
         """
         log_aggregate, count = self.prior(request.prior), request.num_plans
         if self.plan_span != "sequence" or self.latent_dim > 30 or 2**self.latent_dim > count:
@@ -320,23 +325,23 @@ class Batch(ABC, Generic[L]):
         plans = np.arange(2**self.latent_dim)[:, None] >> np.arange(self.latent_dim) & 1
         if log_aggregate is None:
             log_aggregate = np.zeros(len(plans))
-        elif log_aggregate.ndim == 2:  # of each bit's values
+        elif log_aggregate.ndim == 2:  # one row per value of a bit
             log_aggregate = log_aggregate[plans, np.arange(self.latent_dim)].sum(1)
         return plans[:, None].astype(bool), log_aggregate
 
     def score_token(self, logits: L, row: int, token: int, top: int) -> TokenScore:
-        """The log-probability of a token by a row of logits, before temperature, top_k and top_p."""
+        """Returns the log-probability of a token from a row of logits, before temperature, top_k and top_p."""
         return token_scores(log_softmax(np.asarray(logits[row : row + 1])), [token], top)[0]
 
     def score_prompt(
         self, tokens: list[int], plans: np.ndarray, top: int, log_weights: np.ndarray | None = None
     ) -> Iterator[PromptScores]:
         """
-        Scores of a prompt, averaged over plans; see `scoring.score_prompt`.
+        Scores a prompt, averaged over plans; see `scoring.score_prompt`.
 
         Args:
             plans: (S, P, H) bool; one plan gives the probabilities under that plan.
-            log_weights: (S,), default equal weights, which is right for plans sampled from the prior.
+            log_weights: (S,). Default: equal weights, as needed for plans sampled from the prior.
         """
         columns = max(1, SCORED_VALUES // self.vocab_size)
         weights = np.zeros(len(plans)) if log_weights is None else log_weights
@@ -344,7 +349,7 @@ class Batch(ABC, Generic[L]):
 
 
 def _tokenize(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
-    """Token ids; of a text with more than `limit` tokens those of a prefix, more than `limit` of them."""
+    """Tokenizes a text. If it has more than `limit` tokens, returns a prefix of more than `limit` tokens."""
     size = 4 * limit + MARGIN
     while size < len(text):
         ids = tokenizer.encode(text[:size], add_special_tokens=False).ids
@@ -356,13 +361,16 @@ def _tokenize(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
 
 def checked_length(length: int | None, trained: int | None) -> int:
     """
-    Tokens of a text: `length`, or what the model was built for, at most 2,048. `ValueError` beyond the model's.
+    Returns the maximum number of tokens of a text: `length`, by default the model's, at most 2,048.
 
     Args:
-        trained: as `sampling.trained_length`.
+        trained: result of `sampling.trained_length`.
+
+    Raises:
+        ValueError: if `length` exceeds the model's.
     """
     if length is not None and length < 2:
-        raise InputError(f"max_length={length}: at least 2 tokens")
+        raise InputError(f"max_length={length}: must be at least 2 tokens")
     if length is not None and trained is not None and length > trained:
-        raise InputError(f"max_length={length}: from 2 to {trained} tokens, for which the model was built")
+        raise InputError(f"max_length={length}: must be 2 to {trained} tokens, the length that the model was built for")
     return min(trained or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH) if length is None else length

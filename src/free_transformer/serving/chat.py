@@ -1,4 +1,4 @@
-"""Prompts from chat messages, by the tokenizer's chat template."""
+"""Renders prompts from chat messages with the tokenizer's chat template."""
 
 import datetime
 import json
@@ -17,7 +17,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the part of a conversation that a model is trained on. Rendering outputs its content."""
+    """`{% generation %}` marks the part of a conversation that models are trained on. Rendering outputs its content."""
 
     tags = {"generation"}
 
@@ -28,12 +28,12 @@ class _GenerationBlock(Extension):
 
 class ChatTemplate:
     """
-    A Jinja template, as in `transformers`. It is rendered without that package, which a server of an ONNX export does
-    not need.
+    A Jinja chat template, as in `transformers`, but rendered without that package, so that a server of an ONNX export
+    does not need it.
 
     Args:
-        template: the source.
-        special_tokens: by name, as in `{"bos_token": "<s>"}`.
+        template: source text of the template.
+        special_tokens: special tokens by name, such as `{"bos_token": "<s>"}`.
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, object]):
@@ -51,7 +51,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, template: object, special_tokens: Mapping[str, object]) -> "ChatTemplate | None":
-        """From the setting of a tokenizer: a template, several by name, of which `default` is used, or none."""
+        """Creates a template from a tokenizer's setting: a template, named templates with a `default`, or None."""
         if isinstance(template, list):
             template = {each["name"]: each["template"] for each in template}
         if isinstance(template, dict):
@@ -60,7 +60,7 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate | None":
-        """From the files of a tokenizer in a folder."""
+        """Creates a template from the files of a tokenizer in a folder, if it has one."""
         settings: dict[str, object] = {}
         if (file := folder / "tokenizer_config.json").is_file():
             settings = json.loads(file.read_text(encoding="utf-8"))
@@ -75,11 +75,11 @@ class ChatTemplate:
         return cls.of(template, tokens)
 
     def render(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """The text that the model continues. `ValueError` for messages that the template rejects."""
+        """Returns the text that the model continues. Raises `ValueError` for messages that the template rejects."""
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
         except Exception as error:  # a template is a program: its errors have no common class
-            raise InputError(f"messages: the model's chat template refuses them ({error})") from error
+            raise InputError(f"messages: the model's chat template rejects them ({error})") from error
 
 
 def _to_json(

@@ -1,4 +1,4 @@
-"""Incremental decoding of tokens, up to a stop string."""
+"""Decodes tokens incrementally, up to a stop string."""
 
 import codecs
 import json
@@ -12,8 +12,8 @@ from free_transformer.runtime.byte_alphabet import byte_alphabet
 
 BYTES = {character: byte for byte, character in enumerate(byte_alphabet())}
 CONTEXT = 8  # tokens that determine how the next one is decoded, such as whether its leading space is kept
-UNFINISHED = "\ufffd"  # the decoding of an incomplete character
-MAX_UNFINISHED = 8  # tokens held back until a character is complete
+UNFINISHED = "\ufffd"  # decoded from an incomplete character
+MAX_UNFINISHED = 8  # maximum number of tokens held back until a character is complete
 
 
 class _Decoder(TypedDict, total=False):
@@ -25,7 +25,7 @@ class _Decoder(TypedDict, total=False):
 
 class TokenTexts:
     """
-    The bytes or text of single tokens.
+    Looks up the bytes or text of single tokens.
 
     `tokenizers.DecodeStream` is not used: it raises for bytes that are not UTF-8 (with byte fallback), and it ignores
     the prompt before the text.
@@ -41,7 +41,7 @@ class TokenTexts:
         self._bytes: dict[int, bytes | None] = {}
 
     def bytes_of(self, token: int) -> bytes | None:
-        """The bytes of a token; None for a token that is decoded as text."""
+        """Returns the bytes of a token, or None for a token that is decoded as text."""
         if token not in self._bytes:
             self._bytes[token] = self._find_bytes(token)
         return self._bytes[token]
@@ -50,14 +50,14 @@ class TokenTexts:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def shown(self, token: int) -> str:
-        r"""A token by itself, as `logprobs` lists it. Bytes that are not UTF-8 are shown as in `bytes:\xe2\x82`."""
+        r"""Formats a single token for `logprobs`. Bytes that are not UTF-8 are shown as in `bytes:\xe2\x82`."""
         raw = self.bytes_of(token)
         if token in self.special or raw is None:
             name = self.tokenizer.id_to_token(token) or ""
             if token in self.special:
                 return name
             alone = self.decode([token])
-            return self.decode([token, token])[len(alone) :] or name  # its text after another token
+            return self.decode([token, token])[len(alone) :] or name  # its text when it follows another token
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -80,13 +80,13 @@ class Detokenizer:
     Decodes the tokens of a text one by one. The prompt's text followed by all returned pieces equals the decoding of
     all tokens at once. Bytes that are not UTF-8 become U+FFFD.
 
-    An incomplete character, and the possible beginning of a stop string, are held back until they are decided.
+    An incomplete character, and a possible beginning of a stop string, are held back until they are complete.
 
     Args:
-        stop: strings. The first that appears ends the text, and is not part of it.
+        stop: strings that end the text. The first one that appears ends it and is not part of it.
 
     Attributes:
-        prompt: the prompt's text.
+        prompt: text of the prompt.
         stopped: whether a stop string has ended the text.
     """
 
@@ -103,12 +103,12 @@ class Detokenizer:
         self.prompt = self._read_prompt(prompt)
 
     def add(self, token: int) -> str:
-        """Appends a token. Returns the text that is decided now."""
+        """Appends a token. Returns the text that no longer needs to be held back."""
         self.count += 1
         return self._show(self._decode(token))
 
     def end(self) -> str:
-        """The text that was held back, unless a stop string has ended the text."""
+        """Returns the text that was held back, unless a stop string has ended the text."""
         if self.stopped:
             return ""
         shown = self._show(self._utf8.decode(b"", final=True) + self._rest_of_window())
@@ -117,7 +117,7 @@ class Detokenizer:
         return shown
 
     def _read_prompt(self, tokens: Sequence[int]) -> str:
-        """The prompt's text, without an incomplete character at its end."""
+        """Returns the prompt's text, without an incomplete character at its end."""
         start = len(tokens)
         while start and self.texts.bytes_of(tokens[start - 1]) is not None:
             start -= 1
@@ -173,12 +173,12 @@ class Detokenizer:
 
 
 def _beginning_at_end(text: str, stop: str) -> int:
-    """The length of the longest beginning of `stop` that `text` ends with."""
+    """Returns the length of the longest beginning of `stop` that `text` ends with."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def _flattened(decoder: "_Decoder") -> Iterator[str]:
-    """The types of the decoders in a sequence."""
+    """Yields the types of the decoders in a nested sequence."""
     if decoder.get("type") == "Sequence":
         for each in decoder["decoders"]:
             yield from _flattened(each)

@@ -1,9 +1,9 @@
 """
-All texts are generated together by one thread, one token of each per step. New texts join as others end.
+The engine generates all texts together in one thread, one token of each text per step. New texts join as others end.
 
-A text depends on its own request alone: its random numbers come from its own seed, its row of the batch from its own
-tokens. A failure of one text ends that text, and the others continue. (The continuous batching of `transformers` packs
-all texts into one row, with one stream of random numbers, and has no place for plans that differ between texts.)
+A text depends only on its own request: its random numbers come from its own seed, and its row of the batch from its own
+tokens. A failure of one text ends only that text. (The continuous batching of `transformers` packs all texts into one
+row with a single stream of random numbers, and does not support different plans per text.)
 """
 
 import logging
@@ -24,14 +24,14 @@ from free_transformer.serving.metrics import Metrics
 from free_transformer.serving.scoring import NOT_FINITE
 from free_transformer.serving.stream import ActiveText, Chunk, End, ResponseStream, deliver
 
-PROMPT_TOKENS_PER_STEP = 1024  # read between two steps, so that texts in progress do not wait for all new ones
-RECOVERY_SECONDS = 5  # between attempts to restart a failed engine
+PROMPT_TOKENS_PER_STEP = 1024  # between two steps, so that new prompts do not stall texts in progress
+RECOVERY_SECONDS = 5  # time between attempts to restart a failed engine
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
 class QueueFull(RunError):
-    """More texts would wait than the server allows."""
+    """The queue of texts is full."""
 
 
 class Stopping(RunError):
@@ -41,15 +41,15 @@ class Stopping(RunError):
 class Engine:
     """
     Args:
-        build: creates the batch, in the thread that generates. (PyTorch's worker threads belong to the thread that
-            first uses them. Two such groups on the same cores were 2.3 times slower.)
-        max_waiting: number of texts that may wait for a row of the batch.
+        build: creates the batch, in the engine's thread. (PyTorch's worker threads belong to the thread that first uses
+            them. Two such groups on the same cores were 2.3 times slower.)
+        max_waiting: maximum number of texts in the queue.
 
     Raises:
-        Exception: what `build` raises, or the first tokens, which are computed before the constructor returns.
+        Exception: errors of `build`, or of generating the first tokens, which the constructor waits for.
 
     Attributes:
-        failure: why nothing can be generated at present; None while the engine works.
+        failure: reason why nothing can be generated at present; None while the engine works.
     """
 
     def __init__(self, build: Callable[[], Batch], max_waiting: int, metrics: Metrics):
@@ -77,20 +77,20 @@ class Engine:
 
     @property
     def max_texts(self) -> int:
-        """The number of texts that may be unfinished at a time."""
+        """Maximum number of unfinished texts."""
         return self.max_waiting + self.batch.max_rows
 
     def drain(self, seconds: float) -> None:
         """
-        Accepts no new texts from now on. Texts that have not ended after `seconds` end with the tokens they have.
+        Stops accepting new texts. Texts that have not ended after `seconds` end with the tokens they have.
 
-        This method takes no lock, so that a signal handler can call it.
+        This method takes no lock, so a signal handler can call it.
         """
         deadline = time.monotonic() + seconds
         self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def stop(self) -> None:
-        """Ends all texts with the tokens they have, and then the thread."""
+        """Ends all texts with the tokens they have, then the thread."""
         self.drain(0)
         with self._changed:
             self._stopping = True
@@ -99,11 +99,11 @@ class Engine:
 
     def submit(self, requests: Sequence[TextRequest]) -> ResponseStream:
         """
-        Queues texts. To be called in the event loop that reads the chunks.
+        Queues texts. It must be called in the event loop that reads the chunks.
 
         Raises:
-            QueueFull: where more texts would wait than `max_waiting`.
-            Stopping: where the engine is shutting down or has failed.
+            QueueFull: if more than `max_waiting` texts would wait.
+            Stopping: if the engine is shutting down or has failed.
         """
         if self._deadline is not None:
             raise Stopping("the server is shutting down")
@@ -114,7 +114,7 @@ class Engine:
         with self._changed:
             if self._unfinished + len(texts) > self.max_texts:
                 raise QueueFull(
-                    f"{len(self._waiting)} texts are waiting, at most {self.max_waiting} may; try again later"
+                    f"{len(self._waiting)} texts are waiting, the maximum is {self.max_waiting}; try again later"
                 )
             self._unfinished += len(texts)
             self._waiting.extend(texts)
@@ -187,7 +187,7 @@ class Engine:
             self._deliver()
 
     def _fail(self, error: Exception) -> None:
-        """Ends all texts after a failure that has no single text as its cause. Restarts at once, or else later."""
+        """Ends all texts after a failure that was not caused by a single text. Restarts immediately, or else later."""
         failed_before = self.failure is not None
         self.failure = first_line(error)
         for text in [*self._texts, *self._scoring, *self._take_waiting()]:
@@ -196,7 +196,7 @@ class Engine:
         if failed_before:
             log.error("the engine could not be restarted: %s", self.failure)
             return
-        log.error("the engine failed, and with it all texts in progress", exc_info=error)
+        log.error("the engine failed; all texts in progress have ended", exc_info=error)
         try:
             self._restart()
         except Exception as again:
@@ -235,7 +235,7 @@ class Engine:
         self._ready += [(text, Chunk(text.request, end="cancelled")) for text in dropped]
 
     def _score(self) -> None:
-        """Computes a part of the scores of one prompt."""
+        """Computes the next part of one prompt's scores."""
         if not self._scoring:
             return
         text = self._scoring.popleft()
@@ -245,7 +245,7 @@ class Engine:
             self._fail_text(text, error, "scored")
             return
         if chunk is None:
-            self._scoring.appendleft(text)  # one prompt at a time: it holds its states under every plan
+            self._scoring.appendleft(text)  # one prompt at a time, since it holds its states under every plan
             return
         self.metrics.generated_tokens.inc(chunk.tokens)
         self._ready.append((text, chunk))
@@ -261,7 +261,7 @@ class Engine:
                 continue
             try:
                 new = self.batch.add(text.request)
-            except Exception as error:  # one prompt may need more memory than there is
+            except Exception as error:  # for example, a single prompt may need too much memory
                 self._fail_text(text, error, f"read ({len(text.request.tokens)} tokens)")
                 continue
             text.plan = new.plan
@@ -282,7 +282,7 @@ class Engine:
             return self._waiting.popleft() if self._waiting else None
 
     def _read_again(self) -> None:
-        """Reads texts again whose context is full or whose plan changes, not all at once: the others would wait."""
+        """Reads texts again if their context is full or their plan changes, a few per step to not stall the others."""
         budget = PROMPT_TOKENS_PER_STEP
         for row in reversed(range(len(self._texts))):
             if budget > 0 and self.batch.contexts[row].is_due:
@@ -292,7 +292,7 @@ class Engine:
                     self._fail_row(row, error)
 
     def _step(self) -> None:
-        """Generates one token of each text that does not wait to be read again."""
+        """Generates one token of each text that is not waiting to be read again."""
         logits, tokens = None, []
         while self._texts and logits is None:
             due = [context.is_due for context in self.batch.contexts]
@@ -300,7 +300,7 @@ class Engine:
             try:
                 logits = self.batch.step(tokens)
             except Exception as error:
-                # rows share nothing but memory, of which the longest text needs the most: end it and try again
+                # rows share only memory: end the longest text, which needs the most, and try again
                 longest = max(range(len(self._texts)), key=lambda row: self._texts[row].length)
                 if len(self._texts) == 1:
                     raise
@@ -312,12 +312,12 @@ class Engine:
         if len(rows) < len(tokens):
             logits = logits[rows]
         sampled = self._sample(logits, [self._texts[row] for row in rows])
-        # backwards: the last row, which replaces a row that ends, already has its token
+        # backwards, so that the last row, which replaces a row that ends, already has its token
         for place, row in reversed(list(enumerate(rows))):
             self._take(row, sampled[place], logits, place)
 
     def _sample(self, logits: Logits, texts: Sequence[ActiveText]) -> list[int | Exception]:
-        """The next token of each text, or the error that prevents it."""
+        """Samples the next token of each text; returns an error for texts where this fails."""
         sampling = [text.request.sampling for text in texts]
         uniform = np.array([text.token_rng.random() for text in texts])
         try:
@@ -334,7 +334,7 @@ class Engine:
         return found
 
     def _take(self, row: int, token: int | Exception, logits: Logits, place: int) -> None:
-        """Appends the next token of a text, which was sampled from row `place` of the logits."""
+        """Appends the next token of a text, sampled from row `place` of the logits."""
         text = self._texts[row]
         if token == NO_TOKEN:
             token = RuntimeError(NOT_FINITE)

@@ -19,11 +19,14 @@ class Metrics:
 
         self.requests = Counter(f"{PREFIX}_requests", "requests by HTTP status", ["status"], registry=registry)
         self.request_seconds = Histogram(
-            f"{PREFIX}_request_seconds", "from a request to the end of its response", buckets=SECONDS, registry=registry
+            f"{PREFIX}_request_seconds",
+            "time from a request to the end of its response",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.first_token_seconds = Histogram(
             f"{PREFIX}_first_token_seconds",
-            "from a request to a text's first token",
+            "time from a request to a text's first token",
             buckets=SECONDS,
             registry=registry,
         )
@@ -33,5 +36,5 @@ class Metrics:
         self.not_finite = counter("logits_not_finite", "texts that ended because their logits were NaN or infinite")
         self.restarts = counter("engine_restarts", "restarts of the engine after a failure")
         self.batch = Histogram(f"{PREFIX}_batch_texts", "texts generated per step", buckets=ROWS, registry=registry)
-        self.running = Gauge(f"{PREFIX}_running_texts", "texts that are being generated", registry=registry)
-        self.waiting = Gauge(f"{PREFIX}_waiting_texts", "texts that wait to be generated", registry=registry)
+        self.running = Gauge(f"{PREFIX}_running_texts", "texts being generated", registry=registry)
+        self.waiting = Gauge(f"{PREFIX}_waiting_texts", "texts in the queue", registry=registry)

@@ -16,27 +16,29 @@ from free_transformer.serving.scoring import PromptLogits
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-SCORED_TOKENS = 256  # tokens of a prompt that are read at a time while it is scored
+SCORED_TOKENS = 256  # tokens of a prompt that are scored at a time
 
 
 class OnnxBatch(Batch[np.ndarray]):
     """
-    The cache is as wide as the longest text, or less than twice the sliding window where the model has one. Shorter
-    texts are padded on the left. The graph copies the cache at every step, so more than a few rows at a time gain
-    little.
+    A batch that runs an ONNX export.
+
+    The cache is as wide as the longest text, or less than twice the sliding window if the model has one. Shorter texts
+    are padded on the left. The graph copies the cache at every step, so more than a few rows bring little benefit.
 
     Args:
         model: an export with dynamic shapes.
-        max_rows: number of texts at a time.
-        max_length: tokens of a text that the model sees at a time. Default: that of the model, at most 2,048.
+        max_rows: maximum number of texts at a time.
+        max_length: maximum number of tokens of a text that the model sees at a time. Default: the model's, at most
+            2,048.
 
     Raises:
-        ValueError: for an export with static shapes or without a tokenizer, and a `max_length` beyond the model's.
+        ValueError: for an export with static shapes or without a tokenizer, and a `max_length` above the model's.
     """
 
     def __init__(self, model: OnnxFreeTransformer, max_rows: int = 8, max_length: int | None = None):
         if model.static is not None:
-            raise InputError(f"{model.folder}: made for fixed sizes; a server needs an export without --static")
+            raise InputError(f"{model.folder}: has fixed sizes; a server needs an export without --static")
         config = model.config
         super().__init__(
             model.tokenizer,
@@ -58,7 +60,7 @@ class OnnxBatch(Batch[np.ndarray]):
         self.contexts = []
         self.plan = np.zeros((self.max_rows, self.num_plans(self.max_length), self.latent_dim), dtype=bool)
         self.lengths = np.zeros(self.max_rows, dtype=np.int64)
-        # for each row: keys and values that hold it in their last columns, and its index in them
+        # for each row: the keys and values that contain it in their last columns, and its row index in them
         self.places: list[tuple[list[OrtValue], int]] = []
 
     def prior(self, name: str) -> np.ndarray | None:
@@ -122,7 +124,7 @@ class OnnxBatch(Batch[np.ndarray]):
         self.places.pop()
 
     def _gathered(self) -> "list[OrtValue]":
-        """Keys and values of all rows: those of the last step, or copies of them where rows were added or removed."""
+        """Returns the keys and values of all rows, copied only if rows were added or removed since the last step."""
         first = self.places[0][0]
         if first[0].shape()[0] == self.rows and all(place == (first, row) for row, place in enumerate(self.places)):
             return first
@@ -148,7 +150,7 @@ class OnnxBatch(Batch[np.ndarray]):
         mask: np.ndarray | None = None,
         columns: np.ndarray | None = None,
     ) -> "tuple[np.ndarray, list[OrtValue]]":
-        """Logits of some columns of the tokens, default the last, (B, C, V), and keys and values of the text so far."""
+        """Returns logits of some columns, default the last, (B, C, V), and keys and values of the text so far."""
         mask = np.ones_like(tokens) if mask is None else mask.astype(np.int64)
         columns = np.array([tokens.shape[1] - 1]) if columns is None else columns
         inputs = {"input_ids": tokens, "attention_mask": mask, "columns": columns, "plan": plan}

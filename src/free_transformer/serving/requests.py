@@ -1,4 +1,4 @@
-"""From the body of a client request to the texts to generate: tokens, plans, sampling and limits, all checked."""
+"""Prepares the texts of a client request from its body, and checks tokens, plans, sampling and limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ class Limits:
     Limits of one client request.
 
     Attributes:
-        prompt: tokens of a prompt.
-        new: tokens generated for it.
-        texts: number of texts.
+        prompt: maximum number of tokens of a prompt.
+        new: maximum number of tokens generated for a prompt.
+        texts: maximum number of texts.
     """
 
     prompt: int
@@ -31,15 +31,15 @@ class Limits:
 
 def prepare_completion(body: CompletionRequest, batch: Batch, limits: Limits) -> list[TextRequest]:
     """
-    The texts of a completion, `n` for each prompt in turn.
+    Prepares the texts of a completion, `n` for each prompt in turn.
 
     Raises:
-        ValueError: for what this model cannot do, or the limits do not allow.
+        ValueError: for options that this model does not support or the limits do not allow.
     """
     if body.best_of not in (None, body.n):
-        raise InputError(f"best_of={body.best_of}: only n ({body.n}) is supported; leave it out")
+        raise InputError(f"best_of={body.best_of}: only n ({body.n}) is supported; remove it")
     if body.max_tokens == 0 and not body.echo:
-        raise InputError("max_tokens=0: at least 1, or 0 with echo, which returns the prompt")
+        raise InputError("max_tokens=0: must be at least 1, or 0 with echo, which returns the prompt")
     prompts = body.prompts()
     _check_count(len(prompts), body.n, limits)
     first = _first_text(body, batch)
@@ -54,10 +54,10 @@ def prepare_completion(body: CompletionRequest, batch: Batch, limits: Limits) ->
 
 def prepare_chat(body: ChatRequest, batch: Batch, limits: Limits) -> list[TextRequest]:
     """
-    The `n` texts of a chat completion, whose prompt is the output of the chat template.
+    Prepares the `n` texts of a chat completion, whose prompt is the output of the chat template.
 
     Raises:
-        ValueError: as by `prepare_completion`, and where the template rejects the messages.
+        ValueError: as `prepare_completion`, and if the template rejects the messages.
     """
     assert batch.chat is not None
     _check_count(1, body.n, limits)
@@ -65,7 +65,7 @@ def prepare_chat(body: ChatRequest, batch: Batch, limits: Limits) -> list[TextRe
     first.logprobs = body.top_logprobs if body.logprobs else None
     tokens = batch.encode_chat(batch.chat.render(body.template_messages()), limits.prompt)
     if not tokens:
-        raise InputError("messages: the chat template makes an empty prompt of them")
+        raise InputError("messages: the chat template turns them into an empty prompt")
     _check_prompt(tokens, batch, limits)
     new = body.max_completion_tokens or body.max_tokens
     if new is None:
@@ -75,9 +75,9 @@ def prepare_chat(body: ChatRequest, batch: Batch, limits: Limits) -> list[TextRe
 
 
 def _first_text(body: GenerationRequest, batch: Batch) -> TextRequest:
-    """What all texts of a client request have in common, without tokens and seed."""
+    """Returns the settings shared by all texts of a client request, without tokens and seed."""
     if body.plan is not None and body.plan_from is not None:
-        raise InputError("plan: give plan or plan_from, not both")
+        raise InputError("plan: give either plan or plan_from, not both")
     batch.prior(body.prior)
     changes: dict[int, Plan] = check_plan_changes(body.plan_changes, batch.plan_span)
     example = None
@@ -116,7 +116,7 @@ def _texts(
 
 
 def _stratified_texts(body: GenerationRequest) -> StratifiedTexts | None:
-    """What the texts of one prompt share where their plans are stratified."""
+    """Returns the state shared by the texts of one prompt if their plans are stratified, else None."""
     if body.plans == "independent" or body.n == 1:
         return None
     return StratifiedTexts(body.n, None if body.seed is None else (body.seed, 1))
@@ -127,7 +127,7 @@ def _leaves_plan_open(body: GenerationRequest) -> bool:
 
 
 def _given_plan(bits: str, batch: Batch) -> np.ndarray:
-    """(P, H) bool."""
+    """Parses and checks a plan; returns (P, H) bool."""
     plan = parse_bits(bits, batch.latent_dim, batch.plan_names)
     check_plan_count(len(plan), batch.plan_span)
     return plan
@@ -136,13 +136,13 @@ def _given_plan(bits: str, batch: Batch) -> np.ndarray:
 def _check_count(prompts: int, each: int, limits: Limits) -> None:
     if prompts * each > limits.texts:
         raise InputError(
-            f"prompt: {prompts * each} texts in one request, this server takes at most {limits.texts}; send fewer "
-            "prompts at a time, or a smaller n"
+            f"prompt: {prompts * each} texts in one request, but this server accepts at most {limits.texts}; send "
+            "fewer prompts at a time, or a smaller n"
         )
 
 
 def _encode(prompts: Sequence[str | list[int]], batch: Batch, limits: Limits) -> list[list[int]]:
-    """Token ids of each prompt. The longest is checked first, since it is the one to be rejected, if any is."""
+    """Tokenizes each prompt, the longest first, since it is the most likely one to be rejected."""
     found: dict[int, list[int]] = {}
     for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
         prompt = prompts[index]
@@ -153,7 +153,7 @@ def _encode(prompts: Sequence[str | list[int]], batch: Batch, limits: Limits) ->
 
 def _check_prompt(tokens: list[int], batch: Batch, limits: Limits) -> None:
     if len(tokens) > limits.prompt:
-        raise InputError(f"prompt: more than {limits.prompt} tokens, the most that this server reads")
+        raise InputError(f"prompt: more than {limits.prompt} tokens, the maximum of this server")
     try:
         check_token_ids(min(tokens), max(tokens), batch.vocab_size)
     except ValueError as error:
@@ -165,6 +165,6 @@ def _check_length(prompt: int, new: int, limits: Limits, batch: Batch) -> None:
         raise InputError(f"max_tokens={new}: this server generates at most {limits.new}")
     if batch.context_limit is None and prompt + new > batch.max_length:
         raise InputError(
-            f"max_tokens={new} after a prompt of {prompt} tokens: this server holds at most {batch.max_length} tokens "
-            "of a text"
+            f"max_tokens={new} after a prompt of {prompt} tokens: a text can have at most {batch.max_length} tokens on "
+            "this server"
         )

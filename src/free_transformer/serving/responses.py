@@ -1,4 +1,4 @@
-"""From the chunks of texts to the JSON that a client request is answered with, in OpenAI's form."""
+"""Builds responses in OpenAI's JSON format from the chunks of texts."""
 
 import math
 import secrets
@@ -14,7 +14,7 @@ from free_transformer.serving.schema import ChatRequest, CompletionRequest, Gene
 from free_transformer.serving.scoring import TokenScore
 from free_transformer.serving.stream import Chunk
 
-CLIENT_CLOSED = 499  # the status, in logs and metrics, of a request whose client has disconnected
+CLIENT_CLOSED = 499  # status in logs and metrics if the client has disconnected
 SHUTTING_DOWN = "the server is shutting down; send the request again"
 
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -53,12 +53,12 @@ class ResponseBuilder(ABC, Generic[Body]):
     Collects the chunks of a client request and builds its response.
 
     Args:
-        body: of the client request.
-        requests: its texts.
+        body: body of the client request.
+        requests: texts of the request.
         model: name of the model.
     """
 
-    prefix = object_name = event_name = ""  # of the identifier, and OpenAI's names of the objects
+    prefix = object_name = event_name = ""  # prefix of the id, and OpenAI's object names
 
     def __init__(self, body: Body, requests: Sequence[TextRequest], model: str, batch: Batch):
         self.body, self.batch, self.requests = body, batch, requests
@@ -70,15 +70,15 @@ class ResponseBuilder(ABC, Generic[Body]):
         self.counts = [0] * len(requests)
         self.scores: list[list[TokenScore]] = [[] for _ in requests]
         self.reason: str | None = None
-        self._begun: set[int] = set()  # texts of which the stream has sent an event
+        self._begun: set[int] = set()  # texts for which the stream has sent an event
 
     def whole(self) -> JsonObject:
-        """The response of a request that does not stream."""
+        """Builds the response of a request that does not stream."""
         choices = [self._whole_choice(index) for index in range(len(self.requests))]
         return {**self.head, "object": self.object_name, "choices": choices, "usage": self.usage()}
 
     def event(self, chunk: Chunk) -> JsonObject:
-        """The event that a stream sends for a chunk. The first one of a text contains its plan."""
+        """Builds the event for a chunk of a stream. The first event of a text contains its plan."""
         index = self.add(chunk)
         first = index not in self._begun
         self._begun.add(index)
@@ -88,7 +88,7 @@ class ResponseBuilder(ABC, Generic[Body]):
         return {**self.head, "object": self.event_name, "choices": [choice], **usage}
 
     def last_event(self) -> JsonObject:
-        """The event with the usage, the last one of a stream with `include_usage`."""
+        """Builds the last event of a stream with `include_usage`, which contains the usage."""
         return {**self.head, "object": self.event_name, "choices": [], "usage": self.usage()}
 
     @abstractmethod
@@ -114,7 +114,7 @@ class ResponseBuilder(ABC, Generic[Body]):
 
     @property
     def status(self) -> int:
-        """The HTTP status."""
+        """The HTTP status of the response."""
         if "error" in self.ends:
             return 500
         if "cancelled" in self.ends:
@@ -127,7 +127,7 @@ class ResponseBuilder(ABC, Generic[Body]):
         """The message for a status other than 200."""
         if self.status == 503:
             return SHUTTING_DOWN
-        return f"the text could not be generated: {self.reason or 'an error'}; the server's log has more"
+        return f"the text could not be generated: {self.reason or 'an error'}; see the server's log"
 
     def usage(self) -> Usage:
         prompts = sum(len(request.tokens) for request in self.requests[:: self.body.n])
@@ -140,8 +140,8 @@ class CompletionBuilder(ResponseBuilder[CompletionRequest]):
 
     def __init__(self, body: CompletionRequest, requests: Sequence[TextRequest], model: str, batch: Batch):
         super().__init__(body, requests, model, batch)
-        self.offsets = [0] * len(requests)  # characters of each text whose scores have been returned
-        if body.logprobs is not None:  # decode the scored tokens, for their positions in the text
+        self.offsets = [0] * len(requests)  # number of characters of each text whose scores have been returned
+        if body.logprobs is not None:  # to compute the positions of scored tokens in the text
             self._detokenizers = [Detokenizer(batch.texts, () if body.echo else each.tokens) for each in requests]
 
     def _whole_choice(self, index: int) -> JsonObject:
@@ -168,7 +168,7 @@ class CompletionBuilder(ResponseBuilder[CompletionRequest]):
                 continue
             best: dict[str, float] = {}
             for token, value in [*score.top, (score.token, score.log_prob)]:
-                best.setdefault(shown(token), value)  # of tokens with the same text, the most likely one
+                best.setdefault(shown(token), value)  # if several tokens have the same text, keep the most likely
             top.append(best)
         return {
             "tokens": [shown(score.token) for score in scores],
@@ -178,7 +178,7 @@ class CompletionBuilder(ResponseBuilder[CompletionRequest]):
         }
 
     def _echo(self, index: int) -> str:
-        """The text of the prompt, where `echo` is set."""
+        """Returns the text of the prompt if `echo` is set, else an empty string."""
         return Detokenizer(self.batch.texts, self.requests[index].tokens).prompt if self.body.echo else ""
 
 

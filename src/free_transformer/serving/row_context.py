@@ -1,4 +1,4 @@
-"""What the model sees of a text that is being generated, and when it is read again; see `model.context`."""
+"""Tracks the tokens of a text that the model sees, and when it must be read again; see `model.context`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +13,11 @@ from free_transformer.runtime.plan_source import num_plans
 class RowContext:
     """
     Attributes:
-        tokens: those that the model has read and sees.
+        tokens: tokens in the context, which the model has read.
         plan: (P, H) bool, the plans of the text from its first token on.
-        changes: plans that replace this one, (1, H), by the number of new tokens before them.
-        limit: number of tokens that a context holds at most, None for any number.
-        dropped: tokens of the text before those that the model sees.
+        changes: later plans, (1, H), keyed by the number of new tokens after which they apply.
+        limit: maximum number of tokens in a context, None for no limit.
+        dropped: number of tokens of the text before the context.
         new: number of new tokens that have been read.
     """
 
@@ -36,7 +36,7 @@ class RowContext:
         return is_full or self.new + 1 in self.changes
 
     def read_again(self) -> "RowContext":
-        """The context to read again: the next token then fits in, under its own plan."""
+        """Returns the context to read again, which has room for the next token and uses its plan."""
         length = len(self.tokens) + 1
         plan = self.changes.get(self.new + 1, self.plan)
         changes = {start: each for start, each in self.changes.items() if start != self.new + 1}
@@ -45,11 +45,11 @@ class RowContext:
         return replace(self, tokens=kept, plan=plan, changes=changes, dropped=self.dropped + dropped)
 
     def advance(self, token: int) -> None:
-        """Counts a token that has been read."""
+        """Adds a token that has been read."""
         self.tokens.append(token)
         self.new += 1
 
     def plans(self, max_length: int) -> np.ndarray:
-        """The plans of the context as far as it can reach, (P, H) bool."""
+        """Returns the plans of the context up to `max_length` tokens, (P, H) bool."""
         first = 0 if self.plan_span == "sequence" else self.dropped // int(self.plan_span)
         return self.plan[first : first + num_plans(self.plan_span, max_length)]

@@ -30,9 +30,9 @@ MAX_LOGPROBS = 20
 MAX_SCORE_PLANS = 256
 MAX_ITEMS = 4096  # prompts of a request, or plans
 MAX_SHOWN = 60  # characters of a value in a message
-PROMPT = f"prompt: a text, its token ids, or a list of up to {MAX_ITEMS} of either"
-PLAN_CHANGES = 'plan_changes: plans by the number of new tokens before each, as in {"2000": "01101001"}'
-PLAN = "plan: bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
+PROMPT = f"prompt: must be text, token ids, or a list of up to {MAX_ITEMS} of either"
+PLAN_CHANGES = 'plan_changes: must be plans keyed by a number of new tokens, such as {"2000": "01101001"}'
+PLAN = "plan: must be bits as text, '01101001', or as numbers, [0, 1, ...], or a list of such plans"
 
 CHECKS: dict[str | None, Callable[[float], float]] = {
     "temperature": check_temperature,
@@ -49,7 +49,7 @@ Value = TypeVar("Value")
 
 
 class RequestError(Exception):
-    """A client request that cannot be answered: the HTTP status, and a message for the client."""
+    """A client request is rejected with an HTTP status and a message."""
 
     def __init__(self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -66,17 +66,17 @@ class StreamOptions(_Body):
 
 
 class GenerationRequest(_Body):
-    """The fields of both kinds of completion. Those from `plan` on are this server's own."""
+    """The fields shared by both kinds of completion. Fields from `plan` on are extensions of this server."""
 
-    model: str | None = Field(None, description="name of the model, as /v1/models lists it")
+    model: str | None = Field(None, description="name of the model, as listed by /v1/models")
     temperature: float = Field(1.0, description="0 to 100; 0 chooses the most likely token")
-    top_p: float = Field(1.0, description="0 to 1; sample from the most likely tokens with this much probability")
+    top_p: float = Field(1.0, description="0 to 1; sample from the most likely tokens with this total probability")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of texts per prompt")
     stop: Stop = Field([], description="strings that end the text and are not part of it")
     seed: int | None = Field(None, description="makes plans and tokens reproducible; -2**63 to 2**64 - 1")
     stream: bool = Field(False, description="send the text in pieces, as server-sent events")
     stream_options: StreamOptions = StreamOptions()
-    user: Unchecked = Field(None, description="accepted and ignored, as the next four fields")
+    user: Unchecked = Field(None, description="accepted and ignored, like the next four fields")
     metadata: Unchecked = None
     store: Unchecked = None
     service_tier: Unchecked = None
@@ -88,11 +88,12 @@ class GenerationRequest(_Body):
         None, description="bits of the plan, bit 0 first, as in 01101001 or [0, 1, 1, ...]; or a list of plans"
     )
     plan_changes: Annotated[dict[int, Plan], SkipValidation] | None = Field(
-        None, description='plans that replace this one, by the number of new tokens before them: {"2000": "10010110"}'
+        None, description='later plans, keyed by the number of new tokens before them: {"2000": "10010110"}'
     )
-    plan_from: str | None = Field(None, description="a text whose plan, read by the encoder, is used")
+    plan_from: str | None = Field(None, description="example text; the encoder infers its plan, which is used")
     prompt_plan: Literal["posterior", "prior"] | None = Field(
-        None, description="plan of the prompt: read by the encoder (posterior, the default) or sampled from the prior"
+        None,
+        description="plan of the prompt: inferred by the encoder (posterior, the default) or sampled from the prior",
     )
     prior: Literal["uniform", "aggregate"] = Field(
         "uniform", description="distribution of all other plans: uniform, or aggregate (over the training texts)"
@@ -114,9 +115,7 @@ class GenerationRequest(_Body):
         fits = isinstance(given, list) and len(given) <= MAX_STOPS and _types(given) <= {str}
         stops = cast(list[str], given if fits else [])
         if not fits or any(not 1 <= len(each) <= MAX_STOP_LENGTH for each in stops):
-            raise InputError(
-                f"stop: up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, none of them empty"
-            )
+            raise InputError(f"stop: must be up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
         return stops
 
     @field_validator("plan")
@@ -143,7 +142,7 @@ class GenerationRequest(_Body):
         return value
 
     def stops(self) -> list[str]:
-        """The strings that end the text."""
+        """Returns the strings that end the text."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
@@ -151,10 +150,10 @@ class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompt = Field(
-        "", description="text to continue, or its token ids including the begin-of-text token; or a list of either"
+        "", description="text to continue, or token ids including the begin-of-text token; or a list of either"
     )
-    max_tokens: int = Field(16, ge=0, description="tokens to generate at most; 0 only returns the prompt, with echo")
-    echo: bool = Field(False, description="begin the text with the prompt")
+    max_tokens: int = Field(16, ge=0, description="maximum number of new tokens; 0 returns only the prompt, with echo")
+    echo: bool = Field(False, description="return the prompt at the beginning of the text")
     logprobs: int | None = Field(
         None,
         ge=0,
@@ -165,7 +164,7 @@ class CompletionRequest(GenerationRequest):
         16,
         ge=1,
         le=MAX_SCORE_PLANS,
-        description="plans that the log-probabilities of a prompt are averaged over (echo, max_tokens up to 1)",
+        description="number of plans over which a prompt's log-probabilities are averaged (echo, max_tokens up to 1)",
     )
     best_of: int | None = Field(None, description="not supported: n")
     suffix: str | None = Field(None, description="not supported: empty")
@@ -176,10 +175,10 @@ class CompletionRequest(GenerationRequest):
         if isinstance(value, str) or _types(value) in ({str}, {int}):
             return value
         if value == []:
-            raise InputError("prompt: an empty list; give a text, '' to begin from nothing")
+            raise InputError("prompt: is an empty list; give text, or '' for an empty prompt")
         if isinstance(value, list) and _types(value) == {list} and len(value) <= MAX_ITEMS:
             if [] in value:
-                raise InputError("prompt: no tokens; begin with the one that begins a text")
+                raise InputError("prompt: has no tokens; give at least the begin-of-text token")
             if all(_types(row) == {int} for row in value):
                 return value
         raise InputError(PROMPT)
@@ -192,7 +191,7 @@ class CompletionRequest(GenerationRequest):
         return value
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each a text or token ids."""
+        """Returns the prompts, each as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -223,11 +222,11 @@ class ChatRequest(GenerationRequest):
         description="the conversation so far", min_length=1
     )
     max_tokens: int | None = Field(
-        None, ge=1, description="tokens to generate at most; default what the model can hold"
+        None, ge=1, description="maximum number of new tokens; default: as many as the model can hold"
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="the same as max_tokens, and overrides it")
     logprobs: bool = Field(False, description="return log-probabilities of tokens")
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="return those of this many most likely tokens too")
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="also return those of this many most likely tokens")
     response_format: Unchecked = Field(None, description='not supported: {"type": "text"}')
     tools: Unchecked = Field(None, description="not supported: empty")
     tool_choice: Unchecked = Field(None, description="not supported: none or auto")
@@ -242,7 +241,7 @@ class ChatRequest(GenerationRequest):
         return value
 
     def template_messages(self) -> list[dict[str, object]]:
-        """The messages as a chat template reads them: parts of a content are joined."""
+        """Returns the messages for a chat template, with the parts of each content joined."""
         messages: list[dict[str, object]] = []
         for message in self.messages:
             content = message.content
@@ -256,10 +255,10 @@ Request = TypeVar("Request", bound=GenerationRequest)
 
 def parse_body(body: bytes, kind: type[Request]) -> Request:
     """
-    Reads a body. Fields that are null have their defaults, as in OpenAI's API.
+    Parses a body. Null fields get their defaults, as in OpenAI's API.
 
     Raises:
-        RequestError: for a body that is not JSON, or not as `kind` describes it. The message names the first problem.
+        RequestError: for a body that is not JSON or does not match `kind`. The message names the first problem.
     """
     try:
         values = from_json(body, allow_inf_nan=False)
@@ -269,15 +268,15 @@ def parse_body(body: bytes, kind: type[Request]) -> Request:
         except UnicodeDecodeError as undecoded:
             raise RequestError(400, f"the body is not UTF-8 (byte {undecoded.start}): send JSON in UTF-8") from error
         if name := _field_with_lone_surrogate(body):
-            message = f"{name}: half of a surrogate pair, \\ud800 to \\udfff without the other half"
+            message = f"{name}: contains a lone surrogate, \\ud800 to \\udfff without its other half"
             raise RequestError(400, message, name) from error
         raise RequestError(400, f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise RequestError(400, f"the body is a JSON {_json_kind(values)}: a JSON object is expected")
+        raise RequestError(400, f"the body is a JSON {_json_kind(values)}: expected a JSON object")
     for name in values:
         if name not in kind.model_fields:
             near = difflib.get_close_matches(name[:MAX_SHOWN], kind.model_fields, 1)
-            hint = f"; is {near[0]} meant?" if near else "; fields are " + ", ".join(kind.model_fields)
+            hint = f"; did you mean {near[0]}?" if near else "; fields are " + ", ".join(kind.model_fields)
             raise RequestError(400, f"{_shortened(name)}: unknown field{hint}", _shortened(name))
     try:
         return kind.model_validate({name: value for name, value in values.items() if value is not None})
@@ -287,7 +286,7 @@ def parse_body(body: bytes, kind: type[Request]) -> Request:
 
 
 def _explain(error: "ErrorDetails") -> tuple[str, str]:
-    """The field of a validation error, and a message with its value and what is allowed."""
+    """Returns the field of a validation error, and a message with its value and what is allowed."""
     name = str(error["loc"][0])
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith(name):
@@ -300,7 +299,7 @@ def _explain(error: "ErrorDetails") -> tuple[str, str]:
 
 
 def bits_of(plan: Plan) -> str:
-    """Plans as bits in text, or a name."""
+    """Converts plans to text: bits, or a name."""
     if isinstance(plan, str):
         return plan
     if isinstance(plan[0], int):
@@ -318,7 +317,7 @@ def _is_plan(value: object) -> bool:
 
 
 def _types(value: object) -> set[type]:
-    """The types of the items of a list; none for anything else."""
+    """Returns the types of the items of a list, or an empty set for any other value."""
     return {*map(type, value)} if isinstance(value, list) else set()
 
 
@@ -340,7 +339,7 @@ def _field_with_lone_surrogate(body: bytes) -> str | None:
 
 
 def _abridged(value: object) -> object:
-    """A value for a message: long ones are cut."""
+    """Shortens a value for a message."""
     if isinstance(value, str):
         return value[:MAX_SHOWN]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: of new ones, and of a prompt averaged over plans."""
+"""Log-probabilities of new tokens, and of a prompt averaged over plans."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class TokenScore:
     The log-probability of a token.
 
     Attributes:
-        log_prob: None for the first token of a text, which has no prediction.
+        log_prob: None for the first token of a text, which is not predicted.
         top: the most likely tokens at this position and their log-probabilities, the most likely first.
     """
 
@@ -27,11 +27,11 @@ class TokenScore:
 @dataclass
 class PromptScores:
     """
-    Scores of a prompt as far as they are computed.
+    Scores of a prompt computed so far.
 
     Attributes:
-        scores: of tokens from the first on.
-        next_log_probs: (V,) log-probabilities of the token after them.
+        scores: scores of the tokens, from the first one on.
+        next_log_probs: (V,) log-probabilities of the next token.
     """
 
     scores: list[TokenScore]
@@ -39,7 +39,7 @@ class PromptScores:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In double precision. `ValueError` for logits that are NaN or infinite."""
+    """Computes log-softmax in double precision. Raises `ValueError` for logits that are NaN or infinite."""
     logits = np.asarray(logits, dtype=np.float64)
     if not np.isfinite(logits).all():
         raise ValueError(NOT_FINITE)
@@ -48,7 +48,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def token_scores(log_probs: np.ndarray, tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """Scores of one token per row of log-probabilities, (C, V), with the `top` most likely tokens of each row."""
+    """Scores one token per row of log-probabilities, (C, V), with the `top` most likely tokens of each row."""
     found = []
     for row, token in zip(log_probs, tokens, strict=False):
         best = np.argpartition(-row, min(top, len(row) - 1))[:top] if top else np.zeros(0, dtype=int)
@@ -61,12 +61,12 @@ def score_prompt(
     tokens: list[int], logits_of_parts: PromptLogits, top: int, log_weights: np.ndarray
 ) -> Iterator[PromptScores]:
     r"""
-    Log-probabilities of a prompt's tokens, averaged over plans: `p(x_t | x_<t)` of `p(x) = \sum_s w_s p(x | Z_s)`.
+    Computes log-probabilities of a prompt's tokens, averaged over plans: `p(x) = \sum_s w_s p(x | Z_s)`.
 
     Args:
         logits_of_parts: see `Batch.prompt_logits`.
         top: number of most likely tokens to list at each position.
-        log_weights: log w, (S,), of the S plans.
+        log_weights: (S,), log w of the S plans.
 
     Yields:
         the scores computed so far, after each part.

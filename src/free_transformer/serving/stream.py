@@ -1,4 +1,4 @@
-"""From the sampled tokens of a text to the chunks that its client receives."""
+"""Turns the sampled tokens of a text into the chunks that its client receives."""
 
 import asyncio
 import time
@@ -19,14 +19,14 @@ End = Literal["stop", "length", "abort", "cancelled", "error"]  # "abort": the s
 @dataclass
 class Chunk:
     """
-    What has been generated of a text since its previous chunk.
+    The part of a text that was generated since its previous chunk.
 
     Attributes:
         tokens: number of new tokens so far.
-        plan: (P, H) bool, in the first chunk.
-        end: how the text ended, in the last chunk.
-        reason: of an error.
-        scores: of the tokens, where they were requested; the first chunk has those of the prompt.
+        plan: (P, H) bool, only in the first chunk.
+        end: how the text ended, only in the last chunk.
+        reason: reason for an error.
+        scores: scores of the tokens, if requested; the first chunk has those of the prompt.
     """
 
     request: TextRequest
@@ -39,7 +39,7 @@ class Chunk:
 
 
 class ResponseStream:
-    """The texts of one client request: an async iterator of their chunks, until all have ended."""
+    """An async iterator over the chunks of one client request, until all of its texts have ended."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -54,7 +54,7 @@ class ResponseStream:
             yield chunk
 
     def cancel(self) -> None:
-        """Drops the texts before the next step. Each then ends as "cancelled"."""
+        """Drops the texts before the next step. Each one ends as "cancelled"."""
         for text in self.texts:
             text.cancelled = True
 
@@ -64,9 +64,9 @@ class ActiveText:
     A text that is waiting, being scored or being generated.
 
     Attributes:
-        token: the last token, which the model has yet to read.
-        plan: (P, H) bool, once the prompt has been read.
-        scores: of tokens that no chunk has contained yet.
+        token: the last token, which the model has not read yet.
+        plan: (P, H) bool; None before the prompt has been read.
+        scores: scores of tokens that have not been sent yet.
     """
 
     def __init__(self, request: TextRequest, batch: Batch, responses: ResponseStream):
@@ -85,7 +85,7 @@ class ActiveText:
 
     @property
     def length(self) -> int:
-        """Tokens so far, those of the prompt included."""
+        """Number of tokens so far, including the prompt."""
         return len(self.request.tokens) + self.detokenizer.count
 
     def score_prompt(self) -> None:
@@ -95,7 +95,7 @@ class ActiveText:
         self.scores = found.scores
 
     def continue_scoring(self) -> Chunk | None:
-        """Computes a part of the prompt's scores. Returns the text once all are computed."""
+        """Computes the next part of the prompt's scores. Returns the chunk once all are computed."""
         request = self.request
         if self._scoring is None:
             self._scoring = self._begin_scoring()
@@ -123,7 +123,7 @@ class ActiveText:
         return batch.score_prompt(request.tokens, self.plan[None], request.logprobs)
 
     def take(self, token: int) -> End | None:
-        """Appends the next token. Returns how the text ends, if it does."""
+        """Appends the next token. Returns how the text ended, or None if it continues."""
         self.token = token
         if token in self.batch.ends:
             return "stop"
@@ -138,7 +138,7 @@ class ActiveText:
         return bool(self._unsent or self.scores) or not self._sent_plan
 
     def chunk(self, end: End | None = None) -> Chunk:
-        """All that has not been sent yet."""
+        """Returns everything that has not been sent yet."""
         text = self._unsent + (self.detokenizer.end() if end in ("stop", "length", "abort") else "")
         plan = None if self._sent_plan else self.plan
         scores, self.scores = self.scores, []
@@ -150,7 +150,7 @@ class ActiveText:
 
 
 def deliver(ready: Sequence[tuple[ActiveText, Chunk]]) -> None:
-    """Hands chunks to the event loops of their clients, all at once, so that each loop wakes up once per step."""
+    """Passes chunks to the event loops of their clients together, so that each loop wakes up once per step."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[ActiveText, Chunk]]] = {}
     for text, chunk in ready:
         by_loop.setdefault(text.responses.loop, []).append((text, chunk))

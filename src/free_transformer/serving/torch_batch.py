@@ -18,22 +18,23 @@ from free_transformer.serving.batch import Batch, NewRow, TextRequest, checked_l
 from free_transformer.serving.chat import ChatTemplate
 from free_transformer.serving.scoring import PromptLogits, TokenScore, log_softmax, token_scores
 
-# With fewer rows, CPU matrix libraries choose other algorithms, which round differently: a text would depend on how
-# many others are generated at the same time. From this many rows on, each row of a product was bit-for-bit the same.
+# With fewer rows, CPU matrix libraries choose other algorithms, which round differently, so a text would depend on the
+# number of other texts. From this many rows on, each row of a product was bit-for-bit the same.
 MIN_ROWS = 16
-COLUMN_MULTIPLE = 64  # the cache is read up to a multiple of this
+COLUMN_MULTIPLE = 64  # the number of cache columns read is a multiple of this
 
 
 class TorchBatch(Batch[Tensor]):
     """
     Args:
-        model: on the device where it is to run. It is set to eval mode, and to PyTorch's attention.
-        tokenizer: of `transformers`, based on one of the package `tokenizers`.
-        max_rows: number of texts at a time.
-        max_length: tokens of a text that the model sees at a time. Default: that of the model, at most 2,048.
+        model: model on the device to run on. It is set to eval mode and PyTorch's attention.
+        tokenizer: fast tokenizer of `transformers`, based on `tokenizers.Tokenizer`.
+        max_rows: maximum number of texts at a time.
+        max_length: maximum number of tokens of a text that the model sees at a time. Default: the model's, at most
+            2,048.
 
     Raises:
-        ValueError: for a tokenizer without a `tokenizers.Tokenizer`, and a `max_length` beyond the model's.
+        ValueError: for a tokenizer without a `tokenizers.Tokenizer`, and a `max_length` above the model's.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class TorchBatch(Batch[Tensor]):
         config = model.config
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise InputError(f"{type(tokenizer).__name__}: a server needs a tokenizer of the package tokenizers")
+            raise InputError(
+                f"{type(tokenizer).__name__}: a server needs a fast tokenizer, based on the package tokenizers"
+            )
         ends = model.generation_config.eos_token_id
         super().__init__(
             Tokenizer.from_str(backend.to_str()),
@@ -62,7 +65,7 @@ class TorchBatch(Batch[Tensor]):
             config.plan_names,
         )
         self.model = model.eval()
-        if config._attn_implementation not in ("sdpa", "eager"):  # others take no mask of four dimensions
+        if config._attn_implementation not in ("sdpa", "eager"):  # others do not accept four-dimensional masks
             model.set_attn_implementation("sdpa")
         self.reset()
 
@@ -167,13 +170,13 @@ class TorchBatch(Batch[Tensor]):
 
 class RowCache:
     """
-    Keys and values of rows of different lengths, each from column 0 on: (rows, heads, columns, head_dim) per layer.
+    Keys and values of rows of different lengths, left-aligned: (rows, heads, columns, head_dim) per layer.
 
-    It replaces a cache of `transformers` in a step that reads one token of each row. With a sliding window it has no
-    more columns than the window needs: each new token takes the place of one that no token attends to any more.
+    It replaces a cache of `transformers` in a step that reads one token of each row. With a sliding window it has only
+    as many columns as the window needs: each new token overwrites one that is no longer attended to.
 
     Attributes:
-        is_compileable: read by the model; False, since the columns in use change from step to step.
+        is_compileable: read by the model; False, since the number of columns in use changes between steps.
     """
 
     is_compileable = False
@@ -203,7 +206,7 @@ class RowCache:
             states[to, :, :length] = states[row, :, :length]
 
     def begin_step(self, lengths: Tensor, longest: int) -> Tensor:
-        """The mask, (rows, 1, 1, columns) bool, for reading one token of each row; `longest` tokens in a row then."""
+        """Returns the mask, (rows, 1, 1, columns) bool, for one new token per row. `longest`: maximum new length."""
         self._reserve(longest)
         self.columns = min(_rounded(longest), self.max_columns)
         self.places = lengths % self.columns
@@ -212,7 +215,7 @@ class RowCache:
         return (age < (lengths[:, None] + 1).clamp(max=self.window))[:, None, None]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Stores states of new tokens, both (rows, heads, 1, head_dim). Returns those of all columns of the step."""
+        """Stores states of new tokens, both (rows, heads, 1, head_dim). Returns the states of all columns in use."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.rows, :, self.places] = key[:, :, 0]
         values[self.rows, :, self.places] = value[:, :, 0]
@@ -224,7 +227,7 @@ class RowCache:
         if columns <= held:
             return
         capacity = min(max(2 * held, _rounded(columns)), self.max_columns)
-        # both are allocated before either is replaced: where memory runs out, the cache is unchanged
+        # allocate both before replacing either, so that the cache is unchanged if memory runs out
         keys, values = (
             [torch.nn.functional.pad(old, (0, 0, 0, capacity - held)) for old in states]
             for states in (self.keys, self.values)
@@ -237,7 +240,7 @@ def _rounded(columns: int) -> int:
 
 
 def sample_tokens(logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndarray) -> list[int]:
-    """As `runtime.arrays.sample_tokens`, on the device of the logits, (B, V), with one `Sampling` per row."""
+    """Same as `runtime.arrays.sample_tokens`, on the device of the logits, (B, V), with one `Sampling` per row."""
     finite = torch.isfinite(logits).all(-1)
     chosen = logits.argmax(-1)
     known = finite.tolist()
@@ -261,7 +264,7 @@ def sample_tokens(logits: Tensor, sampling: Sequence[Sampling], uniform: np.ndar
 
 
 def _truncate(weights: Tensor, sampling: Sequence[Sampling]) -> Tensor:
-    """Weights of tokens, (B, V), the most likely first, with those outside of `top_k` and `top_p` set to 0."""
+    """Sets weights outside `top_k` and `top_p` to 0. Weights are (B, V), the most likely token first."""
     rank = torch.arange(weights.shape[1], device=weights.device)
     top_k = _column([each.top_k for each in sampling], weights)
     before = weights.cumsum(-1) - weights
@@ -271,5 +274,5 @@ def _truncate(weights: Tensor, sampling: Sequence[Sampling]) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """(B, 1) float64, on the device of `like`."""
+    """Returns values as a (B, 1) float64 tensor on the device of `like`."""
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

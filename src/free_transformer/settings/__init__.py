@@ -1,4 +1,4 @@
-"""Settings of a run: sections, a YAML file with dotted overrides, cross-field checks, and errors that help."""
+"""Settings of a run: sections, a YAML file with dotted overrides, cross-field checks, and helpful errors."""
 
 from free_transformer.errors import SettingsError
 from free_transformer.settings.checks import settings_warnings

@@ -1,17 +1,22 @@
-"""Which settings of a run differ from their defaults, or from those of other runs."""
+"""Finds the settings of a run that differ from their defaults, or from those of other runs."""
 
 from collections.abc import Mapping, Sequence
 
 from free_transformer.settings.sections import Settings
 from free_transformer.settings.words import shown
 
-FOLLOWED = ("model.preset", "model.plan_span", "model.latent_dim", "training.max_steps")  # other defaults follow these
-DECIDED = {"optimizer.codebook", "model.plan_gradient"}  # `auto`, recorded as decided
+FOLLOWED = (
+    "model.preset",
+    "model.plan_span",
+    "model.latent_dim",
+    "training.max_steps",
+)  # other defaults depend on these
+DECIDED = {"optimizer.codebook", "model.plan_gradient"}  # `auto` is stored as its resolved value
 NOT_A_CHOICE = {"run_dir"}
 
 
 def changed_settings(settings: Settings) -> list[tuple[str, str, str]]:
-    """Name, value and default of every setting that differs from its default, in the order of the file."""
+    """Returns name, value and default of every setting that differs from its default, in the order of the file."""
     preset = {"model": {"preset": settings.model.preset}}
     values = {**_flat(settings), "optimizer.name": settings.optimizer_name}
     plain = _flat(Settings.model_validate(preset))
@@ -28,7 +33,7 @@ def changed_settings(settings: Settings) -> list[tuple[str, str, str]]:
 
 
 def differing_settings(runs: Sequence[Settings]) -> list[tuple[str, list[str]]]:
-    """Name and values of every setting that is not the same in all of these runs."""
+    """Returns name and values of every setting that differs between these runs."""
     flat = [_flat(settings) for settings in runs]
     names = dict.fromkeys(name for values in flat for name in values if name not in NOT_A_CHOICE)
     found = {name: [_text(values.get(name)) for values in flat] for name in names}
@@ -40,7 +45,7 @@ def _text(value: object) -> str:
 
 
 def _flat(settings: Settings) -> dict[str, object]:
-    """Values by `section.name`."""
+    """Flattens settings to values by `section.name`."""
     found: dict[str, object] = {}
     for section, values in settings.model_dump(mode="json").items():
         if isinstance(values, Mapping):

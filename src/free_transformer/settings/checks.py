@@ -1,4 +1,4 @@
-"""Settings that contradict each other, and settings that have no effect."""
+"""Checks for settings that contradict each other, and warnings about settings that have no effect."""
 
 from collections.abc import Iterable
 
@@ -11,14 +11,14 @@ from free_transformer.settings.words import shown
 
 
 def check_together(settings: Settings) -> None:
-    """Cross-field checks."""
+    """Raises `SettingsError` for settings that contradict each other."""
     training, curriculum, least = settings.training, settings.curriculum, settings.model.min_bits
     for name, value in (settings.model.model_extra or {}).items():
         if name in DECIDED_BY:
-            raise SettingsError(f"model.{name}={value}: {DECIDED_BY[name]} decides it; set that")
+            raise SettingsError(f"model.{name}={value}: determined by {DECIDED_BY[name]}; set that instead")
     for name in ("freeze_first_half", "lora_rank"):
         if getattr(training, name) and settings.model.pretrained is None:
-            raise SettingsError(f"training.{name}={getattr(training, name)}: only with model.pretrained")
+            raise SettingsError(f"training.{name}={getattr(training, name)}: needs model.pretrained")
     starts = {}
     if curriculum.free_bits_schedule != "constant":
         starts["curriculum.free_bits_start"] = curriculum.free_bits_start
@@ -27,15 +27,14 @@ def check_together(settings: Settings) -> None:
         if stage.free_bits is not None:
             starts[f"{name}.free_bits"] = stage.free_bits
         if stage.seq_len is not None and stage.seq_len > training.seq_len:
-            raise SettingsError(f"{name}.seq_len={stage.seq_len}: at most training.seq_len={training.seq_len}")
+            raise SettingsError(f"{name}.seq_len={stage.seq_len}: must be at most training.seq_len={training.seq_len}")
         for value, schedule in (("kl_weight", "kl_schedule"), ("free_bits", "free_bits_schedule")):
             if getattr(stage, value) is not None and getattr(curriculum, schedule) != "constant":
-                raise SettingsError(f"{name}.{value}: only with curriculum.{schedule}=constant; set one of the two")
+                raise SettingsError(f"{name}.{value}: needs curriculum.{schedule}=constant; set only one of the two")
     for name, bits in starts.items():
         if bits < least:
             raise SettingsError(
-                f"{name}={bits}: at least model.min_bits={least}, because a plan's KL cannot be both; "
-                "raise it, or lower model.min_bits"
+                f"{name}={bits}: must be at least model.min_bits={least}; raise it, or lower model.min_bits"
             )
     _check_steps(settings)
     _check_mixtures(settings)
@@ -52,8 +51,9 @@ def _check_steps(settings: Settings) -> None:
     unnamed = sum(stage.steps == 0 for stage in curriculum.stages)
     if curriculum.stages and (named + unnamed > training.max_steps or (not unnamed and named < training.max_steps)):
         raise SettingsError(
-            f"curriculum.stages: their steps add up to {named}{f' and {unnamed} without' * (unnamed > 0)}, "
-            f"training.max_steps is {training.max_steps}; let the last stage leave out steps"
+            f"curriculum.stages: their steps add up to {named}"
+            f"{f', with {unnamed} stages without steps' * (unnamed > 0)}, but training.max_steps={training.max_steps}; "
+            "leave out the steps of the last stage"
         )
 
 
@@ -70,9 +70,9 @@ def _check_mixtures(settings: Settings) -> None:
 
 def settings_warnings(settings: Settings) -> list[str]:
     """
-    One line for each combination of settings that is allowed and surely not meant.
+    Returns a warning for each combination of settings that is valid but certainly unintended.
 
-    Settings with their default value are not warned of: the `config.yaml` of a run has them all.
+    Settings with their default value cause no warning, since the `config.yaml` of a run contains all settings.
     """
     training, curriculum, patience = settings.training, settings.curriculum, settings.evaluation.early_stopping
     warnings = []
@@ -102,7 +102,7 @@ def _schedules(settings: Settings) -> set[str]:
 
 
 def _unused(settings: Settings) -> list[str]:
-    """Settings that have no effect, each of them once."""
+    """Returns warnings about settings that have no effect, once per setting."""
     told: set[str] = set()
     warnings = []
     for names, unused, reason in _effects(settings):
@@ -115,7 +115,7 @@ def _unused(settings: Settings) -> list[str]:
 
 
 def _effects(settings: Settings) -> Iterable[tuple[list[str], bool, str]]:
-    """Names of settings, whether they have no effect, and why."""
+    """Returns names of settings, whether they have no effect, and the reason."""
     training, curriculum, data = settings.training, settings.curriculum, settings.data
     schedules = _schedules(settings)
     return [
@@ -139,7 +139,7 @@ def _get(settings: Settings, name: str) -> object:
 
 
 def _is_set(settings: Settings, name: str) -> bool:
-    """Whether a setting is given with another value than its default."""
+    """Whether a setting is given with a value other than its default."""
     section, _, key = name.partition(".")
     if key not in getattr(settings, section).model_fields_set:
         return False

@@ -1,4 +1,4 @@
-"""The curriculum of a run: its stages, and the schedules of the KL weight and of the free bits."""
+"""The curriculum of a run: its stages, and the schedules of the KL weight and the free bits."""
 
 import math
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from free_transformer.settings.paths import Sources
 from free_transformer.settings.sections import Settings
 from free_transformer.settings.training_sections import Schedule
 
-RISING_SHARE = 0.5  # of a cycle; the other half stays at its end (Fu et al. 2019, arXiv:1903.10145)
+RISING_SHARE = 0.5  # of a cycle; the value then stays constant (Fu et al. 2019, arXiv:1903.10145)
 
 
 def annealed(schedule: Schedule, start: float, end: float, step: int, steps: int, cycles: int) -> float:
     """
-    A value on its way from `start` to `end`, up or down, reached after `steps` steps and kept from then on.
+    Returns a scheduled value, which goes from `start` to `end` in `steps` steps and then stays at `end`.
 
     Args:
-        schedule: `"constant"` (always `end`), `"linear"`, `"cosine"` (slow at both ends), or `"cyclical"`: `cycles`
-            times linearly from `start` to `end` within half a cycle, then at `end` for the other half.
-        step: optimizer steps done before this one.
+        schedule: `"constant"` (always `end`), `"linear"`, `"cosine"` (slow at both ends), or `"cyclical"`: in each of
+            `cycles` cycles, linear from `start` to `end` in the first half, then constant.
+        step: number of optimizer steps before this one.
     """
     if schedule == "constant" or step >= steps:
         return end
@@ -47,11 +47,11 @@ class Stage:
     A part of a run; a run without `curriculum.stages` has one stage.
 
     Attributes:
-        number: from 1.
-        start, end: the first optimizer step of it, and of the next.
-        seq_len, batch_size: tokens of a row, and rows of a micro-batch; their product stays about the same.
-        sources: the training text.
-        kl_weight, free_bits: None where the schedules of the run decide.
+        number: index of the stage, counted from 1.
+        start, end: the first optimizer step of this stage and of the next.
+        seq_len, batch_size: tokens per row, and rows per micro-batch; their product is about the same in all stages.
+        sources: sources of the training text.
+        kl_weight, free_bits: None to use the schedules of the run.
     """
 
     number: int
@@ -64,7 +64,7 @@ class Stage:
     free_bits: float | None = None
 
     def reads_as(self, other: "Stage") -> bool:
-        """Whether both take the same rows of the same text: then one reads on where the other has stopped."""
+        """Whether both stages read the same rows of the same text, so that one can continue the other's stream."""
         return (self.seq_len, self.batch_size, self.sources) == (other.seq_len, other.batch_size, other.sources)
 
     def weights(self, settings: Settings, step: int) -> dict[str, float]:
@@ -75,7 +75,7 @@ class Stage:
 
 
 def stages_of(settings: Settings) -> list[Stage]:
-    """The stages of a run whose `batch_size` is decided; the last continues to `max_steps`."""
+    """Returns the stages of a run, whose `batch_size` must be a number. The last stage ends at `max_steps`."""
     training, curriculum, data = settings.training, settings.curriculum, settings.data
     if not curriculum.stages:
         return [Stage(1, 0, training.max_steps, training.seq_len, training.rows, data.train)]
@@ -104,5 +104,5 @@ def stages_of(settings: Settings) -> list[Stage]:
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:
-    """The stage of an optimizer step, from 0; the last one's for all that come after."""
+    """Returns the stage of an optimizer step, counted from 0; the last stage for all later steps."""
     return next((stage for stage in stages if step < stage.end), stages[-1])

@@ -1,4 +1,4 @@
-"""Every setting with its default and its description, by section."""
+"""Descriptions of all settings, with their defaults, by section."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from free_transformer.settings.sections import SECTIONS, Settings
 from free_transformer.settings.training_sections import StageSettings
 
-COMMON = (  # what most runs set
+COMMON = (  # settings that most runs set
     *("run_dir", "data.train", "data.validation", "training.max_steps", "training.batch_size", "training.seq_len"),
     *("training.learning_rate", "model.hidden_dim", "model.num_layers", "model.latent_dim"),
 )
@@ -18,8 +18,8 @@ COMMON = (  # what most runs set
 class SettingDescription:
     """
     Attributes:
-        name: as in an override, `section.name`.
-        default: as in an override.
+        name: name as in an override, `section.name`.
+        default: default value as in an override.
     """
 
     name: str
@@ -28,7 +28,7 @@ class SettingDescription:
 
 
 def describe_settings() -> dict[str, list[SettingDescription]]:
-    """The settings of each section, by its name. The first section, `run`, has the settings outside of sections."""
+    """Returns the settings of each section by its name. Settings outside of sections are in the first one, `run`."""
     found: dict[str, list[SettingDescription]] = {"run": []}
     for name, field in Settings.model_fields.items():
         if name in SECTIONS:
@@ -39,7 +39,7 @@ def describe_settings() -> dict[str, list[SettingDescription]]:
 
 
 def common_settings() -> list[SettingDescription]:
-    """The settings of `COMMON`, in its order."""
+    """Returns the settings of `COMMON`, in this order."""
     known = {each.name: each for section in describe_settings().values() for each in section}
     return [known[name] for name in COMMON]
 

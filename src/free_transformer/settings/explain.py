@@ -1,4 +1,4 @@
-"""pydantic's errors in words: the setting, its value, what is allowed, and what to do."""
+"""Explains pydantic's errors: the setting, its value, what is allowed, and what to do."""
 
 import difflib
 import re
@@ -15,13 +15,15 @@ from free_transformer.settings.sections import SECTIONS, Settings
 from free_transformer.settings.training_sections import StageSettings
 from free_transformer.settings.words import PYTHON_TYPES, TYPES, either, one_line, shown
 
-MEMBER = re.compile(r"(constrained-)?int|(literal|function|list|dict).*\[.*|\[key\]")  # of a union, in pydantic's words
+MEMBER = re.compile(
+    r"(constrained-)?int|(literal|function|list|dict).*\[.*|\[key\]"
+)  # members of a union, as pydantic names them
 BOUNDS = {"ge": "greater than or equal to", "gt": "greater than", "le": "less than or equal to", "lt": "less than"}
 BOUND_ERRORS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than")
 
 
 def explain(error: ValidationError) -> str:
-    """All that is wrong with some settings, one sentence per setting: its value, what is allowed, and what to do."""
+    """Explains all errors, with one sentence per setting: its value, what is allowed, and what to do."""
     found: dict[str, list[ErrorDetails]] = {}
     for each in _nearest(error.errors()):
         found.setdefault(".".join(_location(each)), []).append(each)
@@ -29,7 +31,7 @@ def explain(error: ValidationError) -> str:
 
 
 def _nearest(errors: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Of a list or mapping with something wrong inside, that alone, and not that it is no mapping or list."""
+    """For an error inside a list or mapping, drops pydantic's additional error about the type of the whole value."""
     of_types = [error for error in errors if error["type"] in ("list_type", "dict_type")]
     inside = {error["loc"][:2] for error in errors if error not in of_types}
     return [error for error in errors if error not in of_types or error["loc"][:2] not in inside]
@@ -43,7 +45,7 @@ def _location(error: ErrorDetails) -> list[str]:
 
 
 def _explain_one(name: str, errors: list[ErrorDetails]) -> str:
-    """Several errors of one setting are those of the members of a union."""
+    """Explains the errors of one setting. Several errors belong to the members of a union."""
     first = errors[0]
     location, value = _location(first), first["input"]
     if first["type"] == "extra_forbidden":
@@ -56,7 +58,7 @@ def _explain_one(name: str, errors: list[ErrorDetails]) -> str:
             given = name if isinstance(value, dict) else f"{name}={shown(value)}"
             return f"{given}: {error['ctx']['error']}"
     if value is None:
-        return f"{name}: is empty; give it a value, or leave it out{_default(field, ' for the default, ')}"
+        return f"{name}: is empty; give it a value, or remove it{_default(field, ' for the default, ')}"
     allowed = list(dict.fromkeys(phrase for error in errors for phrase in _requirement(error, field)))
     if "a list" in allowed and field and str in leaves(field.annotation):
         allowed.insert(0, "text")  # for a list with one item
@@ -79,12 +81,12 @@ def _explain_unknown(location: list[str]) -> str:
     if dot and section is Settings and first in SECTIONS:
         return f"unknown setting {name!r}: in a file, write {first}: {{{rest}: ...}}"
     near = difflib.get_close_matches(last, section.model_fields, n=1, cutoff=0.5)
-    known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(section.model_fields)}"
+    known = f"did you mean {near[0]!r}?" if near else f"known settings are {', '.join(section.model_fields)}"
     return f"unknown setting {name!r}: {known}"
 
 
 def _find_field(location: list[str]) -> FieldInfo | None:
-    """The setting at a location, None inside of a list or mapping."""
+    """Returns the setting at a location, or None inside a list or mapping."""
     section: type[BaseModel] | None = Settings
     field = None
     for part in location:
@@ -99,7 +101,7 @@ def _find_field(location: list[str]) -> FieldInfo | None:
 
 
 def _requirement(error: ErrorDetails, field: FieldInfo | None) -> list[str]:
-    """What is allowed, in words."""
+    """Describes what is allowed."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUND_ERRORS:
         found = [] if field is None else field.metadata
@@ -120,7 +122,7 @@ def _bound(value: float) -> str:
 
 
 def _allowed(kind: Any) -> list[str]:
-    """The members of an annotation in words."""
+    """Describes the members of an annotation."""
     origin, members = get_origin(kind), get_args(kind)
     if origin is Literal:
         return [repr(member) for member in members]

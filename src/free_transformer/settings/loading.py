@@ -1,4 +1,4 @@
-"""Settings from a YAML file and dotted overrides."""
+"""Loads settings from a YAML file and dotted overrides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +17,20 @@ from free_transformer.settings.sections import SECTIONS, Settings
 from free_transformer.settings.words import one_line
 from free_transformer.settings.yaml_text import YamlError, load_yaml
 
-NEEDED = "name a YAML file with sections of settings (model, training, data, ...)"
+NEEDED = "give a YAML file with sections of settings (model, training, data, ...)"
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None, to_train: bool = True) -> Settings:
     """
+    Loads and checks settings.
+
     Args:
         path: a YAML file.
         overrides: `section.name=value`, the value in YAML.
-        to_train: read `model.pretrained`, which may be missing where the settings of a trained run are read.
+        to_train: whether to read `model.pretrained`, which may no longer exist when a trained run is loaded.
 
     Raises:
-        SettingsError: one line that names the setting, what it holds and what is allowed.
+        SettingsError: for invalid settings. The message names the setting, its value and what is allowed.
     """
     path = Path(path)
     values = _read_sections(path)
@@ -41,11 +43,11 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, to_train
 
 def load_baseline_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
     """
-    The settings of a run's baseline: as `load_settings`, with `model.kind=baseline`, and `-baseline` appended to the
-    name of `run_dir` unless the name already ends with `baseline`.
+    Loads the settings of a run's baseline: sets `model.kind=baseline`, and appends `-baseline` to the name of `run_dir`
+    unless it already ends with `baseline`.
 
     Raises:
-        SettingsError: as `load_settings`, and for an override of `model.kind` that says otherwise.
+        SettingsError: as `load_settings`, and for a contradictory override of `model.kind`.
     """
     settings = load_settings(path, [*(overrides or []), "model.kind=baseline"])
     folder = settings.run_dir
@@ -56,17 +58,17 @@ def load_baseline_settings(path: str | Path, overrides: list[str] | None = None)
 
 def override_warnings(settings: Settings, overrides: list[str], source: str | Path) -> list[str]:
     """
-    One line if overrides replace the training text and leave the held-out text of the file.
+    Returns a warning if overrides replace the training text but not the held-out text.
 
     Args:
-        settings: as loaded with `overrides` from the file `source`.
+        settings: settings loaded from the file `source` with `overrides`.
     """
     given = {override.name[:2] for text in overrides for override in _Override.read(text)}
     held_out = settings.data.validation
     if ("data", "train") not in given or given & {("data", "validation"), ("data",)} or not held_out:
         return []
     return [
-        f"data.train is overridden, but data.validation={one_line(few(held_out))} is still that of {source}: held-out "
+        f"data.train is overridden, but data.validation={one_line(few(held_out))} still comes from {source}: held-out "
         "results will not describe your text; set data.validation to text that is not in data.train, or to [] for none"
     ]
 
@@ -77,7 +79,7 @@ def _read_sections(path: Path) -> dict[str, object]:
         if values is None:  # an empty file: all defaults
             values = {}
         if not isinstance(values, dict):
-            raise SettingsError(f"not a file of settings; {NEEDED}")
+            raise SettingsError(f"not a settings file; {NEEDED}")
         for name, section in SECTIONS.items():
             if isinstance(values.get(name), dict):
                 values[name] = _renamed(name, section, values[name])
@@ -86,8 +88,8 @@ def _read_sections(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path}: no such file; {NEEDED}") from None
     except IsADirectoryError:
         config = path / "config.yaml"
-        advice = f"name the file, {config}" if config.is_file() else NEEDED
-        raise SettingsError(f"{path}: a folder, not a file; {advice}") from None
+        advice = f"give the file {config}" if config.is_file() else NEEDED
+        raise SettingsError(f"{path}: is a folder, not a file; {advice}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read as text ({reason(error)}); {NEEDED}") from error
     except InputError as error:
@@ -103,7 +105,7 @@ def _renamed(name: str, section: type[Section], values: dict[str, object]) -> di
 
 
 def parse_settings(values: Mapping[str, object], source: str = "settings", to_train: bool = True) -> Settings:
-    """`Settings` from plain values; arguments and errors as in `load_settings`."""
+    """Builds `Settings` from plain values; arguments and errors as in `load_settings`."""
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -121,11 +123,11 @@ def parse_settings(values: Mapping[str, object], source: str = "settings", to_tr
 @dataclass(frozen=True)
 class _Override:
     """
-    `section.name=value` of a command line, or one setting of `section={name: value, ...}`.
+    An override `section.name=value`, or one setting of `section={name: value, ...}`.
 
     Attributes:
-        text: as it was given.
-        name: parts of the name, under which the setting is kept.
+        text: the override as given.
+        name: parts of the setting's current name.
     """
 
     text: str
@@ -137,7 +139,9 @@ class _Override:
         name, equals, given = text.partition("=")
         first, *rest = name.split(".")
         if not equals or not all((first, *rest)):
-            raise SettingsError(f"{text!r}: an override is section.name=value, as in training.learning_rate=3e-4")
+            raise SettingsError(
+                f"{text!r}: an override needs the form section.name=value, such as training.learning_rate=3e-4"
+            )
         try:
             value = load_yaml(given)
         except YamlError as error:
@@ -151,7 +155,7 @@ class _Override:
         return [cls(text, (first, *rest), value)]
 
     def apply(self, values: dict[str, Any]) -> None:
-        """Sets the value in `values`. Sections on the way are copied: an alias in the file keeps its own."""
+        """Sets the value in `values`. Copies the sections on the path, so that YAML aliases of them do not change."""
         *sections, last = self.name
         for section in sections:
             inner = values.get(section)
@@ -163,12 +167,12 @@ class _Override:
 
 
 def _place(section: str, name: str) -> tuple[str, ...]:
-    """Where a setting is kept."""
+    """Returns the section and name where a setting is stored."""
     return MOVED.get(name, (section, name)) if section == "training" else (section, name)
 
 
 def _check_overrides(overrides: list[_Override]) -> None:
-    """`SettingsError` where a setting is given twice, with different values or by different names."""
+    """Raises `SettingsError` if a setting is given twice, with different values or under different names."""
     known: dict[tuple[str, ...], _Override] = {}
     for override in overrides:
         other = known.setdefault(override.name, override)

@@ -13,17 +13,25 @@ from free_transformer.settings.paths import PathText
 from free_transformer.settings.section import Section
 from free_transformer.settings.words import TYPES, either, shown
 
-ROPE = {"rope_theta", "rope_scaling"}  # older names of what `rope_parameters` holds
+ROPE = {"rope_theta", "rope_scaling"}  # older names of values in `rope_parameters`
 LLAMA_NAMES = {*LlamaConfig.__dataclass_fields__, *FreeTransformerConfig.attribute_map, *ROPE}
 SHAPE = {"hidden_dim", "num_layers", "num_heads"}
 WINDOW = {"sliding_window"}
 OF_THE_PLAN = {"latent_dim", "plan_span", "free_bits", "min_bits", "aggregate_weight"}
-DECIDED_BY = {"kl_weight": "training.kl_weight", "vocab_size": "data.tokenizer"}  # names of the model, set elsewhere
-MAY_CHANGE = {"max_seq_len", "max_position_embeddings", "dropout", "attention_dropout"}  # whatever the weights are
+DECIDED_BY = {
+    "kl_weight": "training.kl_weight",
+    "vocab_size": "data.tokenizer",
+}  # model settings that are set elsewhere
+MAY_CHANGE = {
+    "max_seq_len",
+    "max_position_embeddings",
+    "dropout",
+    "attention_dropout",
+}  # may differ from the pretrained configuration
 
 
 class ModelSettings(Section):
-    """Besides these, every setting of `LlamaConfig` under its own name (rope_parameters, rms_norm_eps, ...)."""
+    """Also accepts every setting of `LlamaConfig` under its own name (rope_parameters, rms_norm_eps, ...)."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
     other_names = {full: short for short, full in FreeTransformerConfig.attribute_map.items()}
@@ -34,7 +42,7 @@ class ModelSettings(Section):
     pretrained: PathText | None = Field(
         None,
         description="Folder or Hub name of the model to start from: a Llama, Mistral, Qwen 2, Qwen 3 or Free "
-        "Transformer. It decides the shape of the model. Default: new weights.",
+        "Transformer. It determines the shape of the model. Default: new weights.",
     )
     hidden_dim: int = Field(
         FreeTransformerConfig.hidden_size, ge=2, description="Width of the residual stream, at least 2."
@@ -53,13 +61,13 @@ class ModelSettings(Section):
         FreeTransformerConfig.sliding_window,
         ge=1,
         description="Number of tokens that a token attends to in each decoder layer, itself included, at least 1. The "
-        "encoder reads the whole row. A window of `training.seq_len` or more acts in longer texts only. Default: all "
+        "encoder reads the whole row. A window of `training.seq_len` or more affects only longer texts. Default: all "
         "tokens, or the window of `pretrained`.",
     )
     preset: Literal["steering", "paper"] = Field(
         "steering",
         description="Defaults of the plan: `steering` (8 bits, one plan per sequence, uniform use of the plans) or "
-        "`paper` (16 bits, one plan per token, the paper's objective). Settings that are given take precedence.",
+        "`paper` (16 bits, one plan per token, the paper's objective). Explicit settings take precedence.",
     )
     latent_dim: int = Field(
         FreeTransformerConfig.latent_dim,
@@ -74,7 +82,7 @@ class ModelSettings(Section):
     free_bits: float = Field(
         OBJECTIVE["free_bits"],
         ge=0,
-        description="KL in bits per plan that costs nothing, at least 0. A higher value lets plans carry more "
+        description="KL in bits per plan that is not penalized, at least 0. A higher value lets plans carry more "
         "information. Default: 2.5 with one plan per sequence, else 0.5.",
     )
     min_bits: float = Field(
@@ -99,13 +107,13 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _default_objective(self) -> "ModelSettings":
-        """Defaults that depend on other settings."""
+        """Fills in defaults that depend on other settings."""
         given = {name: getattr(self, name) for name in OBJECTIVE if name in self.model_fields_set}
         self.__dict__.update(plan_objective(self.plan_span, self.latent_dim, given))
         return self
 
     def build(self, **changes: object) -> FreeTransformerConfig:
-        """The model's configuration. `SettingsError` for a name or value that it refuses."""
+        """Builds the model's configuration. Raises `SettingsError` for an invalid name or value."""
         values = {**self.model_dump(exclude={"kind", "pretrained", "preset"}), **changes}
         _check_rope(values)
         try:
@@ -116,7 +124,7 @@ class ModelSettings(Section):
             raise SettingsError(_explain_config(error, values)) from error
 
     def adopt(self) -> None:
-        """Takes over what a pretrained model decides, if any. `SettingsError` where something else was asked for."""
+        """Adopts the settings of a pretrained model, if any. Raises `SettingsError` for contradictory settings."""
         if self.pretrained is None:
             return
         try:
@@ -126,18 +134,18 @@ class ModelSettings(Section):
             raise SettingsError(f"model.pretrained={self.pretrained}: {first_line(error)}") from error
         brings_plan = values["model_type"] == config.model_type
         fixed = LLAMA_NAMES - MAY_CHANGE | ({"latent_dim"} if brings_plan else set())
-        if self.kind == "baseline":  # which is loaded as it is
+        if self.kind == "baseline":  # a baseline is loaded unchanged
             fixed |= WINDOW
         for name in sorted(self.model_fields_set & fixed):
             if (asked := getattr(self, name)) != (known := getattr(config, name, config.rope_parameters)):
-                raise SettingsError(f"model.{name}={asked}: {self.pretrained} has {known}; leave it out")
+                raise SettingsError(f"model.{name}={asked}: {self.pretrained} has {known}; remove this setting")
         open_to_both = WINDOW | (OF_THE_PLAN if brings_plan else set())
         for name in SHAPE | (open_to_both - self.model_fields_set):
             setattr(self, name, getattr(config, name))
 
 
 def _check_rope(values: dict[str, object]) -> None:
-    """`LlamaConfig` checks the types of its fields, but not of what is inside these."""
+    """Rejects booleans inside RoPE settings, which `LlamaConfig` does not check."""
     for name in (*ROPE, "rope_parameters"):
         value = values.get(name)
         inside = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
@@ -147,7 +155,7 @@ def _check_rope(values: dict[str, object]) -> None:
 
 
 def _explain_config(error: Exception, values: dict[str, object]) -> str:
-    """The errors of type that `transformers` finds name Python's types; others are ours and name the setting."""
+    """Rephrases type errors of `transformers`, which name Python types. Other errors already name the setting."""
     found = re.match(
         r"Field '(\w+)' (?:with value .* doesn't match any type in \((?P<many>.*)\)\. |expected (?P<one>\w+),)",
         str(error),

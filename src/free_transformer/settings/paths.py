@@ -1,4 +1,4 @@
-"""Paths in settings: home folders and environment variables are filled in, and sources can be made absolute."""
+"""Paths in settings: expands home folders and environment variables, and makes sources absolute."""
 
 import os
 import re
@@ -17,14 +17,14 @@ VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([^{}\n]*)\})", re.ASCII)
 
 
 def expand(text: str) -> str:
-    """A path with the home folder and environment variables filled in; `$$` is a dollar sign."""
+    """Expands the home folder and environment variables in a path; `$$` is a dollar sign."""
     if not text:
-        raise InputError("is empty; name a file or folder")
+        raise InputError("is empty; give a file or folder")
     home, slash, rest = text.partition("/")
     if home.startswith("~"):
         folder = os.path.expanduser(home)  # noqa: PTH111 - Path raises for users without a home folder
         if folder == home:
-            raise InputError(f"the home folder {one_line(home)} is not known; write the folder's full path")
+            raise InputError(f"the home folder {one_line(home)} is unknown; give the full path")
         return folder + slash + _fill_in(rest)
     return _fill_in(text)
 
@@ -35,14 +35,14 @@ def _fill_in(text: str) -> str:
         if name is None:
             return "$"
         if name not in os.environ:
-            raise InputError(f"the environment variable {name} is not set; set it, or write $$ for a dollar sign")
+            raise InputError(f"the environment variable {name} is not set; set it, or use $$ for a dollar sign")
         return os.environ[name]
 
     return VARIABLE.sub(value, text)
 
 
 def _escape(path: str | Path) -> str:
-    """The text that `expand` turns into this path."""
+    """Returns the text that `expand` turns into this path."""
     text = str(path).replace("$", "$$")
     return f"./{text}" if text.startswith("~") else text
 
@@ -60,11 +60,11 @@ def _expand_sources(value: object) -> object:
 
 
 def check_distinct(names: Mapping[str, str]) -> None:
-    """`ValueError` where two sources of a mixture are the same one: a share would be lost."""
+    """Raises `ValueError` if two sources of a mixture are the same, since a share would be lost."""
     known: dict[str, str] = {}
     for name, meant in names.items():
         if (other := known.setdefault(meant, name)) != name:
-            raise InputError(f"{one_line(other)} and {one_line(name)} are the same source; give it one share")
+            raise InputError(f"{one_line(other)} and {one_line(name)} are the same source; give it a single share")
 
 
 def _escape_sources(sources: object) -> object:
@@ -88,7 +88,7 @@ def _refuse_boolean(value: object) -> object:
     return value
 
 
-# Text that a person writes is expanded; a `Path` is taken as it is. What is written down is escaped.
+# Text from the user is expanded, a `Path` is not. Serialized paths are escaped.
 PathText = Annotated[
     str,
     BeforeValidator(lambda value: expand(value) if isinstance(value, str) else value),
@@ -100,7 +100,7 @@ Folder = Annotated[
     PlainSerializer(_escape, when_used="json"),
 ]
 Share = Annotated[float, Field(gt=0), BeforeValidator(_refuse_boolean)]
-Sources = Annotated[  # all texts of several, or shares of a mixture
+Sources = Annotated[  # a list of sources, or the shares of a mixture
     list[str] | dict[str, Share], BeforeValidator(_expand_sources), PlainSerializer(_escape_sources)
 ]
 SourceList = Annotated[list[str], BeforeValidator(_expand_sources), PlainSerializer(_escape_sources)]

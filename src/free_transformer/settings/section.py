@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from free_transformer.errors import InputError
 
-# Settings that files may still give in `training`, and where they are.
+# Settings that files may still give in `training`, and their current places.
 MOVED = {
     "optimizer": ("optimizer", "name"),
     "table_optimizer": ("optimizer", "codebook"),
@@ -25,7 +25,7 @@ MOVED = {
 
 def relocated(values: dict[str, Any]) -> dict[str, Any]:
     """
-    Values by section, with what `MOVED` names taken out of `training`.
+    Moves the settings in `MOVED` from `training` to their current sections.
 
     Raises:
         InputError: for a setting that is given in both places.
@@ -47,12 +47,12 @@ def relocated(values: dict[str, Any]) -> dict[str, Any]:
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
-    other_names: ClassVar[dict[str, str]] = {}  # further names of settings, and the name that each is kept under
+    other_names: ClassVar[dict[str, str]] = {}  # alternative names of settings -> current name
 
     @classmethod
     def renamed(cls, values: dict[str, object]) -> dict[str, object]:
         """
-        The values under the names that settings are kept under.
+        Returns the values under the current names of settings.
 
         Raises:
             ValueError: for a setting that is given under two names.
@@ -66,7 +66,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_empty(cls, values: object) -> object:
-        """A section with its name alone has its defaults."""
+        """Treats an empty section as one with default values."""
         if values is None:
             return {}
         return cls.renamed(values) if isinstance(values, dict) else values
@@ -74,18 +74,20 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
-        """Python takes True for 1, and so does pydantic."""
+        """Rejects booleans for numbers, which pydantic accepts as 0 and 1."""
         if isinstance(value, bool) and bool not in leaves(cls.model_fields[str(info.field_name)].annotation):
-            raise PydanticCustomError("boolean", "true and false are not allowed")  # `_requirement` says what is
+            raise PydanticCustomError(
+                "boolean", "true and false are not allowed"
+            )  # `_requirement` adds what is allowed
         return value
 
 
 def leaves(kind: object) -> set[object]:
-    """The types that an annotation is made of."""
+    """Returns the types that an annotation consists of."""
     members = get_args(kind) if get_origin(kind) is not Literal else ()
     return set().union(*map(leaves, members)) if members else {kind}
 
 
 def replace_checked(section: Section, **values: object) -> None:
-    """Sets values that are checked already: a dollar sign in them is no variable, and they are not the person's."""
+    """Sets checked values without expanding variables in them or marking them as given by the user."""
     section.__dict__.update(values)

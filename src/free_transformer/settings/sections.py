@@ -1,4 +1,4 @@
-"""The settings of a run, a class for each section of the file."""
+"""The settings of a run, with a class for each section of the file."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class DataSettings(Section):
         "files (each also compressed as `.gz`, `.bz2`, `.xz` or `.zst`), and names of data sets, `name` or "
         "`name:configuration`, with a split as in `name[test]` (default: `train`). The prefix `hub:` marks the name of "
         "a data set. A list uses all of its texts. A mapping such as `{a.jsonl: 3, b.jsonl: 1}` is a mixture, whose "
-        "rows are drawn in these shares.",
+        "rows are sampled in these shares.",
     )
     validation: SourceList = Field(
         default_factory=list,
@@ -45,7 +45,7 @@ class DataSettings(Section):
     max_bad_rows: int = Field(
         100,
         ge=0,
-        description="Number of rows of a table without text that are skipped before reading fails, at least 0.",
+        description="Maximum number of rows without text to skip per table before reading fails, at least 0.",
     )
     streaming: bool = Field(
         False, description="Read the text during training. Use it for text that does not fit in memory."
@@ -72,7 +72,7 @@ class LoggingSettings(Section):
 
 
 class DistributedSettings(Section):
-    """For several processes, started by `torchrun`. One process needs none of these settings."""
+    """Settings for several processes, started by `torchrun`. A single process needs none of them."""
 
     fsdp: bool = Field(
         False,
@@ -132,11 +132,11 @@ class Settings(Section):
         return "muon" if self.model.pretrained is None else "adamw"
 
     def to_yaml(self) -> str:
-        """Text that `load_settings` reads as equal settings, whatever the environment variables are then."""
+        """Returns YAML text that `load_settings` reads as equal settings, for any environment variables."""
         return dump_yaml(self.model_dump(mode="json"))
 
     def with_absolute_paths(self) -> "Settings":
-        """A copy that means the same files and folders wherever it is read: relative paths start at this folder."""
+        """Returns a copy with absolute paths, so that it can be read from any working directory."""
         copy = self.model_copy(deep=True)
         replace_checked(copy, run_dir=self.run_dir.absolute())
         data = self.data

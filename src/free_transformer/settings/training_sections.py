@@ -12,7 +12,7 @@ Schedule = Literal["constant", "linear", "cosine", "cyclical"]
 OptimizerName = Literal["auto", "adamw", "muon"]
 CodebookOptimizer = Literal["auto", "adamw", "sparse_adam"]
 MAX_SEED = 2**63 - 1
-MAX_WARMUP, WARMUP_SHARE = 100, 10  # the default warm-up: a tenth of the steps, at most 100
+MAX_WARMUP, WARMUP_SHARE = 100, 10  # default warm-up: a tenth of the steps, at most 100
 
 
 class TrainingSettings(Section):
@@ -31,7 +31,7 @@ class TrainingSettings(Section):
     lora_rank: int = Field(
         0,
         ge=0,
-        description="Rank of LoRA adapters, which are trained in place of the decoder's weights. 0: train the weights. "
+        description="Rank of LoRA adapters, which are trained instead of the decoder's weights. 0: train the weights. "
         "Needs `model.pretrained`.",
     )
     warmup_steps: int = Field(
@@ -47,7 +47,7 @@ class TrainingSettings(Section):
     precision: Precision = Field(
         "fp32",
         description="Number format of matmuls: `fp32`, `bf16`, `fp16` (with loss scaling, for a GPU without bf16), or "
-        "`auto` (`bf16` where the hardware has it, else `fp32`).",
+        "`auto` (`bf16` if the hardware supports it, else `fp32`).",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
@@ -87,8 +87,8 @@ class TrainingSettings(Section):
 
     @property
     def rows(self) -> int:
-        """`batch_size`, where it is decided."""
-        assert isinstance(self.batch_size, int), "batch_size=auto is resolved before anything is read"
+        """`batch_size` as a number; `auto` must be resolved."""
+        assert isinstance(self.batch_size, int), "batch_size=auto must be resolved first"
         return self.batch_size
 
 
@@ -106,7 +106,7 @@ class OptimizerSettings(Section):
         None,
         gt=0,
         description="Peak learning rate of the encoder and the codebook, above 0. Default: `training.learning_rate`, "
-        "or ten times that with `model.pretrained`, where the codebook's rate follows from it.",
+        "or ten times that with `model.pretrained`, where the codebook's rate is derived from it.",
     )
     codebook: CodebookOptimizer = Field(
         "auto",
@@ -153,12 +153,12 @@ class EvaluationSettings(Section):
 
 
 class StageSettings(Section):
-    """One stage of a curriculum. Settings that are left out have the values of `training`, `model` and `data`."""
+    """One stage of a curriculum. Omitted settings have the values of `training`, `model` and `data`."""
 
     steps: int = Field(
         0,
         ge=0,
-        description="Number of optimizer steps of the stage. 0: an equal share of the steps that other stages leave.",
+        description="Number of optimizer steps of the stage. 0: an equal share of the remaining steps.",
     )
     seq_len: int | None = Field(
         None,

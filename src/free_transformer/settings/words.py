@@ -1,4 +1,4 @@
-"""Values and choices in messages."""
+"""Formats values and choices for messages."""
 
 from pathlib import Path
 from types import NoneType
@@ -13,7 +13,7 @@ PYTHON_TYPES = {
     dict: "a mapping",
     NoneType: "null",
 }
-TYPES = {  # by the first word of the names of pydantic's errors
+TYPES = {  # by the first word of pydantic's error names
     **{kind.__name__: words for kind, words in PYTHON_TYPES.items()},
     "string": "text",
     "path": "a path",
@@ -23,17 +23,17 @@ TYPES = {  # by the first word of the names of pydantic's errors
 
 
 def one_line(text: str) -> str:
-    """A name for a message: in quotes, with escapes, where it has line breaks or other control characters."""
+    """Formats a name for a message: quoted and escaped if it has line breaks or other control characters."""
     return text if text.isprintable() else repr(text)
 
 
 def shown(value: object) -> str:
-    """A value in a message, constants as YAML has them."""
+    """Formats a value for a message, with constants as in YAML."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else repr(str(value) if isinstance(value, Path) else value)
 
 
 def either(phrases: list[str]) -> str:
-    """`a, b or c`."""
+    """Joins phrases: `a, b or c`."""
     return " or ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))

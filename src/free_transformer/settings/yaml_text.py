@@ -1,4 +1,4 @@
-"""YAML 1.2 with unique keys, by `ruamel.yaml`. Dates stay text, and every error is one line."""
+"""Reads and writes YAML 1.2 with unique keys, by `ruamel.yaml`. Dates stay text, and every error is one line."""
 
 import io
 import re
@@ -16,17 +16,17 @@ from free_transformer.errors import SettingsError
 T = TypeVar("T")
 
 TAG = "tag:yaml.org,2002:"
-# Text that YAML 1.1 reads as something else. It is quoted, so that other programs read the text too.
+# Text that YAML 1.1 parses as another type. It is quoted, so that other programs also read it as text.
 YAML_1_1 = re.compile(r"(?i:y|n|yes|no|on|off)|[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
 
 
 class YamlError(SettingsError):
-    """Text that cannot be read as YAML 1.2 with unique keys; the message is one line with the line's number."""
+    """Text is not YAML 1.2 with unique keys. The message is one line with the line number."""
 
 
 def load_yaml(text: str) -> object:
     """
-    The value of a YAML document: None, a scalar, a list or a dictionary. Dates and times are text.
+    Returns the value of a YAML document: None, a scalar, a list or a dictionary. Dates and times are text.
 
     Raises:
         YamlError: for a syntax error, a key that is set twice, or a tag that is not part of YAML's core schema.
@@ -36,7 +36,7 @@ def load_yaml(text: str) -> object:
 
 def split_yaml_list(text: str) -> list[str]:
     """
-    The items of a flow list without its brackets, each as it is written: `8, '16,17'` has the items `8` and `'16,17'`.
+    Splits a flow list without brackets into its items as written: `8, '16,17'` has the items `8` and `'16,17'`.
 
     Raises:
         YamlError: for a syntax error, or an item that is empty.
@@ -44,12 +44,12 @@ def split_yaml_list(text: str) -> list[str]:
     listed = f"[{text}]"
     node = _read(listed, _yaml().compose)
     if not isinstance(node, SequenceNode) or node.end_mark.index != len(listed):
-        raise YamlError("not YAML: a list is closed before its end")
+        raise YamlError("not YAML: unmatched closing bracket")
     return [listed[item.start_mark.index : item.end_mark.index] for item in node.value]
 
 
 def dump_yaml(values: Mapping[str, object]) -> str:
-    """YAML text of nested dictionaries, lists and scalars, which `load_yaml` reads as equal values in equal order."""
+    """Writes nested dictionaries, lists and scalars as YAML, which `load_yaml` reads as equal values in equal order."""
     stream = io.StringIO()
     _yaml().dump(dict(values), stream)
     return stream.getvalue()
@@ -106,5 +106,5 @@ def _read(text: str, read: Callable[[str], T]) -> T:
         raise YamlError(f"not YAML: {where}{problem}; put text with special characters in quotes") from error
     except RecursionError:
         raise YamlError("not YAML: lists or mappings are nested too deeply") from None
-    except (YAMLError, ValueError, TypeError) as error:  # of characters, and of numbers and keys that cannot be built
+    except (YAMLError, ValueError, TypeError) as error:  # for invalid characters, numbers and keys
         raise YamlError(f"not YAML: {' '.join(str(error).split())}") from error

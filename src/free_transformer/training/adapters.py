@@ -1,5 +1,5 @@
 """
-Fine-tuning by LoRA: adapters of the decoder are trained instead of its weights, and the plan's parts in full.
+LoRA fine-tuning: trains adapters of the decoder instead of its weights, and all weights of the plan's parts.
 
 Needs `peft`: pip install 'free-transformer-lm[trainers]'.
 """
@@ -17,15 +17,15 @@ from free_transformer.model.modeling import FreeTransformer
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
 
-IN_FULL = ["encoder", "plan_table"]
-PREFIX = "base_model.model."  # of names in PEFT's files
+IN_FULL = ["encoder", "plan_table"]  # parts whose weights are trained in full
+PREFIX = "base_model.model."  # prefix of names in PEFT's files
 NAME = "default"
 
 
 def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> "LoraModel":
     """
-    Adds adapters to the projections of the layers from `first_layer` on, in place; what else is a pretrained
-    model's no longer learns.
+    Adds adapters to the projections of the layers from `first_layer` on, in place, and freezes all other pretrained
+    weights.
 
     Returns:
         PEFT's tuner, for `write_adapters` and `merge_adapters`.
@@ -51,7 +51,7 @@ def add_adapters(model: PreTrainedModel, rank: int, first_layer: int = 0) -> "Lo
 
 
 def write_adapters(tuner: "LoraModel", folder: Path) -> None:
-    """A folder for `PeftModel.from_pretrained`: the adapters, and the parts that were trained in full."""
+    """Writes a folder for `PeftModel.from_pretrained`: the adapters, and the parts trained in full."""
     model, config = tuner.model, copy.copy(tuner.peft_config[NAME])
     if isinstance(model, FreeTransformer):
         config.modules_to_save = IN_FULL
@@ -68,5 +68,5 @@ def write_adapters(tuner: "LoraModel", folder: Path) -> None:
 
 
 def merge_adapters(tuner: "LoraModel") -> PreTrainedModel:
-    """The model with the adapters added to its own weights, as one that was trained in full."""
+    """Merges the adapters into the weights and returns the plain model."""
     return tuner.merge_and_unload()

@@ -29,11 +29,11 @@ from free_transformer.training.state import new_state
 from free_transformer.training.step import apply_gradients, compute_gradients
 
 MIB, GIB = 2**20, 2**30
-USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory; the rest is a margin for what a trial does not include
+USED_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory; the rest is a safety margin
 BYTES_PER_PARAMETER = 16  # fp32 weight and gradient, two moments
-LONG_STEP = 2.0  # seconds, after which no larger step is tried
-MIN_TRIALS = 4  # unless memory runs out earlier: small steps predict the cost of large ones badly
-TIMED_STEPS, TIMED_SECONDS = 3, 20.0  # optimizer steps that are timed, fewer if they take longer than this
+LONG_STEP = 2.0  # seconds; after a longer step, no larger one is tried
+MIN_TRIALS = 4  # unless memory runs out; small steps alone predict the cost of large ones poorly
+TIMED_STEPS, TIMED_SECONDS = 3, 20.0  # maximum number and total time of timed optimizer steps
 MIN_GAIN = 1.05  # trials end when a larger step is not this much faster per row
 
 
@@ -49,7 +49,7 @@ class Trial:
 @dataclass(frozen=True)
 class StepCosts:
     """
-    Memory of a step in one process, which is linear in the number of rows, from trials with few rows.
+    Memory of a step in one process, extrapolated linearly from trials with few rows.
 
     Attributes:
         state_bytes: size of weights, gradients and optimizer state.
@@ -59,7 +59,7 @@ class StepCosts:
     state_bytes: int
 
     def bytes(self, rows: int) -> int:
-        """Peak memory, extrapolated from the two largest trials: the first ones also load libraries."""
+        """Returns the peak memory, extrapolated from the two largest trials: the first ones also load libraries."""
         known = next((trial for trial in self.trials if trial.rows == rows), None)
         if known is not None or len(self.trials) == 1:
             trial = known or self.trials[0]
@@ -69,7 +69,7 @@ class StepCosts:
         return round(other.bytes + slope * (rows - other.rows))
 
     def max_rows(self, budget: int) -> int:
-        """The number of rows that fit into `budget` bytes; 0 if not even one does."""
+        """Returns the number of rows that fit into `budget` bytes; 0 if not even one does."""
         first, last = self.trials[0], self.trials[-1]
         if last.bytes > budget:
             return max((trial.rows for trial in self.trials if trial.bytes <= budget), default=0)
@@ -87,10 +87,10 @@ def try_steps(
     max_rows: int,
 ) -> StepCosts:
     """
-    Runs steps with 1, 2, 4, ... rows of the stage with the longest rows, on a model that is then discarded.
+    Runs steps with 1, 2, 4, ... rows of the stage with the longest rows, on a temporary model.
 
     Args:
-        max_rows: the most rows to try in one process.
+        max_rows: maximum number of rows to try in one process.
 
     Raises:
         SettingsError: if the weights or a single row do not fit in memory.
@@ -102,7 +102,8 @@ def try_steps(
     if state_bytes > budget:
         raise SettingsError(
             f"the model's weights, gradients and optimizer state take {state_bytes / GIB:.1f} GiB, "
-            f"{budget / GIB:.1f} GiB may be used: use a smaller model, or distributed.fsdp=true on more processes"
+            f"more than the {budget / GIB:.1f} GiB available: use a smaller model, or distributed.fsdp=true on more "
+            "processes"
         )
 
     def batch_of(rows: int) -> Batch:
@@ -123,13 +124,13 @@ def try_steps(
     del state
     gc.collect()
     if not trials:
-        raise SettingsError(f"not one row of {stage.seq_len} tokens fits in memory: use a smaller seq_len")
+        raise SettingsError(f"a single row of {stage.seq_len} tokens does not fit in memory: use a smaller seq_len")
     return costs
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Mean time of some optimizer steps, in seconds, and their number."""
+    """Mean time of optimizer steps, in seconds, and the number of steps measured."""
 
     seconds: float
     steps: int
@@ -143,11 +144,12 @@ def time_steps(
     state: TrainState,
 ) -> StepTime:
     """
-    Measures optimizer steps of the stage with the longest rows, each with all its micro-batches. One step before them
-    is not counted: it also loads libraries and allocates the optimizer state.
+    Measures the time of optimizer steps, with all their micro-batches, in the stage with the longest rows.
+
+    A warm-up step is not counted, because it also loads libraries and allocates the optimizer state.
 
     Args:
-        state: is changed by the steps.
+        state: model and optimizers, which the steps change.
     """
     batches = _batches_here(settings, _longest_stage(settings), tokenizer, processes, data)
     seconds: list[float] = []
@@ -166,7 +168,7 @@ def _longest_stage(settings: Settings) -> Stage:
 
 
 def not_compiled(settings: Settings) -> Settings:
-    """The settings of trial steps: a compilation takes longer than they do."""
+    """Returns the settings without compilation, which takes longer than the trial steps."""
     return settings.model_copy(update={"training": settings.training.model_copy(update={"compile": False})})
 
 
@@ -177,7 +179,7 @@ def _batches_here(
     processes: Processes,
     data: list[TrainingData],
 ) -> Iterator[Batch]:
-    """Batches of a stage, prepared in this process."""
+    """Returns batches of a stage, prepared in this process."""
     in_here = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 0})})
     return training_batches(data[stage.number - 1], stage, tokenizer, in_here, processes)
 
@@ -193,7 +195,7 @@ def _is_enough(costs: StepCosts, budget: int) -> bool:
 
 
 def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, processes: Processes) -> Trial | None:
-    """Measures a step. None if it does not fit in the memory of the GPU."""
+    """Measures a step. Returns None if it does not fit in GPU memory."""
     reset_peak(processes.device)
     try:
         for _ in range(2):  # the first also allocates the optimizer state
@@ -206,7 +208,7 @@ def _try(state: TrainState, batch: Batch, rows: int, settings: Settings, process
 
 
 def _timed_step(state: TrainState, micro: list[Batch], settings: Settings, processes: Processes) -> float:
-    """Makes an optimizer step and returns its time in seconds."""
+    """Runs an optimizer step and returns its time in seconds."""
     tokens = int(processes.sum(torch.stack([predicted_tokens(batch["labels"]) for batch in micro]).sum()))
     _wait(processes.device)
     started = time.perf_counter()
@@ -222,13 +224,13 @@ def decide_batch_size(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes, run: Run | None, quiet: bool
 ) -> tuple[Settings, list[TrainingData] | None, StepCosts | None]:
     """
-    Replaces `training.batch_size=auto` by a number: the most rows that fit in memory, and at most those of the text.
+    Replaces `training.batch_size=auto` by the number of rows that fit in memory, at most the number in the text.
 
     Args:
-        run: a run to resume, which keeps its number.
+        run: a run to resume, which keeps its batch size; None for a new run.
 
     Returns:
-        the settings, and if steps were tried, the training text and the cost of steps.
+        the settings and, if steps were tried, the training text and the cost of steps.
     """
     if settings.training.batch_size != "auto":
         return settings, None, None
@@ -243,11 +245,13 @@ def decide_batch_size(
     fitting = min(most, costs.max_rows(budget))
     rows = -processes.all_reduce_max(-fitting)[0] * processes.data_size
     if rows == 0:
-        raise SettingsError(f"training.batch_size=auto: not one row fits in {budget / GIB:.1f} GiB")
+        raise SettingsError(
+            f"training.batch_size=auto: a single row does not fit in {budget / GIB:.1f} GiB; use a smaller model"
+        )
     least = costs.trials[-1].rows * processes.data_size
     text = f"training.batch_size=auto: {rows} rows, {costs.bytes(fitting) / GIB:.2f} of {budget / GIB:.2f} GiB"
     if rows > least:
-        text += f"; steps from {least} rows on are hardly faster per row, and smaller batches are often more efficient"
+        text += f"; steps of more than {least} rows are hardly faster per row, and smaller batches often learn faster"
     stderr_console(quiet or not processes.main).print(text, soft_wrap=True)
     settings = _with_rows(settings, rows)
     check_batches(data, settings)
@@ -259,7 +263,7 @@ def _with_rows(settings: Settings, rows: int) -> Settings:
 
 
 def memory_budget(processes: Processes) -> int:
-    """Bytes that this process may use: those that it has now, and its share of the free memory minus a margin."""
+    """Returns the bytes that this process may use: its current memory plus its share of the free memory."""
     device = processes.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -269,7 +273,7 @@ def memory_budget(processes: Processes) -> int:
 
 
 def _free_bytes() -> int:
-    """Free memory of the machine, or of the container in which this process runs."""
+    """Returns the free memory of the machine, or of the container in which this process runs, in bytes."""
     free = _psutil().virtual_memory().available
     with suppress(OSError, ValueError):  # no such limit
         limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -290,7 +294,7 @@ def _psutil() -> ModuleType:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Restarts the measurement of `peak_bytes`, if the system allows it."""
+    """Resets the measurement of `peak_bytes`, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -299,7 +303,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this process: of a GPU, or else of the machine."""
+    """Returns the peak memory of this process in bytes, on its GPU or else in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What each process, and each of its workers, reads of the training text."""
+"""The part of the training text that each process, and each of its workers, reads."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ from free_transformer.settings.curriculum import Stage, stages_of
 
 @dataclass
 class Documents:
-    """Documents that can be read again and again, one pass an epoch; of `parts`, only this one's."""
+    """Documents that can be read repeatedly, once per epoch; only part number `part` of `parts`."""
 
     sources: list[str]
     column: str
@@ -42,7 +42,7 @@ class Documents:
 
 @dataclass
 class Stream:
-    """Text to read while training: the documents of each source, and the shares in which their rows are sampled."""
+    """Streamed text: the documents of each source, and the shares with which their rows are sampled."""
 
     documents: list[Documents]
     shares: list[float]
@@ -52,7 +52,7 @@ TrainingData = TrainingRows | Stream  # in memory, or to stream
 
 
 def load_validation(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-    """All held-out text, where there is any. `SettingsError` for text that cannot be used."""
+    """Loads the held-out text; None without any. Raises `SettingsError` for text that cannot be used."""
     data = settings.data
     if not data.validation:
         return None
@@ -64,15 +64,15 @@ def load_validation(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> R
 
 
 def overlap_warning(training: list[TrainingData], validation: Rows | None, settings: Settings) -> str | None:
-    """What to say of held-out text that is trained on as well, None where there is none of that."""
+    """Returns a warning if held-out text is also in the training text, else None."""
     if validation is None:
         return None
     shared = _shared_documents(training, validation) or _shared_sources(training, settings.data.validation)
     if not shared:
         return None
     return (
-        f"data.validation: {shared} also in the training text; the held-out loss, early stopping and the best "
-        "checkpoint then measure how well that is remembered. Name text that is not trained on"
+        f"data.validation: {shared} also in the training text, so the held-out loss, early stopping and the best "
+        "checkpoint measure memorization; use text that is not in the training text"
     )
 
 
@@ -86,7 +86,7 @@ def _shared_documents(training: list[TrainingData], validation: Rows) -> str:
 
 
 def _shared_sources(training: list[TrainingData], validation: list[str]) -> str:
-    """Files and data sets that are streamed and validated on: the documents of a stream are not known in advance."""
+    """Compares files and data sets by name, since the documents of a stream are not known in advance."""
     streamed = [
         source for data in training if isinstance(data, Stream) for each in data.documents for source in each.sources
     ]
@@ -96,13 +96,13 @@ def _shared_sources(training: list[TrainingData], validation: list[str]) -> str:
 
 
 def _data_sets(sources: list[str], split: str) -> set[str]:
-    """The sources that are not files, each with the split that is read."""
+    """Returns the sources that are not files, each with the split that is read."""
     names = [source for source in sources if not is_path_source(source)]
     return {name if name.endswith("]") or name.startswith("letters:") else f"{name}[{split}]" for name in names}
 
 
 def rows_of(data: TrainingRows) -> list[Rows]:
-    """The rows of each source of a mixture, or those of a single one."""
+    """Returns the rows of each source of a mixture, or of the single source."""
     return data.parts if isinstance(data, MixedRows) else [data]
 
 
@@ -111,7 +111,7 @@ def _files(sources: Iterable[str]) -> set[Path]:
 
 
 def load_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> list[TrainingData]:
-    """The text of each stage, read once where several share it. `SettingsError` for text that cannot be used."""
+    """Loads the text of each stage; equal texts are shared. Raises `SettingsError` for text that cannot be used."""
     loaded: list[tuple[Stage, TrainingData]] = []
     try:
         for stage in stages_of(settings):
@@ -125,7 +125,7 @@ def load_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, proces
 
 
 def check_batches(data: list[TrainingData], settings: Settings) -> None:
-    """`SettingsError` where the text of a stage does not fill one of its batches."""
+    """Raises `SettingsError` if the text of a stage does not fill one of its batches."""
     for stage, of_stage in zip(stages_of(settings), data, strict=True):
         if not isinstance(of_stage, Stream):
             try:
@@ -136,15 +136,15 @@ def check_batches(data: list[TrainingData], settings: Settings) -> None:
 
 def _load(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainingData:
     if not stage.sources:
-        raise SettingsError("data.train names no text; set it to files, folders or data sets, as in data.train=texts/")
+        raise SettingsError("data.train is empty; set it to files, folders or data sets, such as data.train=texts/")
     stream = _stream(stage.sources, settings.data)
     if settings.data.streaming:
         readers = processes.data_size * max(1, settings.data.workers)
         for documents in stream.documents:
             if sum(1 for _ in itertools.islice(documents, readers)) < readers:
                 raise InputError(
-                    f"data.streaming: fewer documents in {', '.join(documents.sources)} than the {readers} processes "
-                    "and workers that read them; take fewer data.workers, or streaming=false"
+                    f"data.streaming: {', '.join(documents.sources)} has fewer documents than the {readers} processes "
+                    "and workers that read them; use fewer data.workers, or data.streaming=false"
                 )
         return stream
     parts = [build_rows(documents, tokenizer, stage.seq_len) for documents in stream.documents]
@@ -168,10 +168,10 @@ def training_batches(
     start: int = 0,
 ) -> Iterator[Batch]:
     """
-    Micro-batches of a stage without end: this process' share of the rows of each.
+    Returns an endless stream of a stage's micro-batches, with this process's share of the rows of each.
 
     Args:
-        start: rows of the stage's text that all processes together have read before.
+        start: number of rows of the stage's text that all processes together have already read.
     """
     source = _Source(
         *(data, stage, tokenizer, settings, start),
@@ -182,7 +182,7 @@ def training_batches(
 
 @dataclass
 class _Source:
-    """The batches of each worker of one process, see `prefetched`."""
+    """The batches of each worker of one process; see `prefetched`."""
 
     data: TrainingData
     stage: Stage
@@ -197,8 +197,8 @@ class _Source:
         seed, batch_size = self.settings.training.seed, self.stage.batch_size
         if not isinstance(self.data, Stream):
             return self.data.shuffled(batch_size, seed, self.start, worker, workers, self.share)
-        first = self.start // batch_size + worker  # number of this worker's first batch
-        part = self.part * workers + first % workers  # the same documents whatever the batch to start with
+        first = self.start // batch_size + worker  # index of this worker's first batch
+        part = self.part * workers + first % workers  # the same documents for any first batch
         own = [replace(documents, part=part, parts=self.parts * workers) for documents in self.data.documents]
         rows = self.share.stop - self.share.start
         read = first // workers * rows if self.parts * workers > 1 else self.start

@@ -1,8 +1,8 @@
 """
-Checkpoints: all that a run needs to continue as if it had never stopped, with any number of processes.
+Checkpoints, from which a run resumes as if it had never stopped, with any number of processes.
 
-Each process writes its own shards with `torch.distributed.checkpoint`, as safetensors: nothing in a checkpoint is
-unpickled. The folder of a checkpoint gets its name once all files are on the disk.
+Each process writes its own shards with `torch.distributed.checkpoint`, as safetensors, so nothing in a checkpoint is
+unpickled. A checkpoint is written to a temporary folder, which is renamed once all files are complete.
 """
 
 import json
@@ -57,11 +57,11 @@ MIN_FILE_BYTES, MAX_FILES = 64 * 2**20, 32  # files of a checkpoint are at least
 
 
 class CheckpointFailed(RunError):
-    """A checkpoint could not be written. Those before it are complete."""
+    """A checkpoint could not be written. Earlier checkpoints are complete."""
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
     found = {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))}
@@ -76,8 +76,8 @@ class Checkpoints:
     Args:
         keep: number of checkpoints to keep, in addition to the best.
         background: write while training continues.
-        identity: of the run; recorded in each checkpoint and compared when one is loaded.
-        allowed: names of settings that may differ from a checkpoint's although that changes the text to read.
+        identity: identity of the run, which is stored in each checkpoint and compared on loading.
+        allowed: names of settings that may differ from a checkpoint even if this changes which text is read.
 
     Attributes:
         changes: settings that differ from those of the checkpoint that was loaded.
@@ -96,13 +96,13 @@ class Checkpoints:
 
     def save(self, state: TrainState, best: tuple[float, int] | None = None) -> Path:
         """
-        Writes `folder/step-N/`, then deletes all but the newest. In the background, waits for the one before first.
+        Writes `folder/step-N/`, then deletes old checkpoints. First waits for a checkpoint in the background.
 
         Args:
             best: held-out loss and step of the best state so far, which is never deleted; `best.json` names it.
 
         Raises:
-            CheckpointFailed: if it cannot be written, for example because the disk is full.
+            CheckpointFailed: if the checkpoint cannot be written, for example because the disk is full.
         """
         self.wait()
         path = self.folder / f"step-{state.step}"
@@ -117,7 +117,7 @@ class Checkpoints:
             writer = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
             description = describe(state, self.identity, self.processes.size)
             if self.background:
-                if self._group is None and not alone:  # training uses the other groups meanwhile
+                if self._group is None and not alone:  # training uses the other groups at the same time
                     self._group = dist.new_group(backend="gloo", timeout=self.processes.timeout)
                 with _without_warnings():
                     written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
@@ -131,7 +131,7 @@ class Checkpoints:
         return path
 
     def wait(self) -> None:
-        """Waits until a checkpoint that is written in the background is on the disk. Raises as `save`."""
+        """Waits until the checkpoint in the background is written. Raises the errors of `save`."""
         if self._pending is not None:
             path, future = self._pending
             self._pending = None
@@ -154,7 +154,7 @@ class Checkpoints:
             return
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(json.dumps({**description, "files": sizes}, indent=2) + "\n")
-        if path.exists() and not has_only_our_files(path):  # such as a copy that a person made
+        if path.exists() and not has_only_our_files(path):  # for example a copy made by the user
             path.replace(path.with_name(f"{path.name}-replaced"))
         publish_folder(temporary, path)
         kept = None
@@ -162,7 +162,7 @@ class Checkpoints:
             kept = self.folder / f"step-{best[1]}"
             write_json(self.folder / BEST, {"checkpoint": kept.name, "loss": best[0]})
         known = [each for each in list_checkpoints(self.folder) if _step(each) <= description["step"] and each != kept]
-        for old in known[: -self.keep]:  # those with a later step belong to another training
+        for old in known[: -self.keep]:  # later steps belong to another training
             if has_only_our_files(old):
                 shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}old-{old.name}")))
 
@@ -174,7 +174,7 @@ class Checkpoints:
             if self.processes.main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointFailed(
-                f"{path}: the checkpoint cannot be written ({cause_of(error)}); those before it are whole"
+                f"{path}: the checkpoint cannot be written ({cause_of(error)}); earlier checkpoints are complete"
             ) from error
 
     def load_newest(self, state: TrainState, tell: Callable[[str], None] = logger.warning) -> Path | None:
@@ -182,11 +182,11 @@ class Checkpoints:
         Loads the newest usable checkpoint and reports damaged ones through `tell`.
 
         Returns:
-            its path, None if there are no checkpoints.
+            its path, or None if there are no checkpoints.
 
         Raises:
-            SettingsError: if there are checkpoints and none is usable, with the newest one's reason, or if the newest
-                was trained with settings that this run may not change.
+            SettingsError: if there are checkpoints but none is usable (with the reason for the newest one), or if the
+                newest was trained with settings that this run may not change.
         """
         if self.processes.main and self.folder.is_dir():
             for leftover in self.folder.glob(f"{TEMPORARY}*"):  # left over from a crash
@@ -203,17 +203,17 @@ class Checkpoints:
                 tell(f"{reason}; resuming from {path.name} instead")
             return path
         if reasons:
-            others = f" (nor can the {len(reasons) - 1} before it be used)" if len(reasons) > 1 else ""
+            others = f" ({len(reasons) - 1} earlier checkpoints are unusable too)" if len(reasons) > 1 else ""
             raise SettingsError(reasons[0] + others)
         return None
 
     def load(self, path: Path, state: TrainState) -> None:
         """
-        Restores a checkpoint. If a setting changes the text, the new text is read from its beginning.
+        Restores a checkpoint. If the settings change the text, the new text is read from its beginning.
 
         Raises:
-            UnusableCheckpoint: for a checkpoint that is incomplete, cannot be read, or belongs to another model or
-                optimizer; in all processes if in one.
+            UnusableCheckpoint: in all processes, for a checkpoint that is incomplete, cannot be read, or belongs to
+                another model or optimizer.
             SettingsError: for settings that this run may not change.
         """
         problem: SettingsError | None = None
@@ -236,7 +236,7 @@ class Checkpoints:
 
 
 def load_checkpoint(path: Path, state: TrainState, processes: Processes | None = None) -> None:
-    """Loads one checkpoint without comparing the identity of its run; see `Checkpoints.load`."""
+    """Loads a checkpoint without comparing the identity of its run; see `Checkpoints.load`."""
     Checkpoints(path.parent, 1, processes or Processes(torch.device("cpu"))).load(path, state)
 
 
@@ -259,10 +259,12 @@ def _restore(
 
 
 def _file_numbers(tensors: dict[str, Tensor], processes: int) -> dict[str, int]:
-    """The number of the file for each tensor. Files are small because the writer holds two of them in memory."""
+    """Assigns each tensor a file number. Files are small because the writer holds two of them in memory."""
     most = max(MIN_FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // MAX_FILES)
     number, held = 1, 0
-    numbers = {f"random.{rank}.{device}": 1 for rank in range(processes) for device in ("cpu", "cuda")}  # of others too
+    numbers = {
+        f"random.{rank}.{device}": 1 for rank in range(processes) for device in ("cpu", "cuda")
+    }  # includes other processes
     for name, tensor in tensors.items():
         if held and held + tensor.nbytes > most:
             number, held = number + 1, 0
@@ -277,7 +279,7 @@ def _step(path: Path) -> int:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """`torch.distributed.checkpoint` warns about a single process even with `no_dist`."""
+    """Hides the warning of `torch.distributed.checkpoint` about a single process, which appears even with `no_dist`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

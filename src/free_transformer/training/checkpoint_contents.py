@@ -1,4 +1,4 @@
-"""What a checkpoint contains: its description, its tensors, and the checks that they fit a run."""
+"""The contents of a checkpoint: its description, its tensors, and checks that they match a run."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
 
 STATE = "state.json"
-FORMAT = 2  # of state.json: positions in the data are counted in rows, and the identity of the run is included
+FORMAT = 2  # version of state.json, in which data positions are in rows and the run's identity is included
 COUNTS = ("step", "rows", "stage_rows", "skipped")
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 OF_MUON = {"momentum_buffer"}
@@ -38,13 +38,13 @@ class UnusableCheckpoint(SettingsError):
 @dataclass
 class TrainState:
     """
-    What a checkpoint contains, in addition to random states. The learning rate and the schedules follow from the step.
+    The state that a checkpoint stores, except random states. Learning rate and schedules follow from the step.
 
     Attributes:
         adapters: PEFT's tuner, if adapters are trained in place of the decoder's weights.
         step: number of optimizer steps done.
-        rows: rows of training text read by all processes: the position in the data.
-        stage_rows: those of them that earlier stages read from other text.
+        rows: number of rows of training text read by all processes, which is the position in the data.
+        stage_rows: number of these rows that earlier stages read from other text.
         skipped: number of steps that were skipped because a loss or gradient was NaN or infinite.
     """
 
@@ -73,7 +73,7 @@ class Description(TypedDict, total=False):
 
 
 def describe(state: TrainState, identity: Identity | None, num_processes: int) -> Description:
-    """The description of a state, without `files`."""
+    """Builds the description of a state, without `files`."""
     return Description(
         step=state.step,
         rows=state.rows,
@@ -97,7 +97,7 @@ def examine(path: Path) -> tuple[Description, dict[str, torch.Size]]:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
         if "files" in values and values.get("format") != FORMAT:
             raise UnusableCheckpoint(
-                f"{path}: written by another version of free-transformer; resume it with that one, or choose another "
+                f"{path}: written by another version of free-transformer; resume with that version, or choose another "
                 "run_dir"
             )
         values.update({name: int(values[name]) for name in (*COUNTS, "processes")})
@@ -113,10 +113,10 @@ def examine(path: Path) -> tuple[Description, dict[str, torch.Size]]:
 
 
 def saved_identity(path: Path, description: Description) -> Identity:
-    """The identity of the run that wrote a checkpoint. Raises `UnusableCheckpoint` if it is missing."""
+    """Returns the identity of the run that wrote a checkpoint. Raises `UnusableCheckpoint` if it is missing."""
     identity = description.get("identity")
     if not identity:
-        raise UnusableCheckpoint(f"{path}: does not say which run it belongs to")
+        raise UnusableCheckpoint(f"{path}: the identity of its run is missing; choose another run_dir")
     try:
         return Identity.from_json(identity)
     except TypeError as error:
@@ -133,12 +133,12 @@ def has_only_our_files(path: Path) -> bool:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters; a tied matrix appears under one name."""
+    """Returns the parameters; a tied matrix appears under one name."""
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def state_tensors(state: TrainState, processes: Processes) -> dict[str, Tensor]:
-    """The tensors to write, or to read into: weights and optimizer state in place, random states as copies."""
+    """Returns the tensors to write or to read into. Random states are copies, the others share memory with `state`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         **model_tensors(state.model),
@@ -153,7 +153,7 @@ def state_tensors(state: TrainState, processes: Processes) -> dict[str, Tensor]:
 
 
 def _random_states(state: TrainState, processes: Processes) -> dict[str, Tensor]:
-    """The random streams of this process, and that of the plans, which is the same in all processes."""
+    """Returns the random states of this process and that of the plans, which is the same in all processes."""
     streams = {f"random.{processes.rank}.cpu": torch.get_rng_state()}
     if processes.device.type == "cuda":
         streams[f"random.{processes.rank}.cuda"] = torch.cuda.get_rng_state(processes.device)
@@ -167,7 +167,7 @@ def _random_states(state: TrainState, processes: Processes) -> dict[str, Tensor]
 def restore_random_states(
     state: TrainState, processes: Processes, tensors: dict[str, Tensor], saved_processes: int
 ) -> None:
-    """Restores the random streams; only that of the plans if the checkpoint is of another number of processes."""
+    """Restores the random states; only that of the plans if the number of processes has changed."""
     kind = processes.device.type
     plans = tensors.get(f"random.plans.{kind}")
     mapper = getattr(state.model, "plan_mapper", None)
@@ -182,7 +182,7 @@ def restore_random_states(
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, set[str]]]:
-    """Each parameter, and the names of the state that the optimizer keeps for it after a step."""
+    """Yields each parameter and the names of its optimizer state."""
     kept = OF_MUON if isinstance(optimizer, torch.optim.Muon) else OF_ADAM
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -190,7 +190,7 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parame
 
 
 def allocate_optimizer_state(state: TrainState) -> None:
-    """Creates the state to read into: an optimizer has none before its first step."""
+    """Creates the optimizer state to read into, which does not exist before the first step."""
     for optimizer in state.optimizers:
         for parameter, kept in _parameters_of(optimizer):
             optimizer.state[parameter] = {
@@ -207,7 +207,7 @@ def check_optimizers(path: Path, state: TrainState, saved: dict[str, torch.Size]
             prefix = f"optimizer.{names[parameter]}."
             if {name.removeprefix(prefix) for name in saved if name.startswith(prefix)} != kept:
                 raise UnusableCheckpoint(
-                    f"{path}: written with another optimizer.name; use the one it was trained with, or choose "
+                    f"{path}: written with another optimizer.name; use the original optimizer, or choose "
                     "another run_dir"
                 )
 
@@ -218,23 +218,23 @@ def check_shapes(path: Path, model: nn.Module, saved: dict[str, torch.Size]) -> 
     for name in sorted(parameters.keys() ^ {name for name in saved if name.startswith("model.")}):
         where = "the checkpoint" if name in parameters else "this configuration"
         name = name.removeprefix("model.")
-        raise UnusableCheckpoint(f"{path}: of another model ({where} has no {name}); choose another run_dir")
+        raise UnusableCheckpoint(f"{path}: belongs to another model ({where} has no {name}); choose another run_dir")
     for name, parameter in parameters.items():
         if parameter.shape != saved[name]:
             raise UnusableCheckpoint(
-                f"{path}: {name.removeprefix('model.')} has shape {tuple(saved[name])}, this configuration needs "
-                f"{tuple(parameter.shape)}; use the settings it was trained with, or choose another run_dir"
+                f"{path}: {name.removeprefix('model.')} has shape {tuple(saved[name])}, but this configuration needs "
+                f"{tuple(parameter.shape)}; use the original settings, or choose another run_dir"
             )
 
 
 def unreadable(path: Path, error: BaseException) -> UnusableCheckpoint:
     return UnusableCheckpoint(
-        f"{path}: cannot be read ({cause_of(error)}); delete it, or choose another run_dir, to start anew"
+        f"{path}: cannot be read ({cause_of(error)}); to start again, delete it or choose another run_dir"
     )
 
 
 def cause_of(error: BaseException) -> str:
-    """The reason of an error, or of that of the first process that failed."""
+    """Returns the reason for an error, or for the error of the first process that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""Using a model while it trains, without an effect on the training."""
+"""Evaluates a model during training without affecting the training."""
 
 import contextlib
 import warnings
@@ -14,8 +14,9 @@ from free_transformer.distributed.parallelize import reshard
 @contextlib.contextmanager
 def evaluation_mode(model: PreTrainedModel, device: torch.device, seed: int) -> Iterator[None]:
     """
-    Puts the model in eval mode, with separate random numbers: if it used those of training, a resumed run would
-    differ. The model runs uncompiled, because each new shape would be compiled; sharded weights are released after.
+    Puts the model in eval mode with separate random numbers, so that a resumed run does not differ.
+
+    The model runs uncompiled, because each new shape would be compiled. Sharded weights are released afterwards.
     """
     model.eval()
     with (
@@ -31,7 +32,7 @@ def evaluation_mode(model: PreTrainedModel, device: torch.device, seed: int) -> 
 def generate_sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, num_tokens: int
 ) -> str:
-    """Generates a text of up to `num_tokens` tokens from an empty prompt. All processes have to call it together."""
+    """Generates a text of up to `num_tokens` tokens from an empty prompt. All processes must call it together."""
     prompt = torch.tensor([[begin_token(tokenizer)]], device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

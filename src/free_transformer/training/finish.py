@@ -1,4 +1,4 @@
-"""What follows the last step: the best weights, the aggregate prior, and the model folder."""
+"""Steps after training: loads the best weights, gathers the aggregate prior, and writes the model folder."""
 
 import itertools
 

@@ -16,33 +16,33 @@ from free_transformer.settings import Settings, SettingsError, parse_settings
 from free_transformer.settings.curriculum import Stage, stages_of
 from free_transformer.training.batches import Documents, Stream, TrainingData, rows_of
 
-# Of the model's configuration: what may change, since the weights mean the same with another value, ...
+# Names in the model's configuration that may change, since the weights have the same meaning with other values, ...
 MODEL_MAY_CHANGE = {
     *("max_position_embeddings", "attention_dropout", "dropout", "free_bits", "min_bits", "aggregate_weight"),
 }
-# ... and what says nothing about the network, or is compared as a setting of the training.
+# ... and names that do not describe the network, or are compared as training settings.
 MODEL_IGNORED = {
     *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map", "architectures"),
     *("kl_weight", "plan_gradient", "plan_names", "plan_strength"),
 }
-# Settings that no checkpoint can resume with another value of,
+# Settings that cannot change when a run resumes,
 FIXED = ("model.kind", "optimizer.name", "training.lora_rank", "training.freeze_first_half")
-# those that decide which rows come next, which can change on purpose,
+# settings that determine which rows come next, which can change if allowed,
 ROWS = ("training.seed", "training.seq_len", "data.streaming")
 ROWS_OF_STREAMS = ("data.shuffle_buffer", "data.workers", "training.batch_size")
-# and those that do not affect the results.
+# and settings that do not affect the results.
 SILENT = ("logging.", "run_dir", "training.resume")
-HEAD = 4096  # bytes of a streamed file that tell it from others of its size
+HEAD = 4096  # bytes of a streamed file that enter its hash
 
 
 @dataclass(frozen=True)
 class Change:
     """
-    A setting with another value than the checkpoint's.
+    A setting whose value differs from the checkpoint's.
 
     Attributes:
         name: `section.name`.
-        fixed: whether no run can resume with it.
+        fixed: whether the run cannot resume with this change.
         needs_permission: whether it changes which text the run reads.
     """
 
@@ -63,9 +63,9 @@ class Identity:
         settings: all settings as used, by section.
         model: the model's configuration.
         tokenizer: fingerprint of the tokenizer.
-        text: hashes of the training text, of each stage and in it of each source.
-        validation: hash of the held-out text, None without any.
-        processes: that share each batch.
+        text: hashes of the training text, per stage and source.
+        validation: hash of the held-out text, None if there is none.
+        processes: number of processes that share each batch.
     """
 
     settings: dict[str, JsonObject]
@@ -105,8 +105,10 @@ class Identity:
 
     def changes(self, older: "Identity", step: int) -> list[Change]:
         """
-        What differs from the identity of a checkpoint of `step`: first what is fixed, then what needs permission, and
-        of these first what a person can set, as the rest may follow from it.
+        Returns the differences from the identity of a checkpoint at `step`.
+
+        Fixed ones come first, then those that need permission. Among these, settings come before values that may
+        follow from them.
         """
         found = [*self._model_changes(older), *self._text_changes(older, step), *self._setting_changes(older)]
         names = flat(self.settings).keys() | flat(older.settings).keys()
@@ -117,7 +119,7 @@ class Identity:
             old, new = (f"{each.settings['data']['tokenizer']} ({each.tokenizer[:8]})" for each in (older, self))
             yield Change("data.tokenizer", old, new, fixed=True)
         if self.settings["model"]["kind"] != older.settings["model"]["kind"]:
-            return  # named by itself; hardly a name of the configuration is the same
+            return  # reported separately; the configurations have few names in common
         ours = {theirs: name for name, theirs in FreeTransformerConfig.attribute_map.items()}
         for name in sorted(self.model.keys() & older.model.keys()):
             if self.model[name] != older.model[name]:
@@ -148,7 +150,7 @@ class Identity:
             yield Change("curriculum.stages", old, new)
         texts_before, texts = ([text for *_, text in each] for each in (begun_before, begun))
         if self.settings["data"]["streaming"] != older.settings["data"]["streaming"] or texts_before == texts:
-            return  # hashes of text that is streamed are of other things
+            return  # hashes of streamed text are not comparable
         old, new = _sources(older.settings), _sources(self.settings)
         if old == new:
             old, new = (f"{_shown(old)} ({_short(each)})" for each in (texts_before, texts))
@@ -170,8 +172,10 @@ class Identity:
 
 def check_changes(where: Path, changes: Iterable[Change], allowed: Sequence[str]) -> None:
     """
+    Checks whether a run may resume with these changes.
+
     Args:
-        allowed: names of changed settings that a person wants; `all` allows every change that can be allowed.
+        allowed: names of settings that may change; `all` allows every change that can be allowed.
 
     Raises:
         SettingsError: for the first change that is fixed, or not allowed.
@@ -179,16 +183,16 @@ def check_changes(where: Path, changes: Iterable[Change], allowed: Sequence[str]
     for change in changes:
         found = f"{change.name}={_shown(change.new)}: {where} was trained with {_shown(change.old)}"
         if change.fixed:
-            raise SettingsError(f"{found} and cannot resume with another value; set it back, or choose another run_dir")
+            raise SettingsError(f"{found} and cannot resume with another value; restore it, or choose another run_dir")
         if change.needs_permission and not {change.name, "all"} & set(allowed):
             raise SettingsError(
-                f"{found} and would continue with other rows; set it back, choose another run_dir, or allow the change "
+                f"{found} and would continue with other rows; restore it, choose another run_dir, or allow the change "
                 f"with --allow-change {change.name}"
             )
 
 
 def flat(settings: Mapping[str, object]) -> dict[str, object]:
-    """`section.name` and value."""
+    """Flattens nested settings to `section.name` and value."""
     values = {}
     for section, content in settings.items():
         if isinstance(content, dict):
@@ -199,7 +203,7 @@ def flat(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def source_hash(sources: Sequence[str], column: str) -> str:
-    """Of text that is streamed: names, sizes and first bytes of the files, or the names of data sets."""
+    """Hashes streamed text: names, sizes and first bytes of files, and names of data sets."""
     digest = hashlib.blake2b(column.encode(), digest_size=16)
     for source in sources:
         if not is_path_source(source):
@@ -225,7 +229,7 @@ def _stream_hash(documents: Documents) -> str:
 
 
 def _stages_begun(identity: Identity, step: int) -> list[tuple[int, int, object]]:
-    """Start, row length and text (hashes with their shares) of the stages that have begun by a step."""
+    """Returns start, row length and text (hashes with shares) of the stages that have begun by a step."""
     settings = parse_settings(identity.settings, to_train=False)
     begun = [
         (stage, text)

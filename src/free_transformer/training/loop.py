@@ -1,4 +1,4 @@
-"""The training loop: settings in, the folder of a run out."""
+"""The training loop: trains a model from settings and writes the folder of a run."""
 
 import contextlib
 import signal
@@ -29,7 +29,7 @@ from free_transformer.training.signals import StopRequest, TrainingStopped, list
 from free_transformer.training.start import PreparedRun, prepare, say_finished
 from free_transformer.training.step import agree_on_step, apply_gradients, autocast, compute_gradients, with_layout
 
-MIN_LOSS_SCALE = 1.0  # of fp16: below it, gradients are NaN or infinite for another reason
+MIN_LOSS_SCALE = 1.0  # for fp16; below it, gradients are NaN or infinite for another reason
 
 
 class TrainingFailed(RunError):
@@ -40,21 +40,21 @@ def train(
     settings: Settings, quiet: bool = False, allow_change: Sequence[str] = (), warnings: Sequence[str] = ()
 ) -> Run:
     """
-    Trains a model, from the newest checkpoint of `run_dir` if there is one, and writes `model/` at the end.
+    Trains a model, resuming from the newest checkpoint in `run_dir` if there is one, and writes `model/` at the end.
 
     Under `torchrun` the processes share the work according to `settings.distributed`. All of them must see `run_dir`.
 
     Args:
         quiet: print nothing.
-        allow_change: settings that may differ from those of the run that is resumed although the run then continues on
-            other text, such as `data.train`; `all` allows every change.
-        warnings: shown when the run starts, after those of the settings.
+        allow_change: settings, such as `data.train`, that may differ from those of the resumed run even if the run
+            then continues on other text; `all` allows every change.
+        warnings: additional warnings to show when the run starts.
 
     Raises:
-        SettingsError: if data or settings cannot be used, the folder is in use or holds something else, or the run
+        SettingsError: if data or settings cannot be used, the folder is in use or contains something else, or the run
             cannot be resumed with these settings. Nothing is written in these cases.
         TrainingFailed: if the loss is NaN or infinite. The last checkpoint is not changed.
-        TrainingStopped: after Ctrl-C or a signal that ends jobs, once the state is saved.
+        TrainingStopped: after Ctrl-C or a termination signal, once the state is saved.
         CheckpointFailed: if a checkpoint cannot be written, for example because the disk is full.
         ProcessLost: if another process has ended or does not respond.
     """
@@ -162,7 +162,7 @@ class _Trainer:
         self._finish()
 
     def _enter_stage(self) -> None:
-        """Opens the text of this step's stage, unless the stage before reads the same rows."""
+        """Opens the text of this step's stage, unless the previous stage reads the same rows."""
         state, stage = self.state, stage_at(self.stages, self.state.step)
         if stage is self.stage:
             return
@@ -181,10 +181,10 @@ class _Trainer:
 
     def _optimizer_step(self, metrics: MetricAccumulator) -> int:
         """
-        One step over all micro-batches. Each loss is divided by the number of predicted tokens of all of them.
+        Runs one step over all micro-batches. Each loss is divided by the number of predicted tokens in all of them.
 
         Returns:
-            the signal that requested a process to stop, or 0. Other processes learn of it in the next step.
+            the signal that requested a process to stop, or 0. Other processes receive it in the next step.
         """
         training, state, processes = self.settings.training, self.state, self.processes
         micro = [next(self.batches) for _ in self.stop.checked(range(training.gradient_accumulation_steps))]
@@ -218,19 +218,21 @@ class _Trainer:
         step = self.state.step + 1
         if self.state.skipped > training.max_skipped or training.nonfinite == "stop":
             raise TrainingFailed(
-                f"step {step} is number {self.state.skipped} with a loss or gradient that is NaN or infinite, over "
-                f"training.max_skipped={training.max_skipped}: {self._advice()}"
+                f"{self.state.skipped} steps up to step {step} had a loss or gradient that is NaN or infinite, more "
+                f"than training.max_skipped={training.max_skipped}: {self._advice()}"
             )
         self.monitor.record(step, "skipped", {})
-        self.monitor.message(f"step {step} is left out: its loss or gradient is NaN or infinite", "warning")
+        self.monitor.message(f"step {step} is skipped: its loss or gradient is NaN or infinite", "warning")
         return False
 
     def _scheduled_weights(self) -> dict[str, Tensor]:
-        """As tensors, because a compiled model would be compiled again for each new number."""
+        """Returns the weights as tensors, because each new number would trigger another compilation."""
         if self.settings.model.kind == "baseline":
             return {}
         weights = stage_at(self.stages, self.state.step).weights(self.settings, self.state.step)
-        return {name: torch.full((), value, device=self.device) for name, value in weights.items()}  # no copy to a GPU
+        return {
+            name: torch.full((), value, device=self.device) for name, value in weights.items()
+        }  # avoids a copy to the GPU
 
     def _log(self, accumulated: MetricAccumulator, rate: float) -> None:
         metrics = accumulated.reduce(self.processes)
@@ -262,12 +264,12 @@ class _Trainer:
         saved = list_checkpoints(self.run.checkpoints)
         last = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
         return (
-            "lower training.learning_rate, lengthen training.warmup_steps, use precision=fp32 or leave such steps out "
-            f"with training.nonfinite=skip; {last}"
+            "lower training.learning_rate, increase training.warmup_steps, use training.precision=fp32, or skip such "
+            f"steps with training.nonfinite=skip; {last}"
         )
 
     def _validate(self, rows: Rows | None) -> None:
-        """Evaluates held-out rows. Without any, checks for posterior collapse on the batches of the step."""
+        """Evaluates held-out rows. Without any, checks for posterior collapse on the batches of this step."""
         training, step, model = self.settings.training, self.state.step, self.state.model
         if rows is None and not isinstance(model, FreeTransformer):
             return
@@ -298,7 +300,7 @@ class _Trainer:
             self.checkpoints.save(self.state, self.monitor.best if self.settings.keeps_best else None)
 
     def _end_early(self, stop: int) -> None:
-        """Ends a run stopped by a signal, once its state is on the disk."""
+        """Ends a run stopped by a signal, once its state is saved."""
         with self.stop.saving():
             self.checkpoints.wait()
         self.monitor.message(
@@ -317,5 +319,5 @@ class _Trainer:
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something that happens every `every` steps (0: never), and at the last step, happens at this step."""
+    """Whether an event that occurs every `every` steps (0: never) and at the last step is due at this step."""
     return every > 0 and (last or step % every == 0)

@@ -1,4 +1,4 @@
-"""Metrics between two lines of `metrics.jsonl`: accumulated without a GPU synchronization, then reduced."""
+"""Metrics between two lines of `metrics.jsonl`: accumulated without GPU synchronization, then reduced."""
 
 import time
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ LOSSES = ("loss", "reconstruction", "kl", "hinge", "plans")  # returned by `trai
 @dataclass
 class MetricAccumulator:
     """
-    Values since the last line of metrics, as tensors, so that the CPU does not wait for a GPU.
+    Values since the last line of metrics, kept as tensors so that the CPU does not wait for the GPU.
 
     Attributes:
         loss, reconstruction: scalars, one per micro-batch.
-        kl, hinge, plans: sums over the plans of this process, and their number, one scalar per micro-batch.
+        kl, hinge, plans: sums over the plans of this process and the number of plans, one scalar per micro-batch.
         kl_per_bit: (H,) sums over the plans of this process, one per micro-batch.
         gradient_norm: scalars, one per step.
         tokens: number of predicted tokens.
-        started: time of the first step, in seconds of `time.perf_counter`.
+        started: time of the first step, in seconds, from `time.perf_counter`.
     """
 
     loss: list[Tensor] = field(default_factory=list)
@@ -59,7 +59,7 @@ class MetricAccumulator:
         return bool(torch.stack(self.gradient_norm).isfinite().all())
 
     def reduce(self, processes: Processes) -> "ReducedMetrics":
-        """Sums over all processes. This is the only place that waits for a GPU."""
+        """Sums the values over all processes. Only this method waits for the GPU."""
         names = [name for name in LOSSES if getattr(self, name)]
         parts = [torch.stack([torch.stack(getattr(self, name)).float() for name in names]).flatten()]
         if self.kl_per_bit:
@@ -75,12 +75,12 @@ class MetricAccumulator:
 @dataclass
 class ReducedMetrics:
     """
-    Metrics of all processes.
+    Metrics summed over all processes.
 
     Attributes:
-        losses: (micro-batches,) by name.
-        kl_per_bit: (H,), of all plans together; empty for a baseline.
-        gradient_norm: (steps,).
+        losses: values per micro-batch, (micro-batches,), by name.
+        kl_per_bit: (H,), sums over all plans; empty for a baseline.
+        gradient_norm: norm per step, (steps,).
         tokens_per_second: predicted tokens of all processes per second.
     """
 
@@ -90,11 +90,11 @@ class ReducedMetrics:
     tokens_per_second: float
 
     def per_step(self, name: str) -> Tensor:
-        """A loss summed over the micro-batches of each step, (steps,)."""
+        """Returns a loss summed over the micro-batches of each step, (steps,)."""
         return self.losses[name].view(len(self.gradient_norm), -1).sum(1).cpu()
 
     def values(self) -> dict[str, float]:
-        """The values of a line of metrics: means over steps, and for the KL, means over plans in bits."""
+        """Returns the values of a line of metrics: means over steps, or for the KL, means over plans in bits."""
         norm = self.gradient_norm
         values: dict[str, float] = {name: float(self.per_step(name).mean()) for name in ("loss", "reconstruction")}
         if "kl" in self.losses:
@@ -110,7 +110,7 @@ class ReducedMetrics:
         }
 
     def first_nonfinite(self) -> tuple[int, int, str] | None:
-        """Step and micro-batch, from 0, of the first NaN or infinite value, and what it is; None if all are finite."""
+        """Returns step and micro-batch, from 0, and a description of the first NaN or infinite value, or None."""
         steps = len(self.gradient_norm)
         losses = self.losses["loss"].view(steps, -1)
         for step, (of_step, norm) in enumerate(zip(losses, self.gradient_norm, strict=True)):

@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule, the same for the Free Transformer and its baseline."""
+"""Optimizers and the learning-rate schedule, shared by the Free Transformer and its baseline."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,25 +12,25 @@ from torch.distributed.tensor import DTensor, Replicate
 from free_transformer.model.modeling import FreeTransformer
 from free_transformer.settings import CodebookOptimizer, Settings
 
-ParameterGroup = dict[str, Any]  # of an optimizer: its parameters and their settings
+ParameterGroup = dict[str, Any]  # parameters of an optimizer and their settings
 
-LARGE_TABLE = 2**12  # rows, above which only sampled rows are updated
+LARGE_TABLE = 2**12  # rows; in larger codebooks, only sampled rows are updated
 
-NOT_HIDDEN = ("embed_tokens", "lm_head", "encoder.readout")  # matrices that AdamW keeps under Muon
+NOT_HIDDEN = ("embed_tokens", "lm_head", "encoder.readout")  # matrices that AdamW optimizes even with Muon
 BETAS = (0.9, 0.99)
-NEW_PARTS = 10  # times the rate of what is pretrained
-FROM_ZERO = 10  # times more for a codebook that starts at zero
+NEW_PARTS = 10  # multiple of the rate of pretrained weights
+FROM_ZERO = 10  # additional factor for a codebook initialized to zero
 
 
 def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool = True) -> list[torch.optim.Optimizer]:
     """
-    AdamW, with weight decay only on matrices; with `muon`, Muon for the matrices inside the blocks.
+    Builds AdamW, with weight decay only on matrices, and with `muon` also Muon for the matrices inside the blocks.
 
-    The codebook has no decay: a row moves only when its code is sampled, and decay would erase the rare ones. With
-    `sparse_adam` the other rows are not updated at all. Each group keeps its peak rate as `peak_lr`.
+    The codebook has no decay, because a row has a gradient only when its code is sampled, and decay would erase rare
+    codes. With `sparse_adam` the other rows are not updated at all. Each group stores its peak rate as `peak_lr`.
 
     Args:
-        sparse_tables: whether the codebook's gradient holds only the sampled rows, which several processes cannot sum.
+        sparse_tables: whether the codebook's gradient is sparse. Sparse gradients cannot be summed across processes.
     """
     muon: list[nn.Parameter] = []
     of_adam: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
@@ -73,11 +73,11 @@ def build_optimizers(model: nn.Module, settings: Settings, sparse_tables: bool =
 
 def plan_rates(model: nn.Module, rate: float, plan_rate: float | None = None) -> tuple[float, float]:
     """
-    Peak learning rates of the encoder and of the codebook.
+    Returns the peak learning rates of the encoder and of the codebook.
 
-    New parameters of a pretrained model have to learn faster than the others. The codebook is initialized with zero and
-    has to reach the scale of X, which Adam's steps do not depend on. Its rate is therefore relative to that scale, and
-    larger still, because otherwise the text is learned before the plan is useful.
+    New parameters of a pretrained model must learn faster than the others. The codebook is initialized to zero and must
+    reach the scale of X, on which Adam's step size does not depend. Its rate is therefore proportional to that scale.
+    It is also larger, because otherwise the model learns the text before the plan becomes useful.
     """
     scale = getattr(model.config, "stream_scale", None)
     if scale is None:
@@ -87,7 +87,7 @@ def plan_rates(model: nn.Module, rate: float, plan_rate: float | None = None) ->
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
-    """Each group of parameters in words: how many, by which optimizer, at which peak rate and decay."""
+    """Describes each group of parameters: optimizer, number of parameters, peak rate and decay."""
     found: dict[tuple[str, float, float], int] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -104,11 +104,11 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[str]:
 
 class RowAdamW(torch.optim.AdamW):
     """
-    AdamW that in groups with `by_row` updates only the rows that have a gradient, sparse or dense.
+    AdamW that, in groups with `by_row`, updates only the rows that have a gradient, sparse or dense.
 
-    The moments and the weights of the other rows stay as they are: what AdamW's momentum would add after a row's last
-    gradient is left out, and weight decay reaches a row only with its gradient. Where each row has a gradient in each
-    step, the update is AdamW's. On a GPU no step waits for the device.
+    The moments and weights of the other rows do not change: momentum and weight decay apply to a row only in steps in
+    which it has a gradient. If every row has a gradient in every step, the update equals AdamW's. On a GPU no step
+    synchronizes with the device.
     """
 
     @torch.no_grad()
@@ -160,11 +160,11 @@ class RowAdamW(torch.optim.AdamW):
 
 
 def _rows_of(gradient: Tensor) -> tuple[Tensor | slice, Tensor, Tensor]:
-    """Which rows have a gradient, their gradients, and which of these places are used: (N,), (N, D), (N,) bool."""
+    """Returns the rows that have a gradient, (N,), their gradients, (N, D), and which entries are used, (N,) bool."""
     if gradient.is_sparse:
         return sum_rows(gradient)
     used = gradient.any(1)
-    if gradient.is_cuda:  # their number is not read
+    if gradient.is_cuda:  # avoid a synchronization
         return slice(None), gradient, used
     rows = used.nonzero().flatten()
     return rows, gradient[rows], torch.ones_like(rows, dtype=torch.bool)
@@ -172,11 +172,11 @@ def _rows_of(gradient: Tensor) -> tuple[Tensor | slice, Tensor, Tensor]:
 
 def sum_rows(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    `coalesce` with as many rows as the gradient has entries, so that a GPU need not tell how many differ.
+    Sums duplicate rows like `coalesce`, but returns as many rows as entries, which avoids a GPU synchronization.
 
     Returns:
-        rows, (N,), their sums, (N, D), and which of the N places are used, (N,); the others hold zeros for a row that
-        stands in another place.
+        rows, (N,), their sums, (N, D), and which of the N entries are used, (N,). Unused entries hold zeros for a row
+        that appears elsewhere.
     """
     rows, order = gradient._indices()[0].sort(stable=True)
     starts = torch.ones_like(rows, dtype=torch.bool)
@@ -194,16 +194,16 @@ def _local(value: Tensor) -> Tensor:
 
 class SharedMuon(torch.optim.Muon):
     """
-    `torch.optim.Muon` for matrices that are spread over processes: each is put together and made orthogonal by one.
+    `torch.optim.Muon` for sharded matrices: one process gathers each matrix and orthogonalizes it.
 
-    As `DTensor` it would be multiplied where it lies, fifteen products in many small messages.
+    Orthogonalizing the `DTensor` itself would take fifteen distributed products with many small messages.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [each for each in group["params"] if each.grad is not None]
-            for start in range(0, len(parameters), dist.get_world_size()):  # a matrix for each process at a time
+            for start in range(0, len(parameters), dist.get_world_size()):  # one matrix per process at a time
                 self._step_of_each(parameters[start : start + dist.get_world_size()], group)
 
     def _step_of_each(self, parameters: list[nn.Parameter], group: ParameterGroup) -> None:
@@ -216,7 +216,7 @@ class SharedMuon(torch.optim.Muon):
             parameter.add_(_spread_like(step, parameter))
 
     def _update(self, parameter: nn.Parameter, group: ParameterGroup) -> Tensor:
-        """The gradient with momentum, spread as it is."""
+        """Returns the gradient with momentum, sharded like the gradient."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -225,7 +225,7 @@ class SharedMuon(torch.optim.Muon):
         return parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
 
     def _orthogonal_step(self, update: Tensor, group: ParameterGroup) -> Tensor:
-        """What `torch.optim.Muon` would add, found by letting it move a matrix of zeros."""
+        """Computes the update of `torch.optim.Muon` by applying it to a matrix of zeros."""
         zeros = nn.Parameter(torch.zeros_like(update))
         zeros.grad = update
         settings = {name: value for name, value in group.items() if name not in ("params", "peak_lr")}
@@ -234,7 +234,7 @@ class SharedMuon(torch.optim.Muon):
 
 
 def _spread_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every process holds, cut as `parameter` is; nothing is sent."""
+    """Shards a tensor that every process holds like `parameter`, without communication."""
     if not isinstance(parameter, DTensor):
         return whole
     mesh, everywhere = parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
@@ -242,7 +242,7 @@ def _spread_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def codebook_optimizer(model: nn.Module, settings: Settings) -> CodebookOptimizer:
-    """`optimizer.codebook` with `auto` resolved for this model."""
+    """Returns `optimizer.codebook` with `auto` resolved for this model."""
     if not isinstance(model, FreeTransformer):
         return "adamw"
     if settings.optimizer.codebook != "auto":
@@ -251,7 +251,7 @@ def codebook_optimizer(model: nn.Module, settings: Settings) -> CodebookOptimize
 
 
 def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters that are sharded alike: PyTorch's operations on lists take no others together."""
+    """Groups parameters by their device mesh, as PyTorch's operations on lists of tensors require."""
     groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
@@ -260,9 +260,9 @@ def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """
-    Scales all gradients so that their norm is at most `max_norm` (0: leaves them), and returns the norm they had.
+    Scales all gradients so that their norm is at most `max_norm` (0: no clipping), and returns their original norm.
 
-    `torch.nn.utils.clip_grad_norm_` for gradients of every kind: sparse, and sharded over different meshes.
+    Unlike `torch.nn.utils.clip_grad_norm_`, it supports sparse gradients and gradients on different meshes.
     """
     groups = _by_mesh(_with_dense_gradient(parameter) for parameter in parameters if parameter.grad is not None)
     norms = [
@@ -277,11 +277,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _with_dense_gradient(parameter: nn.Parameter) -> Tensor:
-    """The parameter, or where its gradient is sparse what holds the gradient's values, in the same memory."""
+    """Returns the parameter or, if its gradient is sparse, a tensor whose gradient shares the sparse values' memory."""
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
         return parameter
-    rows, sums, _ = sum_rows(parameter.grad)  # the norm is that of the sums
+    rows, sums, _ = sum_rows(parameter.grad)  # the norm is computed over the sums
     parameter.grad = torch.sparse_coo_tensor(rows[None], sums, parameter.shape, check_invariants=False)
     holder = sums.detach()
     holder.grad = parameter.grad._values()
@@ -293,7 +293,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def learning_rate_scale(step: int, settings: Settings) -> float:
-    """Share of the peak rate: a linear warm-up, then a cosine that ends at `min_lr_ratio` after `max_steps`."""
+    """Returns the share of the peak rate: linear warm-up, then a cosine to `min_lr_ratio` at `max_steps`."""
     warmup, least = settings.training.warmup_steps, settings.optimizer.min_lr_ratio
     if step < warmup:
         return (step + 1) / warmup
@@ -302,7 +302,7 @@ def learning_rate_scale(step: int, settings: Settings) -> float:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, settings: Settings) -> float:
-    """Sets the rate of a step in all groups of all optimizers, and returns `learning_rate`'s."""
+    """Sets the rate of a step in all groups of all optimizers, and returns the rate of `training.learning_rate`."""
     scale = learning_rate_scale(step, settings)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -32,12 +32,12 @@ from free_transformer.training.state import new_state
 class Preview:
     """
     Attributes:
-        parameters: their number by part of the model.
-        groups: the groups of parameters of the optimizers, in words.
-        stages: of the run.
+        parameters: number of parameters by part of the model.
+        groups: descriptions of the optimizers' parameter groups.
+        stages: stages of the run.
         text: predicted tokens of the training text of each stage, None if it is streamed.
-        costs: memory of one process, from trial steps with few rows.
-        time: of an optimizer step of the run, measured. None if the run does not fit in memory.
+        costs: memory of one process, measured in trial steps with few rows.
+        time: measured time of an optimizer step. None if the run does not fit in memory.
         budget: bytes that a process may use.
         rows: rows per micro-batch in one process.
     """
@@ -80,7 +80,7 @@ class Preview:
         rows = [
             ["tokens per step", f"{self.tokens_per_step:,}"],
             ["memory per process, estimated", f"{self.bytes / MIB:,.0f} MiB of {self.budget / MIB:,.0f} available"],
-            ["of it weights, gradients, optimizer", f"{self.costs.state_bytes / MIB:,.0f} MiB"],
+            ["of which weights, gradients, optimizer", f"{self.costs.state_bytes / MIB:,.0f} MiB"],
         ]
         if self.time is not None:
             seconds, steps, max_steps = self.time.seconds, self.time.steps, self.settings.training.max_steps
@@ -104,7 +104,7 @@ def preview(settings: Settings, quiet: bool = False) -> Preview | None:
         the preview in the main process, None in the others.
 
     Raises:
-        SettingsError: as `train`.
+        SettingsError: see `train`.
     """
     with join_processes(settings.distributed, settings.training.device) as processes:
         found = _preview(settings, processes, quiet)
@@ -132,7 +132,7 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     )
     if processes.all_reduce_max(found.bytes > budget)[0]:
         found.warnings.append(
-            "this will not fit, so no time was measured: use a smaller training.batch_size with more "
+            "the run does not fit in memory, so no time was measured: use a smaller training.batch_size with more "
             "gradient_accumulation_steps, training.gradient_checkpointing=true, or a smaller model"
         )
     else:
@@ -143,12 +143,12 @@ def _preview(settings: Settings, processes: Processes, quiet: bool) -> Preview:
     if settings.training.compile:
         found.warnings.append("training.compile: the time was measured without compilation")
     if (path := Run(settings.run_dir).checkpoints).is_dir():
-        found.warnings.append(f"{path.parent} contains a run: train would resume it")
+        found.warnings.append(f"{path.parent} contains a run: without --dry-run, train resumes it")
     return found
 
 
 def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
-    """The number of parameters of each part, in the order of the forward pass. Tied matrices count once."""
+    """Counts the parameters of each part, in the order of the forward pass. Tied matrices count once."""
     free = isinstance(model, FreeTransformer)
     half = model.config.plan_layer if free else model.config.num_hidden_layers
     names = {"embed_tokens": "embedding", "encoder": "encoder", "plan_table": "codebook", "lm_head": "head"}

@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals by which systems end a job: the step is finished, the state saved, and the run ends."""
+"""Handling of Ctrl-C and termination signals: the run finishes its step, saves its state, and ends."""
 
 import contextlib
 import os
@@ -20,8 +20,9 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 class TrainingStopped(SystemExit):
     """
-    A run that was stopped by a signal and has saved its state. If nothing catches it, the program ends with status
-    128 + the signal's number, like a program ended by the signal.
+    A run was stopped by a signal and has saved its state.
+
+    If nothing catches it, the program exits with status 128 + the signal number, like a program ended by the signal.
     """
 
     def __init__(self, number: int):
@@ -32,7 +33,7 @@ class TrainingStopped(SystemExit):
 class StopRequest:
     """
     Attributes:
-        signal: the first signal that asked to stop, 0 until one has come.
+        signal: the first signal received, or 0.
         quiet: do not acknowledge signals on standard error.
     """
 
@@ -43,7 +44,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """While this lasts, further signals do not interrupt: the state is written to its end."""
+        """Context in which further signals do not interrupt, so that the state is saved completely."""
         self._saving = True
         try:
             yield
@@ -52,15 +53,16 @@ class StopRequest:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """
-        Handles a signal: the first asks to stop after the step, a second to end unsaved at the next `check`.
+        Handles a signal: the first stops after the current step, the second ends the run unsaved at the next `check`.
 
-        Only a third interrupts whatever runs: an error that is raised anywhere may reach a finalizer, which drops it.
+        Only the third interrupts immediately, because an error raised at an arbitrary point may occur in a finalizer,
+        which discards it.
         """
         if self._saving and self.signal:
-            self._say(number, "the state is being saved; the run ends when it is on the disk")
+            self._say(number, "the state is being saved; the run ends once it is written")
         elif not self.signal:
             self.signal = number
-            self._say(number, "the run ends after this step and saves its state; once more ends it unsaved")
+            self._say(number, "the run saves its state and ends after this step; repeat the signal to end it unsaved")
         elif not self._abort:
             self._abort = True
             self._say(number, "the run ends unsaved")
@@ -71,18 +73,18 @@ class StopRequest:
             signal.raise_signal(number)
 
     def check(self) -> None:
-        """Where a second signal has come: `KeyboardInterrupt` for Ctrl-C, else `SystemExit` with its status."""
+        """After a second signal, raises `KeyboardInterrupt` for Ctrl-C, else `SystemExit` with its status."""
         if self._abort:
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, with a `check` before each."""
+        """Yields the items, with a `check` before each."""
         for item in items:
             self.check()
             yield item
 
     def _say(self, number: int, text: str) -> None:
-        """Writes past Python's buffers, which the interrupted code may be using."""
+        """Writes directly to the file descriptor, since the interrupted code may be using Python's buffers."""
         if not self.quiet and sys.__stderr__ is not None:
             with contextlib.suppress(OSError, ValueError):
                 os.write(sys.__stderr__.fileno(), f"\n{signal.Signals(number).name}: {text}\n".encode())
@@ -91,14 +93,14 @@ class StopRequest:
 @contextlib.contextmanager
 def listen_for_stop(quiet: bool = False) -> Iterator[StopRequest]:
     """
-    Takes the signals of `STOPPING` for as long as it lasts. SIGHUP stays ignored where it is, as under `nohup`.
+    Handles the signals in `STOPPING` within this context. An ignored SIGHUP stays ignored, as under `nohup`.
 
     Args:
         quiet: do not acknowledge signals on standard error.
     """
     request = StopRequest(quiet=quiet)
     before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-    if threading.current_thread() is threading.main_thread():  # no other may
+    if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
         for number in STOPPING:
             if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue

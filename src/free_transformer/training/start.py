@@ -1,4 +1,4 @@
-"""What precedes the first step: the checks of a run's folder, the state to train, and the record of the start."""
+"""Preparation of a run: checks its folder, loads the state to train, and records the start."""
 
 import socket
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class PreparedRun:
     A run that is ready to train.
 
     Attributes:
-        settings: as used, with what is decided automatically.
-        training_data: of each stage.
-        resumed: the step of the checkpoint that is loaded, None for a new run.
+        settings: settings as used, with automatic values resolved.
+        training_data: training text of each stage.
+        resumed: step of the loaded checkpoint, None for a new run.
     """
 
     settings: Settings
@@ -49,12 +49,12 @@ class PreparedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no step is left, and `model/` already has the weights of this training."""
+        """Whether no steps are left and `model/` already has the weights of this training."""
         done = not self.monitor.should_continue(self.state.step)
         return done and self.run.has_ended and self.run.model.get("trained") == self.state.step
 
     def record(self) -> None:
-        """Writes the settings as used, and drops the metrics after the step that is resumed."""
+        """Writes the settings as used and drops metrics after the resumed step."""
         step, run = self.resumed, self.run
         run.begin_training()
         run.write_config(self.settings)
@@ -69,7 +69,7 @@ class PreparedRun:
         )
 
     def subscribers(self, quiet: bool) -> list[Subscriber]:
-        """Those of the main process: the metrics file, the trackers, and the console unless `quiet`."""
+        """Creates the subscribers of the main process: metrics file, trackers, and console unless `quiet`."""
         trackers = open_trackers(self.run, self.settings, self.resumed)
         return [MetricsFile(self.run.metrics_file), *trackers, *([] if quiet else [ConsoleProgress()])]
 
@@ -93,10 +93,10 @@ def prepare(
     settings: Settings, run: Run, processes: Processes, allow_change: Sequence[str], quiet: bool
 ) -> PreparedRun:
     """
-    Loads text, model and the newest checkpoint. It does not write to the run's folder.
+    Loads text, model and the newest checkpoint without writing to the run's folder.
 
     Raises:
-        SettingsError: as `train`.
+        SettingsError: see `train`.
     """
     settings = settings.model_copy(deep=True)
     check_trackers(settings)
@@ -104,7 +104,9 @@ def prepare(
     saved = bool(list_checkpoints(run.checkpoints))
     _check_folder(run, settings, saved)
     training = settings.training
-    if saved and "warmup_steps" not in training.model_fields_set:  # its default follows max_steps, which may be raised
+    if (
+        saved and "warmup_steps" not in training.model_fields_set
+    ):  # its default depends on max_steps, which may have been raised
         training.warmup_steps = run.settings.training.warmup_steps
     settings, loaded, _ = decide_batch_size(settings, tokenizer, processes, run if saved else None, quiet)
     _check_rows(settings.training.rows, processes)
@@ -141,23 +143,23 @@ def prepare(
 
 
 def say_finished(run: Run, step: int, changes: Sequence[Change]) -> None:
-    """Says that a run stays as it is, because no step is left."""
-    ignored = f"; without effect: {', '.join(map(str, changes))}" if changes else ""
+    """Reports that a run is finished and therefore not changed."""
+    ignored = f"; these changes have no effect: {', '.join(map(str, changes))}" if changes else ""
     ConsoleProgress().message(
-        f"{run.name}: trained to step {step} already; raise training.max_steps to continue{ignored}"
+        f"{run.name}: already trained to step {step}; raise training.max_steps to continue{ignored}"
     )
 
 
 def _check_folder(run: Run, settings: Settings, saved: bool) -> None:
     """
-    Raises `SettingsError` if a training from step 0 would replace the result of an earlier one.
+    Raises `SettingsError` if training from step 0 would replace the result of an earlier training.
 
-    A run that was stopped before its first checkpoint may start again. The first checkpoint is certain to be complete
-    when the second is due, even if it is written in the background.
+    A run that was stopped before its first checkpoint may start again. Once the second checkpoint is due, the first is
+    known to be complete, even if it was written in the background.
     """
     if saved and settings.training.resume == "never":
         raise SettingsError(
-            f"{run.path}: holds checkpoints, and training.resume=never; choose another run_dir, or training.resume=auto"
+            f"{run.path}: contains checkpoints; choose another run_dir, or training.resume=auto instead of never"
         )
     if saved:
         return
@@ -166,8 +168,8 @@ def _check_folder(run: Run, settings: Settings, saved: bool) -> None:
     if run.model_folder.exists() or had_checkpoints:
         what = "a trained model" if run.model_folder.exists() else f"the metrics of {logged} steps"
         raise SettingsError(
-            f"{run.path}: holds {what} and no checkpoint to resume from; choose another run_dir, or delete the folder "
-            "to train from the start"
+            f"{run.path}: contains {what} but no checkpoint to resume from; choose another run_dir, or delete the "
+            "folder to train from the start"
         )
 
 
@@ -180,9 +182,9 @@ def _check_rows(rows: int, processes: Processes) -> None:
 
 
 def _note_on_processes(processes: Processes, settings: DistributedSettings) -> str:
-    """How the processes share the work, and what to do if they do not or if it will not be fast; may be empty."""
+    """Describes how the processes share the work, with advice if they do not or if it is slow; may be empty."""
     if processes.size == 1:
-        text = "fsdp: one process, nothing to shard; start more with torchrun --nproc_per_node=auto"
+        text = "fsdp: nothing to shard with one process; start more with torchrun --nproc_per_node=auto"
         return text if settings.fsdp else ""
     data, tensor = processes.data_size, processes.tensor
     replicas = settings.replicas if settings.fsdp else data
@@ -190,5 +192,5 @@ def _note_on_processes(processes: Processes, settings: DistributedSettings) -> s
     text += f"{data} share each batch" if tensor == 1 else f"{data} x {tensor}, data x tensor"
     text += f", the model sharded over {data // replicas}" if data > replicas else ", each with the whole model"
     if processes.device.type == "cpu":
-        text += " (gloo, for trying a run out: on the CPU of one machine, one process is rarely slower)"
+        text += " (gloo, intended for testing: on the CPU of one machine, a single process is rarely slower)"
     return text

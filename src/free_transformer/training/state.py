@@ -1,4 +1,4 @@
-"""From settings to what a run trains: the model, spread over its processes, and the optimizers."""
+"""Builds the state of a run from its settings: the model, parallelized over processes, and the optimizers."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from free_transformer.training.step import computing_dtype
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that the settings describe, free or baseline, new or pretrained, for this tokenizer."""
+    """Builds the model that the settings describe, free or baseline, new or pretrained, for this tokenizer."""
     if settings.model.pretrained is not None:
         model = _pretrained(settings)
     else:
@@ -38,14 +38,14 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         )
     if model.config.vocab_size < (size := vocabulary_size(tokenizer)):
         raise SettingsError(
-            f"data.tokenizer={settings.data.tokenizer}: token ids up to {size - 1}, {settings.model.pretrained} has "
-            f"{model.config.vocab_size} tokens; use the tokenizer of the model"
+            f"data.tokenizer={settings.data.tokenizer}: token ids up to {size - 1}, but {settings.model.pretrained} "
+            f"has {model.config.vocab_size} tokens; use the tokenizer of the model"
         )
     return model
 
 
 def _pretrained(settings: Settings) -> PreTrainedModel:
-    """A pretrained model in single precision, ready to train: what `training.precision` says is how it computes."""
+    """Loads a pretrained model in single precision, ready to train. `training.precision` only affects computation."""
     model, folder = settings.model, settings.model.pretrained
     assert folder is not None
     try:
@@ -71,7 +71,7 @@ def _names_length(settings: Settings) -> bool:
 
 
 def new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> TrainState:
-    """Model and optimizers at step 0; torch's random numbers are left seeded. `SettingsError` as by its parts."""
+    """Builds model and optimizers at step 0, and seeds torch's random numbers. Raises `SettingsError`."""
     training, alone = settings.training, processes.size == 1
     dtype = computing_dtype(training.precision, processes)
     torch.manual_seed(training.seed)
@@ -79,18 +79,20 @@ def new_state(settings: Settings, tokenizer: PreTrainedTokenizerBase, processes:
     adapters = None
     if training.lora_rank:
         if not alone:
-            raise SettingsError(f"training.lora_rank={training.lora_rank}: one process alone has adapters")
+            raise SettingsError(
+                f"training.lora_rank={training.lora_rank}: adapters need a single process; start it without torchrun"
+            )
         first_layer = model.config.num_hidden_layers // 2 if training.freeze_first_half else 0
         adapters = add_adapters(model, training.lora_rank, first_layer)
     parallelize(model, processes, training.gradient_checkpointing, training.compile, dtype)
-    if not alone:  # dropout: another one in each process
+    if not alone:  # different dropout in each process
         torch.manual_seed(int(np.random.SeedSequence([training.seed, processes.rank]).generate_state(1)[0]))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
     return TrainState(model, build_optimizers(model, settings, sparse_tables=alone), scaler, adapters)
 
 
 def resolved(settings: Settings, model: PreTrainedModel) -> Settings:
-    """The settings with what was left to the library as it was decided."""
+    """Returns the settings with automatic values resolved."""
     settings = settings.model_copy(deep=True)
     settings.optimizer.name = settings.optimizer_name
     if isinstance(model, FreeTransformer):

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, clipping, and the update, in the precision that the settings name."""
+"""One optimizer step: forward, backward, clipping, and update, in the precision of the settings."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from free_transformer.training.checkpoint import TrainState
 from free_transformer.training.metrics import MetricAccumulator
 from free_transformer.training.optimizers import clip_gradients
 
-# Arguments of a model's `forward`: tensors of a batch, and a layout in the place of some of them.
+# Arguments of a model's `forward`: tensors of a batch, possibly with a layout instead of some of them.
 ModelInputs = Mapping[str, Any]
 
 
@@ -29,8 +29,10 @@ def training_forward(
     model: PreTrainedModel, batch: ModelInputs, num_tokens: int, weights: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Any]:
     """
-    Loss and reconstruction of a batch, divided by `num_tokens`, for either kind of model; of a free one also `kl`,
-    `hinge` and `kl_per_bit` of all its plans together, in bits, and the number of `plans`.
+    Computes loss and reconstruction of a batch, divided by `num_tokens`, for either kind of model.
+
+    A Free Transformer also returns `kl`, `hinge` and `kl_per_bit`, summed over all plans, in bits, and the number of
+    `plans`.
 
     Args:
         weights: `kl_weight` and `free_bits` of this step, default the model's.
@@ -48,8 +50,9 @@ def training_forward(
 
 def with_layout(model: PreTrainedModel, batch: ModelInputs) -> dict[str, Any]:
     """
-    A batch on the CPU as a Free Transformer takes it without waiting for a GPU: the layout of padded or packed rows in
-    the place of `attention_mask` and `position_ids`. A batch for another model stays as it is.
+    Replaces `attention_mask` and `position_ids` of a batch on the CPU by the layout.
+
+    A Free Transformer then does not wait for the GPU. A batch for another model is returned unchanged.
     """
     inputs = dict(batch)
     if isinstance(model, FreeTransformer) and inputs.keys() & {"attention_mask", "position_ids"}:
@@ -60,20 +63,22 @@ def with_layout(model: PreTrainedModel, batch: ModelInputs) -> dict[str, Any]:
 
 @dataclass
 class SharedStep:
-    """What the processes of a run exchange before a step, in one collective."""
+    """Values that the processes of a run exchange before a step, in one collective."""
 
-    tokens: int  # to predict in the step
-    signal: int  # that requested a process to stop, or 0
-    places: list[PlanPlace]  # of each micro-batch
+    tokens: int  # number of tokens predicted in the step
+    signal: int  # signal that requested a process to stop, or 0
+    places: list[PlanPlace]  # one per micro-batch
 
 
 def agree_on_step(
     processes: Processes, model: PreTrainedModel, micro: Sequence[ModelInputs], signal: int
 ) -> SharedStep:
     """
+    Exchanges the values of a step between all processes.
+
     Args:
-        micro: this process' micro-batches, from `with_layout`.
-        signal: that has asked this process to stop, or 0.
+        micro: this process's micro-batches, from `with_layout`.
+        signal: signal that requested this process to stop, or 0.
     """
     tokens = sum(int(predicted_tokens(batch["labels"])) for batch in micro)
     shapes = []
@@ -83,7 +88,7 @@ def agree_on_step(
         plans = batch["layout"].num_plans if "layout" in batch else num_plans(span, length)
         shapes += [rows, plans]
     found = processes.exchange(signal, tokens, *shapes)
-    of_data = found[:: processes.tensor]  # processes of one tensor group read the same rows
+    of_data = found[:: processes.tensor]  # processes of a tensor-parallel group read the same rows
     places = plan_places([each[2:] for each in of_data], processes)
     return SharedStep(sum(each[1] for each in of_data), max(each[0] for each in found), places)
 
@@ -99,14 +104,14 @@ def compute_gradients(
     places: Sequence[PlanPlace] | None = None,
 ) -> MetricAccumulator:
     """
-    Forward and backward of the micro-batches of a step, and the clipping of the gradients' sum.
+    Runs forward and backward of the micro-batches of a step, and clips the summed gradients.
 
-    On a GPU nothing here waits for it, except where fp16 looks for infinite gradients.
+    It does not synchronize with the GPU, except with fp16, which checks for infinite gradients.
 
     Args:
         micro: batches on the CPU.
         check: called before each micro-batch; it may raise an error to end the step.
-        places: of the micro-batches, from `agree_on_step`; several processes ask each other where they are not given.
+        places: one per micro-batch, from `agree_on_step`. If None, several processes exchange them when needed.
     """
     of_step = MetricAccumulator(tokens=num_tokens)
     for index, batch in enumerate(micro):
@@ -140,20 +145,19 @@ def apply_gradients(state: TrainState) -> None:
 
 def computing_dtype(precision: str, processes: Processes) -> torch.dtype | None:
     """
-    What matrices are multiplied in, None for that of the weights.
+    Returns the dtype of matrix products, None for that of the weights.
 
     Raises:
-        SettingsError: for fp16 where its losses cannot be scaled.
+        SettingsError: for fp16 if its losses cannot be scaled.
     """
     device = processes.device
     if precision == "fp16":
         if device.type != "cuda":
             raise SettingsError(
-                f"training.precision=fp16 on {device.type}: it is for GPUs without bf16, its operations are slow or "
-                "missing elsewhere; use bf16 or fp32"
+                f"training.precision=fp16 on {device.type}: fp16 is supported only on GPUs; use bf16 or fp32"
             )
         if processes.size > 1:
-            raise SettingsError("training.precision=fp16: one process alone scales its losses; use bf16 or fp32")
+            raise SettingsError("training.precision=fp16: loss scaling needs a single process; use bf16 or fp32")
         return torch.float16
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
 

@@ -1,4 +1,4 @@
-"""Sweeps: runs with different settings, one after the other, and a table of all results."""
+"""Sweeps: a sequence of runs with different settings, and a table of all results."""
 
 import hashlib
 import importlib.util
@@ -34,8 +34,8 @@ from free_transformer.training.sweep_summary import (
     write_sweep_report,
 )
 
-LONGEST_NAME = 100  # of a folder
-FAILURES = (TrainingFailed, CheckpointFailed, ValueError, OSError, torch.OutOfMemoryError)  # explained by a line
+LONGEST_NAME = 100  # characters in the name of a folder
+FAILURES = (TrainingFailed, CheckpointFailed, ValueError, OSError, torch.OutOfMemoryError)  # reported in one line
 
 # Settings that do not change the results of a run.
 HARMLESS = re.compile(
@@ -45,23 +45,26 @@ HARMLESS = re.compile(
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     """
-    From `section.name=value,value,...` to the name of each setting and its values, in the given order and still text.
-    A comma in brackets, braces or quotes belongs to its value.
+    Parses `section.name=value,value,...` to the names of settings and their values as text, in the given order.
+
+    A comma in brackets, braces or quotes is part of its value.
 
     Raises:
-        SettingsError: one line that says what cannot be read and what to write.
+        SettingsError: for text that cannot be parsed.
     """
     grid: dict[str, list[str]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not name:
-            raise SettingsError(f"{text!r}: a grid is of section.name=value,value,... as in model.latent_dim=8,16")
+            raise SettingsError(f"{text!r}: the grid needs section.name=value,value,... such as model.latent_dim=8,16")
         if name in grid:
-            raise SettingsError(f"{name}: twice in the grid; name all its values at once, as in {name}=value,value")
+            raise SettingsError(
+                f"{name}: appears twice in the grid; give all its values at once, as in {name}=value,value"
+            )
         grid[name] = _split_values(text, values)
     if len(grid.get("run_dir", [])) > 1:
         raise SettingsError(
-            f"run_dir={','.join(grid['run_dir'])}: a sweep has one folder, and in it one for each run; name one run_dir"
+            f"run_dir={','.join(grid['run_dir'])}: a sweep has a single folder with a subfolder per run; give one"
         )
     return grid
 
@@ -71,27 +74,28 @@ def _split_values(setting: str, text: str) -> list[str]:
         values = split_yaml_list(text)
     except YamlError as error:
         raise SettingsError(
-            f"{setting!r}: not YAML values with a comma between them (is one empty, a bracket or a quote left open?)"
+            f"{setting!r}: not comma-separated YAML values (is a value empty, or a bracket or quote not closed?)"
         ) from error
     if not values or text.rstrip().endswith(","):
-        raise SettingsError(f"{setting!r}: a value is empty; write '' for an empty text, null for none")
+        raise SettingsError(f"{setting!r}: a value is empty; use '' for empty text, or null for no value")
     for value in values:
         if values.count(value) > 1:
-            raise SettingsError(f"{setting!r}: {value} stands there twice; name each value once")
+            raise SettingsError(f"{setting!r}: {value} appears twice; give each value once")
     return values
 
 
 def load_sweep(config: str | Path, grid: Sequence[str]) -> Sweep:
     """
-    Every combination of the grid's values as a run, its settings loaded and what it has come to already; nothing is
-    written.
+    Loads a run for every combination of the grid's values, with its settings and any existing results.
+
+    It does not write any files.
 
     Args:
         config: YAML file of settings; its `run_dir`, or the grid's, is the sweep's folder.
-        grid: as `parse_grid` takes it; a setting with one value has it in all runs.
+        grid: texts for `parse_grid`; a setting with one value has this value in all runs.
 
     Raises:
-        SettingsError: for a grid or a setting that cannot be used, or folders that hold something else.
+        SettingsError: for a grid or setting that cannot be used, or folders that contain something else.
     """
     values = parse_grid(grid)
     varied = [name for name in values if len(values[name]) > 1]
@@ -110,7 +114,7 @@ def load_sweep(config: str | Path, grid: Sequence[str]) -> Sweep:
 
 
 def _folder_name(values: dict[str, str]) -> str:
-    """One that no other values have, and that stays when the grid grows or is written in another order."""
+    """Returns a unique name for these values, which does not change if the grid grows or is reordered."""
     full = ",".join(f"{name}={value}" for name, value in zip(short_names(values), values.values(), strict=True))
     name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", full)
     if name != full or len(name) > LONGEST_NAME:
@@ -120,10 +124,10 @@ def _folder_name(values: dict[str, str]) -> str:
 
 def _check(sweep: Sweep) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SettingsError("sweep trains in one process; start it without torchrun, or train each run with torchrun")
+        raise SettingsError("sweep needs a single process; start it without torchrun, or train each run with torchrun")
     if Run(sweep.folder).config_file.exists():
         raise SettingsError(
-            f"{sweep.folder} is the folder of a run; give the sweep one of its own, as in run_dir={sweep.folder}-sweep"
+            f"{sweep.folder} is the folder of a run; choose another folder, such as run_dir={sweep.folder}-sweep"
         )
     check_claimable(sweep.folder, "sweep", ["sweep.json", "report.html"])
     check_own_results(sweep.folder / "sweep.json", "varied", "runs", "groups")
@@ -133,44 +137,46 @@ def _check(sweep: Sweep) -> None:
     for run in sweep.runs:
         other = known.setdefault(json.dumps(_flat(run.settings), sort_keys=True), run)
         if other is not run:
-            raise SettingsError(f"{other.name} and {run.name} are the same settings; name each value once")
+            raise SettingsError(f"{other.name} and {run.name} have the same settings; give each value once")
         _check_folder(run)
 
 
 def _check_folder(run: SweepRun) -> None:
-    """Raises `SettingsError` where training would continue with weights from other settings."""
+    """Raises `SettingsError` if training would continue with weights from other settings."""
     trained = Run(run.settings.run_dir)
     if not (list_checkpoints(trained.checkpoints) or _figures_file(run).is_file()):
         return
     old, new = _flat(trained.settings), _flat(run.settings.with_absolute_paths())
     for name in sorted(old.keys() | new.keys()):
-        # config.yaml says how the library has decided what was left to it
+        # config.yaml holds the resolved values of automatic settings
         left_open = new.get(name) == "auto" or (name == "model.plan_gradient" and name not in new)
         left_open |= name == "training.warmup_steps" and "warmup_steps" not in run.settings.training.model_fields_set
         raised = name == "training.max_steps" and old[name] < new[name]
         if old.get(name) != new.get(name) and not (left_open or raised or HARMLESS.fullmatch(name)):
             raise SettingsError(
-                f"{trained.path}: was trained with {name}={old.get(name)}, not {new.get(name)}; name another run_dir "
-                "for the sweep, or remove that folder"
+                f"{trained.path}: was trained with {name}={old.get(name)}, not {new.get(name)}; choose another run_dir "
+                "for the sweep, or delete this folder"
             )
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
-    """`section.name` and value, without `run_dir`."""
+    """Flattens settings to `section.name` and value, without `run_dir`."""
     return flat(settings.model_dump(mode="json", exclude={"run_dir"}))
 
 
 def run_sweep(sweep: Sweep, quiet: bool = False) -> None:
     """
-    Trains and evaluates the runs that are not done, one after the other. A run that fails, for whatever reason, leaves
-    the others alone (`sweep.failed`). `sweep.json` is up to date after each run, `report.html` is written at the end.
+    Trains and evaluates, in order, the runs that are not done.
 
-    A sweep that was stopped continues when it is loaded and run again: runs that are done are skipped, one that was
-    stopped in the middle resumes from its checkpoint, failed ones are tried again.
+    A run that fails for any reason does not affect the others (see `sweep.failed`). `sweep.json` is updated after each
+    run; `report.html` is written at the end.
+
+    To continue a sweep that was stopped, load and run it again: finished runs are skipped, an interrupted run resumes
+    from its checkpoint, and failed runs are retried.
 
     Raises:
-        SettingsError: where another process works on the same sweep.
-        TrainingStopped: after Ctrl-C or a signal that ends jobs, when the state of the run is saved.
+        SettingsError: if another process is running the same sweep.
+        TrainingStopped: after Ctrl-C or a termination signal, once the state of the run is saved.
     """
     console = stderr_console(quiet)
     with claimed_folder(sweep.folder, "sweep", ["sweep.json", "report.html"]):
@@ -178,7 +184,7 @@ def run_sweep(sweep: Sweep, quiet: bool = False) -> None:
         for number, run in enumerate(sweep.runs, 1):
             title = f"run {number} of {len(sweep.runs)}, {run.name}"
             if run.status == "done":
-                console.print(f"{title}: done already", soft_wrap=True)
+                console.print(f"{title}: already done", soft_wrap=True)
                 continue
             console.print(title, soft_wrap=True)
             _run_one(run, quiet, console)
@@ -187,13 +193,13 @@ def run_sweep(sweep: Sweep, quiet: bool = False) -> None:
 
 
 def _run_one(run: SweepRun, quiet: bool, console: Console) -> None:
-    """Trains and evaluates a run, and records how it ended."""
+    """Trains and evaluates a run, and records its status."""
     try:
         _train_and_evaluate(run, quiet)
         run.status, run.reason = "done", None
     except Exception as error:
         run.status, run.reason = "failed", first_line(error)
-        if not isinstance(error, FAILURES):  # a fault of ours or of the machine: its traceback is needed
+        if not isinstance(error, FAILURES):  # a bug or a machine fault: show the traceback
             run.reason = f"{type(error).__name__}: {run.reason}"
             console.print(traceback.format_exc().rstrip(), soft_wrap=True)
         console.print(f"{run.name} failed: {run.reason}", style="yellow", soft_wrap=True)
@@ -201,7 +207,7 @@ def _run_one(run: SweepRun, quiet: bool, console: Console) -> None:
 
 def _train_and_evaluate(run: SweepRun, quiet: bool) -> None:
     folder = Run(run.settings.run_dir)
-    for file in (_figures_file(run), folder.evaluation_file):  # of fewer steps
+    for file in (_figures_file(run), folder.evaluation_file):  # left over from a training with fewer steps
         file.unlink(missing_ok=True)
     train(run.settings, quiet)
     figures = _evaluate(folder) if run.settings.data.validation else _training_figures(folder)
@@ -210,7 +216,7 @@ def _train_and_evaluate(run: SweepRun, quiet: bool) -> None:
 
 
 def _figures_file(run: SweepRun) -> Path:
-    """Written when a run is done, and there for no other."""
+    """Returns the file of a run's figures, which exists only if the run is done."""
     return run.settings.run_dir / "figures.json"
 
 
@@ -228,11 +234,11 @@ def _training_figures(run: Run) -> dict[str, float | None]:
 
 
 def _evaluate(run: Run) -> dict[str, float | None]:
-    """Writes `metrics.json`, as the command `evaluate` does."""
+    """Evaluates a run, writes `metrics.json` as `evaluate` does, and returns the figures."""
     evaluation = evaluate_run(run, quiet=True)
     likelihood = evaluation.likelihood
     if not math.isfinite(likelihood.nll):
-        raise InputError(f"the nll of the held-out text is {likelihood.nll}")
+        raise InputError(f"the NLL of the held-out text is {likelihood.nll}")
     run.write_evaluation(likelihood, evaluation.bytes_per_token)
     figures = {name: getattr(likelihood, name) for name in ("nll", "elbo", "kl", "gap")}
     return {**figures, "live_bits": likelihood.usage and likelihood.usage.live_bits}

@@ -1,4 +1,4 @@
-"""Results of a sweep: means over seeds with confidence intervals, as a table and as a page."""
+"""Results of a sweep: means over seeds with confidence intervals, as a table and as an HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from free_transformer.runs.run import Run
 from free_transformer.settings import Settings
 
 SEED = "training.seed"
-MAX_CURVES = 10  # more would hide each other
-# If one of these varies, losses are measured on other text or tokens, and no group is the best.
+MAX_CURVES = 10  # more would be unreadable
+# If one of these varies, losses are measured on different text or tokens, so no group is marked as best.
 TEXT = {"data.validation", "data.column", "data.tokenizer", "training.seq_len"}
 
 FIGURES = {  # name: title and digits
@@ -32,11 +32,11 @@ FIGURES = {  # name: title and digits
 class SweepRun:
     """
     Attributes:
-        overrides: every setting in the grid, as text.
-        settings: with its own `run_dir` in the sweep's folder.
-        status: waiting, done or failed.
-        reason: why it failed, in one line.
-        figures: its values of `FIGURES`, in these units.
+        overrides: values of all settings in the grid, as text.
+        settings: settings of the run; `run_dir` is in the sweep's folder.
+        status: `waiting`, `done` or `failed`.
+        reason: reason for a failure, in one line.
+        figures: results of the run, with the names and units of `FIGURES`.
     """
 
     overrides: dict[str, str]
@@ -47,7 +47,7 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """The name of its folder, such as `latent_dim=8,seed=0`."""
+        """The name of the run's folder, such as `latent_dim=8,seed=0`."""
         return self.settings.run_dir.name
 
 
@@ -56,7 +56,7 @@ class Sweep:
     """
     Attributes:
         folder: contains the runs' folders, `sweep.json` and `report.html`.
-        varied: the settings with several values.
+        varied: names of the settings with several values.
     """
 
     folder: Path
@@ -79,11 +79,11 @@ class Interval:
 @dataclass
 class Group:
     """
-    The runs that differ only in their seed.
+    A group of runs that differ only in their seed.
 
     Attributes:
-        overrides: the settings that vary, except the seed.
-        figures: over the runs that are done.
+        overrides: values of the settings that vary, except the seed.
+        figures: mean and interval of each figure over the finished runs.
         best: whether its mean nll is the lowest of several groups.
     """
 
@@ -97,13 +97,13 @@ class Group:
 
 
 def short_names(names: Sequence[str] | dict[str, str]) -> list[str]:
-    """Names without their section if they are unique without it."""
+    """Removes the section from names that are unique without it."""
     last = [name.rpartition(".")[2] for name in names]
     return [short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)]
 
 
 def sweep_groups(sweep: Sweep) -> list[Group]:
-    """The groups in the order of the grid."""
+    """Returns the groups in the order of the grid."""
     groups: dict[tuple[str, ...], Group] = {}
     for run in sweep.runs:
         varied = {name: run.overrides[name] for name in sweep.varied if name != SEED}
@@ -120,7 +120,7 @@ def sweep_groups(sweep: Sweep) -> list[Group]:
 
 
 def confidence_interval(values: Sequence[float]) -> Interval:
-    """The 95 % confidence interval of the mean of independent values, by Student's t."""
+    """Returns the 95 % confidence interval (Student's t) of the mean of independent values."""
     if len(values) == 1:
         return Interval(values[0], None)
     from scipy.stats import t
@@ -130,7 +130,7 @@ def confidence_interval(values: Sequence[float]) -> Interval:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """One row per group: the settings that vary, how many runs are done, and their figures."""
+    """Builds a table with one row per group: varying settings, number of finished runs, and figures."""
     groups = sweep_groups(sweep)
     shown = [name for name in FIGURES if any(name in group.figures for group in groups)]
     rows = []
@@ -182,12 +182,12 @@ def write_summary(sweep: Sweep) -> None:
 
 
 def write_sweep_report(sweep: Sweep) -> Path:
-    """Saves `report.html`: the table, the curves of up to ten runs, and the status of each run."""
+    """Writes `report.html`: the table, the curves of up to ten runs, and the status of each run."""
     report = Report(f"Sweep {sweep.folder.name}")
     report.table(sweep_table(sweep))
     report.paragraph(
-        "Means over seeds ± 95 % confidence interval (Student's t), on held-out text, measured by evaluate. Runs "
-        "without held-out text have the values of the last line of training."
+        "Mean over seeds ± 95 % confidence interval (Student's t), measured by evaluate on held-out text. For runs "
+        "without held-out text, the values are from the last line of training metrics."
     )
     metrics = {run.name: lines for run in sweep.runs if (lines := Run(run.settings.run_dir).read_metrics())}
     if 0 < len(metrics) <= MAX_CURVES:
