@@ -55,7 +55,9 @@ def test_a_folder_that_is_no_run_is_refused_and_stays_empty(command, tmp_path, m
 
 
 def test_a_folder_of_runs_names_them(command, runs):
-    assert_refused(command("evaluate", runs["free"].parent), 2, f"it contains {runs['baseline']}, {runs['free']}: name")
+    assert_refused(
+        command("evaluate", runs["free"].parent), 2, f"it contains {runs['baseline']}, {runs['free']}: choose"
+    )
 
 
 @pytest.mark.parametrize(

@@ -156,4 +156,6 @@ def test_generate_names_plans_and_changes_them_in_a_long_text(command, run):
     assert_refused(command("generate", run, "--plan", "clam"), 2, "nor a known name, such as calm")
     assert_refused(command("generate", run, "--plan-change", "x:010"), 2, "--plan-change x:010: give TOKENS:PLAN")
     assert_refused(command("generate", run, "--plan-change", "3:010", "--plan-change", "3:011"), 2, "give only one")
-    assert_refused(command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0: a number of new tokens")
+    assert_refused(
+        command("generate", run, "--plan-change", "0:010"), 2, "plan_changes: 0 is not a number of new tokens from 1"
+    )

@@ -112,6 +112,7 @@ def form(explored, **changes) -> Form:
         "map_plan": "0110",
         "name": "",
         "named": None,
+        "opened": True,
     }
     assert list(start) == list(FORM)
     return Handlers(explored).form(*{**start, **changes}.values())

@@ -115,7 +115,7 @@ def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, spa
         f"{begin}_id": 256,
     }
     torch.manual_seed(0)
-    model = type(model)(type(model.config)(**{**TINY, **vocabulary, "plan_span": span})).eval()
+    model = type(model)(type(model.config)(**{**TINY, **vocabulary, "num_layers": 2, "plan_span": span})).eval()
     with torch.no_grad():
         model.encoder.readout.weight.mul_(1e4)
     model.plan_prior.log_aggregate = saturated_model(span).plan_prior.log_aggregate.float()
@@ -158,7 +158,7 @@ def test_served_and_exported_plans_match_generate(saturated_model, tmp_path, spa
 def test_served_and_exported_texts_have_stratified_plans(tmp_path, span, kind):
     vocabulary = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": 258}
     torch.manual_seed(0)
-    model = FreeTransformer(FreeTransformerConfig(**{**TINY, **vocabulary, "plan_span": span})).eval()
+    model = FreeTransformer(FreeTransformerConfig(**{**TINY, **vocabulary, "num_layers": 2, "plan_span": span})).eval()
     with torch.no_grad():
         model.encoder.readout.weight.zero_()
         model.encoder.readout.bias.copy_(torch.tensor([80.0, 0.0, -80.0, 0.0]))

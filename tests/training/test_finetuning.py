@@ -111,7 +111,7 @@ def test_a_trained_free_transformer_is_a_start_too_with_the_plan_it_has(settings
     assert (settings.model.latent_dim, settings.model.free_bits) == (3, 1.0)
     other = settings_of({"pretrained": str(first.model_folder), "free_bits": 2.0}, run="second", max_steps=1)
     assert train(other, quiet=True).load_model().config.free_bits == 2.0
-    with pytest.raises(SettingsError, match=r"model.latent_dim=4: .* has 3; leave it out"):
+    with pytest.raises(SettingsError, match=r"model.latent_dim=4: .* has 3; remove this setting"):
         settings_of({"pretrained": str(first.model_folder), "latent_dim": 4})
 
 
@@ -158,7 +158,7 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(settings_of, training):
 @pytest.mark.parametrize(
     ("model", "training", "message"),
     [
-        ({"hidden_dim": 32}, {}, r"model.hidden_dim=32: .*llama has 16; leave it out"),
+        ({"hidden_dim": 32}, {}, r"model.hidden_dim=32: .*llama has 16; remove this setting"),
         ({"rope_theta": 5.0}, {}, r"model.rope_theta"),
         ({"pretrained": "nowhere"}, {}, "model.pretrained=nowhere"),
         ({"pretrained": None}, {"freeze_first_half": True}, "freeze_first_half=True: needs model.pretrained"),

@@ -28,6 +28,7 @@ class Form:
         before: the plan before its last change.
         place: index of the plan that the switches show.
         map_plan: the plan chosen on the map; pasted_plan: the plan of the pasted text, once inferred.
+        opened: whether the page shows the choices of its link yet; before, it has arbitrary values.
     """
 
     known: dict[str, str]
@@ -49,6 +50,7 @@ class Form:
     map_plan: str
     name: str
     named: str | None
+    opened: bool
 
     @property
     def all_names(self) -> dict[str, str]:
@@ -101,7 +103,8 @@ class Handlers:
         except ValueError as error:
             gr.Warning(f"The link cannot be used: {error}")
             choices = start
-        return {**vars(choices), "bits": choices.plan.split()[0], "before": choices.plan, "tabs": choices.tab}
+        bits = choices.plan.split()[0]
+        return {**vars(choices), "bits": bits, "before": choices.plan, "tabs": choices.tab, "opened": True}
 
     def new_plan(self, form: Form) -> Update:
         before = self._plan_or_start(form)

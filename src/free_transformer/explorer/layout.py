@@ -14,7 +14,7 @@ MAP = "Each circle is a plan that held-out texts take, as large as their number.
 NO_MAP = "There is no held-out text to draw a map from: name some with `--data`."
 FORM = (
     *("prompt", "plan", "bits", "words", "others", "temperature", "length", "tab", "names", "before", "place"),
-    *("shuffled", "pasted", "pasted_plan", "change", "map_plan", "name", "named"),
+    *("shuffled", "pasted", "pasted_plan", "change", "map_plan", "name", "named", "opened"),
 )
 
 
@@ -87,6 +87,7 @@ class Layout:
         start = self.start
         states = {"others": start.others, "tab": "grid", "before": start.plan, "place": 0}
         self._add(**{name: gr.State(value) for name, value in states.items()})
+        self._add(opened=gr.Checkbox(False, visible="hidden"))  # in the browser, unlike a `gr.State`
         self._add(pasted_plan=gr.State(""), map_plan=gr.State(start.plan))
         key = f"names of plans of {self.explored.name}"
         self._add(names=gr.BrowserState({}, storage_key=key, secret=key))  # readable after a restart of the server

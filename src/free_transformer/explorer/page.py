@@ -32,10 +32,13 @@ def _connect(page: gr.Blocks, layout: Layout, handlers: Handlers) -> None:
     latest: dict[str | None, object] = {}  # by visitor, the latest request
 
     async def show_tab(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        form = handlers.form(*values)
+        if not form.opened:  # Gradio selects a tab before the choices of the link have arrived
+            return
         origin = request.headers.get("origin") or f"http://{request.headers.get('host', 'localhost')}"
         own = latest[request.session_hash] = object()
         with messages():
-            async for update in handlers.show_tab(handlers.form(*values), origin):
+            async for update in handlers.show_tab(form, origin):
                 if latest.get(request.session_hash) is not own:  # superseded by a newer request
                     return
                 yield events.by_component(update)
@@ -52,7 +55,7 @@ def _connect(page: gr.Blocks, layout: Layout, handlers: Handlers) -> None:
     def then_show(event: Any) -> None:
         event.then(show_tab, layout.form, shown, api_visibility="private", show_progress="hidden")
 
-    opened = [*layout.form[:8], made["before"], made["tabs"]]
+    opened = [*layout.form[:8], made["before"], made["tabs"], made["opened"]]
     page.unload(forget)
     then_show(page.load(open_link, None, opened, api_visibility="private", show_progress="hidden"))
     for tab in made["tabs"].children:

@@ -56,6 +56,6 @@ def check_plan_changes(changes: Mapping[Any, Any] | None, plan_span: int | str) 
     for start in changes:
         if isinstance(start, bool) or not hasattr(start, "__index__") or start < 1:
             raise InputError(
-                f"plan_changes: {start!r} is not a number of new tokens, at least 1; plan=... sets the first plan"
+                f"plan_changes: {start!r} is not a number of new tokens from 1; plan=... sets the first plan"
             )
     return {int(start): changes[start] for start in sorted(changes)}
