@@ -97,6 +97,7 @@ class Result:
             "model": self.model,
             **asdict(self.setting),
             "share in the style of the beginning": {mark: self.coherence.share_at(mark)[0] for mark in marks},
+            "chance at the end": self.coherence.chance_at(marks[-1]),
             "switches per 1,000 tokens": self.coherence.switches_per_1000_tokens,
             "texts that end in each style": self.coherence.counts_at_end(len(STYLES)),
             "nll of segments, nats per token": float(nll.mean()),
@@ -279,7 +280,7 @@ def mean_table(results: list[Result], marks: list[int]) -> Table:
     groups: dict[tuple[str, float], list[Result]] = {}
     for each in results:
         groups.setdefault((each.name, each.setting.temperature), []).append(each)
-    header = ["model", "temperature", *(f"after {mark * segment:,}" for mark in marks), "lowest of a seed"]
+    header = ["model", "temperature", *(f"after {mark * segment:,}" for mark in marks), "lowest of a seed", "chance"]
     header += ["switches", "styles at the end", "NLL of segments by style"]
     rows = []
     for (name, temperature), group in groups.items():
@@ -288,11 +289,13 @@ def mean_table(results: list[Result], marks: list[int]) -> Table:
         ends = np.sum([each.coherence.counts_at_end(len(STYLES)) for each in group], 0)
         nll = np.nanmean([each.nll_by_style for each in group], 0)
         cells = [name, f"{temperature:g}", *(f"{share:.3f}" for share in shares.mean(0)), f"{shares[:, -1].min():.3f}"]
+        cells.append(f"{np.mean([each.coherence.chance_at(marks[-1]) for each in group]):.3f}")
         rows.append([*cells, f"{switches:.2f}", " / ".join(map(str, ends)), " / ".join(f"{each:.3f}" for each in nll)])
     caption = (
         f"Mean over {len({each.seed for each in results})} seeds of the columns of the table below. Lowest of a seed: "
-        "the share after the last token. Styles at the end: texts of all seeds. NLL of segments: mean over those "
-        f"of each style ({', '.join(STYLES)})."
+        "the share after the last token. Chance: that share if the end of a text did not depend on its beginning. "
+        "Styles at the end: texts of all seeds. NLL of segments: mean over those of each style "
+        f"({', '.join(STYLES)})."
     )
     return Table(header, sorted(rows, key=lambda row: row[1], reverse=True), caption)
 

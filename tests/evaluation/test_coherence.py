@@ -23,6 +23,7 @@ def test_shares_and_switches_of_known_texts():
     assert found.share_at(1)[0] == 0.0
     assert found.share_at(5)[0] == 0.5
     assert found.share_at(8)[0] == 0.5
+    assert found.chance_at(8) == 0.25  # "c" and "a" against "b" and "a"
     assert found.switches_per_1000_tokens == 1000 * 5 / 14
     assert found.counts_at_end(3) == [1, 0, 1]
     assert found.segment_nll is None

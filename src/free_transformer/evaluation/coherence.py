@@ -38,6 +38,10 @@ class Coherence:
         """Share of texts whose segment, counted from 1, has the label of the beginning, and its standard error."""
         return share_in_class(self.labels[:, segment - 1], self.beginning)
 
+    def chance_at(self, segment: int) -> float:
+        """`share_at` if the label of the segment did not depend on the beginning: two texts drawn with replacement."""
+        return float((self.labels[:, segment - 1, None] == self.beginning).mean())
+
     @property
     def switches_per_1000_tokens(self) -> float:
         """How often the label changes from one segment to the next, per 1,000 tokens."""
