@@ -39,7 +39,7 @@ MODELS = {  # settings on top of the configuration
     "baseline": ["model.kind=baseline"],
     "wide baseline": ["model.kind=baseline", f"training.seq_len={4 * WINDOW}", "training.batch_size=4"],
 }
-STRENGTHS = {1.0: (1.0,), 0.7: (1.0, 1.5, 2.0)}  # values of `plan_strength` by temperature, aggregate prior
+STRENGTHS = {1.0: (1.0, 1.5), 0.7: (1.0, 1.5, 2.0)}  # values of `plan_strength` by temperature, aggregate prior
 SCORER_SEED = 1000
 STYLE_IDS = range(len(STYLES))
 console = Console()
