@@ -39,6 +39,8 @@ WAYS = {
     "fsdp, muon": (3, {"fsdp": True}, {}),
     "fsdp x tensor, muon": (4, {"fsdp": True, "tensor": 2}, {"plan_span": "sequence"}),
 }
+SLOW = pytest.mark.slow
+SLOW_WAYS = {"data x tensor", "fsdp of 3, tied", "fsdp, muon"}  # the others have each part of them
 
 
 def train_and_tell(values: dict, of_each: str) -> None:
@@ -76,7 +78,7 @@ def assert_same_run(one: Path, other: Path, close: float, of_weights: float) -> 
         assert_close(ours[name], theirs[name], atol=of_weights, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[SLOW] * (way in SLOW_WAYS)) for way in WAYS])
 def test_the_number_of_processes_changes_nothing_but_rounding(tmp_path, way):
     count, distributed, model = WAYS[way]
     optimizer = {"optimizer": "muon" if "muon" in way else "adamw"}
@@ -220,7 +222,10 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("options", [[], ["--prior", "aggregate"], ["--method", "particle_filter"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--prior", "aggregate"], *(pytest.param(each, marks=SLOW) for each in ([], ["--method", "particle_filter"]))],
+)
 def test_an_evaluation_of_two_or_three_processes_has_the_numbers_of_one(tmp_path, trained, options):
     arguments = ["evaluate", str(trained), "--batch-size", "4", "--num-plans", "3", *options]
     found = {}
@@ -343,6 +348,7 @@ def test_the_command_of_the_faq_shards_over_the_processes_of_this_machine(tmp_pa
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@SLOW
 def test_two_machines_with_a_launcher_each_train_one_model(tmp_path):
     endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
     of_torchrun = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test", endpoint]

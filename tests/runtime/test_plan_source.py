@@ -95,7 +95,7 @@ def test_numpy_rule_matches_generate(saturated_model, tokens_like, span, given, 
     ("kind", "span", "begin"),
     [
         *product(["torch"], [1, 4, "sequence"], ["bos_token", "eos_token"]),
-        ("onnx", 4, "bos_token"),
+        pytest.param("onnx", 4, "bos_token", marks=pytest.mark.slow),
         pytest.param("onnx", "sequence", "eos_token", marks=pytest.mark.slow),
     ],
 )

@@ -90,7 +90,9 @@ def test_logprobs_match_the_model(client, model):
     assert streamed == found.token_logprobs
 
 
-@pytest.mark.parametrize(("span", "kind"), [("sequence", "torch"), (4, "torch"), (4, "onnx")])
+@pytest.mark.parametrize(
+    ("span", "kind"), [("sequence", "torch"), (4, "torch"), pytest.param(4, "onnx", marks=pytest.mark.slow)]
+)
 def test_prompt_scores_average_over_plans(span, kind, tmp_path, monkeypatch):
     """Against a sum over plans in float64, with the prompt read in several parts."""
     model = build_model(plan_span=span, max_seq_len=64)
