@@ -6,6 +6,7 @@ runs/coherence/report.html. The same for the fine-tuned models of `make demo-pre
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -155,12 +156,12 @@ def _accuracy() -> float:
 
 def _measure(path: Path, options: argparse.Namespace, name: str, seed: int, setting: Setting) -> Result:
     """Generates texts and classifies them, unless that has been done before."""
-    kept = options.out / "measured" / f"{name} {seed} {setting.temperature:g} {setting.name('')} {options.windows}.pt"
+    kept = options.out / "measured" / f"{name} {seed} {setting.temperature:g} {setting.name('')} {options.windows}.json"
     size, segment = {"texts": options.texts, "windows": options.windows}, _worker["segment"]
     if kept.is_file():
-        stored = torch.load(kept, weights_only=True)
+        stored = json.loads(kept.read_text(encoding="utf-8"))
         if stored["size"] == size:
-            coherence = Coherence(stored["labels"].numpy(), segment, stored["nll"].numpy())
+            coherence = Coherence(np.array(stored["labels"]), segment, np.array(stored["nll"]))
             return Result(seed, name, setting, coherence, stored["seconds"], stored["texts"])
     model, tokenizer = Run.open(path).load_model(), _worker["tokenizer"]
     started = time.perf_counter()
@@ -171,9 +172,8 @@ def _measure(path: Path, options: argparse.Namespace, name: str, seed: int, sett
     coherence = measure_coherence(tokens, tokenizer, _worker["classify"], segment, _worker["scorer"])
     texts = tokenizer.batch_decode(tokens[:6], skip_special_tokens=True)
     assert coherence.segment_nll is not None
-    kept.parent.mkdir(exist_ok=True)
-    labels, nll = torch.from_numpy(coherence.labels), torch.from_numpy(coherence.segment_nll)
-    torch.save({"size": size, "labels": labels, "nll": nll, "seconds": seconds, "texts": texts}, kept)
+    found = {"labels": coherence.labels.tolist(), "nll": coherence.segment_nll.tolist()}
+    write_json(kept, {"size": size, **found, "seconds": seconds, "texts": texts})
     return Result(seed, name, setting, coherence, seconds, texts)
 
 
