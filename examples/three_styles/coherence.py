@@ -43,6 +43,14 @@ MODELS = {  # settings on top of the configuration
 STRENGTHS = {1.0: (1.0, 1.5), 0.7: (1.0, 1.5, 2.0)}  # values of `plan_strength` by temperature, aggregate prior
 SCORER_SEED = 1000
 STYLE_IDS = range(len(STYLES))
+FILES = [
+    "text",
+    "measured",
+    "results.json",
+    "results.md",
+    "report.html",
+    *(f"temperature-{t:g}.png" for t in STRENGTHS),
+]
 console = Console()
 
 
@@ -119,7 +127,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="length of each text, in windows of a training row")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, as in training.max_steps=100")
     options = parser.parse_args()
-    with claimed_folder(options.out, "long text", ["text", "measured", "results.json", "results.md", "report.html"]):
+    with claimed_folder(options.out, "long text", FILES):
         run(options)
 
 
@@ -287,7 +295,7 @@ def mean_table(results: list[Result], marks: list[int]) -> Table:
         shares = np.array([[each.coherence.share_at(mark)[0] for mark in marks] for each in group])
         switches = np.mean([each.coherence.switches_per_1000_tokens for each in group])
         ends = np.sum([each.coherence.counts_at_end(len(STYLES)) for each in group], 0)
-        nll = np.nanmean([each.nll_by_style for each in group], 0)
+        nll = np.ma.masked_invalid([each.nll_by_style for each in group]).mean(0).filled(np.nan)
         cells = [name, f"{temperature:g}", *(f"{share:.3f}" for share in shares.mean(0)), f"{shares[:, -1].min():.3f}"]
         cells.append(f"{np.mean([each.coherence.chance_at(marks[-1]) for each in group]):.3f}")
         rows.append([*cells, f"{switches:.2f}", " / ".join(map(str, ends)), " / ".join(f"{each:.3f}" for each in nll)])
@@ -327,10 +335,9 @@ def write_results(options: argparse.Namespace, results: list[Result], accuracy: 
             same = each.coherence.labels == each.coherence.beginning[:, None]
             lines.setdefault(each.name, []).append(same.mean(0))
         means = {name: np.mean(shares, 0) for name, shares in lines.items()}
-        report.figure(
-            shares_by_position(means, segment, chance=1 / len(STYLES)),
-            "share of texts in the style of their beginning, by position; mean over seeds",
-        )
+        figure = shares_by_position(means, segment, chance=1 / len(STYLES))
+        figure.savefig(options.out / f"temperature-{temperature:g}.png", dpi=100)  # docs/plots has the one of 1
+        report.figure(figure, "share of texts in the style of their beginning, by position; mean over seeds")
         report.table(table(some, marks))
     report.heading("Texts")
     report.paragraph("The beginning and the end of the first texts of seed " + str(options.seeds[0]) + ".")
