@@ -243,7 +243,7 @@ def generate(
     if isinstance(model, FreeTransformer):
         model.config.plan_strength = setting.strength
         sampling["plan"] = model.sample_plan(options.texts, 1, prior=setting.prior)
-        return model.generate(text, max_new_tokens=length, **sampling)[:, 1:]
+        return model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=length, **sampling)[:, 1:]
     context = model.config.max_position_embeddings
     while text.shape[1] <= length:  # as a Free Transformer does: a full context is read again from its middle
         seen = text if text.shape[1] < context else text[:, -(context // 2) :]

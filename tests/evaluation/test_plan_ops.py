@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from free_transformer.data import byte_tokenizer
 from free_transformer.evaluation import bit_effects
-from free_transformer.evaluation.plan_ops import average_posteriors, flip_bit, path, set_bits
+from free_transformer.evaluation.plan_ops import average_posteriors, flip_bit, path, plan_of_text, set_bits
+from free_transformer.model.context import EXAMPLE_WINDOWS, example_windows
 from free_transformer.model.losses import kl_bits_per_bit
 
 PLAN = torch.tensor([[True, False, True], [False, False, True]])
@@ -103,3 +105,30 @@ def test_padding_does_not_count(tiny_model, tokens_like):
 def test_no_text_is_refused(tiny_model):
     with pytest.raises(ValueError, match="there are no batches"):
         bit_effects(tiny_model(), [])
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 10, 25, 90, 10_000])
+def test_the_windows_of_an_example_cover_it_evenly(length):
+    text = list(range(1000, 1000 + length))
+    windows = example_windows([7, *text], 10, "sequence")
+    assert len(windows) == max(1, min(math.ceil(length / 9), EXAMPLE_WINDOWS))
+    assert all(window[0] == 7 and len(window) == min(length + 1, 10) for window in windows)
+    starts = [window[1] for window in windows if length]
+    assert length == 0 or (starts[0] == text[0] and windows[-1][-1] == text[-1])
+    steps = [after - before for before, after in pairwise(starts)]
+    assert not steps or max(steps) - min(steps) <= 1
+    if length <= 9 * EXAMPLE_WINDOWS:
+        assert {token for window in windows for token in window[1:]} == set(text)
+    assert example_windows([7, *text], 10, 4) == [[7, *text[:9]]]
+
+
+def test_the_plan_of_a_long_example_is_not_that_of_its_title(tiny_model, monkeypatch):
+    model = tiny_model(vocab_size=259, plan_span="sequence", max_seq_len=16)
+
+    def logits(windows):
+        of_title = (windows == ord("T")).any(1)[:, None, None]
+        return torch.where(of_title, 30.0, -3.0).expand(-1, 1, 4)
+
+    monkeypatch.setattr(model, "infer_plan", logits)
+    assert plan_of_text(model, byte_tokenizer(), "T").all()
+    assert not plan_of_text(model, byte_tokenizer(), "TITLE" + 90 * "x").any()

@@ -365,9 +365,13 @@ def test_bad_options_are_told(exports, options, message):
         OnnxFreeTransformer(exports["dynamic"].folder).generate([[1, 2]], **options)
 
 
-def test_the_plan_of_an_example_is_read_as_by_the_command_line(models, exports):
-    plan = OnnxFreeTransformer(exports["dynamic"].folder).plan_of_text("an example")
-    assert np.array_equal(plan, plan_of_text(models["dynamic"], byte_tokenizer(), "an example").numpy())
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("text", ["an example", "".join(map(chr, range(32, 127))) * 2])
+def test_the_plan_of_an_example_is_read_as_by_the_command_line(models, exports, monkeypatch, kind, text):
+    model, exported = models[kind], OnnxFreeTransformer(exports[kind].folder)
+    if kind == "static":
+        monkeypatch.setattr(model.config, "max_position_embeddings", 12)
+    assert np.array_equal(exported.plan_of_text(text), plan_of_text(model, byte_tokenizer(), text).numpy())
 
 
 def test_bad_exports_are_told(models, exports, tmp_path):

@@ -155,6 +155,13 @@ def test_plan_sources(client, model):
         plan(prompt="", prior="aggregate")
 
 
+def test_the_plan_of_an_example_longer_than_the_context_is_read_as_by_the_command_line():
+    model, text = build_model(plan_span="sequence", max_seq_len=24), "".join(map(chr, range(32, 127))) * 3
+    batch = TorchBatch(model, byte_tokenizer())
+    asked = TextRequest([batch.begin], 1, plan_from=batch.encode(text))
+    assert np.array_equal(batch.add(asked).plan, plan_of_text(model, byte_tokenizer(), text).numpy())
+
+
 def test_stratified_plans_of_n_texts(client):
     """16 texts have each plan of 4 bits once, in each place; another prompt of the request has plans of its own."""
     request = {"model": "tiny", "prompt": ["Hello", "Bye"], "n": 16, "max_tokens": 12, "seed": 3}

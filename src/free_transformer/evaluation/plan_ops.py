@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from free_transformer.data import begin_token, encode
 from free_transformer.errors import InputError
+from free_transformer.model.context import example_windows
 from free_transformer.model.modeling import FreeTransformer
 
 
@@ -78,7 +79,7 @@ def _checked(plan: Tensor, bit: int) -> int:
 
 
 def plan_of_text(model: FreeTransformer, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Returns the most likely plans of a text, (P, H) bool. Tokens beyond the model's `max_seq_len` are ignored."""
+    """Returns the most likely plans of a text of any length, (P, H) bool (see `example_windows`)."""
     ids = [begin_token(tokenizer), *encode(tokenizer, [text])[0]]
-    tokens = torch.tensor([ids[: model.config.max_position_embeddings]], device=model.device)
-    return model.infer_plan(tokens)[0] > 0
+    windows = example_windows(ids, model.config.max_position_embeddings, model.config.plan_span)
+    return average_posteriors(model.infer_plan(torch.tensor(windows, device=model.device))) > 0

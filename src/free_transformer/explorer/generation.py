@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from free_transformer.explorer.survey import posterior
 from free_transformer.model.sampling import Sampling
 from free_transformer.serving.batch import Batch, TextRequest
 from free_transformer.serving.engine import Engine
@@ -105,10 +104,10 @@ async def generate(engine: Engine, requests: Sequence[TextRequest]) -> AsyncIter
 
 
 async def read_plan(engine: Engine, text: str) -> np.ndarray:
-    """Returns the probability of a 1 for each bit of a text's plans, (P, H). Truncates text beyond the context."""
+    """Returns the probability of a 1 for each bit of the plans of a text of any length, (P, H)."""
 
     def read(batch: Batch) -> np.ndarray:
-        return posterior(batch, batch.encode(text, batch.max_length)[: batch.max_length])
+        return batch.example_posterior(batch.encode(text))
 
     return await asyncio.wrap_future(engine.call(read))
 

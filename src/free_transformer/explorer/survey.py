@@ -99,13 +99,6 @@ class PlanSurvey:
         return found
 
 
-def posterior(batch: Batch, tokens: list[int]) -> np.ndarray:
-    """Returns the probability of a 1 for each bit of a text's plans, (P, H)."""
-    logits = np.asarray(batch.infer_plan(tokens), dtype=np.float64)
-    ones: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
-    return ones
-
-
 def survey_plans(
     batch: Batch, passages: Sequence[Passage], max_seconds: float, progress: Callable[[int], None] = lambda read: None
 ) -> PlanSurvey:
@@ -119,7 +112,7 @@ def survey_plans(
     found, probabilities = PlanSurvey(), []
     end = time.monotonic() + max_seconds
     for passage in passages:
-        ones = posterior(batch, passage.tokens)
+        ones = batch.example_posterior(passage.tokens)
         probabilities.append(ones)
         for plan in format_bits(ones > 0.5).split():
             by_source = found.counts.setdefault(plan, {})

@@ -1,15 +1,17 @@
 """
-The context of a long text: which of its tokens a model sees. All generation code follows this rule.
+The context of a long text: which of its tokens a model sees. All generation code follows these rules.
 
 A model sees all tokens of a text until it reaches the trained length. Then it drops its cache, reads the last half of
 the tokens again, at positions from 0 and under the same plans, and continues. Each token is generated from a context of
 half to all of the trained length, at an average cost of at most one additional token read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
+
+EXAMPLE_WINDOWS = 8
 
 
 def tokens_to_drop(length: int, keep: int, plan_span: int | str) -> int:
@@ -35,6 +37,25 @@ def context_limit(trained: int, plan_span: int | str, sliding_window: int | None
     """
     too_short = plan_span != "sequence" and int(plan_span) > tokens_to_keep(trained)
     return None if sliding_window is not None or too_short or trained < 4 else trained
+
+
+def example_windows(tokens: Sequence[int], length: int, plan_span: int | str) -> list[list[int]]:
+    """
+    Returns the windows of an example text from which its plan is inferred.
+
+    With one plan per text, up to `EXAMPLE_WINDOWS` windows of equal length are spread over a text that exceeds
+    `length`, because its beginning is often a title, a license or a header. The example's plan is the likeliest one
+    under the average of their posteriors. With several plans per text, the only window is the beginning.
+
+    Args:
+        tokens: the text's tokens, starting with the begin-of-text token. Every window starts with it, as in training.
+        length: maximum number of tokens per window.
+    """
+    begin, text, size = tokens[0], tokens[1:], max(length - 1, 1)
+    count = min(-(-len(text) // size), EXAMPLE_WINDOWS) if plan_span == "sequence" else 1
+    last = len(text) - size
+    starts = [round(last * index / (count - 1)) for index in range(count)] if count > 1 else [0]
+    return [[begin, *text[start : start + size]] for start in starts]
 
 
 def check_plan_changes(changes: Mapping[Any, Any] | None, plan_span: int | str) -> dict[int, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from free_transformer.errors import InputError, RunError
 from free_transformer.files import first_line
-from free_transformer.model.context import check_plan_changes, context_limit
+from free_transformer.model.context import check_plan_changes, context_limit, example_windows
 from free_transformer.model.sampling import (
     PLANS,
     PRIORS,
@@ -36,6 +36,7 @@ from free_transformer.runtime.byte_alphabet import utf8
 from free_transformer.runtime.onnx_decoder import OnnxDecoder, context_of_prompt, plans_of_ends
 from free_transformer.runtime.plan_source import (
     PlanSource,
+    average_posterior,
     given_plan,
     num_plans,
     num_plans_to_read,
@@ -266,9 +267,10 @@ class OnnxFreeTransformer:
         return self.tokenizer.decode_batch(sequences.tolist(), skip_special_tokens=True)
 
     def plan_of_text(self, text: str) -> np.ndarray:
-        """Returns the most likely plans of a text, (P, H) bool. Ignores tokens beyond the model's maximum length."""
+        """Returns the most likely plans of a text of any length, (P, H) bool (see `example_windows`)."""
         length = self.config["max_position_embeddings"] if self.static is None else self.static[1]
-        return self.infer_plan([self._encode(text)[:length]])[0] > 0
+        windows = example_windows(self._encode(text), length, self.plan_span)
+        return average_posterior([self.infer_plan([window])[0] for window in windows]) > 0.5
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":

@@ -126,6 +126,12 @@ def given_plan(
     return bits.astype(bool)
 
 
+def average_posterior(logits: ArrayLike) -> np.ndarray:
+    """Returns the mean probability of a 1 for each bit, (P, H), from the posterior's logits of windows, (N, P, H)."""
+    mean: np.ndarray = (1 / (1 + np.exp(-np.clip(np.asarray(logits, dtype=np.float64), -50, 50)))).mean(0)
+    return mean
+
+
 def sample_posterior(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """
     Samples plans from the posterior.

@@ -9,11 +9,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from free_transformer.errors import InputError
-from free_transformer.model.context import context_limit
+from free_transformer.model.context import context_limit, example_windows
 from free_transformer.model.sampling import Sampling
 from free_transformer.runtime.arrays import check_vocabulary
 from free_transformer.runtime.plan_source import (
     PlanSource,
+    average_posterior,
     num_plans,
     num_plans_to_read,
     sample_prior,
@@ -77,7 +78,7 @@ class TextRequest:
         max_tokens: maximum number of new tokens.
         plan: (P, H) bool, the first plans of the text.
         plan_changes: later plans, (1, H) bool, keyed by the number of new tokens after which they apply.
-        plan_from: tokens of an example whose plans become the first plans of the text.
+        plan_from: tokens of an example of any length, whose plans become the first plans of the text.
         prompt_plan: source of the prompt's other plans, `"posterior"` or `"prior"`.
         prior: prior of the remaining plans, `"uniform"` or `"aggregate"`.
         together: the texts whose plans are stratified together with this one; None for an independent plan.
@@ -189,14 +190,14 @@ class Batch(ABC, Generic[L]):
     def rows(self) -> int:
         return len(self.contexts)
 
-    def encode(self, text: str, limit: int) -> list[int]:
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
         """
         Returns the token ids of a text, beginning with the begin token.
 
         For a text with more than `limit` tokens, it returns at least the first `limit + 1`, and tokenizes only a little
         more than that.
         """
-        return [self.begin, *_tokenize(self.tokenizer, text, limit - 1)]
+        return [self.begin, *_tokenize(self.tokenizer, text, len(text) if limit is None else limit - 1)]
 
     def encode_chat(self, text: str, limit: int) -> list[int]:
         """Same as `encode`, for the output of a chat template, which already contains special tokens."""
@@ -231,6 +232,11 @@ class Batch(ABC, Generic[L]):
     @abstractmethod
     def infer_plan(self, tokens: list[int]) -> np.ndarray:
         """Returns the posterior's logits, (P, H), of the plans of a text."""
+
+    def example_posterior(self, tokens: Sequence[int]) -> np.ndarray:
+        """Returns the probability of a 1 for each bit of the plans of a text of any length, (P, H)."""
+        windows = example_windows(tokens, self.max_length, self.plan_span)
+        return average_posterior([self.infer_plan(window) for window in windows])
 
     @abstractmethod
     def add(self, request: TextRequest) -> NewRow[L]:
@@ -298,7 +304,7 @@ class Batch(ABC, Generic[L]):
         tokens = request.tokens
         given = np.zeros((0, self.latent_dim), dtype=bool) if request.plan is None else request.plan
         if request.plan_from is not None:
-            given = self.infer_plan(request.plan_from) > 0
+            given = self.example_posterior(request.plan_from) > 0.5
         prompt, mask = np.array([tokens]), np.ones((1, len(tokens)), dtype=bool)
         num_read = num_plans_to_read(prompt, mask, request.prompt_plan, self.plan_span, self.begin)
         from_prompt = np.zeros((texts, 0, self.latent_dim), dtype=bool)

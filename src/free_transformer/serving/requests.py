@@ -82,7 +82,7 @@ def _first_text(body: GenerationRequest, batch: Batch) -> TextRequest:
     changes: dict[int, Plan] = check_plan_changes(body.plan_changes, batch.plan_span)
     example = None
     if body.plan_from is not None:
-        example = batch.encode(body.plan_from, batch.max_length)[: batch.max_length]
+        example = batch.encode(body.plan_from)
     return TextRequest(
         tokens=[],
         max_tokens=0,
