@@ -28,7 +28,10 @@ def generate(
         ),
     ] = None,
     plan_from: Annotated[
-        Path | None, typer.Option(help="Text file whose most likely plan is used. Of a long file, several windows are read. Default: none.")
+        Path | None,
+        typer.Option(
+            help="Text file whose most likely plan is used. Of a long file, several windows are read. Default: none."
+        ),
     ] = None,
     prompt_plan: PromptPlanOption = "posterior",
     prior: PriorOption = "uniform",
