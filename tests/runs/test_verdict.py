@@ -85,8 +85,8 @@ def test_usage_is_what_was_measured(tmp_path, changes, words, used):
 @pytest.mark.parametrize(
     ("warmup", "step", "sentence"),
     [
-        (10, 90, "No bit is used yet: normal up to step 100 (a tenth of training.max_steps)."),
-        (300, 290, "No bit is used yet: normal up to step 300 (training.warmup_steps)."),
+        (10, 290, "No bit is used yet: normal up to step 300."),
+        (400, 390, "No bit is used yet: normal up to step 400."),
     ],
 )
 def test_a_plan_that_is_not_used_early_is_normal(tmp_path, warmup, step, sentence):

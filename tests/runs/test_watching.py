@@ -81,6 +81,15 @@ def test_what_goes_wrong_is_said_with_what_to_do_but_not_in_the_first_steps(chan
     assert early == ([label] if label == "spikes" else [])
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "warmup_steps", "plan_steps"),
+    [(600, 50, 300), (1150, 55, 300), (100, 10, 50), (10_000, 100, 1000), (1000, 400, 400)],
+)
+def test_an_unused_plan_is_normal_in_the_first_300_steps(max_steps, warmup_steps, plan_steps):
+    monitor = Monitor(settings_of(max_steps=max_steps, warmup_steps=warmup_steps))
+    assert [monitor.may_be_unused(step) for step in (1, plan_steps, plan_steps + 1)] == [True, True, False]
+
+
 def test_a_longer_warm_up_is_advised_near_the_warm_up_alone():
     near = Monitor(settings_of(), lines_of(count=12, start=60, spikes=2)).alarms()  # to step 170 of 1000
     late = Monitor(settings_of(), lines_of(spikes=2)).alarms()

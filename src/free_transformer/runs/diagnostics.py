@@ -16,7 +16,8 @@ from free_transformer.settings import Settings
 from free_transformer.settings.curriculum import stage_at, stages_of
 
 WINDOW = 10  # lines of metrics that a diagnosis takes into account
-WATCHED_FROM = 0.1  # share of the steps; a plan is rarely used earlier
+WATCHED_FROM = 0.1  # share of the steps; earlier figures vary too much
+PLAN_STEPS = 300  # most plans are used by then, few after 100 steps (docs/plan.md, collapse)
 RISE = 1.02  # ratio of the reconstruction in two consecutive windows
 LEVEL = 0.998
 CUT = 10.0  # times training.grad_clip
@@ -83,31 +84,29 @@ class RunHistory:
 
     @property
     def early_steps(self) -> int:
-        """The last step at which an unused plan is normal: the end of the warm-up, or a tenth of the run if later."""
+        """The last step without alarms: the end of the warm-up, or a tenth of the run if later."""
         training = self.settings.training
         return max(training.warmup_steps, int(WATCHED_FROM * training.max_steps))
 
     @property
-    def early_reason(self) -> str:
-        """Explanation of `early_steps`, with the setting that determines it."""
-        source = "a tenth of training.max_steps"
-        if self.early_steps == self.settings.training.warmup_steps:
-            source = "training.warmup_steps"
-        return f"normal up to step {self.early_steps} ({source})"
+    def plan_steps(self) -> int:
+        """The last step at which an unused plan is normal: 300, or half of a shorter run, or `early_steps` if later."""
+        return max(self.early_steps, min(PLAN_STEPS, self.settings.training.max_steps // 2))
 
     @property
     def has_all_steps(self) -> bool:
         return self.step >= self.settings.training.max_steps
 
-    def is_early(self, step: int) -> bool:
-        return step <= self.early_steps
+    def may_be_unused(self, step: int) -> bool:
+        """Whether a step is so early that an unused plan is normal."""
+        return step <= self.plan_steps
 
     def last(self, name: str) -> float | None:
         return self.train[-1].get(name) if self.train else None
 
     def diagnostics(self) -> list[Diagnostic]:
         """Returns all figures of this kind of model, the most important first."""
-        early = self.is_early(self.step)
+        early = self.step <= self.early_steps
         plan = [_kl, _hinge, _gap, _live_bits] if self.has_plan else []
         return [figure(self, early) for figure in (_reconstruction, *plan, _held_out, _gradient, _spikes)]
 
@@ -157,7 +156,7 @@ def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:
 def _kl(history: RunHistory, early: bool) -> Diagnostic:
     kl, free = history.last("kl"), history.free_bits
     value = _with_unit(kl, "bits per plan", 2)
-    if kl is not None and kl < SPENT_SHARE * free and not early:
+    if kl is not None and kl < SPENT_SHARE * free and not history.may_be_unused(history.step):
         advice = f"far below the {free:g} free bits, the plan collapses: {plan_advice(history.settings)}"
         return Diagnostic("KL", value, advice, alarm=True)
     return Diagnostic("KL", value, f"information that a plan carries; {free:g} bits of it are free")
@@ -177,7 +176,7 @@ def _hinge(history: RunHistory, early: bool) -> Diagnostic:
 def _gap(history: RunHistory, early: bool) -> Diagnostic:
     value = _with_unit(history.validation.get("gap"), "nats per token", 4)
     if history.collapse.get("collapsed"):
-        advice = f"collapsed: {history.collapse['warning']}: {plan_advice(history.settings)}"
+        advice = f"collapsed: {history.collapse['warning']}. To do: {plan_advice(history.settings)}"
         return Diagnostic("prior gap", value, advice, alarm=True)
     return Diagnostic("prior gap", value, "cost of using a random plan; without a gap, the plan is not used")
 
@@ -185,8 +184,8 @@ def _gap(history: RunHistory, early: bool) -> Diagnostic:
 def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
     live, model = history.last("live_bits"), history.settings.model
     value = "-" if live is None else f"{live} of {model.latent_dim}"
-    if live == 0 and early:
-        return Diagnostic("live bits", value, f"no bit is used yet: {history.early_reason}")
+    if live == 0 and history.may_be_unused(history.step):
+        return Diagnostic("live bits", value, f"no bit is used yet: normal up to step {history.plan_steps}")
     enough = model.free_bits == 0 or model.free_bits > LIVE_BITS * model.latent_dim  # for at least one live bit
     if live == 0 and enough:
         advice = f"no bit carries information: {plan_advice(history.settings)}"

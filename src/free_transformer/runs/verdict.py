@@ -103,10 +103,10 @@ def _usage_in_training(monitor: Monitor, ended: bool) -> tuple[bool | None, str]
             return False, f"At step {history.collapse['step']} {history.collapse['warning']}."
         kl = history.last("kl") or 0.0
         return False, f"The plan is not used: {shown} at step {step}, and its KL is {kl:.2f} bits per plan."
-    if history.is_early(step):
+    if history.may_be_unused(step):
         if live == 0:
-            return None, f"No bit is used yet: {history.early_reason}."
-        return None, f"{_sentence(shown)[:-1]} at step {step}. The plan is checked from step {history.early_steps} on."
+            return None, f"No bit is used yet: normal up to step {history.plan_steps}."
+        return None, f"{_sentence(shown)[:-1]} at step {step}. The plan is checked from step {history.plan_steps} on."
     gap = history.validation.get("gap")
     if history.collapse.get("collapsed") is False and gap is not None:
         so_far = "" if ended else " so far"
