@@ -30,6 +30,7 @@ ELSEWHERE = {  # commands that no test runs as written, and what covers them
     r"make (test|test-docs|quality|hooks)\b": "before every commit",
     r"make (docker|bench|demo-pretrained|warm-start)|docker ": "make docker-check; hours: the pages they write",
     r"(make|free-transformer) explore": "tests/explorer: it serves a page until it is stopped",
+    r"free-transformer generate runs/pretrained/": "make demo-pretrained: 40 minutes",
     r"make diversity": "tests/project/test_diversity_benchmarks.py: half an hour",
     r"hf upload": "tests/model/test_hub.py: no hub here",
     r"torchrun --nnodes": "tests/distributed/test_distributed.py: several machines",
@@ -93,6 +94,9 @@ def write_texts(folder: Path) -> None:
         for number in range(9):
             (folder / name / f"{number}.txt").write_text(f"The {number} ways to be, or not to be. " * 60)
     shutil.copy(folder / "texts" / "0.txt", folder / "example.txt")
+    for language in ("french", "german"):
+        (folder / "held_out" / language).mkdir()
+        shutil.copy(folder / "texts" / "0.txt", folder / "held_out" / language / "dpkg-query.1")
     for name in ("simple", "complex"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"a {name} text " * 99}) + "\n")
     questions = folder / "my_tasks" / "questions.jsonl"

@@ -203,7 +203,7 @@ def plan_map(survey: PlanSurvey, latent_dim: int, chosen: str) -> str:
         )
     legend = "".join(f"<span>{source_dot(survey, each)}{escape(each)}</span>" for each in survey.sources)
     return (
-        f"<svg class=ft-map viewBox='0 0 {width:.3f} {height:.3f}' role=group aria-label='Map of plans'>"
+        f"<svg class=ft-map viewBox='-1 -1 {width + 2:.3f} {height + 2:.3f}' role=group aria-label='Map of plans'>"
         f"<g class=ft-lines>{lines}</g>{''.join(circles)}</svg><div class=ft-legend>{legend}</div>"
     )
 
