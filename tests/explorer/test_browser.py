@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 pytest.importorskip("playwright", reason="make test-browser installs playwright")
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from free_transformer.explorer.app import create_explorer
 from free_transformer.explorer.sources import open_model
@@ -104,12 +104,13 @@ def test_a_grid_fills_by_itself_and_is_shuffled(visit):
 def test_a_flipped_bit_changes_the_text_and_tokens_tell_why(visit):
     page = visit("/?length=40&tab=flip&prompt=The")
     texts(page, "#pair", 2)
-    before = page.locator("#plan textarea, #plan input").first.input_value()
+    plan = page.locator("#plan textarea, #plan input").first
+    before = plan.input_value()
     page.locator("#bits button:not(.ft-dead)").first.click()
+    expect(plan).not_to_have_value(before)
     page.locator("#pair mark").first.wait_for()
     one, other = texts(page, "#pair", 2)
     assert one != other
-    assert page.locator("#plan textarea, #plan input").first.input_value() != before
     token = page.locator("#tokens .ft-token").nth(5)
     token.hover()
     assert "nats from the average over plans" in token.locator(".ft-tip").inner_text()
