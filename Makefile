@@ -59,7 +59,7 @@ $(VENV)/$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__v
 PATH=$(CURDIR)/$(VENV)/$(1)/bin:$$PATH OMP_NUM_THREADS=1 $(VENV)/$(1)/bin/python -m pytest -q -n 2 --dist worksteal -m "not docs"
 endef
 
-test-docs: $(VENV)/.dev docs ## build the site and run every command and code block of the documentation; 15 minutes
+test-docs: $(VENV)/.dev docs ## build the site and run every command and code block of the documentation; 20 minutes
 	$(PIP) optuna
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/project/test_docs.py tests/project/test_pages.py -m "docs or not docs"
 

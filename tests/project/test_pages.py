@@ -29,6 +29,7 @@ ELSEWHERE = {  # commands that no test runs as written, and what covers them
     r"make demo +# seed 0|.*demo.py --seed 1": "the README's command",
     r"make (test|test-docs|quality|hooks)\b": "before every commit",
     r"make (docker|bench|demo-pretrained|warm-start)|docker ": "make docker-check; hours: the pages they write",
+    r"make gpu": "needs a GPU",
     r"(make|free-transformer) explore": "tests/explorer: it serves a page until it is stopped",
     r"free-transformer generate runs/pretrained/": "make demo-pretrained: 40 minutes",
     r"make diversity": "tests/project/test_diversity_benchmarks.py: half an hour",
@@ -139,11 +140,13 @@ def names() -> dict[str, object]:
 
 
 def run_line(line: str, running: contextlib.ExitStack) -> None:
+    if any(re.match(pattern, line) for pattern in ELSEWHERE):
+        return
     if " serve " in line:
         server = running.enter_context(subprocess.Popen(["bash", "-c", f"exec {line}"]))
         running.callback(server.terminate)
         wait_for(8000)
-    elif not any(re.match(pattern, line) for pattern in ELSEWHERE):
+    else:
         if " train " in line and (run := re.search(r"run_dir=(\S+)", line)):  # of a reader who has not trained it yet
             shutil.rmtree(f"{run[1]}-baseline" if "--baseline" in line else run[1], ignore_errors=True)
         subprocess.run(["bash", "-c", line], check=True, timeout=1200)
@@ -179,6 +182,14 @@ def run_page(page: Path, languages: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem in ALONE], ids=lambda page: page.stem)
 def test_python_and_yaml_of_a_page(page, workspace):
     run_page(page, ("python", "yaml"))
+
+
+WITH_YAML = [page for page in PAGES if page.stem not in ALONE and any(kind == "yaml" for kind, _ in blocks(page))]
+
+
+@pytest.mark.parametrize("page", WITH_YAML, ids=lambda page: page.stem)
+def test_settings_of_a_page_are_valid(page, workspace):
+    run_page(page, ("yaml",))
 
 
 @pytest.mark.docs
