@@ -43,14 +43,8 @@ MODELS = {  # settings on top of the configuration
 STRENGTHS = {1.0: (1.0, 1.5), 0.7: (1.0, 1.5, 2.0)}  # values of `plan_strength` by temperature, aggregate prior
 SCORER_SEED = 1000
 STYLE_IDS = range(len(STYLES))
-FILES = [
-    "text",
-    "measured",
-    "results.json",
-    "results.md",
-    "report.html",
-    *(f"temperature-{t:g}.png" for t in STRENGTHS),
-]
+FILES = ["text", "measured", "results.json", "results.md", "report.html"]
+FILES += [f"temperature-{temperature:g}.png" for temperature in STRENGTHS]
 console = Console()
 
 

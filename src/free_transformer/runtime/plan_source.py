@@ -128,8 +128,15 @@ def given_plan(
 
 def average_posterior(logits: ArrayLike) -> np.ndarray:
     """Returns the mean probability of a 1 for each bit, (P, H), from the posterior's logits of windows, (N, P, H)."""
-    mean: np.ndarray = (1 / (1 + np.exp(-np.clip(np.asarray(logits, dtype=np.float64), -50, 50)))).mean(0)
+    mean: np.ndarray = _chances(np.asarray(logits)).mean(0)
     return mean
+
+
+def _chances(logits: np.ndarray) -> np.ndarray:
+    """Returns the probability of a 1 for each bit, in float64."""
+    with np.errstate(over="ignore"):  # for a bit whose probability rounds to 0
+        chances: np.ndarray = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    return chances
 
 
 def sample_posterior(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -161,8 +168,7 @@ def sample_stratified_posterior(logits: np.ndarray, num_samples: int, rng: np.ra
     """
     if num_samples == 1:
         return sample_posterior(logits, rng.random(logits.shape))
-    with np.errstate(over="ignore"):
-        chance = chance_of_bits(1 / (1 + np.exp(-logits.astype(np.float64))))
+    chance = chance_of_bits(_chances(logits))
     batch, num_plans, latent_dim = logits.shape
     uniform = rng.random((batch, num_plans, numbers_per_set(num_samples, latent_dim)))
     return (
