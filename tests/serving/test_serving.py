@@ -28,8 +28,10 @@ from free_transformer.model.sampling import PLANS, Sampling
 from free_transformer.runtime import arrays
 from free_transformer.serving.access import max_body
 from free_transformer.serving.app import create_app, listen
-from free_transformer.serving.batch import TextRequest
+from free_transformer.serving.batch import Example, TextRequest
 from free_transformer.serving.detokenizer import Detokenizer, TokenTexts
+from free_transformer.serving.requests import Limits, prepare_completion
+from free_transformer.serving.schema import CompletionRequest
 from free_transformer.serving.torch_batch import TorchBatch, sample_tokens
 from rows import write_in_rows
 
@@ -158,8 +160,19 @@ def test_plan_sources(client, model):
 def test_the_plan_of_an_example_longer_than_the_context_is_read_as_by_the_command_line():
     model, text = build_model(plan_span="sequence", max_seq_len=24), "".join(map(chr, range(32, 127))) * 3
     batch = TorchBatch(model, byte_tokenizer())
-    asked = TextRequest([batch.begin], 1, plan_from=batch.encode(text))
+    asked = TextRequest([batch.begin], 1, plan_from=Example(batch.encode(text)))
     assert np.array_equal(batch.add(asked).plan, plan_of_text(model, byte_tokenizer(), text).numpy())
+
+
+def test_an_example_is_read_once_for_all_texts_of_a_request(monkeypatch):
+    batch = TorchBatch(build_model(plan_span="sequence", max_seq_len=24), byte_tokenizer())
+    read, infer_plan = [], batch.infer_plan
+    monkeypatch.setattr(batch, "infer_plan", lambda tokens: (read.append(tokens), infer_plan(tokens))[1])
+    body = CompletionRequest(prompt=["a", "b"], n=2, max_tokens=2, plan_from="an example" * 5)
+    texts = prepare_completion(body, batch, Limits(prompt=24, new=24, texts=4))
+    plans = {batch.add(text).plan.tobytes() for text in texts}
+    assert len(texts) == 4 and len(plans) == 1
+    assert len(read) == 3  # windows: 50 tokens, 23 in each
 
 
 def test_stratified_plans_of_n_texts(client):

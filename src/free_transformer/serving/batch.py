@@ -69,6 +69,21 @@ class StratifiedTexts:
 
 
 @dataclass(eq=False)
+class Example:
+    """
+    A text of any length whose plans other texts take over. They are inferred once, when the first of these texts is
+    read.
+
+    Attributes:
+        tokens: tokens of the example, starting with the begin-of-text token.
+        plans: (P, H) bool, once they are inferred.
+    """
+
+    tokens: list[int]
+    plans: np.ndarray | None = None
+
+
+@dataclass(eq=False)
 class TextRequest:
     """
     One text to generate, already checked against the server's limits.
@@ -78,7 +93,7 @@ class TextRequest:
         max_tokens: maximum number of new tokens.
         plan: (P, H) bool, the first plans of the text.
         plan_changes: later plans, (1, H) bool, keyed by the number of new tokens after which they apply.
-        plan_from: tokens of an example of any length, whose plans become the first plans of the text.
+        plan_from: an example whose plans become the first plans of the text.
         prompt_plan: source of the prompt's other plans, `"posterior"` or `"prior"`.
         prior: prior of the remaining plans, `"uniform"` or `"aggregate"`.
         together: the texts whose plans are stratified together with this one; None for an independent plan.
@@ -95,7 +110,7 @@ class TextRequest:
     sampling: Sampling = field(default_factory=Sampling)
     plan: np.ndarray | None = None
     plan_changes: Mapping[int, np.ndarray] = field(default_factory=dict)
-    plan_from: list[int] | None = None
+    plan_from: Example | None = None
     prompt_plan: str = "posterior"
     prior: str = "uniform"
     together: StratifiedTexts | None = None
@@ -238,6 +253,12 @@ class Batch(ABC, Generic[L]):
         windows = example_windows(tokens, self.max_length, self.plan_span)
         return average_posterior([self.infer_plan(window) for window in windows])
 
+    def _plans_of(self, example: Example) -> np.ndarray:
+        """Returns the most likely plans of an example, (P, H) bool."""
+        if example.plans is None:
+            example.plans = self.example_posterior(example.tokens) > 0.5
+        return example.plans
+
     @abstractmethod
     def add(self, request: TextRequest) -> NewRow[L]:
         """Reads a prompt and adds it as the next row."""
@@ -304,7 +325,7 @@ class Batch(ABC, Generic[L]):
         tokens = request.tokens
         given = np.zeros((0, self.latent_dim), dtype=bool) if request.plan is None else request.plan
         if request.plan_from is not None:
-            given = self.example_posterior(request.plan_from) > 0.5
+            given = self._plans_of(request.plan_from)
         prompt, mask = np.array([tokens]), np.ones((1, len(tokens)), dtype=bool)
         num_read = num_plans_to_read(prompt, mask, request.prompt_plan, self.plan_span, self.begin)
         from_prompt = np.zeros((texts, 0, self.latent_dim), dtype=bool)

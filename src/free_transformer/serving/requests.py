@@ -9,7 +9,7 @@ from free_transformer.errors import InputError
 from free_transformer.model.context import check_plan_changes
 from free_transformer.model.plan_text import parse_bits
 from free_transformer.model.sampling import Sampling, check_plan_count, check_token_ids
-from free_transformer.serving.batch import Batch, StratifiedTexts, TextRequest
+from free_transformer.serving.batch import Batch, Example, StratifiedTexts, TextRequest
 from free_transformer.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, Plan, bits_of
 
 
@@ -80,16 +80,13 @@ def _first_text(body: GenerationRequest, batch: Batch) -> TextRequest:
         raise InputError("plan: give either plan or plan_from, not both")
     batch.prior(body.prior)
     changes: dict[int, Plan] = check_plan_changes(body.plan_changes, batch.plan_span)
-    example = None
-    if body.plan_from is not None:
-        example = batch.encode(body.plan_from)
     return TextRequest(
         tokens=[],
         max_tokens=0,
         sampling=Sampling(body.temperature, body.top_k, body.top_p),
         plan=None if body.plan is None else _given_plan(bits_of(body.plan), batch),
         plan_changes={start: _given_plan(bits_of(plan), batch) for start, plan in changes.items()},
-        plan_from=example,
+        plan_from=None if body.plan_from is None else Example(batch.encode(body.plan_from)),
         prompt_plan=body.prompt_plan or "posterior",
         prior=body.prior,
         stop=body.stops(),
