@@ -162,7 +162,7 @@ def wait_for(port: int) -> None:
 
 
 def run_page(page: Path, languages: tuple[str, ...]) -> None:
-    known = names()
+    known = names() if "python" in languages else {}
     with contextlib.ExitStack() as running:
         for number, (language, block) in enumerate(blocks(page)):
             if language not in languages:

@@ -87,7 +87,7 @@ def test_what_goes_wrong_is_said_with_what_to_do_but_not_in_the_first_steps(chan
 )
 def test_an_unused_plan_is_normal_in_the_first_300_steps(max_steps, warmup_steps, plan_steps):
     monitor = Monitor(settings_of(max_steps=max_steps, warmup_steps=warmup_steps))
-    assert [monitor.may_be_unused(step) for step in (1, plan_steps, plan_steps + 1)] == [True, True, False]
+    assert [monitor.plan_may_be_unused(step) for step in (1, plan_steps, plan_steps + 1)] == [True, True, False]
 
 
 def test_a_longer_warm_up_is_advised_near_the_warm_up_alone():

@@ -17,7 +17,7 @@ from free_transformer.settings.curriculum import stage_at, stages_of
 
 WINDOW = 10  # lines of metrics that a diagnosis takes into account
 WATCHED_FROM = 0.1  # share of the steps; earlier figures vary too much
-PLAN_STEPS = 300  # most plans are used by then, few after 100 steps (docs/plan.md, collapse)
+PLAN_STEPS = 300  # by then four of the five runs of configs/free_transformer.yaml use the plan (docs/plan.md, collapse)
 RISE = 1.02  # ratio of the reconstruction in two consecutive windows
 LEVEL = 0.998
 CUT = 10.0  # times training.grad_clip
@@ -97,7 +97,11 @@ class RunHistory:
     def has_all_steps(self) -> bool:
         return self.step >= self.settings.training.max_steps
 
-    def may_be_unused(self, step: int) -> bool:
+    @property
+    def is_early(self) -> bool:
+        return self.step <= self.early_steps
+
+    def plan_may_be_unused(self, step: int) -> bool:
         """Whether a step is so early that an unused plan is normal."""
         return step <= self.plan_steps
 
@@ -106,9 +110,8 @@ class RunHistory:
 
     def diagnostics(self) -> list[Diagnostic]:
         """Returns all figures of this kind of model, the most important first."""
-        early = self.step <= self.early_steps
         plan = [_kl, _hinge, _gap, _live_bits] if self.has_plan else []
-        return [figure(self, early) for figure in (_reconstruction, *plan, _held_out, _gradient, _spikes)]
+        return [figure(self) for figure in (_reconstruction, *plan, _held_out, _gradient, _spikes)]
 
 
 def plan_advice(settings: Settings) -> str:
@@ -137,10 +140,10 @@ def plan_remedies(settings: Settings) -> list[str]:
     return remedies
 
 
-def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:
+def _reconstruction(history: RunHistory) -> Diagnostic:
     label, value = "reconstruction", _with_unit(history.last("reconstruction"), "nats per token")
     values = [line["reconstruction"] for line in history.train]
-    if len(values) < 2 * WINDOW or early:
+    if len(values) < 2 * WINDOW or history.is_early:
         return Diagnostic(label, value, "should fall; do not compare it with a baseline's loss")
     change = mean(values[WINDOW:]) / max(mean(values[:WINDOW]), 1e-9)
     if change > RISE:
@@ -153,19 +156,19 @@ def _reconstruction(history: RunHistory, early: bool) -> Diagnostic:
     return Diagnostic(label, value, "falls, as it should; do not compare it with a baseline's loss")
 
 
-def _kl(history: RunHistory, early: bool) -> Diagnostic:
+def _kl(history: RunHistory) -> Diagnostic:
     kl, free = history.last("kl"), history.free_bits
     value = _with_unit(kl, "bits per plan", 2)
-    if kl is not None and kl < SPENT_SHARE * free and not history.may_be_unused(history.step):
+    if kl is not None and kl < SPENT_SHARE * free and not history.plan_may_be_unused(history.step):
         advice = f"far below the {free:g} free bits, the plan collapses: {plan_advice(history.settings)}"
         return Diagnostic("KL", value, advice, alarm=True)
     return Diagnostic("KL", value, f"information that a plan carries; {free:g} bits of it are free")
 
 
-def _hinge(history: RunHistory, early: bool) -> Diagnostic:
+def _hinge(history: RunHistory) -> Diagnostic:
     hinge, free = history.last("kl_hinge"), history.settings.model.free_bits
     label, value = "KL beyond the free bits", _with_unit(hinge, "bits per plan", 2)
-    if hinge is not None and free > 0 and hinge > free and not early:
+    if hinge is not None and free > 0 and hinge > free and not history.is_early:
         advice = (
             "plans use over twice the free bits: raise model.free_bits to allow it or training.kl_weight to limit it"
         )
@@ -173,7 +176,7 @@ def _hinge(history: RunHistory, early: bool) -> Diagnostic:
     return Diagnostic(label, value, "the part of the KL that is penalized; near 0 if the free bits suffice")
 
 
-def _gap(history: RunHistory, early: bool) -> Diagnostic:
+def _gap(history: RunHistory) -> Diagnostic:
     value = _with_unit(history.validation.get("gap"), "nats per token", 4)
     if history.collapse.get("collapsed"):
         advice = f"collapsed: {history.collapse['warning']}. To do: {plan_advice(history.settings)}"
@@ -181,10 +184,10 @@ def _gap(history: RunHistory, early: bool) -> Diagnostic:
     return Diagnostic("prior gap", value, "cost of using a random plan; without a gap, the plan is not used")
 
 
-def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
+def _live_bits(history: RunHistory) -> Diagnostic:
     live, model = history.last("live_bits"), history.settings.model
     value = "-" if live is None else f"{live} of {model.latent_dim}"
-    if live == 0 and history.may_be_unused(history.step):
+    if live == 0 and history.plan_may_be_unused(history.step):
         return Diagnostic("live bits", value, f"no bit is used yet: normal up to step {history.plan_steps}")
     enough = model.free_bits == 0 or model.free_bits > LIVE_BITS * model.latent_dim  # for at least one live bit
     if live == 0 and enough:
@@ -193,7 +196,7 @@ def _live_bits(history: RunHistory, early: bool) -> Diagnostic:
     return Diagnostic("live bits", value, f"bits with a KL above {LIVE_BITS:g} bits; the others are harmless")
 
 
-def _held_out(history: RunHistory, early: bool) -> Diagnostic:
+def _held_out(history: RunHistory) -> Diagnostic:
     label = "held-out ELBO" if history.has_plan else "held-out NLL"
     settings, patience = history.settings, history.settings.evaluation.early_stopping
     if history.best is None or not history.validation:
@@ -213,17 +216,17 @@ def _held_out(history: RunHistory, early: bool) -> Diagnostic:
     return Diagnostic(label, value, f"{best}; the figure that matters: keep training while it falls")
 
 
-def _gradient(history: RunHistory, early: bool) -> Diagnostic:
+def _gradient(history: RunHistory) -> Diagnostic:
     norm, clip = history.last("grad_norm"), history.settings.training.grad_clip
     value = "-" if norm is None else f"{norm:.3g}"
     recent = [line["grad_norm"] for line in history.train if "grad_norm" in line][-WINDOW:]
-    if recent and clip > 0 and median(recent) > CUT * clip and not early:
+    if recent and clip > 0 and median(recent) > CUT * clip and not history.is_early:
         advice = f"over {CUT:g} times training.grad_clip={clip:g}: lower training.learning_rate, or raise the clip"
         return Diagnostic("gradient norm", value, advice, alarm=True)
     return Diagnostic("gradient norm", value, "should be steady; a slow rise precedes instability")
 
 
-def _spikes(history: RunHistory, early: bool) -> Diagnostic:
+def _spikes(history: RunHistory) -> Diagnostic:
     recent = list(history.train)[-WINDOW:]
     count = sum(line.get("spikes", 0) for line in recent)
     if count == 0:

@@ -50,9 +50,9 @@ class Monitor:
     def step(self) -> int:
         return self.history.step
 
-    def may_be_unused(self, step: int) -> bool:
+    def plan_may_be_unused(self, step: int) -> bool:
         """Whether a step is so early that an unused plan is normal."""
-        return self.history.may_be_unused(step)
+        return self.history.plan_may_be_unused(step)
 
     def is_best(self, step: int) -> bool:
         """Whether the weights of a step are the best so far and the settings say to keep the best."""

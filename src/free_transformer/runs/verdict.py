@@ -103,7 +103,7 @@ def _usage_in_training(monitor: Monitor, ended: bool) -> tuple[bool | None, str]
             return False, f"At step {history.collapse['step']} {history.collapse['warning']}."
         kl = history.last("kl") or 0.0
         return False, f"The plan is not used: {shown} at step {step}, and its KL is {kl:.2f} bits per plan."
-    if history.may_be_unused(step):
+    if history.plan_may_be_unused(step):
         if live == 0:
             return None, f"No bit is used yet: normal up to step {history.plan_steps}."
         return None, f"{_sentence(shown)[:-1]} at step {step}. The plan is checked from step {history.plan_steps} on."

@@ -282,7 +282,7 @@ class _Trainer:
             names = ("nll", "reconstruction", "kl", "elbo", "prior", "gap")
             values = {name: getattr(result, name) for name in names if getattr(result, name) is not None}
             self.monitor.record(step, "validation", {"loss": values.get("elbo", result.nll), **values})
-        if not self.monitor.may_be_unused(step) and result.gap is not None:
+        if not self.monitor.plan_may_be_unused(step) and result.gap is not None:
             free_bits = stage_at(self.stages, step - 1).weights(self.settings, step - 1)["free_bits"]
             warning = collapse_warning(result, free_bits)
             self.monitor.record(step, "watcher", {"collapsed": warning is not None, "warning": warning})
