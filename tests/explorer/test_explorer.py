@@ -29,7 +29,7 @@ from free_transformer.explorer.generation import GrowingText, generate, token_ef
 from free_transformer.explorer.handlers import Form, Handlers
 from free_transformer.explorer.layout import FORM
 from free_transformer.explorer.sources import open_model
-from free_transformer.explorer.survey import LIVE_BITS, SURVEY_FILE, Passage, PlanSurvey, survey_plans
+from free_transformer.explorer.survey import LIVE_BITS, SURVEY_FILE, BitUse, Passage, PlanSurvey, survey_plans
 from free_transformer.model.plan_text import format_bits, parse_bits
 from free_transformer.serving.torch_batch import TorchBatch
 
@@ -325,6 +325,16 @@ def test_other_plans_differ_in_live_bits_and_a_new_plan_is_another_one(explored)
     drawn = Handlers(explored).new_plan(before)
     assert drawn["before"] == before.plan and drawn["others"] == 1
     assert Handlers(explored).new_plan(before) == drawn
+
+
+def test_a_grid_shows_every_source_and_then_other_bits(explored):
+    counts = {"0000": {"a": 90}, "0001": {"a": 80}, "0100": {"a": 70}, "1000": {"b": 2}, "1100": {"c": 1}}
+    live, dead = BitUse(1.0, 1.0, 0.5), BitUse(0.0, 0.0, 0.5)
+    varied = replace(explored, survey=PlanSurvey([live, live, dead, dead], counts, passages=243))
+    for others in range(10):
+        plans = varied.sampled_plans(Choices(plan="0000", others=others), 4, beside="0000")
+        assert {format_bits(plan) for plan in plans[:2]} == {"1000", "1100"}
+        assert [format_bits(plan) for plan in plans[2:]] == ["0100", "0001"]  # bit 3 is dead
 
 
 def test_ten_visitors_at_once_get_the_texts_that_each_would_get_alone(explored, choices):

@@ -63,28 +63,40 @@ class Explored:
         plan = self.sampled_plans(choices, ROWS)[0]
         return replace(choices, plan=format_bits(plan)).checked(self.batch)
 
-    def sampled_plans(self, choices: Choices, count: int) -> np.ndarray:
+    def sampled_plans(self, choices: Choices, count: int, beside: str = "") -> np.ndarray:
         """
         Samples plans for `count` texts, (count, P, H).
 
-        They are plans of held-out texts, in proportion to their frequency, with different live bits. If too few are
-        known, or a text has several plans, they are stratified samples from the prior, the aggregate one if available.
+        They are plans of held-out texts, sampled in proportion to their frequency. The first ones differ from each
+        other, and from the plan `beside`, in the source of these texts and in live bits. If too few plans are known, or
+        a text has several, they are stratified samples from the prior, the aggregate one if available.
         """
         rng = np.random.default_rng(choices.others)
-        counts = {} if self.survey is None else self.survey.counts
-        if self.batch.plan_span == "sequence" and len(counts) > count:
+        if self.batch.plan_span == "sequence" and self.survey is not None and len(self.survey.counts) > count:
+            counts = self.survey.counts
             totals = np.array([sum(each.values()) for each in counts.values()])
-            drawn = rng.choice([*counts], len(counts), replace=False, p=totals / totals.sum())
-            live = [place for place, reason in enumerate(self.dead) if reason is None]
-            seen = {"".join(plan[place] for place in live): plan for plan in reversed(drawn)}  # the first of each kind
-            chosen = sorted(drawn, key=lambda plan: plan not in seen.values())[:count]
-            return np.stack([parse_bits(plan, self.batch.latent_dim) for plan in chosen])
+            drawn = rng.choice([*counts], len(counts), replace=False, p=totals / totals.sum()).tolist()
+            varied = self._varied(self.survey, drawn, count, beside)
+            return np.stack([parse_bits(plan, self.batch.latent_dim) for plan in varied])
         try:
             log_prior = self.batch.prior("aggregate")
         except ValueError:
             log_prior = None
         shape = (count, self.batch.num_plans(choices.length + 1))
         return sample_stratified_prior(shape, self.batch.latent_dim, log_prior, rng, count)
+
+    def _varied(self, survey: PlanSurvey, plans: list[str], count: int, beside: str) -> list[str]:
+        """Chooses `count` plans in this order, except that plans of another source or with other live bits go first."""
+
+        def live_bits(plan: str) -> str:
+            return "".join(bit for bit, reason in zip(plan, self.dead, strict=True) if reason is None)
+
+        rest, found = [plan for plan in plans if plan != beside], [beside] if beside else []
+        for _ in range(min(count, len(rest))):
+            sources, bits = {survey.source(plan) for plan in found}, {live_bits(plan) for plan in found}
+            found.append(min(rest, key=lambda plan: (survey.source(plan) in sources, live_bits(plan) in bits)))
+            rest.remove(found[-1])
+        return found[-count:]
 
     def title(self, plan: np.ndarray, names: Mapping[str, str]) -> str:
         """Returns markup that shows a plan, (P, H), or the first ones of several plans."""
@@ -95,7 +107,7 @@ class Explored:
     async def grid(self, choices: Choices, shuffled: bool, names: Mapping[str, str]) -> AsyncIterator[str]:
         """Yields a grid in which rows are plans and columns are seeds; `shuffled` mixes the plans of each column."""
         own = self._bits(choices, choices.plan)
-        others = [plan for plan in self.sampled_plans(choices, ROWS) if not np.array_equal(plan, own)]
+        others = [plan for plan in self.sampled_plans(choices, ROWS, choices.plan) if not np.array_equal(plan, own)]
         plans = [own, *others][:ROWS]
         rows = np.arange(ROWS)[:, None].repeat(COLUMNS, 1)
         if shuffled:

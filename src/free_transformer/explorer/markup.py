@@ -1,7 +1,7 @@
 """The page's HTML: texts in a grid, differences, tokens, and the map of plans. All text is escaped here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -69,7 +69,7 @@ def plan_title(plan: str, survey: PlanSurvey | None, name: str | None = None) ->
     if name:
         found.append(f"<b>{escape(name)}</b>")
     if survey is not None and plan in survey.counts:
-        found.append(f"<small>{_sources(survey, survey.counts[plan])}</small>")
+        found.append(f"<small>{_sources(survey, plan)}</small>")
     elif survey is not None and survey.passages:
         found.append("<small>no held-out text</small>")
     return "".join(found)
@@ -79,18 +79,15 @@ def plan_color(plan: str, survey: PlanSurvey | None) -> str:
     """The color of the source that most held-out texts with this plan come from; empty if there is none."""
     if survey is None or not survey.sources or plan not in survey.counts:
         return ""
-    return _color(survey, _most_common_source(survey.counts[plan]))
+    return _color(survey, survey.source(plan))
 
 
-def _most_common_source(counts: Mapping[str, int]) -> str:
-    return max(counts, key=lambda source: counts[source])
-
-
-def _sources(survey: PlanSurvey, counts: Mapping[str, int]) -> str:
+def _sources(survey: PlanSurvey, plan: str) -> str:
+    counts = survey.counts[plan]
     total = sum(counts.values())
     if not survey.sources:
         return f"{total} held-out text{'s' * (total > 1)}"
-    best = _most_common_source(counts)
+    best = survey.source(plan)
     return f"{source_dot(survey, best)}{escape(best)} {counts[best] / total:.0%}"
 
 
@@ -199,7 +196,7 @@ def plan_map(survey: PlanSurvey, latent_dim: int, chosen: str) -> str:
         kind = " class=ft-chosen" if plan == chosen else ""
         circles.append(
             f"<circle{kind} data-choice='{escape(plan)}' tabindex=0 role=button cx={x:.3f} cy={y:.3f} r={radius:.3f} "
-            f"fill='{_color(survey, _most_common_source(counts))}'><title>{escape(label)}</title></circle>"
+            f"fill='{_color(survey, survey.source(plan))}'><title>{escape(label)}</title></circle>"
         )
     legend = "".join(f"<span>{source_dot(survey, each)}{escape(each)}</span>" for each in survey.sources)
     return (

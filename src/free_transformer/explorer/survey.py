@@ -74,6 +74,11 @@ class PlanSurvey:
         """The non-empty sources."""
         return sorted({source for counts in self.counts.values() for source in counts} - {UNLABELED})
 
+    def source(self, plan: str) -> str:
+        """Returns the source of most passages with this plan, or UNLABELED if no passage has it."""
+        counts = self.counts.get(plan, {})
+        return max(counts, key=lambda source: counts[source], default=UNLABELED)
+
     def save(self, folder: Path) -> None:
         write_json(folder / SURVEY_FILE, asdict(self))
 
