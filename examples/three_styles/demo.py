@@ -231,6 +231,24 @@ def write_report(
             for plan, texts, verdicts in zip(control.plans, shown, control.verdicts, strict=False)
         ]
     )
+    add_control(report, control)
+    add_learned(report, codes, held_out.styles, free, free_run.settings.model.latent_dim, options.out / "plans.png")
+
+    report.heading("Likelihood of held-out text")
+    report.paragraph("Free Transformer:")
+    report.table(likelihood_table(free, bytes_per_token))
+    report.paragraph("Baseline (the same Llama without a plan, trained on the same batches):")
+    report.table(likelihood_table(baseline, bytes_per_token))
+    report.heading("Curves")
+    metrics = {"free": free_run.read_metrics(), "baseline": baseline_run.read_metrics()}
+    report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
+    report.heading("Command and settings")
+    command = "make demo   # python examples/three_styles/demo.py --seed " + str(options.seed)
+    report.samples([("command", command), ("settings", free_run.settings.to_yaml())])
+    report.write(options.out / "report.html")
+
+
+def add_control(report: Report, control: Control) -> None:
     report.heading("Control")
     wanted, seen_styles = control.transferred.T
     by_style = [float((seen_styles == style)[wanted == style].mean()) for style in range(len(STYLES))]
@@ -253,35 +271,26 @@ def write_report(
             ],
         )
     )
+
+
+def add_learned(
+    report: Report, codes: np.ndarray, styles: np.ndarray, likelihood: Likelihood, latent_dim: int, plot: Path
+) -> None:
     report.heading("What the plan learned")
-    seen, table = contingency(codes, held_out.styles)
+    seen, table = contingency(codes, styles)
     figure = plans_by_label(table, STYLES)
-    figure.savefig(options.out / "plans.png", dpi=120)
+    figure.savefig(plot, dpi=120)
     report.figure(figure, "plan × style: share of each style among the texts of each plan")
     order = np.argsort(-table.sum(1))[:12]
-    latent_dim = free_run.settings.model.latent_dim
     report.table(
         Table(
             ["the 12 most common plans", *STYLES],
             [[format_plan(codes_to_bits(torch.tensor(seen[i]), latent_dim)), *map(str, table[i])] for i in order],
         )
     )
-    assert free.usage is not None
-    report.figure(bits(free.usage.bits_per_position), "bits used at each position of the plan")
-    report.table(usage_table(free))
-
-    report.heading("Likelihood of held-out text")
-    report.paragraph("Free Transformer:")
-    report.table(likelihood_table(free, bytes_per_token))
-    report.paragraph("Baseline (the same Llama without a plan, trained on the same batches):")
-    report.table(likelihood_table(baseline, bytes_per_token))
-    report.heading("Curves")
-    metrics = {"free": free_run.read_metrics(), "baseline": baseline_run.read_metrics()}
-    report.figure(curves(metrics), CURVES, [(kind, index) for index, kind in enumerate(metrics)])
-    report.heading("Command and settings")
-    command = "make demo   # python examples/three_styles/demo.py --seed " + str(options.seed)
-    report.samples([("command", command), ("settings", free_run.settings.to_yaml())])
-    report.write(options.out / "report.html")
+    assert likelihood.usage is not None
+    report.figure(bits(likelihood.usage.bits_per_position), "bits used at each position of the plan")
+    report.table(usage_table(likelihood))
 
 
 AGREEMENT = f"{RANDOM_PLANS} plans from the prior, {TEXTS_PER_PLAN} texts each: share in the plan's most common style"
