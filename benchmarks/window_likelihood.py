@@ -13,7 +13,9 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,9 @@ def measure_missing(options: argparse.Namespace) -> None:
             for window in [None] if model == MODELS[3] else options.windows:
                 for seed in options.seeds:
                     job = {"model": model, "rows": rows, "window": window, "seed": seed, "steps": options.steps}
-                    job |= {"batch_size": options.batch_size}
-                    job |= {"free_bits": options.free_bits} if model == "free" else {}
+                    job["batch_size"] = options.batch_size
+                    if model == "free":
+                        job["free_bits"] = options.free_bits
                     if key_of(job) not in known:
                         jobs.append(job)
     jobs.sort(key=lambda job: (job["rows"], job["seed"], job["window"] or 0))  # a whole comparison before the next one
@@ -129,13 +132,14 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(results: list[dict[str, Any]]) -> list[Table]:
-    """One table per number of tokens per row: differences of the Free Transformer from each baseline, paired by row."""
+    """One table per length of rows and setting: differences of the Free Transformer from each baseline, by row."""
     found = []
     by_key = {key_of(each): each for each in results}
-    for rows, steps in sorted({(each["rows"], each["steps"]) for each in results}):
+    setting = itemgetter("rows", "steps", "batch_size", "free_bits")
+    free = [each for each in results if each["model"] == "free"]
+    for (rows, steps, batch_size, free_bits), same in groupby(sorted(free, key=setting), setting):
         lines = []
-        free = [each for each in results if each["model"] == "free" and (each["rows"], each["steps"]) == (rows, steps)]
-        for each in sorted(free, key=lambda each: (each["window"], each["seed"])):
+        for each in sorted(same, key=itemgetter("window", "seed")):
             cells = [str(each["window"]), str(each["seed"]), f"{each['information_bits']:.2f}", f"{each['nll']:.4f}"]
             for model in MODELS[1:]:
                 window = None if model == MODELS[3] else each["window"]
@@ -144,9 +148,9 @@ def tables(results: list[dict[str, Any]]) -> list[Table]:
             lines.append(cells)
         header = ["window", "seed", "bits that distinguish texts", "NLL", *(f"minus {model}" for model in MODELS[1:])]
         caption = (
-            f"Rows of {rows:,} bytes, {steps} steps: held-out NLL in nats per byte (bound from {SAMPLES} plans, "
-            f"{HELD_OUT_ROWS} rows), and differences with half of their 95 % interval over rows; negative: the plan's "
-            "model is better."
+            f"Rows of {rows:,} bytes, {steps:,} steps of {batch_size} rows, at most {free_bits:g} bits per plan: "
+            f"held-out NLL in nats per byte (bound from {SAMPLES} plans, {HELD_OUT_ROWS} rows), and differences with "
+            "half of their 95 % interval over rows; negative: the plan's model is better."
         )
         found.append(Table(header, lines, caption))
     return found

@@ -87,14 +87,13 @@ class Explored:
 
     def _varied(self, survey: PlanSurvey, plans: list[str], count: int, beside: str) -> list[str]:
         """Chooses `count` plans in this order, except that plans of another source or with other live bits go first."""
-
-        def live_bits(plan: str) -> str:
-            return "".join(bit for bit, reason in zip(plan, self.dead, strict=True) if reason is None)
-
+        live = [place for place, reason in enumerate(self.dead) if reason is None]
         rest, found = [plan for plan in plans if plan != beside], [beside] if beside else []
+        source = {plan: survey.source(plan) for plan in [*found, *rest]}
+        bits = {plan: "".join(plan[place] for place in live) for plan in source}
         for _ in range(min(count, len(rest))):
-            sources, bits = {survey.source(plan) for plan in found}, {live_bits(plan) for plan in found}
-            found.append(min(rest, key=lambda plan: (survey.source(plan) in sources, live_bits(plan) in bits)))
+            sources, kinds = {source[plan] for plan in found}, {bits[plan] for plan in found}
+            found.append(min(rest, key=lambda plan: (source[plan] in sources, bits[plan] in kinds)))
             rest.remove(found[-1])
         return found[-count:]
 
